@@ -1,0 +1,190 @@
+"""Every option of the scheduler: name, type, unit, default, range and meaning, in one place.
+
+Options are given under one key of vLLM's own `--additional-config`:
+
+    vllm serve MODEL --scheduler-cls vllm_agentserve.AgentScheduler \\
+        --additional-config '{"agentserve": {"tpot_slo_ms": 40}}'
+
+The option table of the documentation is generated from the fields below (`python -m vllm_agentserve.config`).
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+KEY = "agentserve"
+
+
+class OptionError(ValueError):
+    """An option has a wrong name, type or value; the message names the option, the value and what is allowed."""
+
+
+def option(default: Any, unit: str, help: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """Declares one option: `low` and `high` are inclusive bounds in `unit`."""
+    return dataclasses.field(default=default, metadata={"unit": unit, "help": help, "low": low, "high": high})
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentServeConfig:
+    """The validated options. Raises `OptionError` when constructed with a value out of range or of a wrong type."""
+
+    mode: typing.Literal["auto", "time-sliced", "stock"] = option(
+        "auto",
+        "",
+        "How prefill and decode share the device. `time-sliced`: each step mixes all decodes with as much prefill as fits "
+        "the target. `stock`: vLLM's own order and chunks, only measured. `auto`: the best this build can do, today "
+        "`time-sliced`.",
+    )
+    tpot_slo_ms: float | None = option(
+        None,
+        "ms",
+        "Target for the time between two tokens of a stream while others prefill. Not set: `tpot_factor` times the median "
+        "decode step this engine has seen without prefill beside it.",
+        low=1.0,
+        high=60_000.0,
+    )
+    tpot_factor: float = option(
+        5.0, "x", "Factor of the calibrated target; without effect when `tpot_slo_ms` is set.", low=1.1, high=1000.0
+    )
+    tpot_uncalibrated_ms: float = option(
+        50.0,
+        "ms",
+        "Target until the first decode steps without prefill have been seen; without effect when `tpot_slo_ms` is set.",
+        low=1.0,
+        high=60_000.0,
+    )
+    upper_threshold: float = option(
+        1.05,
+        "x target",
+        "The controller shrinks the prefill chunk and the resume budget when measured TPOT is above this.",
+        low=1.0,
+        high=10.0,
+    )
+    lower_threshold: float = option(
+        0.97, "x target", "It grows them when measured TPOT is below this; between the two it holds.", low=0.1, high=1.0
+    )
+    prefill_floor_tokens: int = option(
+        16,
+        "tokens",
+        "A cold prefill advances by at least this many tokens in every step, and so do the resume prefills together, "
+        "whatever the target.",
+        low=1,
+        high=65_536,
+    )
+    resume_budget_max_tokens: int = option(
+        1024,
+        "tokens",
+        "Upper bound of the resume budget: a resume prefill with more uncached tokens than the budget waits in line with "
+        "the cold ones.",
+        low=16,
+        high=1_048_576,
+    )
+    first_chunk_tokens: int = option(
+        32,
+        "tokens",
+        "Largest prefill chunk beside decodes before the step-time model has seen any; later chunks may at most double "
+        "the largest one seen.",
+        low=1,
+        high=65_536,
+    )
+    chunk_granularity_tokens: int = option(
+        8, "tokens", "Prefill chunks beside decodes are rounded down to multiples of this.", low=1, high=4096
+    )
+    max_bypass_steps: int = option(
+        64,
+        "steps",
+        "A waiting request that others have overtaken for this many engine steps goes to the front of the queue.",
+        low=1,
+        high=1_000_000,
+    )
+    stats_interval_ms: float = option(
+        250.0,
+        "ms",
+        "Shortest time between two reports from the engine to `/metrics`.",
+        low=0.0,
+        high=60_000.0,
+    )
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+
+    @classmethod
+    def from_mapping(cls, given: Any) -> "AgentServeConfig":
+        """Builds the options from the value under the key `agentserve`; raises `OptionError` for anything not an option."""
+        if not isinstance(given, Mapping):
+            raise OptionError(
+                f"additional_config[{KEY!r}] = {given!r} must be an object of options, for example "
+                f'{{"{KEY}": {{"tpot_slo_ms": 40}}}}'
+            )
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            if name not in names:
+                near = difflib.get_close_matches(str(name), names, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise OptionError(f"{KEY} has no option {name!r}.{hint} The options are: {', '.join(names)}.")
+        return cls(**given)
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Any) -> "AgentServeConfig":
+        """Builds the options from vLLM's `additional_config`; without the key `agentserve` all are at their defaults."""
+        if not isinstance(additional_config, Mapping):
+            return cls()
+        return cls.from_mapping(additional_config.get(KEY, {}))
+
+
+def _allowed(field: "dataclasses.Field[Any]") -> str:
+    choices = _choices(field)
+    if choices:
+        return "one of " + ", ".join(repr(choice) for choice in choices)
+    kind = "a whole number" if field.type is int else "a number"
+    unit = f" {field.metadata['unit']}" if field.metadata["unit"] else ""
+    none = ", or null" if _optional(field) else ""
+    return f"{kind} from {field.metadata['low']:.10g} to {field.metadata['high']:.10g}{unit}{none}"
+
+
+def _choices(field: "dataclasses.Field[Any]") -> tuple[Any, ...]:
+    return typing.get_args(field.type) if typing.get_origin(field.type) is typing.Literal else ()
+
+
+def _optional(field: "dataclasses.Field[Any]") -> bool:
+    return isinstance(field.type, types.UnionType) and type(None) in typing.get_args(field.type)
+
+
+def _checked(field: "dataclasses.Field[Any]", value: Any) -> Any:
+    """Returns the value in its declared type, or raises `OptionError`."""
+    wrong = OptionError(f"{KEY} option {field.name!r} = {value!r} is not allowed: it must be {_allowed(field)}.")
+    choices = _choices(field)
+    if choices:
+        if not isinstance(value, str) or value not in choices:
+            raise wrong
+        return value
+    if value is None:
+        if _optional(field):
+            return None
+        raise wrong
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise wrong
+    if field.type is int and value != int(value):
+        raise wrong
+    if not field.metadata["low"] <= value <= field.metadata["high"]:
+        raise wrong
+    return int(value) if field.type is int else float(value)
+
+
+def option_table() -> str:
+    """The options as a Markdown table; the documentation holds exactly this text, and a test compares the two."""
+    lines = ["| option | default | allowed | meaning |", "|---|---|---|---|"]
+    for field in dataclasses.fields(AgentServeConfig):
+        default = "not set" if field.default is None else field.default
+        unit = f" {field.metadata['unit']}" if field.metadata["unit"] and field.default is not None else ""
+        lines.append(f"| `{field.name}` | {default}{unit} | {_allowed(field)} | {field.metadata['help']} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(option_table())

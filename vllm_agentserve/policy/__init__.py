@@ -1,0 +1,1 @@
+"""Pure decisions: state in, decision out. Nothing here imports vLLM or torch."""

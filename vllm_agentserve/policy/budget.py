@@ -1,0 +1,234 @@
+"""How much prefill goes beside the decodes of a step, so that streams keep their time per token.
+
+Two parts. The step-time model (`latency.py`) turns the target into tokens before the step runs, so that the very first
+chunk of a cold prefill already fits. The feedback law of AgentServe (arXiv 2603.10342: two thresholds around the target,
+hold between them) then corrects both the chunk and the resume budget from what streams really saw.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_agentserve.policy.latency import StepModel, TpotWindow
+from vllm_agentserve.policy.phase import Phase
+
+UNLIMITED = float("inf")
+
+
+@dataclass(frozen=True)
+class BudgetLimits:
+    """The bounds the controller moves within; the fields mean what the options of the same names say."""
+
+    tpot_slo_ms: float | None = None
+    tpot_factor: float = 5.0
+    tpot_uncalibrated_ms: float = 50.0
+    upper_threshold: float = 1.05
+    lower_threshold: float = 0.97
+    prefill_floor_tokens: int = 16
+    resume_budget_max_tokens: int = 1024
+    first_chunk_tokens: int = 32
+    chunk_granularity_tokens: int = 8
+
+
+class StepBudget:
+    """What one step may spend on prefill; it answers one sequence at a time.
+
+    Args:
+        model: prices a chunk in ms.
+        prefill_ms: time for all chunks together; `UNLIMITED` when nobody decodes.
+        tokens: bound on the tokens of all chunks together.
+        resume_tokens: bound on the tokens of resume prefills while a cold one wants to advance.
+        reserved_tokens: tokens kept back from cold chunks for resume prefills that are asked for later in the step.
+        floor_tokens: the first cold chunk, and the first resume chunk, get at least this, whatever the time.
+        granularity: chunks that do not finish their prompt are rounded down to a multiple of this.
+    """
+
+    def __init__(
+        self,
+        model: StepModel,
+        prefill_ms: float,
+        tokens: int,
+        resume_tokens: int,
+        reserved_tokens: int,
+        floor_tokens: int,
+        granularity: int,
+    ) -> None:
+        self.model = model
+        self.prefill_ms = prefill_ms
+        self.tokens = tokens
+        self.resume_tokens = resume_tokens
+        self.reserved_tokens = reserved_tokens
+        self.floor_tokens = floor_tokens
+        self.granularity = granularity
+        self.granted: list[tuple[Phase, int, int]] = []
+        """(phase, tokens, context before the chunk) of every chunk granted so far."""
+        self._floor_left = {Phase.COLD_PREFILL: True, Phase.RESUME_PREFILL: True}
+
+    def grant(self, phase: Phase, wanted: int, context: int) -> int:
+        """Returns how many of the `wanted` prompt tokens run in this step, 0 if the sequence has to wait.
+
+        Args:
+            phase: `COLD_PREFILL` or `RESUME_PREFILL`; a resume prefill longer than the resume budget is asked for as cold.
+            wanted: prompt tokens left to compute, at least 1.
+            context: tokens of the sequence already computed.
+        """
+        if self.prefill_ms == UNLIMITED and phase is Phase.COLD_PREFILL:
+            tokens = min(wanted, max(self.tokens - self.reserved_tokens, self.floor_tokens))
+        elif phase is Phase.RESUME_PREFILL:
+            tokens = min(wanted, self._fitting(context, 0), self.resume_tokens)
+        else:
+            tokens = min(wanted, self._fitting(context, self.reserved_tokens))
+        if tokens < wanted and self.prefill_ms != UNLIMITED:
+            tokens -= tokens % self.granularity
+        if self._floor_left[phase]:
+            tokens = max(tokens, min(wanted, self.floor_tokens))
+        if tokens > 0:
+            self._spend(phase, tokens, context)
+        return tokens
+
+    def _fitting(self, context: int, reserved: int) -> int:
+        if self.prefill_ms == UNLIMITED:
+            return self.tokens
+        first = not self.granted
+        if not reserved:
+            return min(self.model.tokens_within(self.prefill_ms, context, first), self.tokens)
+        kept_ms = self.model.chunk_ms(reserved, context, first=False)
+        return min(self.model.tokens_within(self.prefill_ms - kept_ms, context, first), self.tokens - reserved)
+
+    def _spend(self, phase: Phase, tokens: int, context: int) -> None:
+        self.prefill_ms -= self.model.chunk_ms(tokens, context, first=not self.granted)
+        self.tokens -= tokens
+        if phase is Phase.RESUME_PREFILL:
+            self.resume_tokens -= tokens
+            self.reserved_tokens = max(self.reserved_tokens - tokens, 0)
+        self._floor_left[phase] = False
+        self.granted.append((phase, tokens, context))
+
+
+class BudgetController:
+    """Turns measured step times into the budget of the next step.
+
+    It learns from `observe()`, once per finished step, and is asked by `plan()`, once per step that carries prefill.
+    """
+
+    CONTROL_STEPS = 16
+    """The feedback law acts once per so many mixed steps."""
+    GAIN_RANGE = (0.4, 1.25)
+    """How far feedback may move the time given to prefill away from what the model says fits, as a factor of the target."""
+    RESUME_FLOOR = 32
+    """The resume budget never shrinks below this many tokens."""
+    PREFILL_SHARE = 0.25
+    """Where decodes alone miss the target already, prefill still gets this share of the decodes' own time."""
+
+    def __init__(self, limits: BudgetLimits) -> None:
+        self.limits = limits
+        self.model = StepModel()
+        self.tpot = TpotWindow(256)
+        """What streams see, all steps with decodes."""
+        self._alone = TpotWindow(64)
+        self._mixed = TpotWindow(self.CONTROL_STEPS)
+        self.gain = 1.0
+        self.resume_tokens = min(256, limits.resume_budget_max_tokens)
+        self._target_ms = limits.tpot_slo_ms or limits.tpot_uncalibrated_ms
+
+    @property
+    def target_ms(self) -> float:
+        """The time per token streams are to see: `tpot_slo_ms`, else calibrated from decode steps without prefill."""
+        return self._target_ms
+
+    @property
+    def calibrated(self) -> bool:
+        return self.limits.tpot_slo_ms is not None or len(self._alone) > 0
+
+    def observe(
+        self,
+        step_ms: float,
+        interval_ms: float | None,
+        sequences: int,
+        context: int,
+        chunks: Sequence[tuple[Phase, int, int]],
+        learn: bool = True,
+    ) -> None:
+        """Takes in a finished step.
+
+        Args:
+            step_ms: how long the engine worked on it.
+            interval_ms: time since the decode step before it, as streams saw it; None after an idle gap or without decodes.
+            sequences: decodes in the step.
+            context: their summed context, in tokens.
+            chunks: its prefill chunks, as `StepBudget.granted` lists them.
+            learn: whether the step-time model takes it in; a caller may skip steps without prefill to save time.
+        """
+        if interval_ms is not None:
+            self.tpot.add(interval_ms)
+        if not chunks:
+            if sequences and interval_ms is not None and learn:
+                self._alone.add(interval_ms)
+                self.model.learn_decode(sequences, context, interval_ms)
+                self._calibrate()
+            return
+        # Steps without decodes have other chunks than mixed ones: they only serve until mixed ones have been seen.
+        if learn and (sequences or self.model.largest_mixed_tokens == 0):
+            pairs = [(tokens, before) for _, tokens, before in chunks]
+            self.model.learn_prefill(sequences, context, pairs, step_ms if interval_ms is None else interval_ms)
+        if sequences and interval_ms is not None:
+            self._mixed.add(interval_ms)
+            if len(self._mixed) == self.CONTROL_STEPS:
+                self._feedback(self._mixed.quantile(0.9))
+                self._mixed.clear()
+
+    def _calibrate(self) -> None:
+        if self.limits.tpot_slo_ms is None:
+            self._target_ms = max(self.limits.tpot_factor * self._alone.quantile(0.5), 1.0)
+
+    def _feedback(self, measured_ms: float) -> None:
+        low, high = self.GAIN_RANGE
+        ratio = measured_ms / self._target_ms
+        if ratio > self.limits.upper_threshold:
+            self.gain = max(self.gain * max(1.0 / ratio, 0.8), low)
+            self.resume_tokens = max(self.resume_tokens * 3 // 4, self._resume_floor())
+        elif ratio < self.limits.lower_threshold:
+            self.gain = min(self.gain * min(1.0 / ratio, 1.03), high)
+            self.resume_tokens = min(self.resume_tokens * 5 // 4, self.limits.resume_budget_max_tokens)
+
+    def _resume_floor(self) -> int:
+        return min(self.RESUME_FLOOR, self.limits.resume_budget_max_tokens)
+
+    def prefill_ms(self, sequences: int, context: int) -> float:
+        """The time left for prefill in a step with these decodes."""
+        alone = self.model.decode_ms(sequences, context)
+        return max(self._target_ms * self.gain - alone, self.PREFILL_SHARE * alone)
+
+    def plan(
+        self,
+        sequences: int,
+        context: int,
+        max_tokens: int,
+        resumes: bool = False,
+        colds: bool = False,
+        waiting_resume_tokens: int = 0,
+    ) -> StepBudget:
+        """Returns the prefill budget of the next step.
+
+        Args:
+            sequences: decodes in the step.
+            context: their summed context, in tokens.
+            max_tokens: prompt tokens the engine can take in this step at most.
+            resumes: whether a resume prefill runs or waits.
+            colds: whether a cold prefill runs or waits.
+            waiting_resume_tokens: uncached tokens of the resume prefills that wait for admission.
+
+        Without decodes and with one kind of prefill nobody would notice a long step: the budget is the whole step.
+        """
+        limits = self.limits
+        floor = limits.prefill_floor_tokens
+        if not sequences and not (resumes and colds):
+            return StepBudget(self.model, UNLIMITED, max_tokens, max_tokens, 0, floor, 1)
+        tokens = max_tokens
+        if sequences:
+            # An untried chunk size is a guess: twice the largest one seen is as far as the model is trusted.
+            tokens = min(tokens, max(limits.first_chunk_tokens, 2 * self.model.largest_mixed_tokens))
+        resume_tokens = self.resume_tokens if colds else tokens
+        reserved = min(waiting_resume_tokens, resume_tokens, tokens // 2)
+        granularity = limits.chunk_granularity_tokens
+        prefill_ms = self.prefill_ms(sequences, context)
+        return StepBudget(self.model, prefill_ms, tokens, resume_tokens, reserved, floor, granularity)

@@ -1,0 +1,176 @@
+"""Step times: what they were (TPOT statistics) and what they will be (an online model).
+
+The model is linear in what a step carries. For a step with `n` decode sequences over `k` thousand tokens of context and
+prefill chunks of `p` thousand tokens that end at `c` thousand tokens of context each:
+
+    t = (b0 + b1 n + b2 k) + (a0 + a1 sum(c) + a2 sum(p) + a3 sum(p (c - p/2)))
+
+The first part is learned from steps without prefill, the second from what mixed steps take on top of it. Both are
+recursive least squares with forgetting, weighted for relative error, so that short steps count as much as long ones.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from math import sqrt
+
+
+class RecursiveLeastSquares:
+    """Weighted recursive least squares with exponential forgetting over a few features.
+
+    Args:
+        size: number of features.
+        forgetting: weight of the past per sample, in (0, 1].
+        doubt: initial variance of each coefficient; it also bounds how far forgetting may let the variance grow.
+    """
+
+    def __init__(self, size: int, forgetting: float, doubt: float) -> None:
+        self.weights = [0.0] * size
+        self.samples = 0
+        self._forgetting = forgetting
+        self._doubt = doubt
+        self._covariance = [[doubt if i == j else 0.0 for j in range(size)] for i in range(size)]
+
+    def predict(self, features: Sequence[float]) -> float:
+        return sum(w * x for w, x in zip(self.weights, features, strict=True))
+
+    def learn(self, features: Sequence[float], value: float, scale: float) -> None:
+        """Takes in one sample; `scale` is the size of error that counts as one (relative weighting)."""
+        x = [f / scale for f in features]
+        size = range(len(x))
+        covariance = self._covariance
+        gain = [sum(row[j] * x[j] for j in size) for row in covariance]
+        denominator = self._forgetting + sum(x[i] * gain[i] for i in size)
+        error = value / scale - sum(self.weights[i] * x[i] for i in size)
+        step = error / denominator
+        for i in size:
+            self.weights[i] += gain[i] * step
+        # Forgetting inflates directions that are not excited; without a bound the first excitation would throw the model.
+        inflate = 1.0 / self._forgetting if max(covariance[i][i] for i in size) < self._doubt else 1.0
+        for i in size:
+            row, k = covariance[i], gain[i] / denominator
+            for j in size:
+                row[j] = (row[j] - k * gain[j]) * inflate
+        self.samples += 1
+
+
+class StepModel:
+    """Predicts the duration of an engine step in ms from its decodes and its prefill chunks; learns from every step.
+
+    A chunk is a pair (tokens, context): how many prompt tokens it computes and how many tokens were computed before it.
+    """
+
+    OUTLIER = 2.5
+    """A step this many times slower than predicted is taken in as that slow and no slower: a hiccup is not a trend."""
+
+    def __init__(self) -> None:
+        self._decode = RecursiveLeastSquares(3, forgetting=0.995, doubt=100.0)
+        self._prefill = RecursiveLeastSquares(4, forgetting=0.99, doubt=1000.0)
+        self.largest_mixed_tokens = 0
+        self.error = 0.0
+        """Mean relative error of the predictions for mixed steps, exponentially weighted (0.1 = 10 %)."""
+
+    def decode_ms(self, sequences: int, context: int) -> float:
+        """The predicted duration of a step without prefill; 0 before any step has been seen."""
+        if self._decode.samples == 0:
+            return 0.0
+        return max(self._decode.predict(self._decode_features(sequences, context)), 0.0)
+
+    def chunk_ms(self, tokens: int, context: int, first: bool = True) -> float:
+        """What a chunk adds to a step; `first` chunks also pay what a mixed step costs over a pure one."""
+        a0, a1, a2, a3 = self._positive_prefill()
+        p, c = tokens / 1000, (context + tokens) / 1000
+        return (a0 if first else 0.0) + a1 * c + a2 * p + a3 * p * (c - p / 2)
+
+    def step_ms(self, sequences: int, context: int, chunks: Sequence[tuple[int, int]]) -> float:
+        """The predicted duration of a step with these decodes (their number and summed context) and chunks."""
+        total = self.decode_ms(sequences, context)
+        for index, (tokens, before) in enumerate(chunks):
+            total += self.chunk_ms(tokens, before, first=index == 0)
+        return total
+
+    def tokens_within(self, budget_ms: float, context: int, first: bool = True) -> int:
+        """The largest chunk, in tokens, over `context` computed tokens that adds at most `budget_ms`; 0 if none does."""
+        a0, a1, a2, a3 = self._positive_prefill()
+        c = context / 1000
+        # chunk_ms <= budget is a quadratic in p: (a3/2) p^2 + (a1 + a2 + a3 c) p + a1 c + a0 - budget <= 0.
+        room = budget_ms - (a0 if first else 0.0) - a1 * c
+        linear = a1 + a2 + a3 * c
+        if room <= 0.0:
+            return 0
+        if a3 > 1e-12:
+            p = (sqrt(linear * linear + 2 * a3 * room) - linear) / a3
+        elif linear > 1e-12:
+            p = room / linear
+        else:
+            return 1_000_000_000
+        return int(p * 1000)
+
+    @property
+    def knows_prefill(self) -> bool:
+        return self._prefill.samples > 0
+
+    def learn_decode(self, sequences: int, context: int, duration_ms: float) -> None:
+        """Takes in a step that had decodes only."""
+        predicted = self.decode_ms(sequences, context)
+        if self._decode.samples > 8:
+            duration_ms = min(duration_ms, self.OUTLIER * predicted)
+        self._decode.learn(self._decode_features(sequences, context), duration_ms, scale=max(duration_ms, 0.1))
+
+    def learn_prefill(
+        self, sequences: int, context: int, chunks: Sequence[tuple[int, int]], duration_ms: float
+    ) -> None:
+        """Takes in a step with prefill chunks, with or without decodes beside them."""
+        predicted = self.step_ms(sequences, context, chunks)
+        if sequences:
+            if self.knows_prefill:
+                self.error += 0.05 * (abs(predicted - duration_ms) / max(duration_ms, 0.1) - self.error)
+            self.largest_mixed_tokens = max(self.largest_mixed_tokens, sum(tokens for tokens, _ in chunks))
+        if self._prefill.samples > 8:
+            duration_ms = min(duration_ms, self.OUTLIER * max(predicted, 0.1))
+        features = [1.0, 0.0, 0.0, 0.0]
+        for tokens, before in chunks:
+            p, c = tokens / 1000, (before + tokens) / 1000
+            features[1] += c
+            features[2] += p
+            features[3] += p * (c - p / 2)
+        base = self.decode_ms(sequences, context)
+        self._prefill.learn(features, duration_ms - base, scale=max(duration_ms, 0.1))
+
+    @staticmethod
+    def _decode_features(sequences: int, context: int) -> tuple[float, float, float]:
+        return (1.0, float(sequences), context / 1000)
+
+    def _positive_prefill(self) -> tuple[float, float, float, float]:
+        a0, a1, a2, a3 = self._prefill.weights
+        return (max(a0, 0.0), max(a1, 0.0), max(a2, 0.0), max(a3, 0.0))
+
+
+class TpotWindow:
+    """The latest intervals between decode steps as streams see them, in ms: EWMA at once, quantiles when asked.
+
+    Args:
+        size: how many intervals the quantiles look back.
+        alpha: weight of the newest interval in the EWMA.
+    """
+
+    def __init__(self, size: int = 256, alpha: float = 0.05) -> None:
+        self._latest: deque[float] = deque(maxlen=size)
+        self._alpha = alpha
+        self.ewma = 0.0
+
+    def __len__(self) -> int:
+        return len(self._latest)
+
+    def add(self, interval_ms: float) -> None:
+        self.ewma = interval_ms if not self._latest else self.ewma + self._alpha * (interval_ms - self.ewma)
+        self._latest.append(interval_ms)
+
+    def quantile(self, q: float) -> float:
+        """The nearest-rank quantile of the window, 0 <= q <= 1; 0 while it is empty."""
+        if not self._latest:
+            return 0.0
+        ordered = sorted(self._latest)
+        return ordered[min(int(q * len(ordered)), len(ordered) - 1)]
+
+    def clear(self) -> None:
+        self._latest.clear()

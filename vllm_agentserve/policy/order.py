@@ -1,0 +1,63 @@
+"""Who is admitted first: the key by which waiting requests are sorted, and the bound on being overtaken.
+
+Classes, first to last: preempted requests (they had a place already), overdue requests, resume prefills with the shortest
+first, cold prefills. Inside the other classes arrival decides. Shortest first minimises the mean time to the next token of
+agents that wait for a tool result to be read; the overdue class keeps it from starving anybody.
+"""
+
+import enum
+from collections import deque
+
+from vllm_agentserve.policy.phase import Phase
+
+
+class AdmissionClass(enum.IntEnum):
+    PREEMPTED = 0
+    OVERDUE = 1
+    RESUME = 2
+    COLD = 3
+
+
+AdmissionKey = tuple[int, int, float]
+
+
+def admission_key(phase: Phase, uncached_tokens: int, arrival: float, preempted: bool, resume_budget: int) -> AdmissionKey:
+    """The sort key of a waiting request; smaller is admitted earlier.
+
+    Args:
+        phase: what the request is, were it admitted now.
+        uncached_tokens: prompt tokens it would have to compute.
+        arrival: when it came, in any unit that grows with time.
+        preempted: it ran before and lost its blocks.
+        resume_budget: a resume prefill with more uncached tokens than this stands in line with the cold ones.
+    """
+    if preempted:
+        return (AdmissionClass.PREEMPTED, 0, arrival)
+    if phase is Phase.RESUME_PREFILL and uncached_tokens <= resume_budget:
+        return (AdmissionClass.RESUME, uncached_tokens, arrival)
+    return (AdmissionClass.COLD, 0, arrival)
+
+
+class Patience:
+    """Tells which waiting requests have waited too many steps, oldest first; amortised O(1) per request.
+
+    Args:
+        steps: how many steps a request may be overtaken before it is overdue.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._since: deque[tuple[int, str]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._since)
+
+    def enter(self, request_id: str, step: int) -> None:
+        self._since.append((step, request_id))
+
+    def overdue(self, step: int) -> list[str]:
+        """Returns, once each, the ids that entered `steps` steps ago or earlier, in the order they entered."""
+        ready = []
+        while self._since and self._since[0][0] + self._steps <= step:
+            ready.append(self._since.popleft()[1])
+        return ready
