@@ -7,6 +7,7 @@ hold between them) then corrects both the chunk and the resume budget from what 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import sqrt
 
 from vllm_agentserve.policy.latency import StepModel, TpotWindow
 from vllm_agentserve.policy.phase import Phase
@@ -29,6 +30,45 @@ class BudgetLimits:
     chunk_granularity_tokens: int = 8
 
 
+class TrustRegion:
+    """How far a chunk may go beyond what has been tried: there the model is a guess, and the first prompt after start is
+    where a wrong guess shows.
+
+    A chunk's time grows with its tokens and with its tokens times the context they attend to, so the region is what keeps
+    tokens / T + attended / A <= 1. A step at its edge moves the edge: outwards by a factor of two while steps are short
+    and by a quarter nearer to the target, inwards when the target was missed.
+
+    Args:
+        first: tokens of the largest chunk before any has been tried.
+    """
+
+    CONTEXT = 2000
+    """Context over which the first chunk is half as large as over none."""
+
+    def __init__(self, first: int) -> None:
+        self._first = first
+        self._tokens = float(first)
+        self._attended = float(first * self.CONTEXT)
+        self.tried = False
+
+    def tried_step(self, chunks: Sequence[tuple[Phase, int, int]], ratio: float) -> None:
+        """Takes in the chunks of a step that took `ratio` times the target."""
+        self.tried = True
+        tokens = sum(tokens for _, tokens, _ in chunks)
+        attended = sum(tokens * (context + tokens / 2) for _, tokens, context in chunks)
+        if tokens / self._tokens + attended / self._attended < 0.75:
+            return
+        stride = 2.0 if ratio < 0.5 else 1.25 if ratio < 0.9 else 1.0 if ratio < 1.1 else 1.0 / ratio
+        self._tokens = max(self._tokens * stride, self._first)
+        self._attended = max(self._attended * stride, self._first * self.CONTEXT)
+
+    def tokens_over(self, context: int) -> int:
+        """Most tokens of a chunk over `context` computed tokens."""
+        # p / T + p (c + p/2) / A = 1, solved for p.
+        linear = self._attended / self._tokens + context
+        return int(sqrt(linear * linear + 2 * self._attended) - linear)
+
+
 class StepBudget:
     """What one step may spend on prefill; it answers one sequence at a time.
 
@@ -40,6 +80,7 @@ class StepBudget:
         reserved_tokens: tokens kept back from cold chunks for resume prefills that are asked for later in the step.
         floor_tokens: the first cold chunk, and the first resume chunk, get at least this, whatever the time.
         granularity: chunks that do not finish their prompt are rounded down to a multiple of this.
+        trust: bounds how far a chunk may go beyond what has been tried; None for no bound.
     """
 
     def __init__(
@@ -51,6 +92,7 @@ class StepBudget:
         reserved_tokens: int,
         floor_tokens: int,
         granularity: int,
+        trust: "TrustRegion | None" = None,
     ) -> None:
         self.model = model
         self.prefill_ms = prefill_ms
@@ -59,6 +101,7 @@ class StepBudget:
         self.reserved_tokens = reserved_tokens
         self.floor_tokens = floor_tokens
         self.granularity = granularity
+        self.trust = trust
         self.granted: list[tuple[Phase, int, int]] = []
         """(phase, tokens, context before the chunk) of every chunk granted so far."""
         self._floor_left = {Phase.COLD_PREFILL: True, Phase.RESUME_PREFILL: True}
@@ -77,6 +120,8 @@ class StepBudget:
             tokens = min(wanted, self._fitting(context, 0), self.resume_tokens)
         else:
             tokens = min(wanted, self._fitting(context, self.reserved_tokens))
+            if self.trust is not None:
+                tokens = min(tokens, self.trust.tokens_over(context))
         if tokens < wanted and self.prefill_ms != UNLIMITED:
             tokens -= tokens % self.granularity
         if self._floor_left[phase]:
@@ -84,6 +129,10 @@ class StepBudget:
         if tokens > 0:
             self._spend(phase, tokens, context)
         return tokens
+
+    def charge(self, phase: Phase, tokens: int, context: int) -> None:
+        """Takes in a chunk that runs whatever the budget says."""
+        self._spend(phase, tokens, context)
 
     def _fitting(self, context: int, reserved: int) -> int:
         if self.prefill_ms == UNLIMITED:
@@ -108,19 +157,26 @@ class BudgetController:
     """Turns measured step times into the budget of the next step.
 
     It learns from `observe()`, once per finished step, and is asked by `plan()`, once per step that carries prefill.
+
+    Args:
+        limits: the bounds it moves within.
+        pipeline_depth: engine steps between two tokens of one stream; above 1 with pipeline parallelism.
     """
 
     CONTROL_STEPS = 16
     """The feedback law acts once per so many mixed steps."""
-    GAIN_RANGE = (0.4, 1.25)
+    FULL_STEP = 0.85
+    """Steps predicted, and found, shorter than this share of what they were allowed do not move the feedback law."""
+    GAIN_RANGE = (0.4, 1.15)
     """How far feedback may move the time given to prefill away from what the model says fits, as a factor of the target."""
     RESUME_FLOOR = 32
     """The resume budget never shrinks below this many tokens."""
     PREFILL_SHARE = 0.25
     """Where decodes alone miss the target already, prefill still gets this share of the decodes' own time."""
 
-    def __init__(self, limits: BudgetLimits) -> None:
+    def __init__(self, limits: BudgetLimits, pipeline_depth: int = 1) -> None:
         self.limits = limits
+        self._depth = pipeline_depth
         self.model = StepModel()
         self.tpot = TpotWindow(256)
         """What streams see, all steps with decodes."""
@@ -128,6 +184,7 @@ class BudgetController:
         self._mixed = TpotWindow(self.CONTROL_STEPS)
         self.gain = 1.0
         self.resume_tokens = min(256, limits.resume_budget_max_tokens)
+        self._trust = TrustRegion(limits.first_chunk_tokens)
         self._target_ms = limits.tpot_slo_ms or limits.tpot_uncalibrated_ms
 
     @property
@@ -152,26 +209,31 @@ class BudgetController:
 
         Args:
             step_ms: how long the engine worked on it.
-            interval_ms: time since the decode step before it, as streams saw it; None after an idle gap or without decodes.
+            interval_ms: time since the output of the decode step before it; None after an idle gap or without decodes.
             sequences: decodes in the step.
             context: their summed context, in tokens.
             chunks: its prefill chunks, as `StepBudget.granted` lists them.
             learn: whether the step-time model takes it in; a caller may skip steps without prefill to save time.
         """
         if interval_ms is not None:
-            self.tpot.add(interval_ms)
+            self.tpot.add(interval_ms * self._depth)
         if not chunks:
             if sequences and interval_ms is not None and learn:
-                self._alone.add(interval_ms)
+                self._alone.add(interval_ms * self._depth)
                 self.model.learn_decode(sequences, context, interval_ms)
                 self._calibrate()
             return
+        predicted = 0.0
         # Steps without decodes have other chunks than mixed ones: they only serve until mixed ones have been seen.
-        if learn and (sequences or self.model.largest_mixed_tokens == 0):
+        if learn and (sequences or not self._trust.tried):
             pairs = [(tokens, before) for _, tokens, before in chunks]
-            self.model.learn_prefill(sequences, context, pairs, step_ms if interval_ms is None else interval_ms)
-        if sequences and interval_ms is not None:
-            self._mixed.add(interval_ms)
+            predicted = self.model.learn_prefill(sequences, context, pairs, step_ms if interval_ms is None else interval_ms)
+        if sequences:
+            self._trust.tried_step(chunks, step_ms * self._depth / self._target_ms)
+        # Steps that were short because little was left to do say nothing about the controller.
+        full = max(predicted, step_ms) * self._depth > self.FULL_STEP * self.gain * self._target_ms
+        if sequences and interval_ms is not None and full:
+            self._mixed.add(interval_ms * self._depth)
             if len(self._mixed) == self.CONTROL_STEPS:
                 self._feedback(self._mixed.quantile(0.9))
                 self._mixed.clear()
@@ -187,7 +249,7 @@ class BudgetController:
             self.gain = max(self.gain * max(1.0 / ratio, 0.8), low)
             self.resume_tokens = max(self.resume_tokens * 3 // 4, self._resume_floor())
         elif ratio < self.limits.lower_threshold:
-            self.gain = min(self.gain * min(1.0 / ratio, 1.03), high)
+            self.gain = min(self.gain * min(1.0 / ratio, 1.1), high)
             self.resume_tokens = min(self.resume_tokens * 5 // 4, self.limits.resume_budget_max_tokens)
 
     def _resume_floor(self) -> int:
@@ -196,7 +258,7 @@ class BudgetController:
     def prefill_ms(self, sequences: int, context: int) -> float:
         """The time left for prefill in a step with these decodes."""
         alone = self.model.decode_ms(sequences, context)
-        return max(self._target_ms * self.gain - alone, self.PREFILL_SHARE * alone)
+        return max(self._target_ms * self.gain / self._depth - alone, self.PREFILL_SHARE * alone)
 
     def plan(
         self,
@@ -224,11 +286,9 @@ class BudgetController:
         if not sequences and not (resumes and colds):
             return StepBudget(self.model, UNLIMITED, max_tokens, max_tokens, 0, floor, 1)
         tokens = max_tokens
-        if sequences:
-            # An untried chunk size is a guess: twice the largest one seen is as far as the model is trusted.
-            tokens = min(tokens, max(limits.first_chunk_tokens, 2 * self.model.largest_mixed_tokens))
         resume_tokens = self.resume_tokens if colds else tokens
         reserved = min(waiting_resume_tokens, resume_tokens, tokens // 2)
         granularity = limits.chunk_granularity_tokens
         prefill_ms = self.prefill_ms(sequences, context)
-        return StepBudget(self.model, prefill_ms, tokens, resume_tokens, reserved, floor, granularity)
+        trust = self._trust if sequences else None
+        return StepBudget(self.model, prefill_ms, tokens, resume_tokens, reserved, floor, granularity, trust)

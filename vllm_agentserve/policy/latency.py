@@ -6,12 +6,17 @@ prefill chunks of `p` thousand tokens that end at `c` thousand tokens of context
     t = (b0 + b1 n + b2 k) + (a0 + a1 sum(c) + a2 sum(p) + a3 sum(p (c - p/2)))
 
 The first part is learned from steps without prefill, the second from what mixed steps take on top of it. Both are
-recursive least squares with forgetting, weighted for relative error, so that short steps count as much as long ones.
+recursive least squares, weighted for relative error, so that short steps count as much as long ones. They forget slowly:
+along one long prefill chunk size and context move together, and a model that only remembers the last chunks knows nothing
+about the next prompt's first ones. What changes quickly, how fast the machine is just now, is one factor beside them.
 """
 
 from collections import deque
 from collections.abc import Sequence
 from math import sqrt
+
+NO_BOUND = 1 << 30
+"""More tokens than any prompt has."""
 
 
 class RecursiveLeastSquares:
@@ -64,20 +69,24 @@ class StepModel:
 
     def __init__(self) -> None:
         self._decode = RecursiveLeastSquares(3, forgetting=0.995, doubt=100.0)
-        self._prefill = RecursiveLeastSquares(4, forgetting=0.99, doubt=1000.0)
-        self.largest_mixed_tokens = 0
+        self._prefill = RecursiveLeastSquares(4, forgetting=0.999, doubt=1000.0)
+        self._slowness = 1.0
         self.error = 0.0
         """Mean relative error of the predictions for mixed steps, exponentially weighted (0.1 = 10 %)."""
+
+    @property
+    def knows_prefill(self) -> bool:
+        return self._prefill.samples > 0
 
     def decode_ms(self, sequences: int, context: int) -> float:
         """The predicted duration of a step without prefill; 0 before any step has been seen."""
         if self._decode.samples == 0:
             return 0.0
-        return max(self._decode.predict(self._decode_features(sequences, context)), 0.0)
+        return max(self._decode.predict((1.0, float(sequences), context / 1000)), 0.0)
 
     def chunk_ms(self, tokens: int, context: int, first: bool = True) -> float:
-        """What a chunk adds to a step; `first` chunks also pay what a mixed step costs over a pure one."""
-        a0, a1, a2, a3 = self._positive_prefill()
+        """What a chunk adds to a step; the `first` chunk also pays what a mixed step costs over a pure one."""
+        a0, a1, a2, a3 = self._coefficients()
         p, c = tokens / 1000, (context + tokens) / 1000
         return (a0 if first else 0.0) + a1 * c + a2 * p + a3 * p * (c - p / 2)
 
@@ -90,59 +99,52 @@ class StepModel:
 
     def tokens_within(self, budget_ms: float, context: int, first: bool = True) -> int:
         """The largest chunk, in tokens, over `context` computed tokens that adds at most `budget_ms`; 0 if none does."""
-        a0, a1, a2, a3 = self._positive_prefill()
+        a0, a1, a2, a3 = self._coefficients()
         c = context / 1000
         # chunk_ms <= budget is a quadratic in p: (a3/2) p^2 + (a1 + a2 + a3 c) p + a1 c + a0 - budget <= 0.
         room = budget_ms - (a0 if first else 0.0) - a1 * c
         linear = a1 + a2 + a3 * c
         if room <= 0.0:
             return 0
-        if a3 > 1e-12:
+        if a3 > 1e-9:
             p = (sqrt(linear * linear + 2 * a3 * room) - linear) / a3
-        elif linear > 1e-12:
+        elif linear > 1e-9:
             p = room / linear
         else:
-            return 1_000_000_000
-        return int(p * 1000)
-
-    @property
-    def knows_prefill(self) -> bool:
-        return self._prefill.samples > 0
+            return NO_BOUND
+        return min(int(p * 1000), NO_BOUND)
 
     def learn_decode(self, sequences: int, context: int, duration_ms: float) -> None:
         """Takes in a step that had decodes only."""
-        predicted = self.decode_ms(sequences, context)
         if self._decode.samples > 8:
-            duration_ms = min(duration_ms, self.OUTLIER * predicted)
-        self._decode.learn(self._decode_features(sequences, context), duration_ms, scale=max(duration_ms, 0.1))
+            duration_ms = min(duration_ms, self.OUTLIER * self.decode_ms(sequences, context))
+        features = (1.0, float(sequences), context / 1000)
+        self._decode.learn(features, duration_ms, scale=max(duration_ms, 0.1))
 
     def learn_prefill(
         self, sequences: int, context: int, chunks: Sequence[tuple[int, int]], duration_ms: float
-    ) -> None:
-        """Takes in a step with prefill chunks, with or without decodes beside them."""
+    ) -> float:
+        """Takes in a step with prefill chunks, with or without decodes; returns what it would have predicted."""
+        base = self.decode_ms(sequences, context)
         predicted = self.step_ms(sequences, context, chunks)
-        if sequences:
-            if self.knows_prefill:
-                self.error += 0.05 * (abs(predicted - duration_ms) / max(duration_ms, 0.1) - self.error)
-            self.largest_mixed_tokens = max(self.largest_mixed_tokens, sum(tokens for tokens, _ in chunks))
         if self._prefill.samples > 8:
+            if sequences:
+                self.error += 0.05 * (abs(predicted - duration_ms) / max(duration_ms, 0.1) - self.error)
             duration_ms = min(duration_ms, self.OUTLIER * max(predicted, 0.1))
+            ratio = (duration_ms - base) / max(predicted - base, 0.1) * self._slowness
+            self._slowness += 0.1 * (min(max(ratio, 0.4), self.OUTLIER) - self._slowness)
         features = [1.0, 0.0, 0.0, 0.0]
         for tokens, before in chunks:
             p, c = tokens / 1000, (before + tokens) / 1000
             features[1] += c
             features[2] += p
             features[3] += p * (c - p / 2)
-        base = self.decode_ms(sequences, context)
         self._prefill.learn(features, duration_ms - base, scale=max(duration_ms, 0.1))
+        return predicted
 
-    @staticmethod
-    def _decode_features(sequences: int, context: int) -> tuple[float, float, float]:
-        return (1.0, float(sequences), context / 1000)
-
-    def _positive_prefill(self) -> tuple[float, float, float, float]:
-        a0, a1, a2, a3 = self._prefill.weights
-        return (max(a0, 0.0), max(a1, 0.0), max(a2, 0.0), max(a3, 0.0))
+    def _coefficients(self) -> list[float]:
+        slowness = self._slowness
+        return [max(weight, 0.0) * slowness for weight in self._prefill.weights]
 
 
 class TpotWindow:

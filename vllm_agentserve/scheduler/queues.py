@@ -2,48 +2,61 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request
 
 from vllm_agentserve.policy.order import AdmissionClass, AdmissionKey, Patience
 
-Entry = tuple[AdmissionKey, int]
+
+@dataclass(slots=True)
+class _Place:
+    """What the queue knows of a request from the day it first came until it is forgotten."""
+
+    request: Request
+    number: int
+    key: AdmissionKey | None = None
+    overdue: bool = False
 
 
 class AgentQueue(RequestQueue):
     """Waiting requests in admission order.
 
     Args:
-        key_of: gives the sort key of a request; asked when the request enters and when `retag()` is called.
-        patience: steps a request may be overtaken before it is moved to the front.
+        key_of: gives the sort key of a request and its number in order of arrival; asked when the request comes in and
+            when `retag()` is called.
+        patience: engine steps a request may be overtaken before it moves to the front.
 
-    A request that the scheduler takes out, skips and puts back keeps its place: the key decides, not the way it came in.
+    A request that the scheduler takes out, skips and puts back keeps its place: its key decides, not the way it came in.
     """
 
-    def __init__(self, key_of: Callable[[Request], AdmissionKey], patience: int) -> None:
+    def __init__(self, key_of: Callable[[Request, int], AdmissionKey], patience: int) -> None:
         self._key_of = key_of
         self._patience = Patience(patience)
-        self._order: list[Entry] = []
-        self._entries: dict[str, tuple[Entry, Request]] = {}
-        self._by_number: dict[int, Request] = {}
-        self._numbers: dict[str, int] = {}
-        self._next_number = 0
+        self._order: list[tuple[AdmissionKey, int, str]] = []
+        self._places: dict[str, _Place] = {}
+        self._arrivals = 0
         self.step = 0
-        """The engine's step counter; the scheduler sets it."""
+        """The engine's step counter, set by the scheduler."""
 
     def add_request(self, request: Request) -> None:
-        self._insert(request, self._key_of(request))
+        place = self._places.get(request.request_id)
+        if place is None:
+            place = self._places[request.request_id] = _Place(request, self._arrivals)
+            self._arrivals += 1
+            self._patience.enter(request.request_id, self.step)
+        self._insert(place)
 
     def pop_request(self) -> Request:
         request = self.peek_request()
-        self._take(request.request_id)
+        self._take(self._places[request.request_id])
         return request
 
     def peek_request(self) -> Request:
         if not self._order:
             raise IndexError("peek from an empty queue")
-        return self._by_number[self._order[0][1]]
+        return self._places[self._order[0][2]].request
 
     def prepend_request(self, request: Request) -> None:
         self.add_request(request)
@@ -53,14 +66,18 @@ class AgentQueue(RequestQueue):
             self.add_request(request)
 
     def remove_request(self, request: Request) -> None:
-        if request.request_id not in self._entries:
+        if request not in self:
             raise ValueError(f"request {request.request_id!r} is not in the queue")
-        self._take(request.request_id)
+        self._take(self._places[request.request_id])
 
     def remove_requests(self, requests: Iterable[Request]) -> None:
         for request in requests:
-            if request.request_id in self._entries:
-                self._take(request.request_id)
+            if request in self:
+                self._take(self._places[request.request_id])
+
+    def __contains__(self, request: object) -> bool:
+        place = self._places.get(request.request_id) if isinstance(request, Request) else None
+        return place is not None and place.key is not None
 
     def __bool__(self) -> bool:
         return bool(self._order)
@@ -69,47 +86,51 @@ class AgentQueue(RequestQueue):
         return len(self._order)
 
     def __iter__(self) -> Iterator[Request]:
-        return iter([self._by_number[number] for _, number in self._order])
+        return iter([self._places[request_id].request for _, _, request_id in self._order])
 
-    def keys(self, limit: int) -> list[AdmissionKey]:
-        """The keys of the first `limit` requests in order."""
-        return [key for key, _ in self._order[:limit]]
+    def forget(self, request_id: str) -> None:
+        """Drops what is known of a finished request; one that is still queued is taken out."""
+        place = self._places.pop(request_id, None)
+        if place is not None and place.key is not None:
+            self._take(place)
+
+    def waiting_resume_tokens(self, limit: int) -> int:
+        """Uncached tokens of the resume prefills among the first `limit` requests."""
+        return sum(uncached for (kind, uncached, _), _, _ in self._order[:limit] if kind == AdmissionClass.RESUME)
+
+    def has_cold(self) -> bool:
+        """Whether a request waits that is not a short resume prefill."""
+        return bool(self._order) and self._order[-1][0][0] == AdmissionClass.COLD
 
     def promote_overdue(self) -> int:
         """Moves requests that were overtaken for too long to the front; returns how many."""
         promoted = 0
         for request_id in self._patience.overdue(self.step):
-            found = self._entries.get(request_id)
-            if found is None:
-                self._numbers.pop(request_id, None)
+            place = self._places.get(request_id)
+            if place is None or place.key is None or place.key[0] <= AdmissionClass.OVERDUE:
                 continue
-            ((kind, _, arrival), _), request = found
-            if kind > AdmissionClass.OVERDUE:
-                self._take(request_id)
-                self._insert(request, (AdmissionClass.OVERDUE, 0, arrival))
-                promoted += 1
+            self._take(place)
+            place.overdue = True
+            self._insert(place)
+            promoted += 1
         return promoted
 
     def retag(self, limit: int) -> None:
         """Asks again for the keys of the first `limit` cold requests: what they share may be cached by now."""
-        first = bisect_left(self._order, ((AdmissionClass.COLD, 0, float("-inf")), 0))
-        for _, number in self._order[first : first + limit]:
-            request = self._by_number[number]
-            self._take(request.request_id)
-            self._insert(request, self._key_of(request))
+        first = bisect_left(self._order, ((AdmissionClass.COLD, 0, -1.0), -1, ""))
+        for _, _, request_id in self._order[first : first + limit]:
+            place = self._places[request_id]
+            self._take(place)
+            self._insert(place)
 
-    def _insert(self, request: Request, key: AdmissionKey) -> None:
-        number = self._numbers.get(request.request_id)
-        if number is None:
-            number = self._numbers[request.request_id] = self._next_number
-            self._next_number += 1
-            self._patience.enter(request.request_id, self.step)
-        entry = (key, number)
-        insort(self._order, entry)
-        self._entries[request.request_id] = (entry, request)
-        self._by_number[number] = request
+    def _insert(self, place: _Place) -> None:
+        key = self._key_of(place.request, place.number)
+        if place.overdue and key[0] > AdmissionClass.OVERDUE:
+            key = (AdmissionClass.OVERDUE, 0, place.number)
+        place.key = key
+        insort(self._order, (key, place.number, place.request.request_id))
 
-    def _take(self, request_id: str) -> None:
-        entry, _ = self._entries.pop(request_id)
-        del self._order[bisect_left(self._order, entry)]
-        del self._by_number[entry[1]]
+    def _take(self, place: _Place) -> None:
+        entry = (place.key, place.number, place.request.request_id)
+        del self._order[bisect_left(self._order, entry)]  # type: ignore[arg-type]
+        place.key = None

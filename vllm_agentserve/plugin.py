@@ -1,0 +1,21 @@
+"""The `vllm.general_plugins` entry point. vLLM calls it in every process, and may call it more than once."""
+
+import logging
+
+from vllm_agentserve import vllm_compat
+
+logger = logging.getLogger("vllm.agentserve")
+
+
+def register() -> None:
+    """Prepares this process for `AgentScheduler`; without effect on a vLLM outside the supported window.
+
+    A stock run beside the installed plugin stays stock: an unsupported vLLM is refused where the scheduler is asked for.
+    """
+    reason = vllm_compat.unsupported_reason(vllm_compat.installed_vllm())
+    if reason is not None:
+        logger.debug("vllm_agentserve stays out: %s", reason)
+        return
+    vllm_compat.add_stats_field()
+    vllm_compat.check_options_early()
+    vllm_compat.add_stat_logger()

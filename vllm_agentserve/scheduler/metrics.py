@@ -1,0 +1,88 @@
+"""The API server's side of the report: Prometheus series on vLLM's own `/metrics`, and a line in vLLM's periodic log."""
+
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import Counter, Gauge
+from vllm.logger import init_logger
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+from vllm.v1.metrics.utils import create_metric_per_engine
+
+from vllm_agentserve.scheduler.stats import COUNTERS, GAUGES
+from vllm_agentserve.vllm_compat import STATS_FIELD
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger("vllm.agentserve")
+PREFIX = "vllm:agentserve_"
+
+
+class AgentStatLogger(AggregateStatLoggerBase):
+    """Records the reports of `StatsCollector`, whichever API server of an engine receives them.
+
+    Counters arrive as differences and gauges as values, so with several API servers the sum of the counters and the most
+    recent gauge are right, which is how vLLM's multi-process registry joins them.
+
+    Args:
+        vllm_config: names the model in the labels.
+        engine_indexes: the engines this server hears of; each is a label value.
+        log_lines: whether `log()` writes a line.
+    """
+
+    def __init__(self, vllm_config: "VllmConfig", engine_indexes: list[int], log_lines: bool = True) -> None:
+        self._log_lines = log_lines
+        self._latest: dict[int, dict[str, float]] = {}
+        self._since_log: dict[int, dict[str, float]] = {}
+        names = ["model_name", "engine"]
+        values: dict[int, list[object]] = {
+            index: [vllm_config.model_config.served_model_name, str(index)] for index in engine_indexes
+        }
+        self._counters: dict[str, Any] = {
+            name: create_metric_per_engine(Counter(PREFIX + name, text, labelnames=names), values)
+            for name, text in COUNTERS.items()
+        }
+        self._gauges: dict[str, Any] = {
+            name: create_metric_per_engine(
+                Gauge(PREFIX + name, text, labelnames=names, multiprocess_mode="mostrecent"), values
+            )
+            for name, text in GAUGES.items()
+        }
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        report: dict[str, float] | None = getattr(scheduler_stats, STATS_FIELD, None)
+        if not report:
+            return
+        since = self._since_log.setdefault(engine_idx, {})
+        for name, value in report.items():
+            if name in self._counters:
+                self._counters[name][engine_idx].inc(value)
+                since[name] = since.get(name, 0.0) + value
+            elif name in self._gauges:
+                self._gauges[name][engine_idx].set(value)
+        self._latest[engine_idx] = report
+
+    def log_engine_initialized(self) -> None:
+        return
+
+    def log(self) -> None:
+        if not self._log_lines:
+            return
+        for index, since in self._since_log.items():
+            if not since:
+                continue
+            latest = self._latest[index]
+            logger.info(
+                "Engine %03d: agentserve: TPOT %.1f ms, p95 %.1f ms (target %.1f ms), prefill beside decodes %.0f tokens "
+                "per step, resume budget %.0f tokens, admitted: %.0f cold, %.0f resume",
+                index,
+                latest["tpot_seconds"] * 1000,
+                latest["tpot_p95_seconds"] * 1000,
+                latest["tpot_target_seconds"] * 1000,
+                since.get("prefill_chunk_tokens", 0) / max(since.get("mixed_steps", 0), 1),
+                latest["resume_budget_tokens"],
+                since.get("cold_prefill_requests", 0),
+                since.get("resume_prefill_requests", 0),
+            )
+            since.clear()

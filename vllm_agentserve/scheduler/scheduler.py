@@ -1,0 +1,238 @@
+"""AgentScheduler: vLLM's own scheduler, with our order of waiting requests and our prefill budget per step.
+
+Nothing of `Scheduler.schedule()` is copied. Two seams carry everything: the waiting queue (`queues.py`) decides who is
+admitted, and `_reserve_prefill_lookahead()`, which vLLM asks for every sequence right before it allocates blocks, decides
+how many prompt tokens run. Steps that carry nothing but decodes are vLLM's, with two time stamps around them.
+"""
+
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_agentserve import vllm_compat
+from vllm_agentserve.config import AgentServeConfig
+from vllm_agentserve.policy.budget import BudgetController, BudgetLimits, StepBudget
+from vllm_agentserve.policy.order import AdmissionKey, admission_key
+from vllm_agentserve.policy.phase import Phase, SessionTable, classify
+from vllm_agentserve.scheduler.queues import AgentQueue
+from vllm_agentserve.scheduler.stats import StatsCollector
+from vllm_agentserve.scheduler.steps import Step, StepLog
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.metrics.stats import SchedulerStats
+    from vllm.v1.outputs import ModelRunnerOutput
+
+logger = init_logger("vllm.agentserve")
+
+LOOK_AHEAD = 64
+"""How many waiting requests are looked at beyond the first, per step and per re-tagging."""
+
+
+class Prefill:
+    """A sequence that computes its prompt: its phase, and whether it stands in line with the cold ones."""
+
+    __slots__ = ("phase", "request", "served_as")
+
+    def __init__(self, request: Request, phase: Phase, served_as: Phase) -> None:
+        self.request = request
+        self.phase = phase
+        self.served_as = served_as
+
+
+class AgentScheduler(Scheduler):
+    """The scheduler to name in `--scheduler-cls`; it is asynchronous where vLLM's own would be.
+
+    Raises:
+        OptionError: an option under `additional_config["agentserve"]` is wrong.
+        UnsupportedVllmError: on import, when vLLM is outside the supported window.
+    """
+
+    agentserve = True
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "AgentScheduler":
+        vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+        if cls is AgentScheduler and vllm_config.scheduler_config.async_scheduling:
+            cls = AsyncAgentScheduler
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        options = AgentServeConfig.from_additional_config(self.vllm_config.additional_config)
+        limits = BudgetLimits(**{name: getattr(options, name) for name in BudgetLimits.__dataclass_fields__})
+        self._controller = BudgetController(limits, pipeline_depth=self.parallel_config.pipeline_parallel_size)
+        self._stats = StatsCollector(self._controller)
+        self._log = StepLog(self._controller, self._stats)
+        self._sessions = SessionTable()
+        self._prefills: dict[str, Prefill] = {}
+        self._budget: StepBudget | None = None
+        self._decode_width = 1 + self.num_spec_tokens
+        self._report_interval_s = options.stats_interval_ms / 1000
+        self._next_report = 0.0
+        self._now = 0.0
+        self._uncut_said = False
+        stock = options.mode == "stock"
+        budget_obstacle = "mode is 'stock'" if stock else vllm_compat.budget_obstacle(self)
+        order_obstacle = "mode is 'stock'" if stock else vllm_compat.order_obstacle(self)
+        self._cuts_prefills = budget_obstacle is None
+        self._queue: AgentQueue | None = None
+        if order_obstacle is None:
+            self._queue = self.waiting = AgentQueue(self._admission_key, options.max_bypass_steps)
+        self._say_what_runs(options, budget_obstacle, order_obstacle)
+
+    def _say_what_runs(self, options: AgentServeConfig, budget_obstacle: str | None, order_obstacle: str | None) -> None:
+        target = "calibrated" if options.tpot_slo_ms is None else f"{options.tpot_slo_ms:g} ms"
+        logger.info(
+            "agentserve: mode %s, %s scheduling, TPOT target %s.",
+            "time-sliced" if self._cuts_prefills else "stock",
+            "asynchronous" if isinstance(self, AsyncScheduler) else "synchronous",
+            target,
+        )
+        if budget_obstacle is not None:
+            logger.warning("agentserve: prefills are not cut to the TPOT target: %s.", budget_obstacle)
+        if order_obstacle is not None:
+            logger.warning("agentserve: waiting requests keep vLLM's order: %s.", order_obstacle)
+
+    # -- a step ---------------------------------------------------------------------------------------------------------
+
+    def schedule(self, throttle_prefills: bool = False) -> "SchedulerOutput":
+        started = perf_counter()
+        if not self._prefills and not self.waiting and not self.kv_holding_waiting:
+            output = super().schedule(throttle_prefills)
+            sequences = len(output.num_scheduled_tokens)
+            context = self._decode_context() if sequences and self._log.wants_context() else 0
+            self._log.scheduled(Step(output, started, sequences, context, None))
+            return output
+        return self._schedule_with_prefills(throttle_prefills, started)
+
+    def _schedule_with_prefills(self, throttle_prefills: bool, started: float) -> "SchedulerOutput":
+        running = RequestStatus.RUNNING
+        # Preempted prefills wait again; they are tagged anew when they are admitted.
+        self._prefills = {key: prefill for key, prefill in self._prefills.items() if prefill.request.status == running}
+        decodes = len(self.running) - len(self._prefills)
+        context = self._decode_context() if decodes else 0
+        if self._queue is not None:
+            self._queue.step = self.current_step
+            self._stats.counts["overdue_requests"] += self._queue.promote_overdue()
+        self._budget = self._plan(decodes, context) if self._cuts_prefills else None
+        # vLLM asks the attribute of the instance: so the question costs nothing in steps without prefill.
+        self._reserve_prefill_lookahead = self._grant  # type: ignore[method-assign]
+        try:
+            output = super().schedule(throttle_prefills)
+        finally:
+            del self._reserve_prefill_lookahead
+        chunks = self._take_chunks(output)
+        sequences = len(output.num_scheduled_tokens) - len(chunks)
+        self._log.scheduled(Step(output, started, sequences, context, chunks or None))
+        return output
+
+    def _plan(self, decodes: int, context: int) -> StepBudget:
+        queue = self._queue
+        phases = {prefill.served_as for prefill in self._prefills.values()}
+        waiting_resumes = queue.waiting_resume_tokens(LOOK_AHEAD) if queue is not None else 0
+        return self._controller.plan(
+            decodes,
+            context,
+            max(self.max_num_scheduled_tokens - decodes * self._decode_width, 1),
+            resumes=waiting_resumes > 0 or Phase.RESUME_PREFILL in phases,
+            colds=Phase.COLD_PREFILL in phases or (queue.has_cold() if queue is not None else bool(self.waiting)),
+            waiting_resume_tokens=waiting_resumes,
+        )
+
+    def _grant(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """Stands in for `Scheduler._reserve_prefill_lookahead`: how many of these tokens run in this step."""
+        prefill = self._prefills.get(request.request_id)
+        if prefill is None:
+            if request.status == RequestStatus.RUNNING:
+                return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+            prefill = self._admit(request, num_computed_tokens)
+        budget = self._budget
+        if budget is not None and num_new_tokens > self._decode_width:
+            if request.has_encoder_inputs:
+                # Which encoder inputs run was decided from the uncut chunk: it cannot be cut any more.
+                self._say_uncut()
+                budget.charge(prefill.served_as, num_new_tokens, num_computed_tokens)
+            else:
+                num_new_tokens = budget.grant(prefill.served_as, num_new_tokens, num_computed_tokens)
+        return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+
+    def _admit(self, request: Request, computed: int) -> Prefill:
+        uncached = request.num_tokens - computed
+        phase = classify(computed, uncached, known_session=request.session_id in self._sessions)
+        short = phase is Phase.RESUME_PREFILL and uncached <= self._controller.resume_tokens
+        prefill = Prefill(request, phase, Phase.RESUME_PREFILL if short else Phase.COLD_PREFILL)
+        self._prefills[request.request_id] = prefill
+        return prefill
+
+    def _take_chunks(self, output: "SchedulerOutput") -> list[tuple[Phase, int, int]]:
+        """Reads back which prefill chunks really run, counts admissions and forgets prefills that are through."""
+        chunks = []
+        cold_finished = False
+        scheduled = output.num_scheduled_tokens
+        new = {data.req_id for data in output.scheduled_new_reqs} | output.scheduled_cached_reqs.resumed_req_ids
+        for request_id, prefill in list(self._prefills.items()):
+            request = prefill.request
+            tokens = scheduled.get(request_id, 0)
+            if request.status != RequestStatus.RUNNING:
+                del self._prefills[request_id]
+                continue
+            if request_id in new:
+                self._stats.admitted(prefill.phase)
+            if tokens:
+                chunks.append((prefill.phase, tokens, request.num_computed_tokens - tokens))
+                if not request.is_prefill_chunk:
+                    del self._prefills[request_id]
+                    cold_finished |= prefill.phase is Phase.COLD_PREFILL
+        if cold_finished and self._queue is not None:
+            self._queue.retag(LOOK_AHEAD)
+        return chunks
+
+    def _decode_context(self) -> int:
+        return sum([request.num_computed_tokens for request in self.running])
+
+    def _say_uncut(self) -> None:
+        if not self._uncut_said:
+            self._uncut_said = True
+            logger.warning("agentserve: prompts with encoder inputs are not cut to the TPOT target.")
+
+    # -- what comes back ------------------------------------------------------------------------------------------------
+
+    def update_from_output(
+        self, scheduler_output: "SchedulerOutput", model_runner_output: "ModelRunnerOutput"
+    ) -> dict[int, Any]:
+        self._now = perf_counter()
+        self._log.finished(scheduler_output, self._now)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> "SchedulerStats | None":
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None and (self._now >= self._next_report or not self.running):
+            self._next_report = self._now + self._report_interval_s
+            setattr(stats, vllm_compat.STATS_FIELD, self._stats.take())
+        return stats
+
+    # -- waiting requests -----------------------------------------------------------------------------------------------
+
+    def _admission_key(self, request: Request, number: int) -> AdmissionKey:
+        if request.status == RequestStatus.PREEMPTED:
+            return admission_key(Phase.COLD_PREFILL, 0, number, preempted=True, resume_budget=0)
+        cached = vllm_compat.cached_prefix_tokens(self, request)
+        uncached = request.num_tokens - cached
+        phase = classify(cached, uncached, known_session=request.session_id in self._sessions)
+        return admission_key(phase, uncached, number, preempted=False, resume_budget=self._controller.resume_tokens)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        if request.num_computed_tokens > 0:
+            self._sessions.touch(request.session_id)
+        self._prefills.pop(request.request_id, None)
+        if self._queue is not None:
+            self._queue.forget(request.request_id)
+        return super()._free_request(request, *args, **kwargs)
+
+
+class AsyncAgentScheduler(AgentScheduler, AsyncScheduler):
+    """AgentScheduler where vLLM schedules asynchronously (the default on CUDA)."""

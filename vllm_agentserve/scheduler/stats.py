@@ -1,0 +1,74 @@
+"""What the engine reports: plain figures, collected between two reports and sent as one flat dictionary."""
+
+from vllm_agentserve.policy.budget import BudgetController
+from vllm_agentserve.policy.phase import Phase
+
+COUNTERS = {
+    "cold_prefill_requests": "Requests admitted as cold prefill.",
+    "resume_prefill_requests": "Requests admitted as resume prefill.",
+    "cold_prefill_tokens": "Prompt tokens computed by cold prefills.",
+    "resume_prefill_tokens": "Prompt tokens computed by resume prefills.",
+    "decode_sequences": "Decode sequences scheduled, summed over steps.",
+    "decode_steps": "Engine steps with decodes only.",
+    "mixed_steps": "Engine steps with decodes and prefill chunks.",
+    "prefill_steps": "Engine steps with prefill chunks only.",
+    "prefill_chunks": "Prefill chunks run beside decodes.",
+    "prefill_chunk_tokens": "Prompt tokens in chunks run beside decodes.",
+    "overdue_requests": "Requests moved to the front of the queue because others had overtaken them for too long.",
+    "slow_steps": "Decode steps that took longer than the upper threshold of the target.",
+}
+"""Counters, by the name they have behind `vllm:agentserve_` (with `_total`); each report carries what was added."""
+
+GAUGES = {
+    "tpot_target_seconds": "Target for the time between two tokens of a stream.",
+    "tpot_seconds": "Time between two tokens of a stream as the engine gives it, exponentially weighted.",
+    "tpot_p95_seconds": "95th percentile of the time between two tokens over the last 256 decode steps.",
+    "resume_budget_tokens": "Largest resume prefill that goes ahead of cold ones, and their share of a step.",
+    "last_prefill_chunk_tokens": "Prompt tokens of the latest step that mixed decodes and prefill.",
+    "budget_gain": "Correction the feedback law applies to the target (1 = the step-time model is right).",
+    "step_prediction_error_ratio": "Mean relative error of the predicted duration of mixed steps.",
+}
+"""Gauges, by the name they have behind `vllm:agentserve_`; each report carries their value."""
+
+
+class StatsCollector:
+    """Collects counters from finished steps and reads gauges off the controller when a report is due."""
+
+    def __init__(self, controller: BudgetController) -> None:
+        self._controller = controller
+        self.counts = dict.fromkeys(COUNTERS, 0)
+        self._last_chunk = 0
+
+    def admitted(self, phase: Phase) -> None:
+        self.counts[f"{phase.label}_requests"] += 1
+
+    def finished_step(self, sequences: int, chunks: list[tuple[Phase, int, int]], interval_ms: float | None) -> None:
+        """Counts a step: its decodes, its prefill chunks, and the interval its streams saw (None: none did)."""
+        counts = self.counts
+        counts["decode_sequences"] += sequences
+        kind = "decode_steps" if not chunks else "mixed_steps" if sequences else "prefill_steps"
+        counts[kind] += 1
+        if interval_ms is not None:
+            controller = self._controller
+            if interval_ms > controller.target_ms * controller.limits.upper_threshold:
+                counts["slow_steps"] += 1
+        for phase, tokens, _ in chunks:
+            counts[f"{phase.label}_tokens"] += tokens
+        if chunks and sequences:
+            self._last_chunk = sum(tokens for _, tokens, _ in chunks)
+            counts["prefill_chunks"] += len(chunks)
+            counts["prefill_chunk_tokens"] += self._last_chunk
+
+    def take(self) -> dict[str, float]:
+        """Returns the report since the last one and starts the next."""
+        controller = self._controller
+        report: dict[str, float] = {name: count for name, count in self.counts.items() if count}
+        self.counts = dict.fromkeys(COUNTERS, 0)
+        report["tpot_target_seconds"] = controller.target_ms / 1000
+        report["tpot_seconds"] = controller.tpot.ewma / 1000
+        report["tpot_p95_seconds"] = controller.tpot.quantile(0.95) / 1000
+        report["resume_budget_tokens"] = controller.resume_tokens
+        report["last_prefill_chunk_tokens"] = self._last_chunk
+        report["budget_gain"] = controller.gain
+        report["step_prediction_error_ratio"] = controller.model.error
+        return report

@@ -1,0 +1,80 @@
+"""The steps in flight: when each was scheduled, what it carries, and what it took when its output came back."""
+
+from collections import deque
+from typing import Any, NamedTuple
+
+from vllm_agentserve.policy.budget import BudgetController
+from vllm_agentserve.policy.phase import Phase
+from vllm_agentserve.scheduler.stats import StatsCollector
+
+IDLE_GAP_S = 0.25
+"""Decode steps further apart than this were not waiting for each other: the engine was paused or driven by hand."""
+Chunks = list[tuple[Phase, int, int]]
+
+
+class Step(NamedTuple):
+    """A scheduled step whose output is still to come."""
+
+    output: Any
+    started: float
+    sequences: int
+    context: int
+    chunks: Chunks | None
+
+
+class StepLog:
+    """Measures steps; with async scheduling and pipeline parallelism several are in flight, in order.
+
+    A step takes from when it was scheduled, or from when the step before it finished if that was later, until its own
+    output is there. Streams see the time between the outputs of two decode steps in a row.
+
+    Args:
+        controller: learns from every step.
+        stats: counts every step.
+    """
+
+    def __init__(self, controller: BudgetController, stats: StatsCollector) -> None:
+        self._controller = controller
+        self._stats = stats
+        self._in_flight: deque[Step] = deque()
+        self._last_output = 0.0
+        self._last_decoded = False
+        self._quiet_steps = 0
+
+    def scheduled(self, step: Step) -> None:
+        self._in_flight.append(step)
+
+    def wants_context(self) -> bool:
+        """Whether the next step without prefill teaches the model, which then needs its summed context.
+
+        Such steps are many and alike: the first ones teach, then one in eight.
+        """
+        return self._quiet_steps < 16 or self._quiet_steps % 8 == 0
+
+    def finished(self, output: Any, now: float) -> None:
+        """Takes the output of a step at time `now` (s); an output of a step never seen is ignored."""
+        in_flight = self._in_flight
+        while in_flight:
+            step = in_flight.popleft()
+            if step.output is output:
+                break
+        else:
+            return
+        last, decoded = self._last_output, self._last_decoded
+        sequences, chunks = step.sequences, step.chunks
+        self._last_output = now
+        self._last_decoded = sequences > 0
+        if not sequences and not chunks:
+            return
+        begin = step.started if step.started > last else last
+        interval_ms = None
+        if sequences:
+            began = last if decoded and step.started - last < IDLE_GAP_S else begin
+            interval_ms = (now - began) * 1000
+        if chunks is None:
+            self._quiet_steps += 1
+            chunks = []
+        self._stats.finished_step(sequences, chunks, interval_ms)
+        self._controller.observe(
+            (now - begin) * 1000, interval_ms, sequences, step.context, chunks, learn=bool(chunks) or step.context > 0
+        )
