@@ -44,7 +44,7 @@ class SimulatedEngine:
     def decode(self, steps: int, sequences: int = 4, context: int = 2000) -> None:
         for _ in range(steps):
             took = self.measured_ms(sequences, 0, 0)
-            self.controller.observe(took, took, sequences, context, [])
+            self.controller.observe(took, took, sequences, context, None)
 
     def cold_prefill(self, prompt: int, sequences: int = 4, context: int = 2000) -> Iterator[tuple[float, int, int]]:
         """Yields (duration in ms, chunk, context before it) of every step until the prompt is computed."""

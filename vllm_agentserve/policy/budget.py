@@ -185,7 +185,9 @@ class BudgetController:
         self.gain = 1.0
         self.resume_tokens = min(256, limits.resume_budget_max_tokens)
         self._trust = TrustRegion(limits.first_chunk_tokens)
-        self._target_ms = limits.tpot_slo_ms or limits.tpot_uncalibrated_ms
+        self.slow_steps = 0
+        """Decode steps above the upper threshold, counted until somebody sets it back."""
+        self._set_target(limits.tpot_slo_ms or limits.tpot_uncalibrated_ms)
 
     @property
     def target_ms(self) -> float:
@@ -202,8 +204,7 @@ class BudgetController:
         interval_ms: float | None,
         sequences: int,
         context: int,
-        chunks: Sequence[tuple[Phase, int, int]],
-        learn: bool = True,
+        chunks: Sequence[tuple[Phase, int, int]] | None,
     ) -> None:
         """Takes in a finished step.
 
@@ -211,36 +212,49 @@ class BudgetController:
             step_ms: how long the engine worked on it.
             interval_ms: time since the output of the decode step before it; None after an idle gap or without decodes.
             sequences: decodes in the step.
-            context: their summed context, in tokens.
-            chunks: its prefill chunks, as `StepBudget.granted` lists them.
-            learn: whether the step-time model takes it in; a caller may skip steps without prefill to save time.
+            context: their summed context, in tokens; steps without prefill may leave it at 0, and teach nothing then.
+            chunks: its prefill chunks, as `StepBudget.granted` lists them; None or empty without prefill.
         """
         if interval_ms is not None:
-            self.tpot.add(interval_ms * self._depth)
-        if not chunks:
-            if sequences and interval_ms is not None and learn:
-                self._alone.add(interval_ms * self._depth)
-                self.model.learn_decode(sequences, context, interval_ms)
-                self._calibrate()
+            streams_ms = interval_ms * self._depth
+            self.tpot.add(streams_ms)
+            if streams_ms > self._slow_ms:
+                self.slow_steps += 1
+        if chunks:
+            self._observe_prefill(step_ms, interval_ms, sequences, context, chunks)
+        elif context and interval_ms is not None:
+            self._alone.add(interval_ms * self._depth)
+            self.model.learn_decode(sequences, context, interval_ms)
+            if self.limits.tpot_slo_ms is None:
+                self._set_target(max(self.limits.tpot_factor * self._alone.quantile(0.5), 1.0))
+
+    def _observe_prefill(
+        self,
+        step_ms: float,
+        interval_ms: float | None,
+        sequences: int,
+        context: int,
+        chunks: Sequence[tuple[Phase, int, int]],
+    ) -> None:
+        pairs = [(tokens, before) for _, tokens, before in chunks]
+        if not sequences or interval_ms is None:
+            # Steps without decodes have other chunks than mixed ones: they only serve until mixed ones have been seen.
+            if not self._trust.tried:
+                self.model.learn_prefill(sequences, context, pairs, step_ms)
             return
-        predicted = 0.0
-        # Steps without decodes have other chunks than mixed ones: they only serve until mixed ones have been seen.
-        if learn and (sequences or not self._trust.tried):
-            pairs = [(tokens, before) for _, tokens, before in chunks]
-            predicted = self.model.learn_prefill(sequences, context, pairs, step_ms if interval_ms is None else interval_ms)
-        if sequences:
-            self._trust.tried_step(chunks, step_ms * self._depth / self._target_ms)
+        predicted = self.model.learn_prefill(sequences, context, pairs, interval_ms)
+        streams_ms = interval_ms * self._depth
+        self._trust.tried_step(chunks, streams_ms / self._target_ms)
         # Steps that were short because little was left to do say nothing about the controller.
-        full = max(predicted, step_ms) * self._depth > self.FULL_STEP * self.gain * self._target_ms
-        if sequences and interval_ms is not None and full:
-            self._mixed.add(interval_ms * self._depth)
+        if max(predicted * self._depth, streams_ms) > self.FULL_STEP * self.gain * self._target_ms:
+            self._mixed.add(streams_ms)
             if len(self._mixed) == self.CONTROL_STEPS:
                 self._feedback(self._mixed.quantile(0.9))
                 self._mixed.clear()
 
-    def _calibrate(self) -> None:
-        if self.limits.tpot_slo_ms is None:
-            self._target_ms = max(self.limits.tpot_factor * self._alone.quantile(0.5), 1.0)
+    def _set_target(self, target_ms: float) -> None:
+        self._target_ms = target_ms
+        self._slow_ms = target_ms * self.limits.upper_threshold
 
     def _feedback(self, measured_ms: float) -> None:
         low, high = self.GAIN_RANGE

@@ -20,41 +20,43 @@ NO_BOUND = 1 << 30
 
 
 class RecursiveLeastSquares:
-    """Weighted recursive least squares with exponential forgetting over a few features.
+    """Recursive least squares with exponential forgetting over a few features.
 
     Args:
-        size: number of features.
+        deviations: how far each coefficient may well be from zero, as a standard deviation; it also bounds how far
+            forgetting may raise the uncertainty again, so that a direction without samples does not blow up.
         forgetting: weight of the past per sample, in (0, 1].
-        doubt: initial variance of each coefficient; it also bounds how far forgetting may let the variance grow.
     """
 
-    def __init__(self, size: int, forgetting: float, doubt: float) -> None:
-        self.weights = [0.0] * size
+    def __init__(self, deviations: Sequence[float], forgetting: float) -> None:
+        self.weights = [0.0] * len(deviations)
         self.samples = 0
         self._forgetting = forgetting
-        self._doubt = doubt
-        self._covariance = [[doubt if i == j else 0.0 for j in range(size)] for i in range(size)]
+        self._prior = [deviation**2 for deviation in deviations]
+        self._covariance = [
+            [variance if i == j else 0.0 for j in range(len(deviations))] for i, variance in enumerate(self._prior)
+        ]
 
     def predict(self, features: Sequence[float]) -> float:
         return sum(w * x for w, x in zip(self.weights, features, strict=True))
 
-    def learn(self, features: Sequence[float], value: float, scale: float) -> None:
-        """Takes in one sample; `scale` is the size of error that counts as one (relative weighting)."""
-        x = [f / scale for f in features]
+    def learn(self, features: Sequence[float], value: float, deviation: float) -> None:
+        """Takes in one sample; `deviation` is the standard deviation of its noise, in the unit of `value`."""
+        x = [feature / deviation for feature in features]
         size = range(len(x))
         covariance = self._covariance
         gain = [sum(row[j] * x[j] for j in size) for row in covariance]
         denominator = self._forgetting + sum(x[i] * gain[i] for i in size)
-        error = value / scale - sum(self.weights[i] * x[i] for i in size)
-        step = error / denominator
+        error = value / deviation - sum(self.weights[i] * x[i] for i in size)
         for i in size:
-            self.weights[i] += gain[i] * step
-        # Forgetting inflates directions that are not excited; without a bound the first excitation would throw the model.
-        inflate = 1.0 / self._forgetting if max(covariance[i][i] for i in size) < self._doubt else 1.0
-        for i in size:
+            self.weights[i] += gain[i] * error / denominator
             row, k = covariance[i], gain[i] / denominator
             for j in size:
-                row[j] = (row[j] - k * gain[j]) * inflate
+                row[j] -= k * gain[j]
+        if all(covariance[i][i] < self._forgetting * self._prior[i] for i in size):
+            for row in covariance:
+                for j in size:
+                    row[j] /= self._forgetting
         self.samples += 1
 
 
@@ -64,12 +66,14 @@ class StepModel:
     A chunk is a pair (tokens, context): how many prompt tokens it computes and how many tokens were computed before it.
     """
 
+    NOISE = 0.1
+    """Standard deviation of a step's duration, relative."""
     OUTLIER = 2.5
     """A step this many times slower than predicted is taken in as that slow and no slower: a hiccup is not a trend."""
 
     def __init__(self) -> None:
-        self._decode = RecursiveLeastSquares(3, forgetting=0.995, doubt=100.0)
-        self._prefill = RecursiveLeastSquares(4, forgetting=0.999, doubt=1000.0)
+        self._decode = RecursiveLeastSquares((100.0, 10.0, 10.0), forgetting=0.995)
+        self._prefill = RecursiveLeastSquares(self._prior(10.0), forgetting=0.999)
         self._slowness = 1.0
         self.error = 0.0
         """Mean relative error of the predictions for mixed steps, exponentially weighted (0.1 = 10 %)."""
@@ -119,7 +123,7 @@ class StepModel:
         if self._decode.samples > 8:
             duration_ms = min(duration_ms, self.OUTLIER * self.decode_ms(sequences, context))
         features = (1.0, float(sequences), context / 1000)
-        self._decode.learn(features, duration_ms, scale=max(duration_ms, 0.1))
+        self._decode.learn(features, duration_ms, self.NOISE * max(duration_ms, 0.1))
 
     def learn_prefill(
         self, sequences: int, context: int, chunks: Sequence[tuple[int, int]], duration_ms: float
@@ -139,8 +143,15 @@ class StepModel:
             features[1] += c
             features[2] += p
             features[3] += p * (c - p / 2)
-        self._prefill.learn(features, duration_ms - base, scale=max(duration_ms, 0.1))
+        if self._prefill.samples == 0:
+            self._prefill = RecursiveLeastSquares(self._prior(base or duration_ms), forgetting=0.999)
+        self._prefill.learn(features, duration_ms - base, self.NOISE * max(duration_ms, 0.1))
         return predicted
+
+    @staticmethod
+    def _prior(scale_ms: float) -> tuple[float, float, float, float]:
+        """How large the coefficients of a chunk may be where a step without prefill takes `scale_ms`."""
+        return (0.3 * scale_ms, 0.1 * scale_ms, 20.0 * scale_ms, 20.0 * scale_ms)
 
     def _coefficients(self) -> list[float]:
         slowness = self._slowness

@@ -20,11 +20,10 @@ from vllm_agentserve.policy.order import AdmissionKey, admission_key
 from vllm_agentserve.policy.phase import Phase, SessionTable, classify
 from vllm_agentserve.scheduler.queues import AgentQueue
 from vllm_agentserve.scheduler.stats import StatsCollector
-from vllm_agentserve.scheduler.steps import Step, StepLog
+from vllm_agentserve.scheduler.steps import StepLog
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.outputs import ModelRunnerOutput
 
 logger = init_logger("vllm.agentserve")
@@ -73,7 +72,6 @@ class AgentScheduler(Scheduler):
         self._decode_width = 1 + self.num_spec_tokens
         self._report_interval_s = options.stats_interval_ms / 1000
         self._next_report = 0.0
-        self._now = 0.0
         self._uncut_said = False
         stock = options.mode == "stock"
         budget_obstacle = "mode is 'stock'" if stock else vllm_compat.budget_obstacle(self)
@@ -105,7 +103,7 @@ class AgentScheduler(Scheduler):
             output = super().schedule(throttle_prefills)
             sequences = len(output.num_scheduled_tokens)
             context = self._decode_context() if sequences and self._log.wants_context() else 0
-            self._log.scheduled(Step(output, started, sequences, context, None))
+            self._log.scheduled((output, started, sequences, context, None))
             return output
         return self._schedule_with_prefills(throttle_prefills, started)
 
@@ -127,7 +125,7 @@ class AgentScheduler(Scheduler):
             del self._reserve_prefill_lookahead
         chunks = self._take_chunks(output)
         sequences = len(output.num_scheduled_tokens) - len(chunks)
-        self._log.scheduled(Step(output, started, sequences, context, chunks or None))
+        self._log.scheduled((output, started, sequences, context, chunks or None))
         return output
 
     def _plan(self, decodes: int, context: int) -> StepBudget:
@@ -204,16 +202,20 @@ class AgentScheduler(Scheduler):
     def update_from_output(
         self, scheduler_output: "SchedulerOutput", model_runner_output: "ModelRunnerOutput"
     ) -> dict[int, Any]:
-        self._now = perf_counter()
-        self._log.finished(scheduler_output, self._now)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        now = perf_counter()
+        self._log.finished(scheduler_output, now)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self.log_stats and (now >= self._next_report or not self.running):
+            self._report(outputs, now)
+        return outputs
 
-    def make_stats(self, *args: Any, **kwargs: Any) -> "SchedulerStats | None":
-        stats = super().make_stats(*args, **kwargs)
-        if stats is not None and (self._now >= self._next_report or not self.running):
-            self._next_report = self._now + self._report_interval_s
-            setattr(stats, vllm_compat.STATS_FIELD, self._stats.take())
-        return stats
+    def _report(self, outputs: dict[int, Any], now: float) -> None:
+        """Lays our figures beside vLLM's own, which go to one of the API servers."""
+        for output in outputs.values():
+            if output.scheduler_stats is not None:
+                setattr(output.scheduler_stats, vllm_compat.STATS_FIELD, self._stats.take())
+                self._next_report = now + self._report_interval_s
+                return
 
     # -- waiting requests -----------------------------------------------------------------------------------------------
 

@@ -42,19 +42,20 @@ class StatsCollector:
     def admitted(self, phase: Phase) -> None:
         self.counts[f"{phase.label}_requests"] += 1
 
-    def finished_step(self, sequences: int, chunks: list[tuple[Phase, int, int]], interval_ms: float | None) -> None:
-        """Counts a step: its decodes, its prefill chunks, and the interval its streams saw (None: none did)."""
+    def quiet_step(self, sequences: int) -> None:
+        """Counts a step of decodes only."""
         counts = self.counts
+        counts["decode_steps"] += 1
         counts["decode_sequences"] += sequences
-        kind = "decode_steps" if not chunks else "mixed_steps" if sequences else "prefill_steps"
-        counts[kind] += 1
-        if interval_ms is not None:
-            controller = self._controller
-            if interval_ms > controller.target_ms * controller.limits.upper_threshold:
-                counts["slow_steps"] += 1
+
+    def prefill_step(self, sequences: int, chunks: list[tuple[Phase, int, int]]) -> None:
+        """Counts a step with prefill chunks and that many decodes beside them."""
+        counts = self.counts
+        counts["mixed_steps" if sequences else "prefill_steps"] += 1
+        counts["decode_sequences"] += sequences
         for phase, tokens, _ in chunks:
             counts[f"{phase.label}_tokens"] += tokens
-        if chunks and sequences:
+        if sequences:
             self._last_chunk = sum(tokens for _, tokens, _ in chunks)
             counts["prefill_chunks"] += len(chunks)
             counts["prefill_chunk_tokens"] += self._last_chunk
@@ -62,6 +63,7 @@ class StatsCollector:
     def take(self) -> dict[str, float]:
         """Returns the report since the last one and starts the next."""
         controller = self._controller
+        self.counts["slow_steps"], controller.slow_steps = controller.slow_steps, 0
         report: dict[str, float] = {name: count for name, count in self.counts.items() if count}
         self.counts = dict.fromkeys(COUNTERS, 0)
         report["tpot_target_seconds"] = controller.target_ms / 1000

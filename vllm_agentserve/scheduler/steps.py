@@ -1,7 +1,7 @@
 """The steps in flight: when each was scheduled, what it carries, and what it took when its output came back."""
 
 from collections import deque
-from typing import Any, NamedTuple
+from typing import Any
 
 from vllm_agentserve.policy.budget import BudgetController
 from vllm_agentserve.policy.phase import Phase
@@ -12,14 +12,9 @@ IDLE_GAP_S = 0.25
 Chunks = list[tuple[Phase, int, int]]
 
 
-class Step(NamedTuple):
-    """A scheduled step whose output is still to come."""
-
-    output: Any
-    started: float
-    sequences: int
-    context: int
-    chunks: Chunks | None
+Step = tuple[Any, float, int, int, Chunks | None]
+"""A scheduled step whose output is still to come: vLLM's SchedulerOutput; when scheduling began (s); decode sequences;
+their summed context (0 where it was not asked for); prefill chunks (None: a step of decodes only)."""
 
 
 class StepLog:
@@ -55,26 +50,24 @@ class StepLog:
         """Takes the output of a step at time `now` (s); an output of a step never seen is ignored."""
         in_flight = self._in_flight
         while in_flight:
-            step = in_flight.popleft()
-            if step.output is output:
+            seen, started, sequences, context, chunks = in_flight.popleft()
+            if seen is output:
                 break
         else:
             return
         last, decoded = self._last_output, self._last_decoded
-        sequences, chunks = step.sequences, step.chunks
         self._last_output = now
         self._last_decoded = sequences > 0
-        if not sequences and not chunks:
+        if not sequences and chunks is None:
             return
-        begin = step.started if step.started > last else last
+        begin = started if started > last else last
         interval_ms = None
         if sequences:
-            began = last if decoded and step.started - last < IDLE_GAP_S else begin
-            interval_ms = (now - began) * 1000
+            together = decoded and started - last < IDLE_GAP_S
+            interval_ms = (now - (last if together else begin)) * 1000
         if chunks is None:
             self._quiet_steps += 1
-            chunks = []
-        self._stats.finished_step(sequences, chunks, interval_ms)
-        self._controller.observe(
-            (now - begin) * 1000, interval_ms, sequences, step.context, chunks, learn=bool(chunks) or step.context > 0
-        )
+            self._stats.quiet_step(sequences)
+        else:
+            self._stats.prefill_step(sequences, chunks)
+        self._controller.observe((now - begin) * 1000, interval_ms, sequences, context, chunks)

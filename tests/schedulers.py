@@ -1,0 +1,144 @@
+"""Real vLLM schedulers without a model: what the step tables and the cost benchmark drive.
+
+`Driver` plays the worker: it answers every step with one sampled token for each sequence whose prompt is through, in the
+order vLLM's engine would, one step late when scheduling is asynchronous.
+"""
+
+from collections import deque
+from itertools import count
+from time import perf_counter
+from typing import Any
+
+import torch
+from vllm.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from vllm_agentserve import AgentScheduler
+from vllm_agentserve.toy import make_toy_model
+
+BLOCK = 16
+init_none_hash(sha256)
+HASHER = get_request_block_hasher(BLOCK, sha256)
+
+
+def make_scheduler(
+    ours: bool = True,
+    asynchronous: bool = False,
+    options: dict[str, Any] | None = None,
+    num_blocks: int = 10_000,
+    max_num_seqs: int = 64,
+    max_num_batched_tokens: int = 2048,
+    policy: str = "fcfs",
+    prefix_caching: bool = True,
+    **scheduler_options: Any,
+) -> Scheduler:
+    model_config = ModelConfig(model=str(make_toy_model()), dtype="float32", max_model_len=16384)
+    vllm_config = VllmConfig(
+        model_config=model_config,
+        scheduler_config=SchedulerConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=16384,
+            enable_chunked_prefill=True,
+            is_encoder_decoder=False,
+            watermark=0.0,
+            policy=policy,
+            **scheduler_options,
+        ),
+        cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=prefix_caching),
+        parallel_config=ParallelConfig(),
+        additional_config={"agentserve": options or {}},
+    )
+    # The CPU platform turns asynchronous scheduling off; without a worker it works all the same.
+    vllm_config.scheduler_config.async_scheduling = asynchronous
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    kv_cache_config = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
+    vllm_config.cache_config.num_gpu_blocks = num_blocks
+    register_all_kvcache_specs(vllm_config)
+    cls = AgentScheduler if ours else AsyncScheduler if asynchronous else Scheduler
+    return cls(
+        vllm_config=vllm_config,
+        kv_cache_config=kv_cache_config,
+        block_size=BLOCK,
+        log_stats=True,
+        structured_output_manager=StructuredOutputManager(vllm_config),
+    )
+
+
+_numbers = count()
+
+
+def make_request(
+    name: str, prompt: int | list[int], max_tokens: int = 1000, session: str | None = None, **options: Any
+) -> Request:
+    """A request whose prompt is given, or is `prompt` tokens like no other's."""
+    if isinstance(prompt, int):
+        first = next(_numbers)
+        prompt = [(first * 7919 + i) % 4000 for i in range(prompt)]
+    return Request(
+        request_id=name,
+        prompt_token_ids=prompt,
+        sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+        pooling_params=None,
+        block_hasher=HASHER,
+        session_id=session,
+        **options,
+    )
+
+
+class Driver:
+    """Runs a scheduler step by step.
+
+    Args:
+        scheduler: the scheduler under test.
+        depth: steps in flight; 2 plays asynchronous scheduling.
+    """
+
+    def __init__(self, scheduler: Scheduler, depth: int = 1) -> None:
+        self.scheduler = scheduler
+        self.depth = depth
+        self.in_flight: deque[SchedulerOutput] = deque()
+        self.took: list[float] = []
+        """Seconds spent in each schedule() + update_from_output() pair."""
+        self._scheduling = 0.0
+
+    def step(self) -> dict[str, int]:
+        """Schedules a step and finishes the oldest one in flight; returns {request: tokens} of the new one."""
+        begin = perf_counter()
+        output = self.scheduler.schedule()
+        self._scheduling = perf_counter() - begin
+        self.in_flight.append(output)
+        if len(self.in_flight) >= self.depth:
+            self.finish()
+        return dict(output.num_scheduled_tokens)
+
+    def finish(self) -> None:
+        output = self.in_flight.popleft()
+        names = list(output.num_scheduled_tokens)
+        behind = {name: sum(other.num_scheduled_tokens.get(name, 0) for other in self.in_flight) for name in names}
+        sampled = []
+        for name in names:
+            request = self.scheduler.requests.get(name)
+            done = request is not None and request.num_computed_tokens - behind[name] >= request.num_tokens
+            sampled.append([17] if done else [])
+        result = ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={name: index for index, name in enumerate(names)},
+            sampled_token_ids=sampled,
+            logprobs=None,
+            prompt_logprobs_dict={},
+            pooler_output=[],
+        )
+        begin = perf_counter()
+        self.scheduler.update_from_output(output, result)
+        self.took.append(self._scheduling + perf_counter() - begin)
