@@ -50,17 +50,30 @@ class TrustRegion:
         self._tokens = float(first)
         self._attended = float(first * self.CONTEXT)
         self.tried = False
+        """Whether a chunk has run beside decodes."""
 
-    def tried_step(self, chunks: Sequence[tuple[Phase, int, int]], ratio: float) -> None:
-        """Takes in the chunks of a step that took `ratio` times the target."""
+    def tried_alone(self, chunks: Sequence[tuple[Phase, int, int]], ratio: float) -> None:
+        """Takes in the chunks of a step without decodes that took `ratio` times the target: such chunks fit, and of
+        longer ones half the part that would have fitted."""
+        tokens, attended = self._measures(chunks)
+        share = 1.0 if ratio < 1.0 else 0.5 / ratio
+        self._tokens = max(self._tokens, share * tokens)
+        self._attended = max(self._attended, share * attended)
+
+    def tried_beside_decodes(self, chunks: Sequence[tuple[Phase, int, int]], ratio: float) -> None:
+        """Takes in the chunks of a step with decodes that took `ratio` times the target."""
         self.tried = True
-        tokens = sum(tokens for _, tokens, _ in chunks)
-        attended = sum(tokens * (context + tokens / 2) for _, tokens, context in chunks)
+        tokens, attended = self._measures(chunks)
         if tokens / self._tokens + attended / self._attended < 0.75:
             return
         stride = 2.0 if ratio < 0.5 else 1.25 if ratio < 0.9 else 1.0 if ratio < 1.1 else 1.0 / ratio
         self._tokens = max(self._tokens * stride, self._first)
         self._attended = max(self._attended * stride, self._first * self.CONTEXT)
+
+    @staticmethod
+    def _measures(chunks: Sequence[tuple[Phase, int, int]]) -> tuple[float, float]:
+        tokens = sum(tokens for _, tokens, _ in chunks)
+        return float(tokens), sum(tokens * (context + tokens / 2) for _, tokens, context in chunks)
 
     def tokens_over(self, context: int) -> int:
         """Most tokens of a chunk over `context` computed tokens."""
@@ -241,10 +254,11 @@ class BudgetController:
             # Steps without decodes have other chunks than mixed ones: they only serve until mixed ones have been seen.
             if not self._trust.tried:
                 self.model.learn_prefill(sequences, context, pairs, step_ms)
+                self._trust.tried_alone(chunks, step_ms * self._depth / self._target_ms)
             return
         predicted = self.model.learn_prefill(sequences, context, pairs, interval_ms)
         streams_ms = interval_ms * self._depth
-        self._trust.tried_step(chunks, streams_ms / self._target_ms)
+        self._trust.tried_beside_decodes(chunks, streams_ms / self._target_ms)
         # Steps that were short because little was left to do say nothing about the controller.
         if max(predicted * self._depth, streams_ms) > self.FULL_STEP * self.gain * self._target_ms:
             self._mixed.add(streams_ms)

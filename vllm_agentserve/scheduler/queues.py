@@ -88,6 +88,9 @@ class AgentQueue(RequestQueue):
     def __iter__(self) -> Iterator[Request]:
         return iter([self._places[request_id].request for _, _, request_id in self._order])
 
+    def __getitem__(self, index: int) -> Request:
+        return self._places[self._order[index][2]].request
+
     def forget(self, request_id: str) -> None:
         """Drops what is known of a finished request; one that is still queued is taken out."""
         place = self._places.pop(request_id, None)

@@ -73,6 +73,7 @@ class AgentScheduler(Scheduler):
         self._report_interval_s = options.stats_interval_ms / 1000
         self._next_report = 0.0
         self._uncut_said = False
+        self._overlaps = self.parallel_config.pipeline_parallel_size > 1 or isinstance(self, AsyncScheduler)
         stock = options.mode == "stock"
         budget_obstacle = "mode is 'stock'" if stock else vllm_compat.budget_obstacle(self)
         order_obstacle = "mode is 'stock'" if stock else vllm_compat.order_obstacle(self)
@@ -111,7 +112,7 @@ class AgentScheduler(Scheduler):
         running = RequestStatus.RUNNING
         # Preempted prefills wait again; they are tagged anew when they are admitted.
         self._prefills = {key: prefill for key, prefill in self._prefills.items() if prefill.request.status == running}
-        decodes = len(self.running) - len(self._prefills)
+        decodes = self._count_decodes()
         context = self._decode_context() if decodes else 0
         if self._queue is not None:
             self._queue.step = self.current_step
@@ -188,6 +189,13 @@ class AgentScheduler(Scheduler):
         if cold_finished and self._queue is not None:
             self._queue.retag(LOOK_AHEAD)
         return chunks
+
+    def _count_decodes(self) -> int:
+        """The sequences whose streams would notice a long step."""
+        if len(self._log) and not self._overlaps:
+            # Steps are in flight although none should be: what they carry has nothing to decode before they are back.
+            return sum(r.num_tokens > r.num_computed_tokens for r in self.running) - len(self._prefills)
+        return len(self.running) - len(self._prefills)
 
     def _decode_context(self) -> int:
         return sum([request.num_computed_tokens for request in self.running])

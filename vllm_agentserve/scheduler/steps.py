@@ -36,6 +36,9 @@ class StepLog:
         self._last_decoded = False
         self._quiet_steps = 0
 
+    def __len__(self) -> int:
+        return len(self._in_flight)
+
     def scheduled(self, step: Step) -> None:
         self._in_flight.append(step)
 
