@@ -1,0 +1,1 @@
+"""Agent workloads against real vLLM servers, stock and ours, and what the streams saw."""

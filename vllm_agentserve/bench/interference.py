@@ -1,0 +1,291 @@
+"""One agent's cold prompt against four agents' streams: the problem in its purest form, measured A B A B.
+
+    python -m vllm_agentserve.bench.interference --path engine --rounds 3 --output docs/results/NAME.json
+    python -m vllm_agentserve.bench.interference --path http   --rounds 3 --output docs/results/NAME.json
+
+Four streams decode; prompts of 4k, 6k and 8k fresh tokens arrive every six seconds; afterwards the same prompts come
+alone. Each arm of each round is a fresh engine, so the first cold prompt after start is in the figures.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_agentserve.bench.client import Stream, StreamingClient
+from vllm_agentserve.bench.measure import quantiles, split_gaps
+from vllm_agentserve.bench.server import VllmServer, serving_environment
+from vllm_agentserve.toy import make_toy_model
+from vllm_agentserve.vllm_compat import SCHEDULER_NAME, installed_vllm
+
+STREAMS = 4
+STREAM_PROMPT = 64
+PROMPTS = (4096, 6144, 8192, 4096, 6144, 8192)
+EVERY_S = 6.0
+MAX_MODEL_LEN = 12288
+ENGINE_OPTIONS = {
+    "dtype": "bfloat16",
+    "max_model_len": MAX_MODEL_LEN,
+    "max_num_seqs": 32,
+    "kv_cache_memory_bytes": 2 << 30,
+    "enforce_eager": True,
+}
+ARMS: dict[str, dict[str, Any]] = {
+    "stock": {},
+    "stock-chunk=256": {"max_num_batched_tokens": 256},
+    "agentserve-20ms": {"scheduler_cls": SCHEDULER_NAME, "additional_config": {"agentserve": {"tpot_slo_ms": 20}}},
+    "agentserve-40ms": {"scheduler_cls": SCHEDULER_NAME, "additional_config": {"agentserve": {"tpot_slo_ms": 40}}},
+}
+
+
+@dataclass
+class Run:
+    """What one arm of one round gave: raw intervals in ms, times to the first token in s."""
+
+    during_ms: list[float] = field(default_factory=list)
+    first_during_ms: list[float] = field(default_factory=list)
+    quiet_ms: list[float] = field(default_factory=list)
+    cold_ttft_s: list[tuple[int, float]] = field(default_factory=list)
+    alone_ttft_s: list[tuple[int, float]] = field(default_factory=list)
+    decode_tokens: int = 0
+    decode_s: float = 0.0
+
+
+def prompts(seed: int) -> Iterable[list[int]]:
+    """Fresh prompts, the same for every arm: first the streams', then the cold ones, then those that come alone."""
+    rng = random.Random(seed)
+    for length in (*[STREAM_PROMPT] * STREAMS, *PROMPTS, *PROMPTS):
+        yield [rng.randrange(3, 4000) for _ in range(length)]
+
+
+async def run_http(url: str, seed: int) -> Run:
+    """Runs the workload against a server."""
+    drawn = iter(prompts(seed))
+    run = Run()
+    async with StreamingClient(url) as client:
+        await client.generate("warm-up", [7] * 32, 4)
+        streams = [Stream("stream", 0.0) for _ in range(STREAMS)]
+        tasks = [
+            asyncio.create_task(client.generate("stream", next(drawn), MAX_MODEL_LEN - 2 * STREAM_PROMPT, into=stream))
+            for stream in streams
+        ]
+        await asyncio.sleep(2.0)
+        begin = time.perf_counter()
+        colds: list[Stream] = []
+        for index, length in enumerate(PROMPTS):
+            await asyncio.sleep(max(begin + index * EVERY_S - time.perf_counter(), 0.0))
+            colds.append(await client.generate("cold", next(drawn), 1))
+            run.cold_ttft_s.append((length, colds[-1].ttft))
+        await asyncio.sleep(max(begin + len(PROMPTS) * EVERY_S - time.perf_counter(), 0.0))
+        end = time.perf_counter()
+        if any(task.done() for task in tasks):
+            raise RuntimeError("a stream ended before the cold prompts: raise max_model_len")
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for stream in streams:
+            stream.stamps = [stamp for stamp in stream.stamps if begin <= stamp <= end]
+        gaps = split_gaps(streams, [(cold, cold.sent, cold.stamps[0]) for cold in colds])
+        first = split_gaps(streams, [(colds[0], colds[0].sent, colds[0].stamps[0])])
+        run.during_ms, run.quiet_ms, run.first_during_ms = gaps.during, gaps.quiet, first.during
+        run.decode_tokens = sum(len(stream.stamps) for stream in streams)
+        run.decode_s = end - begin
+        await asyncio.sleep(1.0)
+        for length in PROMPTS:
+            alone = await client.generate("alone", next(drawn), 1)
+            run.alone_ttft_s.append((length, alone.ttft))
+    return run
+
+
+def run_engine(arm: str, seed: int) -> Run:
+    """Runs the workload in this process, in step with the engine; call it in a process of its own."""
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(str(make_toy_model()), **ENGINE_OPTIONS, **ARMS[arm]).llm_engine
+    drawn = iter(prompts(seed))
+    numbers = itertools.count()
+
+    def add(kind: str, prompt: list[int], max_tokens: int) -> str:
+        name = f"{kind}-{next(numbers)}"
+        parameters = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0)
+        engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
+        return name
+
+    run = Run()
+    names = [add("stream", next(drawn), MAX_MODEL_LEN - 2 * STREAM_PROMPT) for _ in range(STREAMS)]
+    warm = time.perf_counter() + 2.0
+    while time.perf_counter() < warm:
+        engine.step()
+    begin = last = time.perf_counter()
+    cold: tuple[str, int, float] | None = None
+    due = 0
+    while (now := time.perf_counter()) < begin + len(PROMPTS) * EVERY_S:
+        if due < len(PROMPTS) and now >= begin + due * EVERY_S and cold is None:
+            length, due = PROMPTS[due], due + 1
+            cold = (add("cold", next(drawn), 1), length, now)
+        outputs = engine.step()
+        now = time.perf_counter()
+        decoded = sum(output.request_id.startswith("stream") for output in outputs)
+        if decoded:
+            gap = (now - last) * 1000
+            (run.quiet_ms if cold is None else run.during_ms).append(gap)
+            if cold is not None and due == 1:
+                run.first_during_ms.append(gap)
+            last = now
+            run.decode_tokens += decoded
+        if cold is not None and any(output.request_id == cold[0] for output in outputs):
+            run.cold_ttft_s.append((cold[1], now - cold[2]))
+            cold = None
+    run.decode_s = now - begin
+    engine.abort_request(names)
+    while engine.has_unfinished_requests():
+        engine.step()
+    for length in PROMPTS:
+        begin = time.perf_counter()
+        add("alone", next(drawn), 1)
+        while engine.has_unfinished_requests():
+            engine.step()
+        run.alone_ttft_s.append((length, time.perf_counter() - begin))
+    return run
+
+
+def run_arm(path: str, arm: str, seed: int) -> Run:
+    """Runs one arm in processes of its own and returns what it gave."""
+    if path == "http":
+        options = [text for key, value in {**ENGINE_OPTIONS, **ARMS[arm]}.items() for text in serve_option(key, value)]
+        with VllmServer(make_toy_model(), options) as server:
+            return asyncio.run(run_http(server.url, seed))
+    environment = serving_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+    command = [sys.executable, "-m", __spec__.name, "--worker", arm, "--seed", str(seed)]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"the {arm} engine ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+    return Run(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def serve_option(key: str, value: Any) -> list[str]:
+    name = "--" + key.replace("_", "-")
+    if value is True:
+        return [name]
+    return [name, json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def summary(runs: list[Run]) -> dict[str, Any]:
+    """One arm over all rounds: medians over rounds of each round's figure, so that one bad round does not decide."""
+
+    def over_rounds(values: Iterable[float]) -> float:
+        return round(statistics.median(values), 3)
+
+    def mean_ttft(pairs: list[tuple[int, float]]) -> float:
+        return statistics.fmean(seconds for _, seconds in pairs)
+
+    during = [quantiles(run.during_ms) for run in runs]
+    return {
+        "itl_during_ms": {name: over_rounds(q[name] for q in during) for name in during[0]},
+        "itl_during_p99_ms_each_round": [round(q["p99"], 1) for q in during],
+        "itl_first_cold_max_ms": over_rounds(max(run.first_during_ms) for run in runs),
+        "itl_quiet_p50_ms": over_rounds(quantiles(run.quiet_ms)["p50"] for run in runs),
+        "itl_quiet_p99_ms": over_rounds(quantiles(run.quiet_ms)["p99"] for run in runs),
+        "cold_ttft_mean_s": over_rounds(mean_ttft(run.cold_ttft_s) for run in runs),
+        "alone_ttft_mean_s": over_rounds(mean_ttft(run.alone_ttft_s) for run in runs),
+        "decode_tokens_per_s": over_rounds(run.decode_tokens / run.decode_s for run in runs),
+    }
+
+
+def ratios(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Every arm against stock."""
+    stock = arms["stock"]
+    return {
+        name: {
+            "itl_during_p99_stock_over_arm": round(stock["itl_during_ms"]["p99"] / arm["itl_during_ms"]["p99"], 2),
+            "cold_ttft_arm_over_stock": round(arm["cold_ttft_mean_s"] / stock["cold_ttft_mean_s"], 3),
+            "alone_ttft_arm_over_stock": round(arm["alone_ttft_mean_s"] / stock["alone_ttft_mean_s"], 3),
+            "quiet_itl_p50_arm_over_stock": round(arm["itl_quiet_p50_ms"] / stock["itl_quiet_p50_ms"], 3),
+            "decode_tokens_arm_over_stock": round(arm["decode_tokens_per_s"] / stock["decode_tokens_per_s"], 3),
+        }
+        for name, arm in arms.items()
+        if name != "stock"
+    }
+
+
+def table(arms: dict[str, dict[str, Any]]) -> str:
+    """The arms as a Markdown table."""
+    lines = [
+        "| arm | ITL during prefill p50 | p95 | p99 | max | first cold max | quiet p50 | quiet p99 | cold TTFT s | alone TTFT s "
+        "| decode tok/s |",
+        "|---" * 11 + "|",
+    ]
+    for name, arm in arms.items():
+        during = arm["itl_during_ms"]
+        figures = [
+            *(during[key] for key in ("p50", "p95", "p99", "max")),
+            *(arm[key] for key in ("itl_first_cold_max_ms", "itl_quiet_p50_ms", "itl_quiet_p99_ms")),
+        ]
+        seconds = [f"{arm[key]:.3f}" for key in ("cold_ttft_mean_s", "alone_ttft_mean_s")]
+        cells = [name, *(f"{figure:.1f}" for figure in figures), *seconds, f"{arm['decode_tokens_per_s']:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--path", choices=("engine", "http"), default="engine")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="where the raw intervals and the summary go, as JSON")
+    parser.add_argument("--worker", choices=list(ARMS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        print(json.dumps(asdict(run_engine(arguments.worker, arguments.seed))))
+        return 0
+    make_toy_model()
+    runs: dict[str, list[Run]] = {arm: [] for arm in arguments.arms}
+    for number in range(arguments.rounds):
+        # Every other round runs backwards, so that no arm always follows the same one.
+        for arm in arguments.arms if number % 2 == 0 else reversed(arguments.arms):
+            run = run_arm(arguments.path, arm, arguments.seed + number)
+            runs[arm].append(run)
+            q = quantiles(run.during_ms)
+            print(f"round {number + 1} {arm}: p50 {q['p50']:.1f} p99 {q['p99']:.1f} max {q['max']:.1f} ms", flush=True)
+    arms = {arm: summary(done) for arm, done in runs.items()}
+    print(table(arms))
+    print(json.dumps(ratios(arms), indent=1) if "stock" in arms else "")
+    if arguments.output:
+        report = {
+            "command": " ".join(["python", "-m", __spec__.name, *sys.argv[1:]]),
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+            "vllm": installed_vllm(),
+            "arms": arms,
+            "ratios": ratios(arms) if "stock" in arms else {},
+            "runs": {arm: [rounded(asdict(run)) for run in done] for arm, done in runs.items()},
+        }
+        arguments.output.write_text(json.dumps(report) + "\n")
+    return 0
+
+
+def rounded(value: Any) -> Any:
+    """The same data with floats to the microsecond, for smaller files."""
+    if isinstance(value, float):
+        return round(value, 3)
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item) for item in value]
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

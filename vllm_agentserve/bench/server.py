@@ -1,0 +1,161 @@
+"""A `vllm serve` of our own: started, waited for, stopped, and nothing left behind."""
+
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+START_TIMEOUT_S = 300.0
+STOP_TIMEOUT_S = 30.0
+
+
+class ServerError(RuntimeError):
+    """The server did not start or died; the message ends with the last lines of its log."""
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def serving_environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment for vLLM without a model hub; on machines without an NVIDIA driver, on all cores of the CPU."""
+    environment = dict(os.environ if base is None else base)
+    environment.setdefault("HF_HUB_OFFLINE", "1")
+    environment.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if not has_nvidia_driver():
+        environment.setdefault("VLLM_TARGET_DEVICE", "cpu")
+        # vLLM's own default leaves one core to the rest of the system, which on two cores is half of them.
+        last = (os.cpu_count() or 1) - 1
+        environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{last}")
+    return environment
+
+
+def has_nvidia_driver() -> bool:
+    return Path("/proc/driver/nvidia/version").exists() or (
+        platform.system() == "Windows" and Path("C:/Windows/System32/nvml.dll").exists()
+    )
+
+
+class VllmServer:
+    """A context manager around one `vllm serve` process on 127.0.0.1.
+
+    Args:
+        model: model folder or name.
+        options: further options of `vllm serve`.
+        port: where it listens; None takes a free one.
+        log: file for its output; None takes a temporary one.
+
+    Raises:
+        ServerError: on entering, when the port is taken, the process ends, or it is not healthy in time.
+    """
+
+    def __init__(
+        self, model: str | Path, options: Sequence[str] = (), port: int | None = None, log: Path | None = None
+    ) -> None:
+        self.port = free_port() if port is None else port
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.command = [
+            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
+            *("--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "model"),
+            *options,
+        ]
+        self.log = log or Path(tempfile.mkstemp(prefix="agentserve-", suffix=".log")[1])
+        self._process: subprocess.Popen[bytes] | None = None
+        self._output: IO[Any] | None = None
+
+    def __enter__(self) -> "VllmServer":
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                raise ServerError(f"port {self.port} is in use: choose another with --port, or none for a free one")
+        self._output = self.log.open("wb")
+        # A session of its own: a Ctrl-C in the terminal reaches us, and we stop the server and all it started.
+        self._process = subprocess.Popen(
+            self.command,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=serving_environment(),
+            start_new_session=True,
+        )
+        try:
+            self._wait_until_healthy()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def tail(self, lines: int = 15) -> str:
+        """The last lines of the server's log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def _wait_until_healthy(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if not self.alive():
+                code = self._process.returncode if self._process is not None else None
+                raise ServerError(f"vllm serve ended with exit code {code} while starting; its log {self.log}:\n{self.tail()}")
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:
+                    if answer.status == 200:
+                        return
+            except (urllib.error.URLError, OSError):
+                pass
+            time.sleep(0.25)
+        raise ServerError(f"vllm serve was not healthy within {START_TIMEOUT_S:.0f} s; its log {self.log}:\n{self.tail()}")
+
+    def stop(self) -> None:
+        """Asks the server to end, then makes it; returns when it and all it started are gone."""
+        process, self._process = self._process, None
+        if process is not None:
+            for kind, patience in ((signal.SIGINT, STOP_TIMEOUT_S), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+                if not _group_alive(process.pid):
+                    break
+                _signal_group(process.pid, kind)
+                deadline = time.monotonic() + patience
+                while time.monotonic() < deadline and _group_alive(process.pid):
+                    process.poll()
+                    time.sleep(0.05)
+            process.wait()
+        if self._output is not None:
+            self._output.close()
+            self._output = None
+
+
+def _signal_group(group: int, kind: int) -> None:
+    try:
+        os.killpg(group, kind)
+    except ProcessLookupError:
+        pass
+
+
+def _group_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
