@@ -23,6 +23,7 @@ class SimulatedEngine:
     per_token_context: float = 30.0
     noise: float = 0.08
     hiccup: float = 0.0
+    admission: float = 4.0
     seed: int = 0
     rng: random.Random = field(init=False)
 
@@ -50,10 +51,12 @@ class SimulatedEngine:
         """Yields (duration in ms, chunk, context before it) of every step until the prompt is computed."""
         done = 0
         while done < prompt:
-            budget = self.controller.plan(sequences, context, 4096, colds=True)
+            budget = self.controller.plan(sequences, context, 4096, colds=True, admits=not done)
             tokens = budget.grant(Phase.COLD_PREFILL, prompt - done, done)
             assert tokens > 0, "a cold prefill stood still"
             took = self.measured_ms(sequences, tokens, done)
-            self.controller.observe(took, took if sequences else None, sequences, context, budget.granted)
+            took += 0.0 if done else self.admission
+            interval = took if sequences else None
+            self.controller.observe(took, interval, sequences, context, budget.granted, admitted=not done)
             yield took, tokens, done
             done += tokens

@@ -58,14 +58,14 @@ class AgentServeConfig:
         high=60_000.0,
     )
     upper_threshold: float = option(
-        1.05,
+        1.06,
         "x target",
         "The controller shrinks the prefill chunk and the resume budget when measured TPOT is above this.",
         low=1.0,
         high=10.0,
     )
     lower_threshold: float = option(
-        0.97, "x target", "It grows them when measured TPOT is below this; between the two it holds.", low=0.1, high=1.0
+        1.0, "x target", "It grows them when measured TPOT is below this; between the two it holds.", low=0.1, high=1.0
     )
     prefill_floor_tokens: int = option(
         16,
@@ -92,7 +92,12 @@ class AgentServeConfig:
         high=65_536,
     )
     chunk_granularity_tokens: int = option(
-        8, "tokens", "Prefill chunks beside decodes are rounded down to multiples of this.", low=1, high=4096
+        4,
+        "tokens",
+        "Steps that mix decodes and prefill are rounded down to multiples of this many tokens, and to eight sizes an octave: "
+        "few sizes, because kernel libraries prepare themselves for each.",
+        low=1,
+        high=4096,
     )
     max_bypass_steps: int = option(
         64,

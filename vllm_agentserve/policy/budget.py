@@ -22,12 +22,12 @@ class BudgetLimits:
     tpot_slo_ms: float | None = None
     tpot_factor: float = 5.0
     tpot_uncalibrated_ms: float = 50.0
-    upper_threshold: float = 1.05
-    lower_threshold: float = 0.97
+    upper_threshold: float = 1.06
+    lower_threshold: float = 1.0
     prefill_floor_tokens: int = 16
     resume_budget_max_tokens: int = 1024
     first_chunk_tokens: int = 32
-    chunk_granularity_tokens: int = 8
+    chunk_granularity_tokens: int = 4
 
 
 class TrustRegion:
@@ -64,11 +64,15 @@ class TrustRegion:
         """Takes in the chunks of a step with decodes that took `ratio` times the target."""
         self.tried = True
         tokens, attended = self._measures(chunks)
-        if tokens / self._tokens + attended / self._attended < 0.75:
+        by_tokens, by_attended = tokens / self._tokens, attended / self._attended
+        if by_tokens + by_attended < 0.75:
             return
         stride = 2.0 if ratio < 0.5 else 1.25 if ratio < 0.9 else 1.0 if ratio < 1.1 else 1.0 / ratio
-        self._tokens = max(self._tokens * stride, self._first)
-        self._attended = max(self._attended * stride, self._first * self.CONTEXT)
+        # Only the direction the step went in has been tried.
+        if by_tokens > 0.5 * by_attended:
+            self._tokens = max(self._tokens * stride, self._first)
+        if by_attended > 0.5 * by_tokens:
+            self._attended = max(self._attended * stride, self._first * self.CONTEXT)
 
     @staticmethod
     def _measures(chunks: Sequence[tuple[Phase, int, int]]) -> tuple[float, float]:
@@ -92,7 +96,8 @@ class StepBudget:
         resume_tokens: bound on the tokens of resume prefills while a cold one wants to advance.
         reserved_tokens: tokens kept back from cold chunks for resume prefills that are asked for later in the step.
         floor_tokens: the first cold chunk, and the first resume chunk, get at least this, whatever the time.
-        granularity: chunks that do not finish their prompt are rounded down to a multiple of this.
+        granularity: steps whose last chunk does not finish its prompt have a multiple of this many tokens in all.
+        other_tokens: tokens of the decodes in the step.
         trust: bounds how far a chunk may go beyond what has been tried; None for no bound.
     """
 
@@ -105,6 +110,7 @@ class StepBudget:
         reserved_tokens: int,
         floor_tokens: int,
         granularity: int,
+        other_tokens: int = 0,
         trust: "TrustRegion | None" = None,
     ) -> None:
         self.model = model
@@ -114,6 +120,7 @@ class StepBudget:
         self.reserved_tokens = reserved_tokens
         self.floor_tokens = floor_tokens
         self.granularity = granularity
+        self.other_tokens = other_tokens
         self.trust = trust
         self.granted: list[tuple[Phase, int, int]] = []
         """(phase, tokens, context before the chunk) of every chunk granted so far."""
@@ -136,12 +143,20 @@ class StepBudget:
             if self.trust is not None:
                 tokens = min(tokens, self.trust.tokens_over(context))
         if tokens < wanted and self.prefill_ms != UNLIMITED:
-            tokens -= tokens % self.granularity
+            tokens = self._round_down(tokens)
         if self._floor_left[phase]:
             tokens = max(tokens, min(wanted, self.floor_tokens))
         if tokens > 0:
             self._spend(phase, tokens, context)
         return tokens
+
+    def _round_down(self, tokens: int) -> int:
+        """Rounds a chunk so that the step as a whole has one of few sizes: eight to an octave, and multiples of the
+        granularity. A kernel library that prepares itself for every new size (oneDNN does: 3 ms to 30 ms here) then
+        seldom has to."""
+        total = self.other_tokens + tokens
+        quantum = max(self.granularity, 1 << max(total.bit_length() - 4, 0))
+        return max(total - total % quantum - self.other_tokens, 0)
 
     def charge(self, phase: Phase, tokens: int, context: int) -> None:
         """Takes in a chunk that runs whatever the budget says."""
@@ -159,6 +174,7 @@ class StepBudget:
     def _spend(self, phase: Phase, tokens: int, context: int) -> None:
         self.prefill_ms -= self.model.chunk_ms(tokens, context, first=not self.granted)
         self.tokens -= tokens
+        self.other_tokens += tokens
         if phase is Phase.RESUME_PREFILL:
             self.resume_tokens -= tokens
             self.reserved_tokens = max(self.reserved_tokens - tokens, 0)
@@ -198,6 +214,9 @@ class BudgetController:
         self.gain = 1.0
         self.resume_tokens = min(256, limits.resume_budget_max_tokens)
         self._trust = TrustRegion(limits.first_chunk_tokens)
+        self.admission_ms = 0.0
+        """What the first chunk of a prompt takes on top of what the model says: the engine takes a prompt in (hashes it,
+        copies it, finds blocks) between two steps. Exponentially weighted."""
         self.slow_steps = 0
         """Decode steps above the upper threshold, counted until somebody sets it back."""
         self._set_target(limits.tpot_slo_ms or limits.tpot_uncalibrated_ms)
@@ -218,6 +237,7 @@ class BudgetController:
         sequences: int,
         context: int,
         chunks: Sequence[tuple[Phase, int, int]] | None,
+        admitted: bool = False,
     ) -> None:
         """Takes in a finished step.
 
@@ -227,6 +247,7 @@ class BudgetController:
             sequences: decodes in the step.
             context: their summed context, in tokens; steps without prefill may leave it at 0, and teach nothing then.
             chunks: its prefill chunks, as `StepBudget.granted` lists them; None or empty without prefill.
+            admitted: whether one of them is the first of its prompt.
         """
         if interval_ms is not None:
             streams_ms = interval_ms * self._depth
@@ -234,7 +255,7 @@ class BudgetController:
             if streams_ms > self._slow_ms:
                 self.slow_steps += 1
         if chunks:
-            self._observe_prefill(step_ms, interval_ms, sequences, context, chunks)
+            self._observe_prefill(step_ms, interval_ms, sequences, context, chunks, admitted)
         elif context and interval_ms is not None:
             self._alone.add(interval_ms * self._depth)
             self.model.learn_decode(sequences, context, interval_ms)
@@ -248,6 +269,7 @@ class BudgetController:
         sequences: int,
         context: int,
         chunks: Sequence[tuple[Phase, int, int]],
+        admitted: bool,
     ) -> None:
         pairs = [(tokens, before) for _, tokens, before in chunks]
         if not sequences or interval_ms is None:
@@ -257,6 +279,9 @@ class BudgetController:
                 self._trust.tried_alone(chunks, step_ms * self._depth / self._target_ms)
             return
         predicted = self.model.learn_prefill(sequences, context, pairs, interval_ms)
+        if admitted:
+            excess_ms = min(interval_ms - predicted, 0.5 * self._target_ms / self._depth)
+            self.admission_ms = max(self.admission_ms + 0.3 * (excess_ms - self.admission_ms), 0.0)
         streams_ms = interval_ms * self._depth
         self._trust.tried_beside_decodes(chunks, streams_ms / self._target_ms)
         # Steps that were short because little was left to do say nothing about the controller.
@@ -296,6 +321,7 @@ class BudgetController:
         resumes: bool = False,
         colds: bool = False,
         waiting_resume_tokens: int = 0,
+        admits: bool = False,
     ) -> StepBudget:
         """Returns the prefill budget of the next step.
 
@@ -306,6 +332,7 @@ class BudgetController:
             resumes: whether a resume prefill runs or waits.
             colds: whether a cold prefill runs or waits.
             waiting_resume_tokens: uncached tokens of the resume prefills that wait for admission.
+            admits: whether a prompt may be admitted in this step.
 
         Without decodes and with one kind of prefill nobody would notice a long step: the budget is the whole step.
         """
@@ -317,6 +344,6 @@ class BudgetController:
         resume_tokens = self.resume_tokens if colds else tokens
         reserved = min(waiting_resume_tokens, resume_tokens, tokens // 2)
         granularity = limits.chunk_granularity_tokens
-        prefill_ms = self.prefill_ms(sequences, context)
+        prefill_ms = self.prefill_ms(sequences, context) - (self.admission_ms if admits else 0.0)
         trust = self._trust if sequences else None
-        return StepBudget(self.model, prefill_ms, tokens, resume_tokens, reserved, floor, granularity, trust)
+        return StepBudget(self.model, prefill_ms, tokens, resume_tokens, reserved, floor, granularity, sequences, trust)

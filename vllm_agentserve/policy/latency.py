@@ -122,6 +122,8 @@ class StepModel:
         """Takes in a step that had decodes only."""
         if self._decode.samples > 8:
             duration_ms = min(duration_ms, self.OUTLIER * self.decode_ms(sequences, context))
+        # How slow the last chunks were says little about those of another prompt, much later.
+        self._slowness += 0.1 * (1.0 - self._slowness)
         features = (1.0, float(sequences), context / 1000)
         self._decode.learn(features, duration_ms, self.NOISE * max(duration_ms, 0.1))
 

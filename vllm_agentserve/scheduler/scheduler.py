@@ -104,7 +104,7 @@ class AgentScheduler(Scheduler):
             output = super().schedule(throttle_prefills)
             sequences = len(output.num_scheduled_tokens)
             context = self._decode_context() if sequences and self._log.wants_context() else 0
-            self._log.scheduled((output, started, sequences, context, None))
+            self._log.scheduled((output, started, sequences, context, None, False))
             return output
         return self._schedule_with_prefills(throttle_prefills, started)
 
@@ -124,9 +124,9 @@ class AgentScheduler(Scheduler):
             output = super().schedule(throttle_prefills)
         finally:
             del self._reserve_prefill_lookahead
-        chunks = self._take_chunks(output)
+        chunks, admitted = self._take_chunks(output)
         sequences = len(output.num_scheduled_tokens) - len(chunks)
-        self._log.scheduled((output, started, sequences, context, chunks or None))
+        self._log.scheduled((output, started, sequences, context, chunks or None, admitted))
         return output
 
     def _plan(self, decodes: int, context: int) -> StepBudget:
@@ -140,6 +140,7 @@ class AgentScheduler(Scheduler):
             resumes=waiting_resumes > 0 or Phase.RESUME_PREFILL in phases,
             colds=Phase.COLD_PREFILL in phases or (queue.has_cold() if queue is not None else bool(self.waiting)),
             waiting_resume_tokens=waiting_resumes,
+            admits=bool(self.waiting) and not self._prefills,
         )
 
     def _grant(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
@@ -167,8 +168,9 @@ class AgentScheduler(Scheduler):
         self._prefills[request.request_id] = prefill
         return prefill
 
-    def _take_chunks(self, output: "SchedulerOutput") -> list[tuple[Phase, int, int]]:
-        """Reads back which prefill chunks really run, counts admissions and forgets prefills that are through."""
+    def _take_chunks(self, output: "SchedulerOutput") -> tuple[list[tuple[Phase, int, int]], bool]:
+        """Reads back which prefill chunks really run and whether one is the first of its prompt; counts admissions and
+        forgets prefills that are through."""
         chunks = []
         cold_finished = False
         scheduled = output.num_scheduled_tokens
@@ -188,7 +190,7 @@ class AgentScheduler(Scheduler):
                     cold_finished |= prefill.phase is Phase.COLD_PREFILL
         if cold_finished and self._queue is not None:
             self._queue.retag(LOOK_AHEAD)
-        return chunks
+        return chunks, bool(new)
 
     def _count_decodes(self) -> int:
         """The sequences whose streams would notice a long step."""

@@ -12,9 +12,10 @@ IDLE_GAP_S = 0.25
 Chunks = list[tuple[Phase, int, int]]
 
 
-Step = tuple[Any, float, int, int, Chunks | None]
+Step = tuple[Any, float, int, int, Chunks | None, bool]
 """A scheduled step whose output is still to come: vLLM's SchedulerOutput; when scheduling began (s); decode sequences;
-their summed context (0 where it was not asked for); prefill chunks (None: a step of decodes only)."""
+their summed context (0 where it was not asked for); prefill chunks (None: a step of decodes only); whether one is the first
+of its prompt."""
 
 
 class StepLog:
@@ -53,7 +54,7 @@ class StepLog:
         """Takes the output of a step at time `now` (s); an output of a step never seen is ignored."""
         in_flight = self._in_flight
         while in_flight:
-            seen, started, sequences, context, chunks = in_flight.popleft()
+            seen, started, sequences, context, chunks, admitted = in_flight.popleft()
             if seen is output:
                 break
         else:
@@ -73,4 +74,4 @@ class StepLog:
             self._stats.quiet_step(sequences)
         else:
             self._stats.prefill_step(sequences, chunks)
-        self._controller.observe((now - begin) * 1000, interval_ms, sequences, context, chunks)
+        self._controller.observe((now - begin) * 1000, interval_ms, sequences, context, chunks, admitted)
