@@ -49,7 +49,6 @@ def pinned(asynchronous: bool = False, options: dict[str, Any] | None = None, **
     controller = PinnedController(scheduler._controller.limits)
     controller.model = PinnedModel()
     scheduler._controller = scheduler._log._controller = scheduler._stats._controller = controller
-    scheduler._stats.take = dict  # reports would set the counts back
     return scheduler, Driver(scheduler, depth=2 if asynchronous else 1)
 
 

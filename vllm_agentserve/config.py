@@ -92,7 +92,7 @@ class AgentServeConfig:
         high=65_536,
     )
     chunk_granularity_tokens: int = option(
-        4,
+        8,
         "tokens",
         "Steps that mix decodes and prefill are rounded down to multiples of this many tokens, and to eight sizes an octave: "
         "few sizes, because kernel libraries prepare themselves for each.",

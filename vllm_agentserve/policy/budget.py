@@ -27,7 +27,7 @@ class BudgetLimits:
     prefill_floor_tokens: int = 16
     resume_budget_max_tokens: int = 1024
     first_chunk_tokens: int = 32
-    chunk_granularity_tokens: int = 4
+    chunk_granularity_tokens: int = 8
 
 
 class TrustRegion:
@@ -220,7 +220,7 @@ class BudgetController:
         """What the first chunk of a prompt takes on top of what the model says: the engine takes a prompt in (hashes it,
         copies it, finds blocks) between two steps. Exponentially weighted."""
         self.slow_steps = 0
-        """Decode steps above the upper threshold, counted until somebody sets it back."""
+        """Decode steps above the upper threshold since the start."""
         self._set_target(limits.tpot_slo_ms or limits.tpot_uncalibrated_ms)
 
     @property

@@ -68,6 +68,8 @@ class StepModel:
 
     NOISE = 0.1
     """Standard deviation of a step's duration, relative."""
+    NOISE_ALONE = 1.0
+    """The same for steps without decodes as evidence of steps with some: the first one after start warms the engine up."""
     OUTLIER = 2.5
     """A step this many times slower than predicted is taken in as that slow and no slower: a hiccup is not a trend."""
 
@@ -124,6 +126,9 @@ class StepModel:
             duration_ms = min(duration_ms, self.OUTLIER * self.decode_ms(sequences, context))
         # How slow the last chunks were says little about those of another prompt, much later.
         self._slowness += 0.1 * (1.0 - self._slowness)
+        if self._decode.samples == 0:
+            # The steps after start are alike but for a drift that has other reasons: a loose prior would take it for growth.
+            self._decode = RecursiveLeastSquares((2 * duration_ms, 0.1 * duration_ms, 0.03 * duration_ms), forgetting=0.995)
         features = (1.0, float(sequences), context / 1000)
         self._decode.learn(features, duration_ms, self.NOISE * max(duration_ms, 0.1))
 
@@ -147,7 +152,8 @@ class StepModel:
             features[3] += p * (c - p / 2)
         if self._prefill.samples == 0:
             self._prefill = RecursiveLeastSquares(self._prior(base or duration_ms), forgetting=0.999)
-        self._prefill.learn(features, duration_ms - base, self.NOISE * max(duration_ms, 0.1))
+        noise = self.NOISE if sequences else self.NOISE_ALONE
+        self._prefill.learn(features, duration_ms - base, noise * max(duration_ms, 0.1))
         return predicted
 
     @staticmethod

@@ -37,6 +37,8 @@ class StatsCollector:
     def __init__(self, controller: BudgetController) -> None:
         self._controller = controller
         self.counts = dict.fromkeys(COUNTERS, 0)
+        """Every counter since the start."""
+        self._reported = dict(self.counts)
         self._last_chunk = 0
 
     def admitted(self, phase: Phase) -> None:
@@ -61,11 +63,12 @@ class StatsCollector:
             counts["prefill_chunk_tokens"] += self._last_chunk
 
     def take(self) -> dict[str, float]:
-        """Returns the report since the last one and starts the next."""
+        """Returns what was counted since the last report, and where the gauges stand."""
         controller = self._controller
-        self.counts["slow_steps"], controller.slow_steps = controller.slow_steps, 0
-        report: dict[str, float] = {name: count for name, count in self.counts.items() if count}
-        self.counts = dict.fromkeys(COUNTERS, 0)
+        counts, before = self.counts, self._reported
+        counts["slow_steps"] = controller.slow_steps
+        report: dict[str, float] = {name: count - before[name] for name, count in counts.items() if count > before[name]}
+        self._reported = dict(counts)
         report["tpot_target_seconds"] = controller.target_ms / 1000
         report["tpot_seconds"] = controller.tpot.ewma / 1000
         report["tpot_p95_seconds"] = controller.tpot.quantile(0.95) / 1000
