@@ -19,7 +19,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-BLOCKS = 40
+BLOCKS = 33
 """A KV cache so small that the requests below preempt one another: 128 tokens per block on CPU."""
 SCHEMA = {
     "type": "object",
@@ -52,7 +52,7 @@ def mixed_jobs(seed: int = 1) -> list[Job]:
         tail = [rng.randrange(3, 4000) for _ in range(rng.randint(5, 700))]
         prompt = shared[: rng.choice((0, 260, 900))] + tail
         kind = number % 6
-        given: dict[str, Any] = {"max_tokens": rng.randint(20, 90), "ignore_eos": True, "temperature": 0.0}
+        given: dict[str, Any] = {"max_tokens": rng.randint(60, 220), "ignore_eos": True, "temperature": 0.0}
         if kind == 1:
             given |= {"temperature": 0.9, "seed": number, "top_p": 0.9}
         if kind == 2:
@@ -60,9 +60,9 @@ def mixed_jobs(seed: int = 1) -> list[Job]:
         if kind == 3:
             given |= {"repetition_penalty": 1.2, "presence_penalty": 0.3}
         if kind == 4:
-            given |= {"structured_outputs": StructuredOutputsParams(json=SCHEMA), "ignore_eos": False, "max_tokens": 60}
+            given |= {"structured_outputs": StructuredOutputsParams(json=SCHEMA, disable_any_whitespace=True), "ignore_eos": False, "max_tokens": 120}
         abort_after = rng.randint(1, 10) if kind == 5 and number > 6 else None
-        jobs.append(Job(f"job-{number}", number * 3, prompt, SamplingParams(**given), abort_after))
+        jobs.append(Job(f"job-{number}", number, prompt, SamplingParams(**given), abort_after))
     return jobs
 
 
@@ -106,7 +106,7 @@ def make_llm(toy_model: Path, ours: dict[str, Any] | None) -> LLM:
         dtype="float32",
         max_model_len=4096,
         max_num_seqs=16,
-        max_num_batched_tokens=512,
+        max_num_batched_tokens=4096,
         num_gpu_blocks_override=BLOCKS,
         kv_cache_memory_bytes=1 << 30,
         enforce_eager=True,

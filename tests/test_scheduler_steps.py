@@ -349,3 +349,16 @@ def test_queue_answers_like_a_queue() -> None:
         queue.remove_request(first)
     queue.forget("second")
     assert not queue
+
+
+def test_a_seeded_prompt_is_not_cut_on_cpu() -> None:
+    """vLLM's CPU runner ends the engine when it samples with a seed after a chunk."""
+    scheduler, driver = pinned()
+    scheduler.vllm_config.device_config.device_type = "cpu"
+    scheduler.add_request(make_request("decoding", 10))
+    driver.step()
+    seeded = make_request("seeded", 700)
+    seeded.sampling_params.seed = 7
+    scheduler.add_request(seeded)
+    scheduler.add_request(make_request("plain", 700))
+    assert driver.step() == {"decoding": 1, "seeded": 700}

@@ -129,6 +129,21 @@ def budget_obstacle(scheduler: "Scheduler") -> str | None:
     return None
 
 
+def cut_obstacle(scheduler: "Scheduler", request: "Request") -> str | None:
+    """Why the prompt of this request must not be cut into chunks; None if it may.
+
+    The second reason is retired by a fix of vLLM's CPU runner: after a chunk it sets back the offset of the request's
+    random generator, which CPU generators do not have, and the engine ends. Stock vLLM does so too when it has to cut.
+    """
+    if request.has_encoder_inputs:
+        # Which encoder inputs run was decided from the uncut chunk.
+        return "it has encoder inputs"
+    parameters = request.sampling_params
+    if parameters is not None and parameters.seed is not None and scheduler.vllm_config.device_config.device_type == "cpu":
+        return "it has a seed, and vLLM's CPU runner cannot sample with one after a chunk"
+    return None
+
+
 def order_obstacle(scheduler: "Scheduler") -> str | None:
     """Why waiting requests of this engine are not reordered; None if they are."""
     if scheduler.scheduler_config.policy != "fcfs":

@@ -72,7 +72,7 @@ class AgentScheduler(Scheduler):
         self._decode_width = 1 + self.num_spec_tokens
         self._report_interval_s = options.stats_interval_ms / 1000
         self._next_report = 0.0
-        self._uncut_said = False
+        self._uncut_said: set[str] = set()
         self._overlaps = self.parallel_config.pipeline_parallel_size > 1 or isinstance(self, AsyncScheduler)
         stock = options.mode == "stock"
         budget_obstacle = "mode is 'stock'" if stock else vllm_compat.budget_obstacle(self)
@@ -152,9 +152,9 @@ class AgentScheduler(Scheduler):
             prefill = self._admit(request, num_computed_tokens)
         budget = self._budget
         if budget is not None and num_new_tokens > self._decode_width:
-            if request.has_encoder_inputs:
-                # Which encoder inputs run was decided from the uncut chunk: it cannot be cut any more.
-                self._say_uncut()
+            obstacle = vllm_compat.cut_obstacle(self, request)
+            if obstacle is not None:
+                self._say_uncut(obstacle)
                 budget.charge(prefill.served_as, num_new_tokens, num_computed_tokens)
             else:
                 num_new_tokens = budget.grant(prefill.served_as, num_new_tokens, num_computed_tokens)
@@ -202,10 +202,10 @@ class AgentScheduler(Scheduler):
     def _decode_context(self) -> int:
         return sum([request.num_computed_tokens for request in self.running])
 
-    def _say_uncut(self) -> None:
-        if not self._uncut_said:
-            self._uncut_said = True
-            logger.warning("agentserve: prompts with encoder inputs are not cut to the TPOT target.")
+    def _say_uncut(self, obstacle: str) -> None:
+        if obstacle not in self._uncut_said:
+            self._uncut_said.add(obstacle)
+            logger.warning("agentserve: a prompt is not cut to the TPOT target because %s.", obstacle)
 
     # -- what comes back ------------------------------------------------------------------------------------------------
 
