@@ -157,7 +157,7 @@ def test_feedback_stays_within_its_bounds(ratios: list[float], target: float) ->
 
 @pytest.mark.parametrize(
     ("ratio", "gain", "resumes"),
-    [(1.5, "shrinks", "shrinks"), (1.03, "holds", "holds"), (0.9, "grows", "grows"), (0.5, "holds", "holds")],
+    [(1.5, "shrinks", "shrinks"), (0.96, "holds", "holds"), (0.9, "grows", "grows"), (0.5, "holds", "holds")],
     ids=["above", "between", "below", "nothing to do"],
 )
 def test_feedback_law(ratio: float, gain: str, resumes: str) -> None:

@@ -58,14 +58,15 @@ class AgentServeConfig:
         high=60_000.0,
     )
     upper_threshold: float = option(
-        1.06,
+        1.0,
         "x target",
-        "The controller shrinks the prefill chunk and the resume budget when measured TPOT is above this.",
-        low=1.0,
+        "The controller shrinks the prefill chunk and the resume budget when the slowest tenth of the steps with prefill is "
+        "above this.",
+        low=0.1,
         high=10.0,
     )
     lower_threshold: float = option(
-        1.0, "x target", "It grows them when measured TPOT is below this; between the two it holds.", low=0.1, high=1.0
+        0.93, "x target", "It grows them when that is below this; between the two it holds.", low=0.1, high=10.0
     )
     prefill_floor_tokens: int = option(
         16,
@@ -117,6 +118,11 @@ class AgentServeConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        if self.lower_threshold > self.upper_threshold:
+            raise OptionError(
+                f"{KEY} option 'lower_threshold' = {self.lower_threshold:g} is not allowed: it must be at most "
+                f"'upper_threshold' = {self.upper_threshold:g}."
+            )
 
     @classmethod
     def from_mapping(cls, given: Any) -> "AgentServeConfig":

@@ -22,8 +22,8 @@ class BudgetLimits:
     tpot_slo_ms: float | None = None
     tpot_factor: float = 5.0
     tpot_uncalibrated_ms: float = 50.0
-    upper_threshold: float = 1.06
-    lower_threshold: float = 1.0
+    upper_threshold: float = 1.0
+    lower_threshold: float = 0.93
     prefill_floor_tokens: int = 16
     resume_budget_max_tokens: int = 1024
     first_chunk_tokens: int = 32
@@ -213,7 +213,7 @@ class BudgetController:
         """What streams see, all steps with decodes."""
         self._alone = TpotWindow(64)
         self._mixed = TpotWindow(self.CONTROL_STEPS)
-        self.gain = 1.0
+        self.gain = 0.95
         self.resume_tokens = min(256, limits.resume_budget_max_tokens)
         self._trust = TrustRegion(limits.first_chunk_tokens)
         self.admission_ms = 0.0
