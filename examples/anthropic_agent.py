@@ -19,6 +19,7 @@ ANTHROPIC_TOOLS = [
         "name": tool["function"]["name"],
         "description": tool["function"]["description"],
         "input_schema": tool["function"]["parameters"],
+        "strict": tool["function"]["strict"],
     }
     for tool in TOOLS
 ]
@@ -39,7 +40,7 @@ def run(url: str, turns: int) -> int:
             tools=ANTHROPIC_TOOLS,
             tool_choice={"type": "tool", "name": "count_words"},
             max_tokens=64,
-            temperature=0,
+            extra_body={"temperature": 0},
         )
         took = time.perf_counter() - began
         calls = [block for block in answer.content if block.type == "tool_use"]

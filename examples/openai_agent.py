@@ -21,6 +21,8 @@ TOOLS = [
         "function": {
             "name": "count_words",
             "description": "Counts the words of one of the files.",
+            # The arguments follow the schema whatever the model would like to write.
+            "strict": True,
             "parameters": {
                 "type": "object",
                 "properties": {"file": {"type": "string", "enum": ["notes.txt", "plan.txt", "log.txt"]}},

@@ -19,7 +19,6 @@ SERVE = [
     *("--kv-cache-memory-bytes", str(1 << 30)),
     *("--scheduler-cls", "vllm_agentserve.AgentScheduler"),
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
-    *("--structured-outputs-config", json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})),
 ]
 
 

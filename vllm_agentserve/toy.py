@@ -36,6 +36,8 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": 2,
     "torch_dtype": "float32",
 }
+COMMON_LENGTH = 30.0
+"""Length of the common direction; the layers add about 70 to a token's own length of 1."""
 CHAT_TEMPLATE = """\
 {%- if tools %}<|im_start|>system
 {% if messages and messages[0].role == 'system' %}{{ messages[0].content }}
@@ -102,8 +104,18 @@ def write_tokenizer(folder: Path, seed: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 
+def blank_tokens(folder: Path) -> list[int]:
+    """The ids of the tokens that are nothing but white space, in the byte-level alphabet of the tokenizer."""
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    return [number for token, number in vocabulary.items() if token and not token.strip("ĠĊĉč")]
+
+
 def write_weights(folder: Path, seed: int) -> None:
-    """Writes normally distributed float32 weights, each tensor scaled by 1/sqrt(fan-in)."""
+    """Writes normally distributed float32 weights, each tensor scaled by 1/sqrt(fan-in).
+
+    One thing is not left to chance. Grammars for JSON allow white space without end, and random weights would fall for it:
+    a direction common to all embeddings survives to the last layer, and the output rows of blank tokens point against it.
+    """
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -116,6 +128,9 @@ def write_weights(folder: Path, seed: int) -> None:
 
     ones = np.ones(hidden, dtype=np.float32)
     weights = {"model.embed_tokens.weight": matrix(VOCABULARY, hidden), "lm_head.weight": matrix(VOCABULARY, hidden)}
+    common = matrix(1, hidden)[0]
+    weights["model.embed_tokens.weight"] += COMMON_LENGTH * common
+    weights["lm_head.weight"][blank_tokens(folder)] = -common
     weights["model.norm.weight"] = ones
     for layer in range(CONFIG["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
