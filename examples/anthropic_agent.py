@@ -44,7 +44,9 @@ def run(url: str, turns: int) -> int:
         )
         took = time.perf_counter() - began
         calls = [block for block in answer.content if block.type == "tool_use"]
-        messages.append({"role": "assistant", "content": [block.model_dump(exclude_none=True) for block in answer.content]})
+        messages.append(
+            {"role": "assistant", "content": [block.model_dump(exclude_none=True) for block in answer.content]}
+        )
         results = []
         for call in calls:
             content = json.dumps(count_words(**call.input))

@@ -60,7 +60,11 @@ def mixed_jobs(seed: int = 1) -> list[Job]:
         if kind == 3:
             given |= {"repetition_penalty": 1.2, "presence_penalty": 0.3}
         if kind == 4:
-            given |= {"structured_outputs": StructuredOutputsParams(json=SCHEMA), "ignore_eos": False, "max_tokens": 120}
+            given |= {
+                "structured_outputs": StructuredOutputsParams(json=SCHEMA),
+                "ignore_eos": False,
+                "max_tokens": 120,
+            }
         abort_after = rng.randint(1, 10) if kind == 5 and number > 6 else None
         jobs.append(Job(f"job-{number}", number, prompt, SamplingParams(**given), abort_after))
     return jobs
@@ -218,7 +222,10 @@ def test_nothing_is_left_behind(ours: LLM, answers: dict[str, Answer]) -> None:
 
 
 def test_reset_prefix_cache_while_requests_run(ours: LLM, answers: dict[str, Answer]) -> None:
-    jobs = [Job(f"reset-{n}", 0, [n + 5] * 600, SamplingParams(max_tokens=30, ignore_eos=True, temperature=0)) for n in range(4)]
+    jobs = [
+        Job(f"reset-{n}", 0, [n + 5] * 600, SamplingParams(max_tokens=30, ignore_eos=True, temperature=0))
+        for n in range(4)
+    ]
     engine = ours.llm_engine
     plain = run_jobs(ours, jobs)
     for job in jobs:

@@ -78,7 +78,12 @@ def test_metrics_show_what_happened(server: VllmServer) -> None:
     assert added["decode_steps_total"] == 58
     assert after["tpot_target_seconds"] == pytest.approx(0.04)
     assert 0 < after["tpot_seconds"] < 1
-    assert set(after) >= {"resume_budget_tokens", "budget_gain", "step_prediction_error_ratio", "last_prefill_chunk_tokens"}
+    assert set(after) >= {
+        "resume_budget_tokens",
+        "budget_gain",
+        "step_prediction_error_ratio",
+        "last_prefill_chunk_tokens",
+    }
 
 
 def test_the_periodic_log_line_has_our_part(server: VllmServer) -> None:
@@ -157,7 +162,9 @@ def test_ctrl_c_of_the_demo_leaves_no_process(toy_model: Path) -> None:
 
     def children() -> list[str]:
         listing = subprocess.run(["ps", "-eo", "ppid=,pid=,args="], text=True, capture_output=True, check=True).stdout
-        return [line.split()[1] for line in listing.splitlines() if line.split()[0] == str(demo.pid) and "serve" in line]
+        return [
+            line.split()[1] for line in listing.splitlines() if line.split()[0] == str(demo.pid) and "serve" in line
+        ]
 
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not children():

@@ -85,9 +85,17 @@ def test_register_is_re_entrant() -> None:
     from vllm.v1.metrics.stats import SchedulerStats
 
     plugin.register()
-    once = (EngineArgs.create_engine_config, StatLoggerManager.__init__, SchedulerStats.__dataclass_fields__["plugin_stats"])
+    once = (
+        EngineArgs.create_engine_config,
+        StatLoggerManager.__init__,
+        SchedulerStats.__dataclass_fields__["plugin_stats"],
+    )
     plugin.register()
-    again = (EngineArgs.create_engine_config, StatLoggerManager.__init__, SchedulerStats.__dataclass_fields__["plugin_stats"])
+    again = (
+        EngineArgs.create_engine_config,
+        StatLoggerManager.__init__,
+        SchedulerStats.__dataclass_fields__["plugin_stats"],
+    )
     assert once == again
 
 
@@ -186,7 +194,9 @@ def test_patches_apply_to_the_installed_vllm(tmp_path: Path) -> None:
         for name in [line[6:].split("\t")[0] for line in patch.read_text().splitlines() if line.startswith("+++ b/")]:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(site / name, tmp_path / name)
-        done = subprocess.run(["git", "apply", "--check", str(patch)], cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", "apply", "--check", str(patch)], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, f"{patch.name}: {done.stderr}"
 
 

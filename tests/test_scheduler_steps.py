@@ -44,7 +44,9 @@ class PinnedController(BudgetController):
 
 
 def pinned(asynchronous: bool = False, options: dict[str, Any] | None = None, **given: Any) -> tuple[Any, Driver]:
-    given = {"options": {"tpot_slo_ms": 10, "first_chunk_tokens": 4096, "chunk_granularity_tokens": 1, **(options or {})}} | given
+    given = {
+        "options": {"tpot_slo_ms": 10, "first_chunk_tokens": 4096, "chunk_granularity_tokens": 1, **(options or {})}
+    } | given
     scheduler = make_scheduler(asynchronous=asynchronous, **given)
     controller = PinnedController(scheduler._controller.limits)
     controller.model = PinnedModel()
@@ -186,7 +188,11 @@ def test_a_preempted_sequence_is_tagged_anew() -> None:
     scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
     before = dict(scheduler._stats.counts)
     driver.step()
-    tagged = [name for name in ("cold_prefill_requests", "resume_prefill_requests") if scheduler._stats.counts[name] > before[name]]
+    tagged = [
+        name
+        for name in ("cold_prefill_requests", "resume_prefill_requests")
+        if scheduler._stats.counts[name] > before[name]
+    ]
     assert tagged == ["resume_prefill_requests"]  # its blocks were still cached
 
 

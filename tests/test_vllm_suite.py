@@ -87,7 +87,12 @@ def passed(suite: Path, arm: str) -> set[str]:
     }
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "--noconftest", "-p", "no:cacheprovider", "-o", "addopts="]
     done = subprocess.run(
-        [*command, "-p", "stock_suite_plugin", *CORE], cwd=suite, env=environment, text=True, capture_output=True, check=False
+        [*command, "-p", "stock_suite_plugin", *CORE],
+        cwd=suite,
+        env=environment,
+        text=True,
+        capture_output=True,
+        check=False,
     )
     return set(re.findall(r"^PASSED (\S+)", done.stdout, re.MULTILINE))
 

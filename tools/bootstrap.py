@@ -133,7 +133,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         environment.install()
     except subprocess.CalledProcessError as error:
-        return fail(f"`{' '.join(map(str, error.cmd[1:]))}` failed with exit code {error.returncode}; its words stand above")
+        return fail(
+            f"`{' '.join(map(str, error.cmd[1:]))}` failed with exit code {error.returncode}; its words stand above"
+        )
     say(f"ready: {environment.path}")
     return 0
 

@@ -19,7 +19,9 @@ def options_argument(text: str) -> dict[str, Any]:
         given = json.loads(text)
         AgentServeConfig.from_mapping(given)
     except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error}); example: '{{\"tpot_slo_ms\": 40}}'") from error
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not JSON ({error}); example: '{{\"tpot_slo_ms\": 40}}'"
+        ) from error
     except OptionError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return dict(given)
@@ -42,7 +44,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"agentserve {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    demo = commands.add_parser("demo", help="stock vLLM against vLLM with our flag, on the same agents, in a few minutes")
+    demo = commands.add_parser(
+        "demo", help="stock vLLM against vLLM with our flag, on the same agents, in a few minutes"
+    )
     demo.add_argument("--model", type=Path, help="a model folder (default: a toy model made here)")
     demo.add_argument("--agents", type=count_argument, default=5, help="agents at work (default: %(default)s)")
     demo.add_argument("--turns", type=count_argument, default=6, help="turns of each agent (default: %(default)s)")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
 from vllm_agentserve import __version__, vllm_compat
-from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
+from vllm_agentserve.config import AgentServeConfig, OptionError
 
 MIN_DRIVER = 550
 """First NVIDIA driver branch with CUDA 12.4."""
@@ -70,7 +70,9 @@ def check_torch() -> list[Finding]:
             installed = version(name)
         except PackageNotFoundError:
             if needed:
-                findings.append(Finding(name, Level.PROBLEM, f"{name} is not installed", "install vLLM, which brings it"))
+                findings.append(
+                    Finding(name, Level.PROBLEM, f"{name} is not installed", "install vLLM, which brings it")
+                )
             continue
         done = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True, check=False)
         if done.returncode == 0:
@@ -117,7 +119,9 @@ def gpu_findings(line: str) -> list[Finding]:
     findings = [Finding("GPU", Level.OK if ok else Level.PROBLEM, f"{name}, driver {driver}", remedy)]
     if free < 0.8 * total:
         found = f"{free} of {total} MiB free"
-        findings.append(Finding("GPU memory", Level.NOTE, found, "end what else uses the GPU, or lower --gpu-memory-utilization"))
+        findings.append(
+            Finding("GPU memory", Level.NOTE, found, "end what else uses the GPU, or lower --gpu-memory-utilization")
+        )
     return findings
 
 
@@ -130,7 +134,9 @@ def check_options(text: str) -> Finding:
         return Finding("options", Level.PROBLEM, f"{text!r} is not JSON: {error}", f"give a JSON object, {example}")
     except OptionError as error:
         return Finding("options", Level.PROBLEM, str(error), "correct the option")
-    target = f"{config.tpot_slo_ms:g} ms" if config.tpot_slo_ms else f"{config.tpot_factor:g} x the decode step seen alone"
+    target = (
+        f"{config.tpot_slo_ms:g} ms" if config.tpot_slo_ms else f"{config.tpot_factor:g} x the decode step seen alone"
+    )
     found = f"mode {config.mode}; target time between tokens: {target}"
     return Finding("options", Level.OK, found)
 

@@ -63,12 +63,41 @@ def corpus(seed: int) -> Iterator[str]:
     rng = random.Random(seed)
     syllables = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "ar", "en", "il", "or", "un")]
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(3000)]
-    glue = "the a of to in is and that for it with as on be this was by are at from have an not or which".split()
+    glue = [
+        "the",
+        "a",
+        "of",
+        "to",
+        "in",
+        "is",
+        "and",
+        "that",
+        "for",
+        "it",
+        "with",
+        "as",
+        "on",
+        "be",
+        "this",
+        "was",
+        "by",
+        "are",
+        "at",
+        "from",
+        "have",
+        "an",
+        "not",
+        "or",
+        "which",
+    ]
     for line in range(6000):
         picked = [rng.choice(glue if rng.random() < 0.4 else words) for _ in range(rng.randint(6, 18))]
         yield " ".join(picked).capitalize() + rng.choice(".?!:")
         if line % 8 == 0:
-            call = {"name": rng.choice(("search", "read_file", "calculate")), "arguments": {"query": " ".join(picked[:3])}}
+            call = {
+                "name": rng.choice(("search", "read_file", "calculate")),
+                "arguments": {"query": " ".join(picked[:3])},
+            }
             yield "<tool_call>" + json.dumps(call) + "</tool_call>"
             yield json.dumps({"result": rng.randint(0, 10**6), "ok": True, "text": picked[-1]}, indent=2)
 

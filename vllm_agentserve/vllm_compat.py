@@ -139,7 +139,11 @@ def cut_obstacle(scheduler: "Scheduler", request: "Request") -> str | None:
         # Which encoder inputs run was decided from the uncut chunk.
         return "it has encoder inputs"
     parameters = request.sampling_params
-    if parameters is not None and parameters.seed is not None and scheduler.vllm_config.device_config.device_type == "cpu":
+    if (
+        parameters is not None
+        and parameters.seed is not None
+        and scheduler.vllm_config.device_config.device_type == "cpu"
+    ):
         return "it has a seed, and vLLM's CPU runner cannot sample with one after a chunk"
     return None
 

@@ -97,7 +97,9 @@ class StreamingClient:
                         stream.stamps.append(now)
                         stream.token_ids.extend(ids)
         except aiohttp.ClientError as error:
-            raise StreamError(f"{self.url} broke the stream off after {len(stream.token_ids)} tokens: {error}") from error
+            raise StreamError(
+                f"{self.url} broke the stream off after {len(stream.token_ids)} tokens: {error}"
+            ) from error
         stream.finished = perf_counter()
         if len(stream.token_ids) < max_tokens:
             raise StreamError(f"{self.url} ended the stream after {len(stream.token_ids)} of {max_tokens} tokens")

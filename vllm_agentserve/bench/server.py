@@ -118,7 +118,9 @@ class VllmServer:
         while time.monotonic() < deadline:
             if not self.alive():
                 code = self._process.returncode if self._process is not None else None
-                raise ServerError(f"vllm serve ended with exit code {code} while starting; its log {self.log}:\n{self.tail()}")
+                raise ServerError(
+                    f"vllm serve ended with exit code {code} while starting; its log {self.log}:\n{self.tail()}"
+                )
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:
                     if answer.status == 200:
@@ -126,7 +128,9 @@ class VllmServer:
             except (urllib.error.URLError, OSError):
                 pass
             time.sleep(0.25)
-        raise ServerError(f"vllm serve was not healthy within {START_TIMEOUT_S:.0f} s; its log {self.log}:\n{self.tail()}")
+        raise ServerError(
+            f"vllm serve was not healthy within {START_TIMEOUT_S:.0f} s; its log {self.log}:\n{self.tail()}"
+        )
 
     def stop(self) -> None:
         """Asks the server to end, then makes it; returns when it and all it started are gone."""

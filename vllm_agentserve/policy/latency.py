@@ -128,7 +128,9 @@ class StepModel:
         self._slowness += 0.1 * (1.0 - self._slowness)
         if self._decode.samples == 0:
             # The steps after start are alike but for a drift that has other reasons: a loose prior would take it for growth.
-            self._decode = RecursiveLeastSquares((2 * duration_ms, 0.1 * duration_ms, 0.03 * duration_ms), forgetting=0.995)
+            self._decode = RecursiveLeastSquares(
+                (2 * duration_ms, 0.1 * duration_ms, 0.03 * duration_ms), forgetting=0.995
+            )
         features = (1.0, float(sequences), context / 1000)
         self._decode.learn(features, duration_ms, self.NOISE * max(duration_ms, 0.1))
 

@@ -21,7 +21,9 @@ class AdmissionClass(enum.IntEnum):
 AdmissionKey = tuple[int, int, float]
 
 
-def admission_key(phase: Phase, uncached_tokens: int, arrival: float, preempted: bool, resume_budget: int) -> AdmissionKey:
+def admission_key(
+    phase: Phase, uncached_tokens: int, arrival: float, preempted: bool, resume_budget: int
+) -> AdmissionKey:
     """The sort key of a waiting request; smaller is admitted earlier.
 
     Args:

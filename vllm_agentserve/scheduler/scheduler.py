@@ -83,7 +83,9 @@ class AgentScheduler(Scheduler):
             self._queue = self.waiting = AgentQueue(self._admission_key, options.max_bypass_steps)
         self._say_what_runs(options, budget_obstacle, order_obstacle)
 
-    def _say_what_runs(self, options: AgentServeConfig, budget_obstacle: str | None, order_obstacle: str | None) -> None:
+    def _say_what_runs(
+        self, options: AgentServeConfig, budget_obstacle: str | None, order_obstacle: str | None
+    ) -> None:
         target = "calibrated" if options.tpot_slo_ms is None else f"{options.tpot_slo_ms:g} ms"
         logger.info(
             "agentserve: mode %s, %s scheduling, TPOT target %s.",

@@ -67,7 +67,9 @@ class StatsCollector:
         controller = self._controller
         counts, before = self.counts, self._reported
         counts["slow_steps"] = controller.slow_steps
-        report: dict[str, float] = {name: count - before[name] for name, count in counts.items() if count > before[name]}
+        report: dict[str, float] = {
+            name: count - before[name] for name, count in counts.items() if count > before[name]
+        }
         self._reported = dict(counts)
         report["tpot_target_seconds"] = controller.target_ms / 1000
         report["tpot_seconds"] = controller.tpot.ewma / 1000
