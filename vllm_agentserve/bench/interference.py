@@ -3,8 +3,10 @@
     python -m vllm_agentserve.bench.interference --path engine --rounds 3 --output docs/results/NAME.json
     python -m vllm_agentserve.bench.interference --path http   --rounds 3 --output docs/results/NAME.json
 
-Four streams decode; prompts of 4k, 6k and 8k fresh tokens arrive every six seconds; afterwards the same prompts come
-alone. Each arm of each round is a fresh engine, so the first cold prompt after start is in the figures.
+Four streams decode; prompts of 4k, 6k and 8k fresh tokens arrive every six seconds; afterwards such prompts come alone,
+twice, and the second time counts: arms have met other chunk sizes until then, and kernels prepare themselves for each.
+Every arm of every round is a fresh engine, so the first cold prompt after start is in the figures. `--path alone` leaves
+the streams and the first part out.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import json
 import os
 import platform
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -65,7 +68,7 @@ class Run:
 def prompts(seed: int) -> Iterable[list[int]]:
     """Fresh prompts, the same for every arm: first the streams', then the cold ones, then those that come alone."""
     rng = random.Random(seed)
-    for length in (*[STREAM_PROMPT] * STREAMS, *PROMPTS, *PROMPTS):
+    for length in (*[STREAM_PROMPT] * STREAMS, *PROMPTS, *PROMPTS, *PROMPTS):
         yield [rng.randrange(3, 4000) for _ in range(length)]
 
 
@@ -102,13 +105,14 @@ async def run_http(url: str, seed: int) -> Run:
         run.decode_tokens = sum(len(stream.stamps) for stream in streams)
         run.decode_s = end - begin
         await asyncio.sleep(1.0)
-        for length in PROMPTS:
+        for length in (*PROMPTS, *PROMPTS):
             alone = await client.generate("alone", next(drawn), 1)
             run.alone_ttft_s.append((length, alone.ttft))
+    del run.alone_ttft_s[: len(PROMPTS)]
     return run
 
 
-def run_engine(arm: str, seed: int) -> Run:
+def run_engine(arm: str, seed: int, only_alone: bool = False) -> Run:
     """Runs the workload in this process, in step with the engine; call it in a process of its own."""
     from vllm import LLM, SamplingParams
 
@@ -122,41 +126,49 @@ def run_engine(arm: str, seed: int) -> Run:
         engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
         return name
 
+    def beside_streams() -> None:
+        names = [add("stream", next(drawn), MAX_MODEL_LEN - 2 * STREAM_PROMPT) for _ in range(STREAMS)]
+        warm = time.perf_counter() + 2.0
+        while time.perf_counter() < warm:
+            engine.step()
+        begin = last = time.perf_counter()
+        cold: tuple[str, int, float] | None = None
+        due = 0
+        while (now := time.perf_counter()) < begin + len(PROMPTS) * EVERY_S:
+            if due < len(PROMPTS) and now >= begin + due * EVERY_S and cold is None:
+                length, due = PROMPTS[due], due + 1
+                cold = (add("cold", next(drawn), 1), length, now)
+            outputs = engine.step()
+            now = time.perf_counter()
+            decoded = sum(output.request_id.startswith("stream") for output in outputs)
+            if decoded:
+                gap = (now - last) * 1000
+                (run.quiet_ms if cold is None else run.during_ms).append(gap)
+                if cold is not None and due == 1:
+                    run.first_during_ms.append(gap)
+                last = now
+                run.decode_tokens += decoded
+            if cold is not None and any(output.request_id == cold[0] for output in outputs):
+                run.cold_ttft_s.append((cold[1], now - cold[2]))
+                cold = None
+        run.decode_s = now - begin
+        engine.abort_request(names)
+        while engine.has_unfinished_requests():
+            engine.step()
+
     run = Run()
-    names = [add("stream", next(drawn), MAX_MODEL_LEN - 2 * STREAM_PROMPT) for _ in range(STREAMS)]
-    warm = time.perf_counter() + 2.0
-    while time.perf_counter() < warm:
-        engine.step()
-    begin = last = time.perf_counter()
-    cold: tuple[str, int, float] | None = None
-    due = 0
-    while (now := time.perf_counter()) < begin + len(PROMPTS) * EVERY_S:
-        if due < len(PROMPTS) and now >= begin + due * EVERY_S and cold is None:
-            length, due = PROMPTS[due], due + 1
-            cold = (add("cold", next(drawn), 1), length, now)
-        outputs = engine.step()
-        now = time.perf_counter()
-        decoded = sum(output.request_id.startswith("stream") for output in outputs)
-        if decoded:
-            gap = (now - last) * 1000
-            (run.quiet_ms if cold is None else run.during_ms).append(gap)
-            if cold is not None and due == 1:
-                run.first_during_ms.append(gap)
-            last = now
-            run.decode_tokens += decoded
-        if cold is not None and any(output.request_id == cold[0] for output in outputs):
-            run.cold_ttft_s.append((cold[1], now - cold[2]))
-            cold = None
-    run.decode_s = now - begin
-    engine.abort_request(names)
-    while engine.has_unfinished_requests():
-        engine.step()
-    for length in PROMPTS:
+    if only_alone:
+        for _ in range(STREAMS + len(PROMPTS)):
+            next(drawn)
+    else:
+        beside_streams()
+    for length in (*PROMPTS, *PROMPTS):
         begin = time.perf_counter()
         add("alone", next(drawn), 1)
         while engine.has_unfinished_requests():
             engine.step()
         run.alone_ttft_s.append((length, time.perf_counter() - begin))
+    del run.alone_ttft_s[: len(PROMPTS)]
     return run
 
 
@@ -167,7 +179,7 @@ def run_arm(path: str, arm: str, seed: int) -> Run:
         with VllmServer(make_toy_model(), options) as server:
             return asyncio.run(run_http(server.url, seed))
     environment = serving_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
-    command = [sys.executable, "-m", __spec__.name, "--worker", arm, "--seed", str(seed)]
+    command = [sys.executable, "-m", __spec__.name, "--worker", arm, "--seed", str(seed), "--path", path]
     done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"the {arm} engine ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
@@ -203,6 +215,12 @@ def summary(runs: list[Run]) -> dict[str, Any]:
         "alone_ttft_mean_s": over_rounds(mean_ttft(run.alone_ttft_s) for run in runs),
         "decode_tokens_per_s": over_rounds(run.decode_tokens / run.decode_s for run in runs),
     }
+
+
+def alone_summary(runs: list[Run]) -> dict[str, float]:
+    """One arm of `--path alone`: the median over rounds of the mean over prompts."""
+    means = [statistics.fmean(seconds for _, seconds in run.alone_ttft_s) for run in runs]
+    return {"alone_ttft_mean_s": round(statistics.median(means), 3)}
 
 
 def ratios(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -243,7 +261,7 @@ def table(arms: dict[str, dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--path", choices=("engine", "http"), default="engine")
+    parser.add_argument("--path", choices=("engine", "http", "alone"), default="engine")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seed", type=int, default=0)
@@ -251,8 +269,10 @@ def main() -> int:
     parser.add_argument("--worker", choices=list(ARMS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        print(json.dumps(asdict(run_engine(arguments.worker, arguments.seed))))
+        print(json.dumps(asdict(run_engine(arguments.worker, arguments.seed, only_alone=arguments.path == "alone"))))
         return 0
+    # A plain `kill` unwinds like Ctrl-C, so that no server is left behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     make_toy_model()
     runs: dict[str, list[Run]] = {arm: [] for arm in arguments.arms}
     for number in range(arguments.rounds):
@@ -260,11 +280,20 @@ def main() -> int:
         for arm in arguments.arms if number % 2 == 0 else reversed(arguments.arms):
             run = run_arm(arguments.path, arm, arguments.seed + number)
             runs[arm].append(run)
+            if arguments.path == "alone":
+                print(f"round {number + 1} {arm}: {[round(seconds, 3) for _, seconds in run.alone_ttft_s]} s", flush=True)
+                continue
             q = quantiles(run.during_ms)
             print(f"round {number + 1} {arm}: p50 {q['p50']:.1f} p99 {q['p99']:.1f} max {q['max']:.1f} ms", flush=True)
-    arms = {arm: summary(done) for arm, done in runs.items()}
-    print(table(arms))
-    print(json.dumps(ratios(arms), indent=1) if "stock" in arms else "")
+    if arguments.path == "alone":
+        arms = {arm: alone_summary(done) for arm, done in runs.items()}
+        compared = {arm: round(figures["alone_ttft_mean_s"] / arms["stock"]["alone_ttft_mean_s"], 3) for arm, figures in arms.items()}
+        print(json.dumps({"arms": arms, "alone_ttft_arm_over_stock": compared}, indent=1))
+    else:
+        arms = {arm: summary(done) for arm, done in runs.items()}
+        compared = ratios(arms) if "stock" in arms else {}
+        print(table(arms))
+        print(json.dumps(compared, indent=1))
     if arguments.output:
         report = {
             "command": " ".join(["python", "-m", __spec__.name, *sys.argv[1:]]),
@@ -272,7 +301,7 @@ def main() -> int:
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
             "vllm": installed_vllm(),
             "arms": arms,
-            "ratios": ratios(arms) if "stock" in arms else {},
+            "ratios": compared,
             "runs": {arm: [rounded(asdict(run)) for run in done] for arm, done in runs.items()},
         }
         arguments.output.write_text(json.dumps(report) + "\n")
