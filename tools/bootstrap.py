@@ -62,7 +62,9 @@ class Environment:
         return self.run("-m", "pip", "--disable-pip-version-check", *args, check=check).returncode
 
     def query(self, code: str) -> str:
-        done = subprocess.run([str(self.python), "-c", code], text=True, capture_output=True, cwd=self.path)
+        done = subprocess.run(
+            [str(self.python), "-c", code], text=True, capture_output=True, cwd=self.path, check=False
+        )
         return done.stdout.strip() if done.returncode == 0 else ""
 
     def distribution(self, name: str) -> str:

@@ -77,7 +77,7 @@ def add_stats_field() -> None:
     if STATS_FIELD in fields:
         return
     template = dataclasses.make_dataclass("Template", [(STATS_FIELD, "dict[str, float] | None", None)])
-    fields[STATS_FIELD] = template.__dataclass_fields__[STATS_FIELD]
+    fields[STATS_FIELD] = dataclasses.fields(template)[0]
     SchedulerStats.__annotations__[STATS_FIELD] = dict[str, float] | None
     setattr(SchedulerStats, STATS_FIELD, None)
 

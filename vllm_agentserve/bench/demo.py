@@ -85,7 +85,8 @@ def sentence(stock: Figures, ours: Figures) -> str:
 
     return (
         f"While one agent's prompt is read, the others' worst gaps (p99) go from {before:.0f} ms to {after:.0f} ms; "
-        f"that agent's first token takes {times(cold)}, and an agent that comes back from a tool waits {times(resume)} for its next one."
+        f"that agent's first token takes {times(cold)}, "
+        f"and an agent that comes back from a tool waits {times(resume)} for its next one."
     )
 
 

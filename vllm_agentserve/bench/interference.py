@@ -217,7 +217,7 @@ def summary(runs: list[Run]) -> dict[str, Any]:
     }
 
 
-def alone_summary(runs: list[Run]) -> dict[str, float]:
+def alone_summary(runs: list[Run]) -> dict[str, Any]:
     """One arm of `--path alone`: the median over rounds of the mean over prompts."""
     means = [statistics.fmean(seconds for _, seconds in run.alone_ttft_s) for run in runs]
     return {"alone_ttft_mean_s": round(statistics.median(means), 3)}
@@ -281,13 +281,20 @@ def main() -> int:
             run = run_arm(arguments.path, arm, arguments.seed + number)
             runs[arm].append(run)
             if arguments.path == "alone":
-                print(f"round {number + 1} {arm}: {[round(seconds, 3) for _, seconds in run.alone_ttft_s]} s", flush=True)
+                print(
+                    f"round {number + 1} {arm}: {[round(seconds, 3) for _, seconds in run.alone_ttft_s]} s", flush=True
+                )
                 continue
             q = quantiles(run.during_ms)
             print(f"round {number + 1} {arm}: p50 {q['p50']:.1f} p99 {q['p99']:.1f} max {q['max']:.1f} ms", flush=True)
+    arms: dict[str, dict[str, Any]]
+    compared: dict[str, Any]
     if arguments.path == "alone":
         arms = {arm: alone_summary(done) for arm, done in runs.items()}
-        compared = {arm: round(figures["alone_ttft_mean_s"] / arms["stock"]["alone_ttft_mean_s"], 3) for arm, figures in arms.items()}
+        compared = {
+            arm: round(figures["alone_ttft_mean_s"] / arms["stock"]["alone_ttft_mean_s"], 3)
+            for arm, figures in arms.items()
+        }
         print(json.dumps({"arms": arms, "alone_ttft_arm_over_stock": compared}, indent=1))
     else:
         arms = {arm: summary(done) for arm, done in runs.items()}

@@ -1,5 +1,6 @@
 """A `vllm serve` of our own: started, waited for, stopped, and nothing left behind."""
 
+import contextlib
 import os
 import platform
 import signal
@@ -151,10 +152,8 @@ class VllmServer:
 
 
 def _signal_group(group: int, kind: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(group, kind)
-    except ProcessLookupError:
-        pass
 
 
 def _group_alive(group: int) -> bool:

@@ -135,5 +135,5 @@ class AgentQueue(RequestQueue):
 
     def _take(self, place: _Place) -> None:
         entry = (place.key, place.number, place.request.request_id)
-        del self._order[bisect_left(self._order, entry)]  # type: ignore[arg-type]
+        del self._order[bisect_left(self._order, entry)]
         place.key = None

@@ -121,7 +121,7 @@ class AgentScheduler(Scheduler):
             self._stats.counts["overdue_requests"] += self._queue.promote_overdue()
         self._budget = self._plan(decodes, context) if self._cuts_prefills else None
         # vLLM asks the attribute of the instance: so the question costs nothing in steps without prefill.
-        self._reserve_prefill_lookahead = self._grant  # type: ignore[method-assign]
+        self._reserve_prefill_lookahead = self._grant
         try:
             output = super().schedule(throttle_prefills)
         finally:
