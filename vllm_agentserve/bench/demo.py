@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from vllm_agentserve.bench.measure import quantiles, split_gaps
-from vllm_agentserve.bench.server import VllmServer
+from vllm_agentserve.bench.server import VllmServer, has_nvidia_driver
 from vllm_agentserve.bench.workload import AgentPlan, Replay, plan_agents, replay
 from vllm_agentserve.vllm_compat import SCHEDULER_NAME
 
@@ -113,8 +113,6 @@ def run_demo(
         ServerError: a server did not start.
         StreamError: a request failed.
     """
-    from vllm_agentserve.bench.server import has_nvidia_driver
-
     plans = plan_agents(agents=agents, turns=turns)
     serve = [*SERVE_OPTIONS, *(() if has_nvidia_driver() else CPU_OPTIONS)]
     ours_serve = [*serve, "--scheduler-cls", SCHEDULER_NAME]

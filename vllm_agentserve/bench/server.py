@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import platform
+import shutil
 import signal
 import socket
 import subprocess
@@ -45,9 +45,8 @@ def serving_environment(base: Mapping[str, str] | None = None) -> dict[str, str]
 
 
 def has_nvidia_driver() -> bool:
-    return Path("/proc/driver/nvidia/version").exists() or (
-        platform.system() == "Windows" and Path("C:/Windows/System32/nvml.dll").exists()
-    )
+    """Whether vLLM would find an NVIDIA GPU's driver here; under WSL only nvidia-smi tells."""
+    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
 
 
 class VllmServer:
