@@ -111,7 +111,7 @@ class Environment:
         if not self.cuda:
             self.mend_cpu_vllm()
         say("installing this package and its test tools")
-        self.pip("install", "-q", "-e", f"{ROOT}[test]")
+        self.pip("install", "-q", "-e", f"{ROOT}[bench,test]")
         self.stamp.write_text(self.fingerprint())
 
 

@@ -1,4 +1,4 @@
-"""The command `agentserve`: demo, doctor, toy-model."""
+"""The command `agentserve`: demo, bench, doctor, toy-model."""
 
 import argparse
 import json
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_agentserve import __version__
+from vllm_agentserve.bench.arguments import add_arguments as add_bench_arguments
 from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
+from vllm_agentserve.vllm_compat import UnsupportedVllmError
 
 INTERRUPTED = 130
 
@@ -47,11 +49,14 @@ def make_parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo", help="stock vLLM against vLLM with our flag, on the same agents, in a few minutes"
     )
-    demo.add_argument("--model", type=Path, help="a model folder (default: a toy model made here)")
+    demo.add_argument("--model", help="a model folder or name (default: a toy model made here)")
     demo.add_argument("--agents", type=count_argument, default=5, help="agents at work (default: %(default)s)")
     demo.add_argument("--turns", type=count_argument, default=6, help="turns of each agent (default: %(default)s)")
     demo.add_argument("--port", type=port_argument, help="where the servers listen (default: a free port)")
     demo.add_argument("--options", type=options_argument, default={}, help=f'options of "{KEY}", as a JSON object')
+
+    bench = commands.add_parser("bench", help="measure stock vLLM, agentserve and other servers on agent traffic")
+    add_bench_arguments(bench)
 
     doctor = commands.add_parser("doctor", help="what will run on this machine and why, with a remedy per finding")
     doctor.add_argument("--options", default="{}", help=f'options of "{KEY}" to check, as a JSON object')
@@ -64,29 +69,29 @@ def make_parser() -> argparse.ArgumentParser:
 def demo(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from vllm_agentserve.bench.client import StreamError
-    from vllm_agentserve.bench.demo import run_demo
-    from vllm_agentserve.bench.server import ServerError
+    from vllm_agentserve.bench.demo import demo_plan, run_demo
+    from vllm_agentserve.bench.sessions import WorkloadError
     from vllm_agentserve.toy import make_toy_model
-    from vllm_agentserve.vllm_compat import UnsupportedVllmError, require_supported_vllm
+    from vllm_agentserve.vllm_compat import require_supported_vllm
 
     console = Console()
+    require_supported_vllm()
+    toy = arguments.model is None
+    if toy:
+        console.print("Making the toy model (random weights: the answers mean nothing, the timing does) ...")
+    model = str(make_toy_model() if toy else arguments.model)
     try:
-        require_supported_vllm()
-        if arguments.model is not None and not (arguments.model / "config.json").exists():
-            console.print(f"error: --model {arguments.model} holds no config.json: name a model folder", style="red")
-            return 2
-        if arguments.model is None:
-            console.print("Making the toy model (random weights: the answers mean nothing, the timing does) ...")
-        model = arguments.model or make_toy_model()
-        run_demo(model, arguments.agents, arguments.turns, arguments.port, arguments.options, console)
-    except ExceptionGroup as group:
-        console.print(f"error: {group.exceptions[0]}", style="red", markup=False)
-        return 1
-    except (ServerError, StreamError, UnsupportedVllmError) as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        return 1
-    return 0
+        plan = demo_plan(model, toy, arguments.agents, arguments.turns, arguments.port, arguments.options)
+    except WorkloadError as error:
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return 2
+    return run_demo(plan, console)
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    from vllm_agentserve.bench.command import execute
+
+    return execute(arguments)
 
 
 def doctor(arguments: argparse.Namespace) -> int:
@@ -106,8 +111,20 @@ def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     # A plain `kill` unwinds like Ctrl-C, so that no server is left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    commands = {"demo": demo, "bench": bench, "doctor": doctor, "toy-model": toy_model}
     try:
-        return {"demo": demo, "doctor": doctor, "toy-model": toy_model}[arguments.command](arguments)
+        return commands[arguments.command](arguments)
+    except ModuleNotFoundError as error:
+        if arguments.command not in ("demo", "bench"):
+            raise
+        print(
+            f"error: agentserve {arguments.command} needs {error.name}: pip install 'vllm-agentserve[bench]'",
+            file=sys.stderr,
+        )
+        return 2
+    except UnsupportedVllmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nstopped; no server is left running", file=sys.stderr)
         return INTERRUPTED

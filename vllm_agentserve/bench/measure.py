@@ -1,20 +1,29 @@
-"""From streams to figures: intervals between tokens, quiet and while somebody prefills, and times to the first token."""
+"""From records to figures: intervals between tokens, times to the first token, sessions against their thresholds.
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+Everything is computed from what was written to the results folder, so that anybody can compute it again.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vllm_agentserve.bench.client import Stream
+from vllm_agentserve.bench.records import Record
 
+Values = NDArray[np.float64]
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
+
+
+def quantile(values: Values, q: float) -> float:
+    """Nearest rank; NaN where there are no values."""
+    return float(np.quantile(values, q, method="inverted_cdf")) if len(values) else float("nan")
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
     """p50, p95, p99 and max by nearest rank; NaN where there are no values."""
-    if not values:
-        return dict.fromkeys(QUANTILES, float("nan"))
-    return {name: float(np.quantile(values, q, method="inverted_cdf")) for name, q in QUANTILES.items()}
+    return {name: quantile(np.asarray(values), q) for name, q in QUANTILES.items()}
 
 
 @dataclass(frozen=True)
@@ -27,16 +36,273 @@ class Gaps:
     """Nobody did."""
 
 
-def split_gaps(streams: Iterable[Stream], prefills: Iterable[tuple[Stream, float, float]]) -> Gaps:
-    """Splits the intervals of `streams` by whether another request was in its prefill.
-
-    Args:
-        prefills: (stream, begin, end) of the time every request waited for its first token.
-    """
-    spans = sorted(((begin, end, id(owner)) for owner, begin, end in prefills), key=lambda span: span[0])
+def split_gaps(streams: Iterable[Stream], prefills: Iterable[tuple[float, float]]) -> Gaps:
+    """Splits the intervals of `streams` by whether a prompt was read, given the (begin, end) of each prefill."""
+    spans = merged(np.asarray(list(prefills), dtype=float).reshape(-1, 2))
     gaps = Gaps([], [])
     for stream in streams:
-        for begin, end in stream.gaps():
-            busy = any(first < end and last > begin and owner != id(stream) for first, last, owner in spans)
-            (gaps.during if busy else gaps.quiet).append((end - begin) * 1000)
+        stamps = np.asarray(stream.stamps)
+        busy = overlaps(stamps[:-1], stamps[1:], spans)
+        intervals = np.diff(stamps) * 1000
+        gaps.during.extend(intervals[busy].tolist())
+        gaps.quiet.extend(intervals[~busy].tolist())
     return gaps
+
+
+def merged(spans: Values) -> Values:
+    """Sorted spans without overlaps; `spans` and the result have shape (n, 2)."""
+    if not len(spans):
+        return spans
+    joined: list[list[float]] = []
+    for begin, end in spans[np.argsort(spans[:, 0])]:
+        if joined and begin <= joined[-1][1]:
+            joined[-1][1] = max(joined[-1][1], end)
+        else:
+            joined.append([begin, end])
+    return np.asarray(joined)
+
+
+def overlaps(begins: Values, ends: Values, spans: Values) -> NDArray[np.bool_]:
+    """Which of the intervals (begins[i], ends[i]) share time with one of the merged `spans`."""
+    if not len(spans):
+        return np.zeros(len(begins), dtype=bool)
+    following = np.searchsorted(spans[:, 1], begins, side="right")
+    inside = np.minimum(following, len(spans) - 1)
+    return (following < len(spans)) & (spans[inside, 0] < ends)
+
+
+@dataclass
+class SessionFigures:
+    """One session of one round: the unit that is resampled, since its requests depend on each other. Times in ms."""
+
+    round: int
+    name: str
+    agent: str
+    kind: str
+    gaps: Values
+    gaps_during: Values
+    """Intervals in which another agent's cold prompt was being read."""
+    ttft_cold: Values
+    ttft_resume: Values
+    tpot: Values
+    tokens: int
+    seconds: float
+    """From the first request to the last token, tools included."""
+    served_s: float
+    """Of these, the time spent waiting for the server."""
+    failed: int
+    attained: bool | None = None
+    """Whether it met both its thresholds; None without thresholds."""
+
+
+@dataclass
+class RoundFigures:
+    """One arm in one round."""
+
+    round: int
+    seconds: float
+    sessions: list[SessionFigures] = field(default_factory=list)
+    gpu: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(session.tokens for session in self.sessions) / self.seconds
+
+    @property
+    def goodput(self) -> float:
+        """Sessions per minute that met their thresholds."""
+        return 60 * sum(bool(session.attained) for session in self.sessions) / self.seconds
+
+    @property
+    def fairness(self) -> float:
+        """Jain's index over agents of tokens per second of waiting for the server: 1 when all are served alike."""
+        tokens: dict[str, float] = {}
+        served: dict[str, float] = {}
+        for session in self.sessions:
+            if session.kind == "agent":
+                tokens[session.agent] = tokens.get(session.agent, 0.0) + session.tokens
+                served[session.agent] = served.get(session.agent, 0.0) + session.served_s
+        rates = np.asarray([tokens[agent] / served[agent] for agent in tokens if served[agent] > 0])
+        return float(rates.sum() ** 2 / (len(rates) * (rates**2).sum())) if rates.any() else float("nan")
+
+
+def cold_spans(records: Iterable[Record]) -> Values:
+    """(begin, end) in microseconds of the time every cold prompt waited for its first token, without overlaps."""
+    spans = [(record.sent_us, record.stamps_us[0]) for record in records if record.phase == "cold" and record.stamps_us]
+    return merged(np.asarray(spans, dtype=float).reshape(-1, 2))
+
+
+def round_figures(number: int, seconds: float, records: Sequence[Record], gpu: Mapping[str, float]) -> RoundFigures:
+    """The figures of one arm in one round from the records of its measured part.
+
+    A session's own cold prompt never overlaps its own intervals, so all cold prompts are joined once for everybody.
+    """
+    spans = cold_spans(records)
+    by_session: dict[str, list[Record]] = {}
+    for record in records:
+        by_session.setdefault(record.session, []).append(record)
+    figures = RoundFigures(number, seconds, gpu=gpu)
+    for name, own in by_session.items():
+        own.sort(key=lambda record: record.turn)
+        good = [record for record in own if record.error is None]
+        stamps = [np.asarray(record.stamps_us, dtype=float) for record in own]
+        intervals = [np.diff(times) / 1000 for times in stamps]
+        busy = [overlaps(times[:-1], times[1:], spans) for times in stamps]
+        figures.sessions.append(
+            SessionFigures(
+                round=number,
+                name=name,
+                agent=own[0].agent,
+                kind=own[0].kind,
+                gaps=np.concatenate(intervals),
+                gaps_during=np.concatenate([gap[flags] for gap, flags in zip(intervals, busy, strict=True)]),
+                ttft_cold=np.asarray([record.ttft_ms for record in good if record.phase == "cold"]),
+                ttft_resume=np.asarray([record.ttft_ms for record in good if record.phase == "resume"]),
+                tpot=np.asarray([record.tpot_ms for record in good if record.tpot_ms is not None]),
+                tokens=sum(len(record.stamps_us) for record in own),
+                seconds=(max(record.ended_us for record in own) - min(record.sent_us for record in own)) / 1e6,
+                served_s=sum(record.ended_us - record.sent_us for record in own) / 1e6,
+                failed=sum(record.error is not None for record in own),
+            )
+        )
+    return figures
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What one session takes when it is alone on the stock server, in ms: means over its requests, by phase and per token."""
+
+    ttft: dict[str, float]
+    tpot: float
+
+
+def thresholds(alone: Iterable[Record]) -> dict[str, Thresholds]:
+    """The thresholds of every session, before the factor, from the records of the isolated run."""
+    by_session: dict[str, list[Record]] = {}
+    for record in alone:
+        if record.error is None:
+            by_session.setdefault(record.session.removeprefix("alone-"), []).append(record)
+    found = {}
+    for name, records in by_session.items():
+        ttft = {
+            phase: float(np.mean([record.ttft_ms for record in records if record.phase == phase]))
+            for phase in ("cold", "resume")
+            if any(record.phase == phase for record in records)
+        }
+        tpot = [record.tpot_ms for record in records if record.tpot_ms is not None]
+        found[name] = Thresholds(ttft, float(np.mean(tpot)) if tpot else float("nan"))
+    return found
+
+
+def attained(session: SessionFigures, limit: Thresholds, factor: float) -> bool:
+    """Whether a session met both its TTFT and its TPOT threshold: isolated run x `factor` (AgentServe's definition).
+
+    Means over the session's requests are compared; cold and resume turns each with their own.
+    """
+    if session.failed:
+        return False
+    for phase, values in (("cold", session.ttft_cold), ("resume", session.ttft_resume)):
+        if len(values) and phase in limit.ttft and values.mean() > factor * limit.ttft[phase]:
+            return False
+    return not len(session.tpot) or not session.tpot.mean() > factor * limit.tpot
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of the table.
+
+    Args:
+        of_sessions: computes it from sessions; or
+        of_rounds: from whole rounds, for what no single session has.
+        less_is_better: direction of improvement.
+    """
+
+    key: str
+    label: str
+    unit: str
+    of_sessions: Callable[[Sequence[SessionFigures]], float] | None = None
+    of_rounds: Callable[[Sequence[RoundFigures]], float] | None = None
+    less_is_better: bool = True
+
+
+def pooled(name: str, q: float | None) -> Callable[[Sequence[SessionFigures]], float]:
+    """A quantile (None: the mean) over the values called `name` of all sessions; batch sessions do not count."""
+
+    def figure(sessions: Sequence[SessionFigures]) -> float:
+        values = [getattr(session, name) for session in sessions if session.kind != "batch"]
+        joined = np.concatenate(values) if values else np.empty(0)
+        if q is None:
+            return float(joined.mean()) if len(joined) else float("nan")
+        return quantile(joined, q)
+
+    return figure
+
+
+def mean_of(value: Callable[[SessionFigures], float | None]) -> Callable[[Sequence[SessionFigures]], float]:
+    def figure(sessions: Sequence[SessionFigures]) -> float:
+        values = [value(session) for session in sessions if session.kind != "batch"]
+        known = [one for one in values if one is not None]
+        return float(np.mean(known)) if known else float("nan")
+
+    return figure
+
+
+def mean_round(value: Callable[[RoundFigures], float]) -> Callable[[Sequence[RoundFigures]], float]:
+    return lambda rounds: float(np.mean([value(one) for one in rounds]))
+
+
+def gpu_metric(key: str) -> Callable[[Sequence[RoundFigures]], float]:
+    return mean_round(lambda one: one.gpu.get(key, float("nan")))
+
+
+def percent_attained(session: SessionFigures) -> float | None:
+    return None if session.attained is None else 100.0 * session.attained
+
+
+METRICS = (
+    *(
+        Metric(f"itl_during_{name}_ms", f"ITL while a cold prompt is read, {name}", "ms", pooled("gaps_during", q))
+        for name, q in QUANTILES.items()
+    ),
+    *(Metric(f"itl_{name}_ms", f"ITL, {name}", "ms", pooled("gaps", q)) for name, q in QUANTILES.items()),
+    Metric("ttft_cold_mean_ms", "TTFT of cold prompts, mean", "ms", pooled("ttft_cold", None)),
+    Metric("ttft_cold_p95_ms", "TTFT of cold prompts, p95", "ms", pooled("ttft_cold", 0.95)),
+    Metric("ttft_resume_mean_ms", "TTFT of resumed turns, mean", "ms", pooled("ttft_resume", None)),
+    Metric("ttft_resume_p95_ms", "TTFT of resumed turns, p95", "ms", pooled("ttft_resume", 0.95)),
+    Metric("tpot_p50_ms", "TPOT per request, p50", "ms", pooled("tpot", 0.5)),
+    Metric("tpot_p95_ms", "TPOT per request, p95", "ms", pooled("tpot", 0.95)),
+    Metric("session_mean_s", "session from first request to last token, mean", "s", mean_of(lambda one: one.seconds)),
+    Metric("waiting_mean_s", "of which waiting for the server, mean", "s", mean_of(lambda one: one.served_s)),
+    Metric("attained_percent", "sessions within their thresholds", "%", mean_of(percent_attained), less_is_better=False),
+    Metric(
+        "goodput_per_min",
+        "goodput: such sessions per minute",
+        "",
+        of_rounds=mean_round(lambda one: one.goodput),
+        less_is_better=False,
+    ),
+    Metric(
+        "tokens_per_s",
+        "generated tokens per second",
+        "",
+        of_rounds=mean_round(lambda one: one.tokens_per_s),
+        less_is_better=False,
+    ),
+    Metric(
+        "fairness",
+        "fairness between agents (Jain)",
+        "",
+        of_rounds=mean_round(lambda one: one.fairness),
+        less_is_better=False,
+    ),
+    Metric("joules_per_token", "energy per generated token", "J", of_rounds=gpu_metric("joules_per_token")),
+    Metric("watts", "GPU power, mean", "W", of_rounds=gpu_metric("watts")),
+    Metric("sm_mhz", "SM clock, mean", "MHz", of_rounds=gpu_metric("sm_mhz"), less_is_better=False),
+    Metric(
+        "utilisation_percent",
+        "GPU utilisation, mean",
+        "%",
+        of_rounds=gpu_metric("utilisation_percent"),
+        less_is_better=False,
+    ),
+)

@@ -31,10 +31,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def serving_environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment for vLLM without a model hub; on machines without an NVIDIA driver, on all cores of the CPU."""
+def serving_environment(base: Mapping[str, str] | None = None, offline: bool = True) -> dict[str, str]:
+    """The environment for vLLM, by default without a model hub; without an NVIDIA driver, on all cores of the CPU."""
     environment = dict(os.environ if base is None else base)
-    environment.setdefault("HF_HUB_OFFLINE", "1")
+    if offline:
+        environment.setdefault("HF_HUB_OFFLINE", "1")
     environment.setdefault("VLLM_NO_USAGE_STATS", "1")
     if not has_nvidia_driver():
         environment.setdefault("VLLM_TARGET_DEVICE", "cpu")
@@ -53,7 +54,7 @@ class VllmServer:
     """A context manager around one `vllm serve` process on 127.0.0.1.
 
     Args:
-        model: model folder or name.
+        model: model folder, or a name the model hub knows.
         options: further options of `vllm serve`.
         port: where it listens; None takes a free one.
         log: file for its output; None takes a temporary one.
@@ -67,6 +68,7 @@ class VllmServer:
     ) -> None:
         self.port = free_port() if port is None else port
         self.url = f"http://127.0.0.1:{self.port}"
+        self.local = Path(model).exists()
         self.command = [
             *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
             *("--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "model"),
@@ -87,7 +89,7 @@ class VllmServer:
             stdout=self._output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=serving_environment(),
+            env=serving_environment(offline=self.local),
             start_new_session=True,
         )
         try:

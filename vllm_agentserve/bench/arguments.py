@@ -1,0 +1,87 @@
+"""The arguments of `agentserve bench`; nothing heavy is imported here, so that `--help` is quick."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm_agentserve.bench.arms import GRAMMAR
+from vllm_agentserve.bench.trace import BLOCK_TOKENS
+
+
+def number_from(low: float, high: float, whole: bool = True) -> Callable[[str], Any]:
+    """A type for argparse: a number within bounds; the message names the value and the bounds."""
+
+    def parse(text: str) -> float:
+        try:
+            value: float = int(text) if whole else float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            kind = "whole number" if whole else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} must be a {kind} from {low:g} to {high:g}")
+        return value
+
+    return parse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the sub-commands of `agentserve bench`."""
+    commands = parser.add_subparsers(dest="bench", required=True)
+    run = commands.add_parser(
+        "run",
+        help="measure arms against each other on agent traffic",
+        description="Measures arms in turns, round after round, on the same agent traffic, and writes a folder of raw data, "
+        "figures, pictures and one HTML page.",
+    )
+    traffic = run.add_argument_group("traffic")
+    traffic.add_argument(
+        "--workload", default="react", metavar="NAME", help="see `agentserve bench workloads` (default: %(default)s)"
+    )
+    traffic.add_argument("--trace", metavar="FILE", help="replay a Mooncake JSONL trace instead; `sample` is a tiny one")
+    traffic.add_argument("--agents", type=number_from(1, 1000), help="agents at work at once")
+    traffic.add_argument("--sessions", type=number_from(1, 1000), help="runs of each agent, one after the other")
+    traffic.add_argument("--turns", type=number_from(1, 1000), help="requests of each run")
+    traffic.add_argument("--shared", type=number_from(0, 1, whole=False), help="part of the system prompt all have in common")
+    traffic.add_argument(
+        "--scale", type=number_from(0.001, 100, whole=False), help="factor on all lengths (default: 1, less without a GPU)"
+    )
+    traffic.add_argument("--seed", type=number_from(0, 2**31), default=0, help="(default: %(default)s)")
+    traffic.add_argument(
+        "--answers", choices=("fixed", "real"), default="fixed", help="ignore end-of-sequence, or not (default: %(default)s)"
+    )
+    replayed = run.add_argument_group("traces")
+    replayed.add_argument(
+        "--pace", choices=("closed", "open"), default="closed", help="by answers and delays, or by timestamps (default: closed)"
+    )
+    replayed.add_argument(
+        "--trace-inputs", choices=("auto", "whole", "added"), default="auto", help="what input_length counts in a session"
+    )
+    replayed.add_argument(
+        "--block-tokens", type=number_from(1, 65536), default=BLOCK_TOKENS, help="tokens per hash id (default: %(default)s)"
+    )
+    replayed.add_argument("--speed", type=number_from(0.001, 1000, whole=False), default=1.0, help="factor on the pace")
+    replayed.add_argument("--limit", type=number_from(1, 10**9), help="only the first so many lines")
+    arms = run.add_argument_group("arms", GRAMMAR)
+    arms.add_argument("--arms", nargs="*", metavar="ARM", help="the first is the baseline (default: stock agentserve)")
+    arms.add_argument(
+        "--url", action="append", default=[], metavar="NAME=URL", help="a server somebody else runs, as one more arm"
+    )
+    servers = run.add_argument_group("servers")
+    servers.add_argument("--model", help="model folder or name (default: a toy model made here)")
+    servers.add_argument("--serve", default="", metavar="OPTIONS", help="options of vllm serve for all arms, in quotes")
+    servers.add_argument(
+        "--kv-gib", type=number_from(0.01, 4096, whole=False), help="KV cache of every arm (default: 2 without a GPU, else found)"
+    )
+    servers.add_argument("--port", type=number_from(1, 65535), help="where servers listen (default: a free port)")
+    measuring = run.add_argument_group("measuring")
+    measuring.add_argument("--rounds", type=number_from(1, 1000), default=3, help="(default: %(default)s)")
+    measuring.add_argument(
+        "--slo-factor", type=number_from(0, 1000, whole=False), default=3.0,
+        help="thresholds are the isolated run times this; 0: no isolated run (default: %(default)s)",
+    )  # fmt: skip
+    measuring.add_argument("--output", type=Path, help="folder for the results (default: a new one in bench-results)")
+    commands.add_parser("workloads", help="list and explain the workloads")
+    again = commands.add_parser("report", help="compute figures, pictures and page again from a results folder")
+    again.add_argument("folder", type=Path)
+    again.add_argument("--clean", action="store_true", help="leave out rounds that were polluted in any arm")

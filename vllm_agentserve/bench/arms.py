@@ -1,0 +1,139 @@
+"""What is compared: stock vLLM, stock with other options, agentserve in its modes, servers somebody else runs."""
+
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args, get_type_hints
+
+from vllm_agentserve.bench.sessions import WorkloadError
+from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
+from vllm_agentserve.vllm_compat import SCHEDULER_NAME
+
+GRAMMAR = (
+    "an arm is stock, stock-chunk=N, stock-threshold=N, agentserve, agentserve-MODE, any of these followed by "
+    ":KEY=VALUE,KEY=VALUE, or only KEY=VALUE,KEY=VALUE for stock with these options of vllm serve; "
+    "after agentserve a KEY is one of its own options, and serve.KEY one of vllm serve"
+)
+SHORT = {"stock-chunk": "max-num-batched-tokens", "stock-threshold": "long-prefill-token-threshold"}
+MODES = get_args(get_type_hints(AgentServeConfig)["mode"])
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One thing to compare: a server we start with `options`, or one at `url` that somebody else runs."""
+
+    name: str
+    options: tuple[str, ...] = ()
+    url: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is agentserve, as far as we know."""
+        return SCHEDULER_NAME in self.options
+
+
+def parse_arm(text: str) -> Arm:
+    """Parses one arm as written on the command line.
+
+    Raises:
+        WorkloadError: it is not one; the message names the part and the grammar.
+    """
+    head, _, tail = text.partition(":")
+    if "=" in head and head.partition("=")[0] not in SHORT:
+        head, tail = "stock", text
+    pairs = parse_pairs(text, tail)
+    name, _, value = head.partition("=")
+    if name in SHORT and re.fullmatch(r"[1-9]\d*", value):
+        return Arm(text, serve_options({SHORT[name]: value} | pairs))
+    if head == "stock":
+        return Arm(text, serve_options(pairs))
+    if head == "agentserve" or head.startswith("agentserve-"):
+        return agentserve_arm(text, head.removeprefix("agentserve").removeprefix("-"), pairs)
+    raise WorkloadError(f"arm {text!r} is not known: {GRAMMAR}")
+
+
+def agentserve_arm(text: str, mode: str, pairs: dict[str, str]) -> Arm:
+    if mode and mode not in MODES:
+        raise WorkloadError(f"arm {text!r}: agentserve has no mode {mode!r}; the modes are {', '.join(MODES)}")
+    serve = {key.removeprefix("serve."): value for key, value in pairs.items() if key.startswith("serve.")}
+    settings = {key: as_json(value) for key, value in pairs.items() if not key.startswith("serve.")}
+    if mode:
+        settings = {"mode": mode} | settings
+    try:
+        AgentServeConfig.from_mapping(settings)
+    except OptionError as error:
+        raise WorkloadError(f"arm {text!r}: {error} Options of vllm serve are written serve.KEY=VALUE here.") from error
+    options = ["--scheduler-cls", SCHEDULER_NAME]
+    if settings:
+        options += ["--additional-config", json.dumps({KEY: settings})]
+    return Arm(text, (*options, *serve_options(serve)), settings=settings)
+
+
+def parse_pairs(text: str, tail: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for part in filter(None, tail.split(",")):
+        key, separator, value = part.partition("=")
+        if not separator or not re.fullmatch(r"[A-Za-z][\w.-]*", key):
+            raise WorkloadError(f"arm {text!r}: {part!r} is not KEY=VALUE; {GRAMMAR}")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def serve_options(pairs: dict[str, str]) -> tuple[str, ...]:
+    """Options of `vllm serve`; `true` and `false` become the flags vLLM has for them."""
+    options: list[str] = []
+    for key, value in pairs.items():
+        name = "--" + key.replace("_", "-")
+        if value in ("true", "false"):
+            options.append(name if value == "true" else name.replace("--", "--no-", 1))
+        else:
+            options += [name, value]
+    return tuple(options)
+
+
+def as_json(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def parse_url_arm(text: str) -> Arm:
+    """Parses `NAME=URL` or a bare URL."""
+    name, separator, url = text.partition("=")
+    if not separator or name.startswith(("http:", "https:")):
+        name, url = re.sub(r"^https?://", "", text).rstrip("/"), text
+    if not re.match(r"https?://[^/\s]+", url):
+        raise WorkloadError(f"--url {text!r} is not a server: give NAME=http://HOST:PORT")
+    return Arm(name, url=url.rstrip("/"))
+
+
+def parse_arms(arms: Sequence[str], urls: Sequence[str]) -> list[Arm]:
+    """Parses all arms; an arm written twice gets a second name, which makes an A/A test.
+
+    Raises:
+        WorkloadError: an arm is wrong, there is none, or two arms are the same running server.
+    """
+    parsed = [parse_arm(text) for text in arms] + [parse_url_arm(text) for text in urls]
+    if not parsed:
+        raise WorkloadError(f"no arms to measure: {GRAMMAR}")
+    named: list[Arm] = []
+    for arm in parsed:
+        if arm.url is not None and any(other.url == arm.url for other in named):
+            raise WorkloadError(
+                f"--url {arm.url} is given twice: its second arm would find the first one's prompts in the prefix cache"
+            )
+        same = sum(other.name.partition("#")[0] == arm.name for other in named)
+        named.append(Arm(f"{arm.name}#{same + 1}", arm.options, arm.url, arm.settings) if same else arm)
+    return named
+
+
+def split_options(text: str) -> tuple[str, ...]:
+    """Splits the value of `--serve` like a shell; raises `WorkloadError` for unbalanced quotes."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise WorkloadError(f"--serve {text!r} cannot be split into options: {error}") from error

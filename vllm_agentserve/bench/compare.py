@@ -1,0 +1,130 @@
+"""Whether two arms differ, and how surely: intervals for ratios, and the word noise for what lies inside them."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from vllm_agentserve.bench.measure import Metric, RoundFigures, SessionFigures
+
+CONFIDENCE = 0.95
+RESAMPLES = 1000
+BETTER, WORSE, NOISE, UNKNOWN = "better", "worse", "noise", "too few rounds"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An arm against the baseline: ratio of the two figures, its confidence interval, and what follows.
+
+    Args:
+        ratio: arm / baseline.
+        low, high: bounds of the interval; NaN where there is too little to say.
+        verdict: "better", "worse", "noise" or "too few rounds".
+    """
+
+    ratio: float
+    low: float
+    high: float
+    verdict: str
+
+    def as_json(self) -> dict[str, Any]:
+        return {key: finite(value) if isinstance(value, float) else value for key, value in asdict(self).items()}
+
+
+def finite(value: float, digits: int = 4) -> float | None:
+    """Rounded, or None for what JSON has no word for."""
+    return round(value, digits) if math.isfinite(value) else None
+
+
+def compare(metric: Metric, base: Sequence[RoundFigures], arm: Sequence[RoundFigures], seed: int = 0) -> Comparison:
+    """Compares two arms in the rounds both have.
+
+    Requests of one session depend on each other, so sessions are resampled, not requests, and the same ones for both arms
+    (paired cluster bootstrap, percentile interval). What only a whole round has is compared by Student's interval of the
+    logarithms of the ratios of the rounds. A difference counts only if its interval excludes 1 and every round points the
+    same way: sessions of one round share one start of the server.
+    """
+    common = sorted({one.round for one in base} & {one.round for one in arm})
+    a = [one for number in common for one in base if one.round == number]
+    b = [one for number in common for one in arm if one.round == number]
+    of_rounds = round_statistic(metric)
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ratio = divided(of_rounds(b), of_rounds(a))
+        each = [divided(of_rounds([second]), of_rounds([first])) for first, second in zip(a, b, strict=True)]
+        if metric.of_sessions is not None:
+            low, high = session_interval(metric.of_sessions, a, b, seed)
+        else:
+            low, high = round_interval(each)
+    return Comparison(ratio, low, high, verdict(metric, ratio, low, high, each))
+
+
+def verdict(metric: Metric, ratio: float, low: float, high: float, each: Sequence[float]) -> str:
+    if not all(map(math.isfinite, (ratio, low, high))) or len(each) < 2:
+        return UNKNOWN
+    agree = all(one < 1 for one in each) or all(one > 1 for one in each)
+    if low <= 1 <= high or not agree:
+        return NOISE
+    return BETTER if (ratio < 1) == metric.less_is_better else WORSE
+
+
+def round_statistic(metric: Metric) -> Callable[[Sequence[RoundFigures]], float]:
+    """The metric as a function of rounds, also where it is computed from sessions."""
+    of_rounds, of_sessions = metric.of_rounds, metric.of_sessions
+    if of_rounds is not None:
+        return lambda rounds: of_rounds(rounds) if rounds else math.nan
+    assert of_sessions is not None
+    return lambda rounds: of_sessions([session for one in rounds for session in one.sessions])
+
+
+def session_interval(
+    statistic: Callable[[Sequence[SessionFigures]], float],
+    base: Sequence[RoundFigures],
+    arm: Sequence[RoundFigures],
+    seed: int,
+) -> tuple[float, float]:
+    """Bounds of the ratio over resampled pairs of sessions; batch sessions carry no latencies and are left out."""
+    ours = {(one.round, session.name): session for one in arm for session in one.sessions if session.kind != "batch"}
+    theirs = {(one.round, session.name): session for one in base for session in one.sessions if session.kind != "batch"}
+    keys = sorted(ours.keys() & theirs.keys())
+    if len(keys) < 3:
+        return math.nan, math.nan
+    pairs = [(theirs[key], ours[key]) for key in keys]
+
+    def ratio(drawn: Any) -> float:
+        picked = [pairs[index] for index in drawn.astype(int)]
+        return divided(statistic([second for _, second in picked]), statistic([first for first, _ in picked]))
+
+    found = stats.bootstrap(
+        (np.arange(len(pairs)),),
+        ratio,
+        vectorized=False,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    drawn = found.bootstrap_distribution[np.isfinite(found.bootstrap_distribution)]
+    if len(drawn) < RESAMPLES / 2:
+        return math.nan, math.nan
+    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def round_interval(ratios: Sequence[float]) -> tuple[float, float]:
+    """Student's interval of the mean of the logarithms; needs two rounds."""
+    logs = np.log(np.asarray(ratios))
+    if len(logs) < 2 or not np.isfinite(logs).all():
+        return math.nan, math.nan
+    if np.ptp(logs) == 0:
+        return float(np.exp(logs[0])), float(np.exp(logs[0]))
+    low, high = stats.t.interval(CONFIDENCE, len(logs) - 1, logs.mean(), stats.sem(logs))
+    return float(np.exp(low)), float(np.exp(high))
+
+
+def divided(value: float, by: float) -> float:
+    return value / by if by else math.nan

@@ -1,0 +1,97 @@
+"""What a running server says of itself: its model, its limits, its KV cache, its counters."""
+
+import json
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+PATIENCE_S = 10.0
+
+
+class EndpointError(RuntimeError):
+    """Nothing usable answers at the address; the message holds the address, what was found and the remedy."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A server that can be measured.
+
+    Args:
+        extensions: whether it knows vLLM's own request fields.
+        max_model_len: longest context in tokens, where it tells.
+        kind: its name and version, for the report.
+    """
+
+    url: str
+    model: str
+    extensions: bool
+    max_model_len: int | None
+    kind: str
+
+
+def get(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=PATIENCE_S) as answer:
+        return bytes(answer.read())
+
+
+def get_json(url: str) -> Any:
+    try:
+        return json.loads(get(url))
+    except (OSError, ValueError):
+        return None
+
+
+def find_endpoint(url: str) -> Endpoint:
+    """Asks a server what it is; raises `EndpointError` when it is not there or serves no model."""
+    try:
+        models = json.loads(get(f"{url}/v1/models"))["data"]
+        first = models[0]
+        name = first["id"]
+    except (urllib.error.URLError, OSError) as error:
+        raise EndpointError(f"{url} does not answer ({error}): is the server up, and is this its address?") from error
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise EndpointError(f"{url}/v1/models lists no model: it does not look like an OpenAI-compatible server") from error
+    version = get_json(f"{url}/version")
+    vllm = isinstance(version, dict) and "version" in version and first.get("owned_by") in ("vllm", None)
+    kind = f"vLLM {version['version']}" if vllm else f"{first.get('owned_by') or 'another server'}"
+    return Endpoint(url, name, vllm, first.get("max_model_len"), kind)
+
+
+def read_counters(url: str) -> dict[str, float]:
+    """The counters of `/metrics` that begin with `vllm:` or `sglang:`, summed over their labels; empty where there are none."""
+    try:
+        text = get(f"{url}/metrics").decode()
+    except OSError:
+        return {}
+    totals: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        if family.type != "counter" or not family.name.startswith(("vllm:", "sglang:")):
+            continue
+        for sample in family.samples:
+            if sample.name.endswith("_total"):
+                totals[family.name] = totals.get(family.name, 0.0) + sample.value
+    return totals
+
+
+def added(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """What each counter gained; those that stood still are left out."""
+    gains = {name: after[name] - before.get(name, 0.0) for name in sorted(after)}
+    return {name: round(gain, 6) for name, gain in gains.items() if gain}
+
+
+def kv_blocks(url: str) -> tuple[int, int] | None:
+    """The KV cache as the server states it: (blocks, tokens per block), or None."""
+    try:
+        text = get(f"{url}/metrics").decode()
+    except OSError:
+        return None
+    for family in text_string_to_metric_families(text):
+        if family.name == "vllm:cache_config_info":
+            labels = family.samples[0].labels
+            blocks, size = labels.get("num_gpu_blocks", ""), labels.get("block_size", "")
+            if blocks.isdigit() and size.isdigit():
+                return int(blocks), int(size)
+    return None

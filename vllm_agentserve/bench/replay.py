@@ -1,0 +1,136 @@
+"""Runs sessions against one server, closed-loop: a turn starts when the answer before is complete and its tool is done."""
+
+import asyncio
+import gc
+import hashlib
+from array import array
+from collections.abc import Callable, Sequence
+from time import perf_counter
+
+from vllm_agentserve.bench.client import Stream, StreamError, StreamingClient
+from vllm_agentserve.bench.records import Record
+from vllm_agentserve.bench.sessions import Session, draw_answer
+
+LATENESS_PERIOD_S = 0.05
+
+
+class Replay:
+    """All sessions of a workload against one server.
+
+    A request that fails ends its session, and with it those that fork from it; the others go on.
+
+    Args:
+        client: an open client.
+        fixed: exactly the planned number of tokens, or as many as the model likes up to it.
+        on_turn: called after every request.
+    """
+
+    def __init__(
+        self,
+        client: StreamingClient,
+        sessions: Sequence[Session],
+        arm: str = "",
+        round_number: int = 0,
+        part: str = "measured",
+        fixed: bool = True,
+        on_turn: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.client = client
+        self.sessions = {session.name: session for session in sessions}
+        self.labels = (arm, round_number, part)
+        self.fixed = fixed
+        self.on_turn = on_turn
+        self.records: list[Record] = []
+        self.lateness_ms: list[float] = []
+        self.began = 0.0
+        self.ended = 0.0
+        self._ended = {name: asyncio.Event() for name in self.sessions}
+
+    @property
+    def seconds(self) -> float:
+        return (self.ended or perf_counter()) - self.began
+
+    async def run(self) -> list[Record]:
+        """Runs all sessions; returns a record of every request, in the order they ended."""
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        self.began = perf_counter()
+        watch = asyncio.create_task(self._watch_lateness())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for session in self.sessions.values():
+                    if not session.forked:
+                        group.create_task(self._start(session))
+        finally:
+            watch.cancel()
+            self.ended = perf_counter()
+            gc.enable()
+            gc.unfreeze()
+        return self.records
+
+    async def _watch_lateness(self) -> None:
+        """How late this process wakes up: what a busy machine, or a busy client, adds to every stamp."""
+        while True:
+            due = perf_counter() + LATENESS_PERIOD_S
+            await asyncio.sleep(LATENESS_PERIOD_S)
+            self.lateness_ms.append((perf_counter() - due) * 1000)
+
+    async def _start(self, session: Session) -> None:
+        if session.after is not None:
+            await self._ended[session.after].wait()
+        await asyncio.sleep(session.start_s)
+        await self._run(session, [])
+
+    async def _run(self, session: Session, context: list[int]) -> None:
+        try:
+            for number, turn in enumerate(session.turns):
+                if turn.tool_s:
+                    await asyncio.sleep(turn.tool_s)
+                if turn.context is not None:
+                    context = list(turn.context)
+                else:
+                    context.extend(turn.added)
+                stream = Stream()
+                try:
+                    await self.client.generate(session.phase(number), context, turn.answer, session.name, stream, self.fixed)
+                except StreamError as error:
+                    self._keep(session, number, context, stream, str(error))
+                    return
+                self._keep(session, number, context, stream, None)
+                context.extend(stream.token_ids or draw_answer(session.name, number, len(stream.stamps)))
+                if turn.spawns:
+                    async with asyncio.TaskGroup() as group:
+                        for name in turn.spawns:
+                            group.create_task(self._run(self.sessions[name], list(context)))
+        finally:
+            self._ended[session.name].set()
+
+    def _keep(self, session: Session, turn: int, context: list[int], stream: Stream, error: str | None) -> None:
+        arm, round_number, part = self.labels
+
+        def micros(seconds: float) -> int:
+            return int((seconds - self.began) * 1e6)
+
+        self.records.append(
+            Record(
+                arm=arm,
+                round=round_number,
+                part=part,
+                session=session.name,
+                agent=session.agent,
+                kind=session.kind,
+                phase=session.phase(turn),
+                turn=turn,
+                prompt=hashlib.sha256(array("i", context).tobytes()).hexdigest()[:12],
+                prompt_tokens=len(context),
+                wanted_tokens=session.turns[turn].answer,
+                cached_tokens=stream.cached_tokens,
+                sent_us=micros(stream.sent),
+                ended_us=micros(stream.finished),
+                stamps_us=[micros(stamp) for stamp in stream.stamps],
+                error=error,
+            )
+        )
+        self.on_turn()
+

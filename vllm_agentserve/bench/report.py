@@ -1,0 +1,126 @@
+"""What people read: a Markdown table to paste, and one HTML page with pictures, commands, versions and conditions."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from vllm_agentserve.bench.compare import NOISE
+from vllm_agentserve.bench.machine import in_words
+from vllm_agentserve.bench.measure import METRICS, Metric
+from vllm_agentserve.bench.records import Results
+from vllm_agentserve.bench.summary import Findings, examine
+
+CAPTIONS = {
+    "itl_cdf": "How many of the intervals between two tokens are shorter than a given time. The upper end of each line is what "
+    "an agent's user feels as stutter.",
+    "timeline": "Every interval between two tokens of every agent, in one round. Where an agent waits, its dot rises; a line "
+    "shows for how long. Grey: somebody's cold prompt is waiting for its first token.",
+    "ttft": "Every request's time to its first token.",
+    "throughput": "Bars are means over rounds, dots are the rounds.",
+}
+SUMMARY, TABLE, PAGE = "summary.json", "table.md", "report.html"
+
+
+def write_report(results: Results, clean: bool = False) -> Findings:
+    """Computes everything from the raw data and writes summary, table, pictures and page into the results folder."""
+    from vllm_agentserve.bench.plots import draw_all
+
+    findings = examine(results, clean)
+    folder = results.folder
+    (folder / SUMMARY).write_text(json.dumps(findings.summary, indent=1) + "\n")
+    (folder / TABLE).write_text(markdown(findings) + "\n")
+    pictures = draw_all(findings, folder)
+    (folder / PAGE).write_text(page(findings, pictures))
+    return findings
+
+
+def rows(findings: Findings) -> list[tuple[Metric, list[str]]]:
+    """The table's rows: for every metric that has a figure, a cell per arm."""
+    found = []
+    for metric in METRICS:
+        values = [findings.summary["arms"][name]["figures"][metric.key] for name in findings.figures]
+        if any(value is not None for value in values):
+            found.append((metric, [cell(findings, name, metric) for name in findings.figures]))
+    return found
+
+
+def cell(findings: Findings, arm: str, metric: Metric) -> str:
+    """A figure, and against the baseline its ratio with the interval; inside the noise it says so."""
+    value = findings.summary["arms"][arm]["figures"][metric.key]
+    if value is None:
+        return "–"
+    words = number(value)
+    against = findings.summary["comparisons"].get(arm, {}).get(metric.key)
+    if against is None or against["ratio"] is None:
+        return words
+    ratio = f"×{against['ratio']:.2f}"
+    if against["low"] is not None:
+        ratio += f" [{against['low']:.2f}, {against['high']:.2f}]"
+    return f"{words} ({ratio}{', noise' if against['verdict'] == NOISE else ''})"
+
+
+def number(value: float) -> str:
+    """Three digits, or all before the point."""
+    if abs(value) >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def markdown(findings: Findings) -> str:
+    """The table, with what it was measured on and what to know."""
+    names = list(findings.figures)
+    lines = [
+        f"{describe_workload(findings.experiment)}; {findings.experiment['rounds']} rounds; "
+        f"{in_words(findings.experiment['machine'])}; {findings.experiment['date']}.",
+        "",
+        "| | " + " | ".join(names) + " |",
+        "|---" + "|---:" * len(names) + "|",
+    ]
+    for metric, cells in rows(findings):
+        unit = f" ({metric.unit})" if metric.unit else ""
+        lines.append(f"| {metric.label}{unit} | " + " | ".join(cells) + " |")
+    lines += ["", f"In brackets: ratio to {names[0]} with its 95 % interval.", ""]
+    return "\n".join([*lines, *(f"- {note}" for note in findings.summary["notes"])])
+
+
+def describe_workload(experiment: dict[str, Any]) -> str:
+    """The workload in one line, scale included."""
+    workload = experiment["workload"]
+    settings = ", ".join(f"{key} {value}" for key, value in workload.items() if key not in ("name", "source", "summary"))
+    return f"Workload `{workload['name']}` ({settings}, seed {experiment['seed']}, {experiment['answers']} answers)"
+
+
+def page(findings: Findings, pictures: dict[str, Path]) -> str:
+    """The self-contained HTML page."""
+    environment = Environment(
+        loader=PackageLoader("vllm_agentserve.bench", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    images = [
+        (name, CAPTIONS[name], base64.b64encode(path.read_bytes()).decode()) for name, path in pictures.items()
+    ]
+    names = list(findings.figures)
+    table = [
+        (metric, [(text, verdict_of(findings, name, metric)) for name, text in zip(names, cells, strict=True)])
+        for metric, cells in rows(findings)
+    ]
+    return environment.get_template("report.html.j2").render(
+        experiment=findings.experiment,
+        workload=describe_workload(findings.experiment),
+        machine=in_words(findings.experiment["machine"]),
+        names=names,
+        table=table,
+        images=images,
+        notes=findings.summary["notes"],
+        rounds=findings.rounds,
+        arms=findings.summary["arms"],
+        curve=findings.summary["attained_percent_by_factor"],
+        markdown=markdown(findings),
+    )
+
+
+def verdict_of(findings: Findings, arm: str, metric: Metric) -> str:
+    against = findings.summary["comparisons"].get(arm, {}).get(metric.key)
+    return "" if against is None else str(against["verdict"])

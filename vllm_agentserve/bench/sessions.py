@@ -1,0 +1,153 @@
+"""What agents will do, fixed before anything runs: sessions of turns over token ids, and where sessions start."""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+TOKEN_IDS = (100, 4000)
+"""Prompts are drawn from these ids, low included, high not: ordinary tokens of every vocabulary of 4096 and more."""
+
+
+class WorkloadError(ValueError):
+    """A workload, its options or a trace cannot be used; the message names what, the value and the remedy."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One request of a session.
+
+    Args:
+        added: token ids appended to the context before the request: the prompt, or a tool's result.
+        answer: tokens to generate.
+        tool_s: seconds between the end of the previous answer and this request.
+        spawns: names of sessions that fork from the context after this answer; the next turn waits for all of them.
+        context: the whole prompt, when it does not grow from what came before (recorded traces); `added` is then empty.
+    """
+
+    added: tuple[int, ...]
+    answer: int
+    tool_s: float = 0.0
+    spawns: tuple[str, ...] = ()
+    context: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Session:
+    """One agent's run over one growing context.
+
+    Args:
+        name: unique in the workload; also sent as `session_id`.
+        agent: whose it is; an agent has one session at a time, sub-agents are agents of their own.
+        kind: "agent", "chat" or "batch". Batch sessions load the server; latencies of them are nobody's concern.
+        start_s: seconds after the beginning of the workload, or after the end of `after`.
+        after: the session that has to end before this one starts.
+        forked: the context is a copy of another session's; that one starts it.
+        cached: most of the first prompt has been sent by an earlier session.
+    """
+
+    name: str
+    agent: str
+    turns: tuple[Turn, ...]
+    kind: str = "agent"
+    start_s: float = 0.0
+    after: str | None = None
+    forked: bool = False
+    cached: bool = False
+
+    def phase(self, turn: int) -> str:
+        """"cold" for a prompt without a cached context, otherwise "resume"."""
+        return "resume" if turn or self.forked or self.cached else "cold"
+
+
+def draw_tokens(rng: random.Random, count: int) -> tuple[int, ...]:
+    """`count` token ids."""
+    return tuple(rng.choices(range(*TOKEN_IDS), k=count))
+
+
+def draw_answer(session: str, turn: int, count: int) -> tuple[int, ...]:
+    """Stands for the answer in the context where a server does not tell its token ids; the same for every arm."""
+    return draw_tokens(random.Random(f"answer {session} {turn}"), count)
+
+
+def longest_context(sessions: Iterable[Session]) -> int:
+    """Tokens of the longest prompt plus its answer, over all sessions; forks begin with their parent's context."""
+    by_name = {session.name: session for session in sessions}
+    longest = 0
+
+    def walk(session: Session, context: int) -> None:
+        nonlocal longest
+        for turn in session.turns:
+            context = (len(turn.context) if turn.context is not None else context + len(turn.added)) + turn.answer
+            longest = max(longest, context)
+            for name in turn.spawns:
+                walk(by_name[name], context)
+
+    for session in by_name.values():
+        if not session.forked:
+            walk(session, 0)
+    return longest
+
+
+def count_requests(sessions: Iterable[Session]) -> int:
+    return sum(len(session.turns) for session in sessions)
+
+
+def warm_up_of(sessions: Sequence[Session], seed: str, turns: int = 2) -> list[Session]:
+    """A short stand-in for the same work with other token ids: every agent's first session, `turns` turns, short tools."""
+    rng = random.Random(f"warm-up {seed}")
+    seen: set[str] = set()
+    short = []
+    for session in sessions:
+        if session.agent in seen or session.forked or session.after is not None:
+            continue
+        seen.add(session.agent)
+        cut = tuple(Turn(draw_tokens(rng, _fresh(turn)), min(turn.answer, 16), 0.05) for turn in session.turns[:turns])
+        short.append(Session(f"warm-up-{session.name}", session.agent, cut, session.kind, 0.2 * len(short)))
+    return short
+
+
+def alone_of(sessions: Sequence[Session], seed: str) -> list[Session]:
+    """The same sessions one after the other, with other token ids and without tool times: what each takes when isolated.
+
+    Forked sessions become sessions of their own that start with as many tokens as they inherit; their first turn is then
+    cold, so it is left out of the thresholds.
+    """
+    rng = random.Random(f"alone {seed}")
+    lengths: dict[str, int] = {}
+
+    def inherit(session: Session, context: int) -> None:
+        for turn in session.turns:
+            context = (len(turn.context) if turn.context is not None else context + len(turn.added)) + turn.answer
+            for name in turn.spawns:
+                lengths[name] = context
+                inherit(by_name[name], context)
+
+    by_name = {session.name: session for session in sessions}
+    for session in sessions:
+        if not session.forked:
+            inherit(session, 0)
+    alone: list[Session] = []
+    for session in sessions:
+        if session.kind == "batch":
+            continue
+        turns = []
+        for index, turn in enumerate(session.turns):
+            more = lengths.get(session.name, 0) if index == 0 else 0
+            if turn.context is not None:
+                # Block contents decide what is cached: the same pattern of repetition under another alphabet.
+                turns.append(Turn((), turn.answer, context=tuple(_other(token) for token in turn.context)))
+            else:
+                turns.append(Turn(draw_tokens(rng, more + len(turn.added)), turn.answer))
+        after = alone[-1].name if alone else None
+        alone.append(Session(f"alone-{session.name}", session.agent, tuple(turns), session.kind, 0.0, after))
+    return alone
+
+
+def _fresh(turn: Turn) -> int:
+    return len(turn.added) if turn.context is None else len(turn.context)
+
+
+def _other(token: int) -> int:
+    """Another token id for the same one, so that a prompt of the same shape is not found in the prefix cache."""
+    low, high = TOKEN_IDS
+    return low + (token - low + (high - low) // 2) % (high - low)

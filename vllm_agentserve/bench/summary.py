@@ -1,0 +1,171 @@
+"""The machine-readable summary of a results folder: figures per arm, comparisons with the first arm, what to know of them."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_agentserve.bench.compare import compare, finite, round_statistic
+from vllm_agentserve.bench.measure import METRICS, RoundFigures, attained, round_figures, thresholds
+from vllm_agentserve.bench.records import Record, Results, RoundRecord
+
+FACTORS = (1.5, 2.0, 3.0, 5.0)
+
+
+@dataclass
+class Findings:
+    """Everything the report is made of."""
+
+    experiment: dict[str, Any]
+    rounds: list[RoundRecord]
+    requests: list[Record]
+    figures: dict[str, list[RoundFigures]]
+    """By arm: the rounds that ended."""
+    summary: dict[str, Any]
+
+    @property
+    def baseline(self) -> str:
+        return str(self.experiment["arms"][0]["name"])
+
+
+def examine(results: Results, clean: bool = False) -> Findings:
+    """Computes all figures from what a results folder holds.
+
+    Args:
+        clean: leave out rounds that were polluted in any arm.
+    """
+    experiment, rounds, requests = results.experiment(), results.rounds(), results.requests()
+    names = [arm["name"] for arm in experiment["arms"]]
+    polluted = {one.round for one in rounds if one.polluted} if clean else set()
+    used = [one for one in rounds if one.error is None and one.round not in polluted]
+    figures = arm_figures(names, used, requests)
+    factor = float(experiment.get("slo_factor") or 0)
+    curve = attainment(figures, requests, factor) if factor else {}
+    base = figures[names[0]]
+    arms = {}
+    for name in names:
+        own = [one for one in requests if one.arm == name and one.part == "measured"]
+        statistics = {metric.key: round_statistic(metric) for metric in METRICS}
+        arms[name] = {
+            "rounds": [one.round for one in figures[name]],
+            "requests": len(own),
+            "failed": sum(one.error is not None for one in own),
+            "figures": {key: finite(figure(figures[name])) for key, figure in statistics.items()},
+            "each_round": {key: [finite(figure([one])) for one in figures[name]] for key, figure in statistics.items()},
+        }
+    comparisons = {
+        name: {metric.key: compare(metric, base, figures[name]).as_json() for metric in METRICS}
+        for name in names[1:]
+        if base and figures[name]
+    }
+    summary = {
+        "experiment": experiment,
+        "baseline": names[0],
+        "arms": arms,
+        "comparisons": comparisons,
+        "attained_percent_by_factor": curve,
+        "rounds": [as_json(one) for one in rounds],
+        "notes": notes(experiment, rounds, requests, clean),
+    }
+    return Findings(experiment, rounds, requests, figures, summary)
+
+
+def arm_figures(
+    names: Sequence[str], rounds: Sequence[RoundRecord], requests: Sequence[Record]
+) -> dict[str, list[RoundFigures]]:
+    by_part: dict[tuple[str, int], list[Record]] = {}
+    for record in requests:
+        if record.part == "measured":
+            by_part.setdefault((record.arm, record.round), []).append(record)
+    return {
+        name: [
+            round_figures(one.round, one.seconds["measured"], by_part.get((name, one.round), []), one.gpu)
+            for one in rounds
+            if one.arm == name and (name, one.round) in by_part
+        ]
+        for name in names
+    }
+
+
+def attainment(
+    figures: Mapping[str, Sequence[RoundFigures]], requests: Sequence[Record], factor: float
+) -> dict[str, dict[str, float | None]]:
+    """Sets `attained` of every session for `factor`; returns the share of sessions in percent for all factors, by arm."""
+    by_round: dict[int, list[Record]] = {}
+    for record in requests:
+        if record.part == "alone":
+            by_round.setdefault(record.round, []).append(record)
+    limits = {number: thresholds(records) for number, records in by_round.items()}
+    curve: dict[str, dict[str, float | None]] = {}
+    for name, rounds in figures.items():
+        judged = [
+            (session, limits[one.round][session.name])
+            for one in rounds
+            for session in one.sessions
+            if session.name in limits.get(one.round, {})
+        ]
+        for session, limit in judged:
+            session.attained = attained(session, limit, factor)
+        curve[name] = {
+            f"{x:g}": finite(100 * sum(attained(*pair, x) for pair in judged) / len(judged), 1) if judged else None
+            for x in sorted({*FACTORS, factor})
+        }
+    return curve
+
+
+def notes(
+    experiment: Mapping[str, Any], rounds: Sequence[RoundRecord], requests: Sequence[Record], clean: bool
+) -> list[str]:
+    """What a reader must know before trusting the figures, a sentence each."""
+    found = []
+    planned = experiment["rounds"] * len(experiment["arms"])
+    ended = [one for one in rounds if one.error is None]
+    if len(ended) < planned:
+        found.append(f"Only {len(ended)} of {planned} planned runs ended; figures are of these.")
+    for one in rounds:
+        if one.error is not None:
+            found.append(f"Round {one.round + 1} of {one.arm} did not end and is left out: {one.error}")
+        if one.polluted:
+            what = "left out" if clean else "kept in the figures, marked"
+            found.append(f"Round {one.round + 1} of {one.arm} is polluted ({what}): {'; '.join(one.polluted)}.")
+    sizes = {one.arm: one.kv_tokens for one in ended if one.kv_tokens is not None}
+    if len(set(sizes.values())) > 1:
+        found.append(f"The arms have KV caches of different size, in tokens: {sizes}.")
+    elif sizes:
+        found.append(f"The KV cache holds {next(iter(sizes.values()))} tokens in every arm.")
+    failed = Counter(one.arm for one in requests if one.error is not None and one.part == "measured")
+    found += [f"{count} requests of {arm} failed; their sessions ended there." for arm, count in failed.items()]
+    same, differ = compare_prompts(requests)
+    if same or differ:
+        found.append(
+            f"{same} of {same + differ} requests had the very same token ids in all arms"
+            + (
+                "; the others have the same lengths, but contain answers in which the arms differ (greedy decoding breaks ties "
+                "of rounded numbers by the batch it runs in)."
+                if differ
+                else "."
+            )
+        )
+    if experiment["rounds"] < 3:
+        found.append("With fewer than three rounds hardly any difference can be told from noise.")
+    return found
+
+
+def compare_prompts(requests: Sequence[Record]) -> tuple[int, int]:
+    """How many measured requests had the same prompt in all arms that ran them, and how many had not."""
+    digests: dict[tuple[int, str, int], list[str]] = {}
+    for one in requests:
+        if one.part == "measured":
+            digests.setdefault((one.round, one.session, one.turn), []).append(one.prompt)
+    several = [found for found in digests.values() if len(found) > 1]
+    same = sum(len(set(found)) == 1 for found in several)
+    return same, len(several) - same
+
+
+def as_json(one: RoundRecord) -> dict[str, Any]:
+    return {name: getattr(one, name) for name in one.__struct_fields__}
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
