@@ -67,7 +67,7 @@ class TokenServer:
 
     async def metrics(self, _: web.Request) -> web.Response:
         return web.Response(
-            text="# TYPE vllm:generation_tokens counter\n"
+            text="# TYPE vllm:generation_tokens_total counter\n"
             f'vllm:generation_tokens_total{{engine="0",model_name="model"}} {self.emitted}\n'
             "# TYPE vllm:cache_config_info gauge\n"
             f'vllm:cache_config_info{{block_size="16",num_gpu_blocks="{self.options.blocks}"}} 1.0\n'
@@ -104,5 +104,7 @@ if __name__ == "__main__":
     parser.add_argument("--stop-after", type=int)
     parser.add_argument("--fail-after", type=int)
     parser.add_argument("--blocks", type=int, default=1000)
-    parser.add_argument("--stamps", type=Path, help="file that gets one line per finished stream: when its tokens were written")
+    parser.add_argument(
+        "--stamps", type=Path, help="file that gets one line per finished stream: when its tokens were written"
+    )
     uvloop.run(main(parser.parse_args()))

@@ -38,27 +38,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     traffic.add_argument(
         "--workload", default="react", metavar="NAME", help="see `agentserve bench workloads` (default: %(default)s)"
     )
-    traffic.add_argument("--trace", metavar="FILE", help="replay a Mooncake JSONL trace instead; `sample` is a tiny one")
+    traffic.add_argument(
+        "--trace", metavar="FILE", help="replay a Mooncake JSONL trace instead; `sample` is a tiny one"
+    )
     traffic.add_argument("--agents", type=number_from(1, 1000), help="agents at work at once")
     traffic.add_argument("--sessions", type=number_from(1, 1000), help="runs of each agent, one after the other")
     traffic.add_argument("--turns", type=number_from(1, 1000), help="requests of each run")
-    traffic.add_argument("--shared", type=number_from(0, 1, whole=False), help="part of the system prompt all have in common")
     traffic.add_argument(
-        "--scale", type=number_from(0.001, 100, whole=False), help="factor on all lengths (default: 1, less without a GPU)"
+        "--shared", type=number_from(0, 1, whole=False), help="part of the system prompt all have in common"
+    )
+    traffic.add_argument(
+        "--scale",
+        type=number_from(0.001, 100, whole=False),
+        help="factor on all lengths (default: 1, less without a GPU)",
     )
     traffic.add_argument("--seed", type=number_from(0, 2**31), default=0, help="(default: %(default)s)")
     traffic.add_argument(
-        "--answers", choices=("fixed", "real"), default="fixed", help="ignore end-of-sequence, or not (default: %(default)s)"
+        "--answers",
+        choices=("pinned", "fixed", "real"),
+        default="pinned",
+        help="pinned: of planned length, one allowed token, so that every prompt is the same in every arm; fixed: of planned "
+        "length, whatever the model says; real: until the model ends, at most that long (default: %(default)s)",
     )
     replayed = run.add_argument_group("traces")
     replayed.add_argument(
-        "--pace", choices=("closed", "open"), default="closed", help="by answers and delays, or by timestamps (default: closed)"
+        "--pace",
+        choices=("closed", "open"),
+        default="closed",
+        help="by answers and delays, or by timestamps (default: closed)",
     )
     replayed.add_argument(
-        "--trace-inputs", choices=("auto", "whole", "added"), default="auto", help="what input_length counts in a session"
+        "--trace-inputs",
+        choices=("auto", "whole", "added"),
+        default="auto",
+        help="what input_length counts in a session",
     )
     replayed.add_argument(
-        "--block-tokens", type=number_from(1, 65536), default=BLOCK_TOKENS, help="tokens per hash id (default: %(default)s)"
+        "--block-tokens",
+        type=number_from(1, 65536),
+        default=BLOCK_TOKENS,
+        help="tokens per hash id (default: %(default)s)",
     )
     replayed.add_argument("--speed", type=number_from(0.001, 1000, whole=False), default=1.0, help="factor on the pace")
     replayed.add_argument("--limit", type=number_from(1, 10**9), help="only the first so many lines")
@@ -71,7 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     servers.add_argument("--model", help="model folder or name (default: a toy model made here)")
     servers.add_argument("--serve", default="", metavar="OPTIONS", help="options of vllm serve for all arms, in quotes")
     servers.add_argument(
-        "--kv-gib", type=number_from(0.01, 4096, whole=False), help="KV cache of every arm (default: 2 without a GPU, else found)"
+        "--kv-gib",
+        type=number_from(0.01, 4096, whole=False),
+        help="KV cache of every arm (default: 2 without a GPU, else found)",
     )
     servers.add_argument("--port", type=number_from(1, 65535), help="where servers listen (default: a free port)")
     measuring = run.add_argument_group("measuring")

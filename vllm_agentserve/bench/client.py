@@ -4,7 +4,6 @@ Bytes are stamped before anything else is done with them, and parsing an event t
 one client hardly delay each other, and the client takes little of the cores it shares with the server.
 """
 
-import asyncio
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -134,7 +133,9 @@ class StreamingClient:
         if self._session is not None:
             await self._session.close()
 
-    def body(self, prompt: list[int], max_tokens: int, session_id: str | None, fixed: bool) -> bytes:
+    def body(
+        self, prompt: list[int], max_tokens: int, session_id: str | None, fixed: bool, pinned: int | None = None
+    ) -> bytes:
         """The request as it goes over the wire."""
         fields: dict[str, Any] = {
             "model": self.model,
@@ -147,6 +148,8 @@ class StreamingClient:
         }
         if self.extensions:
             fields["return_token_ids"] = True
+            if pinned is not None:
+                fields["allowed_token_ids"] = [pinned]
             if session_id is not None:
                 fields["session_id"] = session_id
         return msgspec.json.encode(fields)
@@ -159,6 +162,7 @@ class StreamingClient:
         session_id: str | None = None,
         into: Stream | None = None,
         fixed: bool = True,
+        pinned: int | None = None,
     ) -> Stream:
         """Streams greedy tokens.
 
@@ -166,13 +170,14 @@ class StreamingClient:
             kind: what the request is to the workload; kept in the stream.
             into: a stream to fill; after an error or a cancellation it holds what came until then.
             fixed: exactly `max_tokens`, end-of-sequence ignored, so that every arm does the same work; otherwise at most.
+            pinned: the only token the server may sample, where it knows vLLM's fields.
 
         Raises:
             StreamError: the server cannot be reached, refuses the request, or breaks the stream off.
         """
         if self._session is None:
             raise RuntimeError("use `async with` to open the client first")
-        body = self.body(prompt, max_tokens, session_id, fixed)
+        body = self.body(prompt, max_tokens, session_id, fixed, pinned)
         stream = into or Stream()
         stream.kind, stream.sent = kind, perf_counter()
         try:
@@ -188,7 +193,7 @@ class StreamingClient:
             raise StreamError(f"{self.url} cannot be reached: {error}") from error
         except msgspec.MsgspecError as error:
             raise StreamError(f"{self.url} does not answer like a completions endpoint: {error}") from error
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
             words = str(error) or type(error).__name__
             raise StreamError(f"{self.url} broke the stream off after {len(stream.stamps)} tokens: {words}") from error
         finally:

@@ -19,22 +19,32 @@ from vllm_agentserve.bench.server import has_nvidia_driver
 from vllm_agentserve.bench.sessions import TOKEN_IDS, Session, WorkloadError
 from vllm_agentserve.bench.summary import Findings
 from vllm_agentserve.bench.trace import Reading, read_trace, trace_path
-from vllm_agentserve.bench.workloads import WORKLOADS, Shape, Workload, draw_sessions, find_workload
+from vllm_agentserve.bench.workloads import WORKLOADS, Shape, Workload, draw_sessions, explain, find_workload
 
 DEFAULT_ARMS = ("stock", "agentserve")
 CPU_SERVE = ("--dtype", "bfloat16", "--max-num-seqs", "32", "--enforce-eager")
 CPU_KV_GIB = 2.0
+TRACE_WORDS = """[bold]--trace FILE[/bold]
+  Recorded traffic in the Mooncake project's JSONL form, as aiperf reads and writes it; `--trace sample` ships with us.
+
+Lengths in tokens, times in seconds. --agents, --sessions, --turns, --shared and --scale change them; --scale is a factor on \
+all lengths."""
 
 
 def execute(arguments: argparse.Namespace) -> int:
     console = Console()
     if arguments.bench == "workloads":
-        console.print(workload_table())
-        console.print("Lengths in tokens, times in seconds. --agents, --sessions, --turns, --shared and --scale change them.")
+        for workload in WORKLOADS.values():
+            console.print(
+                f"[bold]{workload.name}[/bold]", *explain(workload), sep="\n  ", highlight=False, soft_wrap=True
+            )
+        console.print(TRACE_WORDS, highlight=False, soft_wrap=True)
         return 0
     if arguments.bench == "report":
         if not (arguments.folder / Results.EXPERIMENT).exists():
-            console.print(f"error: {arguments.folder} holds no {Results.EXPERIMENT}: name a results folder", markup=False)
+            console.print(
+                f"error: {arguments.folder} holds no {Results.EXPERIMENT}: name a results folder", markup=False
+            )
             return 2
         show(write_report(Results(arguments.folder), arguments.clean), arguments.folder, console)
         return 0
@@ -48,7 +58,9 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def make_plan(arguments: argparse.Namespace, console: Console) -> Plan:
     """Checks everything that can be checked before a server is started; raises `WorkloadError`."""
-    arms = parse_arms(DEFAULT_ARMS if arguments.arms is None and not arguments.url else arguments.arms or (), arguments.url)
+    arms = parse_arms(
+        DEFAULT_ARMS if arguments.arms is None and not arguments.url else arguments.arms or (), arguments.url
+    )
     model = arguments.model
     ours = any(arm.url is None for arm in arms)
     if ours and model is None:
@@ -67,7 +79,7 @@ def make_plan(arguments: argparse.Namespace, console: Console) -> Plan:
         port=arguments.port,
         rounds=arguments.rounds,
         seed=arguments.seed,
-        fixed=arguments.answers == "fixed",
+        answers=arguments.answers,
         slo_factor=arguments.slo_factor,
         command=("agentserve", *sys.argv[1:]),
     )
@@ -114,7 +126,9 @@ def traffic(arguments: argparse.Namespace) -> tuple[Callable[[int], list[Session
         return draw_sessions(workload, shape, arguments.seed * 1000 + number)
 
     described = {"name": workload.name, "scale": f"{scale:g}", "agents": shape.agents or workload.agents}
-    described |= {key: value for key, value in (("sessions", shape.sessions), ("turns", shape.turns)) if value is not None}
+    described |= {
+        key: value for key, value in (("sessions", shape.sessions), ("turns", shape.turns)) if value is not None
+    }
     if shape.shared is not None:
         described["shared"] = f"{shape.shared:g}"
     return drawn, described | {"summary": workload.summary, "source": workload.source}
@@ -134,8 +148,8 @@ def check_model(model: str, plan: Plan) -> None:
     room, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
     if room is not None and plan.context_tokens > room:
         raise WorkloadError(
-            f"workload {plan.workload['name']!r} at scale {plan.workload['scale']} needs {plan.context_tokens} tokens of context, "
-            f"the model has {room}: use --scale {float(plan.workload['scale']) * room / plan.context_tokens * 0.98:.2g} or less"
+            f"workload {plan.workload['name']!r} at scale {plan.workload['scale']} needs {plan.context_tokens} tokens of "
+            f"context, the model has {room}: use --scale {fitting_scale(plan, room):.2g} or less"
         )
     if vocabulary is not None and vocabulary < TOKEN_IDS[1]:
         raise WorkloadError(
@@ -143,9 +157,12 @@ def check_model(model: str, plan: Plan) -> None:
         )
 
 
-def run_plan(
-    plan: Plan, folder: Path, console: Console, conclude: Callable[[Findings], str] = lambda _: ""
-) -> int:
+def fitting_scale(plan: Plan, room: int) -> float:
+    """A scale at which the longest context fits into `room` tokens, with a little to spare for rounding."""
+    return float(plan.workload["scale"]) * room / plan.context_tokens * 0.95
+
+
+def run_plan(plan: Plan, folder: Path, console: Console, conclude: Callable[[Findings], str] = lambda _: "") -> int:
     """Runs an experiment and reports what was measured, also after an error or Ctrl-C; returns the exit code.
 
     Args:
@@ -189,10 +206,10 @@ def show(findings: Findings, folder: Path, console: Console) -> None:
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right")
-    for metric, cells in rows(findings):
+    for metric, cells in rows(findings, intervals=False):
         table.add_row(f"{metric.label}{f' ({metric.unit})' if metric.unit else ''}", *cells)
     console.print(table)
-    console.print(f"In brackets: ratio to {names[0]} with its 95 % interval.", markup=False)
+    console.print(f"In brackets: ratio to {names[0]}; intervals are in the page and the table to paste.", markup=False)
     for note in findings.summary["notes"]:
         console.print(f"- {note}", markup=False, soft_wrap=True)
     console.print(f"Page: {folder / PAGE}   table to paste: {folder / TABLE}", markup=False, soft_wrap=True)
@@ -205,27 +222,3 @@ def new_folder(name: str) -> Path:
     while (folder := Path("bench-results") / f"{plain}-{number}").exists():
         number += 1
     return folder
-
-
-def workload_table() -> Table:
-    table = Table(show_lines=True)
-    for column in ("workload", "what it is", "a session", "at once"):
-        table.add_column(column)
-    for one in WORKLOADS.values():
-        session = (
-            f"{one.turns} turns; cold prompt {one.system}; tool result {one.result}; answer {one.answer}; tool {one.tool_s} s"
-        )
-        more = [f"{one.agents} agents, {one.sessions} sessions each"]
-        more += [f"{one.shared:.0%} of the prompt shared"] if one.shared else []
-        more += [f"sub-agents in {one.forks.share:.0%} of sessions"] if one.forks else []
-        more += [f"{one.chats} chats, {one.batch} batch requests"] if one.chats else []
-        more += [f"scale {one.cpu_scale:g} by default without a GPU"] if one.cpu_scale != 1 else []
-        table.add_row(one.name, f"{one.summary}\n[dim]{one.source}[/dim]", session, "\n".join(more))
-    table.add_row(
-        "--trace FILE",
-        "Recorded traffic, one request a line: timestamp, input_length, output_length, hash_ids, session_id, delay.\n"
-        "[dim]the Mooncake project's form, as aiperf reads and writes it; `--trace sample` ships with us[/dim]",
-        "as recorded",
-        "as recorded",
-    )
-    return table

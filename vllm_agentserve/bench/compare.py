@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from vllm_agentserve.bench.measure import Metric, RoundFigures, SessionFigures
+from vllm_agentserve.bench.measure import RoundFigures, SessionFigures
+from vllm_agentserve.bench.metrics import Metric
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
+ROUNDS_NEEDED = 3
+"""With fewer rounds Student's interval is as good as infinite, and nothing is known of the noise between starts."""
 BETTER, WORSE, NOISE, UNKNOWN = "better", "worse", "noise", "too few rounds"
 
 
@@ -43,10 +46,10 @@ def finite(value: float, digits: int = 4) -> float | None:
 def compare(metric: Metric, base: Sequence[RoundFigures], arm: Sequence[RoundFigures], seed: int = 0) -> Comparison:
     """Compares two arms in the rounds both have.
 
-    Requests of one session depend on each other, so sessions are resampled, not requests, and the same ones for both arms
-    (paired cluster bootstrap, percentile interval). What only a whole round has is compared by Student's interval of the
-    logarithms of the ratios of the rounds. A difference counts only if its interval excludes 1 and every round points the
-    same way: sessions of one round share one start of the server.
+    The interval is the wider of two. Requests of one session depend on each other, so sessions are resampled, not requests,
+    and the same ones for both arms (paired cluster bootstrap, percentile interval). And sessions of one round share one
+    start of the server, so Student's interval over the ratios of the rounds (of their logarithms) is taken too; what only a
+    whole round has is compared by this one alone. A difference counts if the interval excludes 1.
     """
     common = sorted({one.round for one in base} & {one.round for one in arm})
     a = [one for number in common for one in base if one.round == number]
@@ -56,18 +59,17 @@ def compare(metric: Metric, base: Sequence[RoundFigures], arm: Sequence[RoundFig
         warnings.simplefilter("ignore")
         ratio = divided(of_rounds(b), of_rounds(a))
         each = [divided(of_rounds([second]), of_rounds([first])) for first, second in zip(a, b, strict=True)]
+        bounds = [round_interval(each)] if len(each) >= ROUNDS_NEEDED or metric.of_sessions is None else []
         if metric.of_sessions is not None:
-            low, high = session_interval(metric.of_sessions, a, b, seed)
-        else:
-            low, high = round_interval(each)
-    return Comparison(ratio, low, high, verdict(metric, ratio, low, high, each))
+            bounds.append(session_interval(metric.of_sessions, a, b, seed))
+    low, high = float(np.min(bounds)), float(np.max(bounds))
+    return Comparison(ratio, low, high, verdict(metric, ratio, low, high, len(each)))
 
 
-def verdict(metric: Metric, ratio: float, low: float, high: float, each: Sequence[float]) -> str:
-    if not all(map(math.isfinite, (ratio, low, high))) or len(each) < 2:
+def verdict(metric: Metric, ratio: float, low: float, high: float, rounds: int) -> str:
+    if rounds < ROUNDS_NEEDED or not all(map(math.isfinite, (ratio, low, high))):
         return UNKNOWN
-    agree = all(one < 1 for one in each) or all(one > 1 for one in each)
-    if low <= 1 <= high or not agree:
+    if low <= 1 <= high:
         return NOISE
     return BETTER if (ratio < 1) == metric.less_is_better else WORSE
 
@@ -116,9 +118,9 @@ def session_interval(
 
 
 def round_interval(ratios: Sequence[float]) -> tuple[float, float]:
-    """Student's interval of the mean of the logarithms; needs two rounds."""
+    """Student's interval of the mean of the logarithms; NaN with fewer rounds than it takes."""
     logs = np.log(np.asarray(ratios))
-    if len(logs) < 2 or not np.isfinite(logs).all():
+    if len(logs) < ROUNDS_NEEDED or not np.isfinite(logs).all():
         return math.nan, math.nan
     if np.ptp(logs) == 0:
         return float(np.exp(logs[0])), float(np.exp(logs[0]))

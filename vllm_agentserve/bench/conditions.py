@@ -118,7 +118,7 @@ class GpuWatch:
     joules: float | None = None
 
     def start(self) -> None:
-        self._nvml = self._handle = None
+        self._nvml: Any = None
         self._stop = threading.Event()
         try:
             import pynvml

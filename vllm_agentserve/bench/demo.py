@@ -22,16 +22,15 @@ def demo_plan(model: str, toy: bool, agents: int, turns: int, port: int | None, 
     Raises:
         WorkloadError: the model cannot serve it.
     """
-    ours = ("--scheduler-cls", SCHEDULER_NAME)
-    if settings:
-        ours = (*ours, "--additional-config", json.dumps({KEY: settings}))
+    more = ("--additional-config", json.dumps({KEY: settings})) if settings else ()
+    ours = Arm("agentserve", ("--scheduler-cls", SCHEDULER_NAME, *more), settings=settings)
     shape = Shape(agents=agents, sessions=1, turns=turns, scale=scale_of(REACT))
 
     def drawn(number: int) -> list[Session]:
         return draw_sessions(REACT, shape, number)
 
     plan = Plan(
-        arms=[Arm("stock"), Arm("agentserve", ours, settings=settings)],
+        arms=[Arm("stock"), ours],
         sessions=drawn,
         workload={"name": REACT.name, "scale": f"{shape.scale:g}", "agents": agents, "sessions": 1, "turns": turns},
         model=model,

@@ -53,7 +53,9 @@ def find_endpoint(url: str) -> Endpoint:
     except (urllib.error.URLError, OSError) as error:
         raise EndpointError(f"{url} does not answer ({error}): is the server up, and is this its address?") from error
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise EndpointError(f"{url}/v1/models lists no model: it does not look like an OpenAI-compatible server") from error
+        raise EndpointError(
+            f"{url}/v1/models lists no model: it does not look like an OpenAI-compatible server"
+        ) from error
     version = get_json(f"{url}/version")
     vllm = isinstance(version, dict) and "version" in version and first.get("owned_by") in ("vllm", None)
     kind = f"vLLM {version['version']}" if vllm else f"{first.get('owned_by') or 'another server'}"

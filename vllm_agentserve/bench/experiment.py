@@ -43,7 +43,7 @@ class Plan:
         model: model folder or name; not needed when all arms are servers of somebody else.
         serve: options of `vllm serve` for all arms.
         kv_bytes: size of the KV cache of every arm; None lets a first start find it.
-        fixed: exactly the planned number of tokens in every answer, or at most as many.
+        answers: see `Replay`.
         slo_factor: thresholds are the isolated run times this; 0 leaves the isolated run out.
     """
 
@@ -56,7 +56,7 @@ class Plan:
     port: int | None = None
     rounds: int = 3
     seed: int = 0
-    fixed: bool = True
+    answers: str = "pinned"
     slo_factor: float = 3.0
     command: Sequence[str] = field(default_factory=tuple)
 
@@ -118,7 +118,7 @@ class Experiment:
             "workload": plan.workload,
             "rounds": plan.rounds,
             "seed": plan.seed,
-            "answers": "fixed length" if plan.fixed else "as long as the model likes",
+            "answers": plan.answers,
             "slo_factor": plan.slo_factor,
             "isolated_arm": self.isolated.name if plan.slo_factor else None,
             "requests_per_round": count_requests(plan.sessions(0)),
@@ -173,6 +173,7 @@ class Experiment:
             raise
         finally:
             self.results.add_round(record)
+            self.progress.note(in_one_line(record))
 
     def measure(self, arm: Arm, number: int, record: RoundRecord, url: str, server: VllmServer | None) -> None:
         endpoint = find_endpoint(url)
@@ -190,7 +191,7 @@ class Experiment:
             parts["alone"] = alone_of(sessions, f"{self.plan.seed} {number}")
         for part, planned in parts.items():
             on_turn = self.progress.advance if part != "warm-up" else lambda: None
-            replay = Replay(client, planned, arm.name, number, part, self.plan.fixed, on_turn)
+            replay = Replay(client, planned, arm.name, number, part, self.plan.answers, on_turn)
             counted = read_counters(url)
             with Conditions() as conditions:
                 try:
@@ -213,13 +214,21 @@ class Experiment:
         if not failed:
             return
         if server is not None and not server.alive():
-            raise ServerError(f"the server of arm {arm.name!r} died: {failed[0].error}\nits log ends with:\n{server.tail()}")
+            raise ServerError(
+                f"the server of arm {arm.name!r} died: {failed[0].error}\nits log ends with:\n{server.tail()}"
+            )
         try:
             find_endpoint(url)
         except EndpointError as error:
             raise EndpointError(f"the server of arm {arm.name!r} went away: {failed[0].error}; {error}") from error
         if len(failed) == len(replay.records):
             raise EndpointError(f"every request to arm {arm.name!r} failed; the first: {failed[0].error}")
+
+
+def in_one_line(record: RoundRecord) -> str:
+    state = record.error or "; ".join(f"polluted: {why}" for why in record.polluted) or "clean"
+    took = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in record.seconds.items())
+    return f"round {record.round + 1} · {record.arm}: {took}{' · ' if took else ''}{state}"
 
 
 async def in_session(replay: Replay) -> None:

@@ -99,8 +99,8 @@ async def run_http(url: str, seed: int) -> Run:
         await asyncio.gather(*tasks, return_exceptions=True)
         for stream in streams:
             stream.stamps = [stamp for stamp in stream.stamps if begin <= stamp <= end]
-        gaps = split_gaps(streams, [(cold, cold.sent, cold.stamps[0]) for cold in colds])
-        first = split_gaps(streams, [(colds[0], colds[0].sent, colds[0].stamps[0])])
+        gaps = split_gaps(streams, [(cold.sent, cold.stamps[0]) for cold in colds])
+        first = split_gaps(streams, [(colds[0].sent, colds[0].stamps[0])])
         run.during_ms, run.quiet_ms, run.first_during_ms = gaps.during, gaps.quiet, first.during
         run.decode_tokens = sum(len(stream.stamps) for stream in streams)
         run.decode_s = end - begin

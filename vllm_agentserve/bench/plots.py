@@ -21,8 +21,10 @@ from vllm_agentserve.bench.records import Record
 from vllm_agentserve.bench.summary import Findings
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999999")
-DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1)), (0, (6, 2, 1, 2)))
-STYLE = {
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (8, 1.5, 1.5, 1.5)), (0, (1.5, 1)))
+SHORTEST_MS = 1.0
+"""Shorter intervals are drawn at this: tokens that came together, no user sees them apart."""
+STYLE: Any = {
     "figure.dpi": 100,
     "savefig.dpi": 150,
     "font.size": 11,
@@ -68,7 +70,7 @@ def itl_cdf(arms: dict[str, list[RoundFigures]], colours: dict[str, str]) -> Fig
     titles = {"gaps_during": "while another agent's cold prompt is read", "gaps": "all intervals"}
     for axis, (attribute, title) in zip(axes, titles.items(), strict=True):
         for index, (name, rounds) in enumerate(arms.items()):
-            values = np.sort(pool(rounds, attribute))
+            values = np.maximum(np.sort(pool(rounds, attribute)), SHORTEST_MS)
             if len(values):
                 beyond = 1 - np.arange(len(values)) / len(values)
                 axis.step(
@@ -77,9 +79,12 @@ def itl_cdf(arms: dict[str, list[RoundFigures]], colours: dict[str, str]) -> Fig
                 )  # fmt: skip
         axis.set_title(title)
         axis.set_xscale("log")
+        axis.set_xlim(left=SHORTEST_MS)
         axis.set_xlabel("time between two tokens (ms)")
         plain_log(axis.xaxis)
-    axes[0].set_yticks([-np.log10(1 - percent / 100) for percent in PERCENTS], [f"{percent:g} %" for percent in PERCENTS])
+    axes[0].set_yticks(
+        [-np.log10(1 - percent / 100) for percent in PERCENTS], [f"{percent:g} %" for percent in PERCENTS]
+    )
     axes[0].set_ylabel("share of intervals that are shorter")
     axes[0].set_ylim(bottom=0)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", ncols=min(len(arms), 3))
@@ -96,12 +101,16 @@ def timeline(findings: Findings, colours: dict[str, str]) -> Figure | None:
     polluted = {one.round for one in findings.rounds if one.polluted and one.arm in names}
     number = next((one for one in shared if one not in polluted), shared[0])
     figure, axes = plt.subplots(
-        len(names), 1, figsize=(11, 2.7 * len(names) + 0.8), sharex=True, sharey=True, layout="constrained", squeeze=False
+        len(names),
+        1,
+        figsize=(11, 2.7 * len(names) + 0.8),
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
     )
     for axis, name in zip(axes[:, 0], names, strict=True):
-        records = [
-            one for one in findings.requests if (one.arm, one.round, one.part) == (name, number, "measured")
-        ]
+        records = [one for one in findings.requests if (one.arm, one.round, one.part) == (name, number, "measured")]
         draw_intervals(axis, records, colours[name])
         axis.set_title(name)
         axis.set_ylabel("time since the\ntoken before (ms)")
@@ -123,11 +132,11 @@ def draw_intervals(axis: Axes, records: Sequence[Record], colour: str) -> None:
     if times:
         at = np.concatenate([one[1:] for one in times])
         gaps = np.concatenate([np.diff(one) for one in times]) * 1000
-        axis.vlines(at - gaps / 1000, 0.1, 0.1)  # keeps the scale open downwards
-        axis.scatter(at, np.maximum(gaps, 0.1), s=7, color=colour, alpha=0.6, linewidths=0, rasterized=True)
+        axis.scatter(at, np.maximum(gaps, SHORTEST_MS), s=7, color=colour, alpha=0.6, linewidths=0, rasterized=True)
         long = gaps > 5 * np.median(gaps)
         axis.hlines(gaps[long], (at - gaps / 1000)[long], at[long], color=colour, linewidth=1.2, alpha=0.7)
     axis.set_yscale("log")
+    axis.set_ylim(bottom=SHORTEST_MS * 0.9)
 
 
 def ttft(arms: dict[str, list[RoundFigures]], colours: dict[str, str]) -> Figure:
@@ -169,7 +178,9 @@ def throughput(arms: dict[str, list[RoundFigures]], colours: dict[str, str]) -> 
             mean = float(np.mean(values))
             axis.barh(row, mean, color=colours[name], alpha=0.6, height=0.6)
             axis.scatter(values, [row] * len(values), color="black", s=16, zorder=3)
-            axis.annotate(f" {mean:.3g}", (max(mean, *values), row), va="center", xytext=(4, 0), textcoords="offset points")
+            axis.annotate(
+                f" {mean:.3g}", (max(mean, *values), row), va="center", xytext=(4, 0), textcoords="offset points"
+            )
         axis.set_title(title)
         axis.set_yticks(range(len(arms)), list(arms))
         axis.grid(axis="y", visible=False)

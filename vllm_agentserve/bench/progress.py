@@ -41,6 +41,10 @@ class Progress:
         self._bar.update(self._task, description=words)
         self._bar.refresh()
 
+    def note(self, words: str) -> None:
+        """A line that stays, above the bar."""
+        self._bar.console.print(words, highlight=False, markup=False, soft_wrap=True)
+
     def advance(self) -> None:
         self._bar.advance(self._task)
         if perf_counter() - self._drawn > DRAW_EVERY_S:

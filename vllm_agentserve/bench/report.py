@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vllm_agentserve.bench.compare import NOISE
 from vllm_agentserve.bench.machine import in_words
-from vllm_agentserve.bench.measure import METRICS, Metric
+from vllm_agentserve.bench.metrics import METRICS, Metric
 from vllm_agentserve.bench.records import Results
 from vllm_agentserve.bench.summary import Findings, examine
 
@@ -37,27 +37,27 @@ def write_report(results: Results, clean: bool = False) -> Findings:
     return findings
 
 
-def rows(findings: Findings) -> list[tuple[Metric, list[str]]]:
+def rows(findings: Findings, intervals: bool = True) -> list[tuple[Metric, list[str]]]:
     """The table's rows: for every metric that has a figure, a cell per arm."""
     found = []
     for metric in METRICS:
         values = [findings.summary["arms"][name]["figures"][metric.key] for name in findings.figures]
         if any(value is not None for value in values):
-            found.append((metric, [cell(findings, name, metric) for name in findings.figures]))
+            found.append((metric, [cell(findings, name, metric, intervals) for name in findings.figures]))
     return found
 
 
-def cell(findings: Findings, arm: str, metric: Metric) -> str:
-    """A figure, and against the baseline its ratio with the interval; inside the noise it says so."""
+def cell(findings: Findings, arm: str, metric: Metric, interval: bool = True) -> str:
+    """A figure, and against the baseline its ratio, with the interval if wanted; inside the noise it says so."""
     value = findings.summary["arms"][arm]["figures"][metric.key]
     if value is None:
-        return "–"
+        return "-"
     words = number(value)
     against = findings.summary["comparisons"].get(arm, {}).get(metric.key)
     if against is None or against["ratio"] is None:
         return words
-    ratio = f"×{against['ratio']:.2f}"
-    if against["low"] is not None:
+    ratio = f"x{against['ratio']:.2f}"
+    if interval and against["low"] is not None:
         ratio += f" [{against['low']:.2f}, {against['high']:.2f}]"
     return f"{words} ({ratio}{', noise' if against['verdict'] == NOISE else ''})"
 
@@ -89,7 +89,9 @@ def markdown(findings: Findings) -> str:
 def describe_workload(experiment: dict[str, Any]) -> str:
     """The workload in one line, scale included."""
     workload = experiment["workload"]
-    settings = ", ".join(f"{key} {value}" for key, value in workload.items() if key not in ("name", "source", "summary"))
+    settings = ", ".join(
+        f"{key} {value}" for key, value in workload.items() if key not in ("name", "source", "summary")
+    )
     return f"Workload `{workload['name']}` ({settings}, seed {experiment['seed']}, {experiment['answers']} answers)"
 
 
@@ -98,9 +100,7 @@ def page(findings: Findings, pictures: dict[str, Path]) -> str:
     environment = Environment(
         loader=PackageLoader("vllm_agentserve.bench", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    images = [
-        (name, CAPTIONS[name], base64.b64encode(path.read_bytes()).decode()) for name, path in pictures.items()
-    ]
+    images = [(name, CAPTIONS[name], base64.b64encode(path.read_bytes()).decode()) for name, path in pictures.items()]
     names = list(findings.figures)
     table = [
         (metric, [(text, verdict_of(findings, name, metric)) for name, text in zip(names, cells, strict=True)])

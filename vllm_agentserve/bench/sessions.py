@@ -55,7 +55,7 @@ class Session:
     cached: bool = False
 
     def phase(self, turn: int) -> str:
-        """"cold" for a prompt without a cached context, otherwise "resume"."""
+        """ "cold" for a prompt without a cached context, otherwise "resume"."""
         return "resume" if turn or self.forked or self.cached else "cold"
 
 
@@ -64,9 +64,9 @@ def draw_tokens(rng: random.Random, count: int) -> tuple[int, ...]:
     return tuple(rng.choices(range(*TOKEN_IDS), k=count))
 
 
-def draw_answer(session: str, turn: int, count: int) -> tuple[int, ...]:
-    """Stands for the answer in the context where a server does not tell its token ids; the same for every arm."""
-    return draw_tokens(random.Random(f"answer {session} {turn}"), count)
+def pinned_token(session: str, turn: int) -> int:
+    """The one token an answer consists of where answers are pinned, so that contexts are the same in every arm."""
+    return random.Random(f"answer {session} {turn}").randrange(*TOKEN_IDS)
 
 
 def longest_context(sessions: Iterable[Session]) -> int:
@@ -96,7 +96,7 @@ def warm_up_of(sessions: Sequence[Session], seed: str, turns: int = 2) -> list[S
     """A short stand-in for the same work with other token ids: every agent's first session, `turns` turns, short tools."""
     rng = random.Random(f"warm-up {seed}")
     seen: set[str] = set()
-    short = []
+    short: list[Session] = []
     for session in sessions:
         if session.agent in seen or session.forked or session.after is not None:
             continue

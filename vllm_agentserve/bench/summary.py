@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_agentserve.bench.compare import compare, finite, round_statistic
-from vllm_agentserve.bench.measure import METRICS, RoundFigures, attained, round_figures, thresholds
+from vllm_agentserve.bench.measure import RoundFigures, round_figures
+from vllm_agentserve.bench.metrics import METRICS
 from vllm_agentserve.bench.records import Record, Results, RoundRecord
+from vllm_agentserve.bench.slo import attained, thresholds
 
 FACTORS = (1.5, 2.0, 3.0, 5.0)
 

@@ -190,8 +190,15 @@ def check_line(path: Path, number: int, words: str) -> Line:
         value = fields.get(name, default)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < low or (whole and value != int(value)):
-            raise wrong(f"{name!r} = {value!r} is not allowed: it must be a {'whole ' if whole else ''}number of at least {low:g}")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or value < low
+            or (whole and value != int(value))
+        ):
+            raise wrong(
+                f"{name!r} = {value!r} is not allowed: it must be a {'whole ' if whole else ''}number of at least {low:g}"
+            )
         return int(value) if whole else float(value)
 
     ids = fields.get("hash_ids") or []

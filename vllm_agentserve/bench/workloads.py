@@ -170,6 +170,24 @@ BATCH_AT_S = 3.0
 BATCH_PROMPT, BATCH_ANSWER = Uniform(500, 1500), Uniform(128, 128)
 
 
+def explain(workload: Workload) -> list[str]:
+    """What it is, in lines of text."""
+    lines = [
+        workload.summary,
+        f"{workload.agents} agents, {workload.sessions} sessions each of {workload.turns} turns; cold prompt {workload.system}, "
+        f"tool result {workload.result}, answer {workload.answer} tokens; tool {workload.tool_s} s",
+    ]
+    if workload.shared:
+        lines.append(f"{workload.shared:.0%} of the cold prompt is shared by all agents")
+    if workload.forks is not None:
+        lines.append(f"{workload.forks.share:.0%} of the sessions have {workload.forks.count} sub-agents")
+    if workload.chats or workload.batch:
+        lines.append(f"beside them {workload.chats} people who chat and a batch job of {workload.batch} requests")
+    if workload.cpu_scale != 1:
+        lines.append(f"without a GPU all lengths are scaled by {workload.cpu_scale:g} by default")
+    return [*lines, f"source: {workload.source}"]
+
+
 @dataclass(frozen=True)
 class Shape:
     """What the user may change of a workload; None keeps the workload's own."""
@@ -240,7 +258,14 @@ class Drawer:
         self.ids = random.Random(rng.random())
 
     def sessions(
-        self, name: str, agent: str, kind: str, start_s: float, after: str | None, common: tuple[int, ...], shared: float
+        self,
+        name: str,
+        agent: str,
+        kind: str,
+        start_s: float,
+        after: str | None,
+        common: tuple[int, ...],
+        shared: float,
     ) -> list[Session]:
         """The session called `name`, and after it those that fork from it."""
         system = scaled(self.workload.system, self.shape.scale, self.rng)

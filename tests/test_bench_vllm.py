@@ -1,0 +1,155 @@
+"""The benchmark against a real vLLM: its numbers agree with vLLM's own benchmark, and a whole small comparison runs."""
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from vllm_agentserve.bench.client import StreamingClient
+from vllm_agentserve.bench.endpoint import find_endpoint, kv_blocks
+from vllm_agentserve.bench.measure import round_figures
+from vllm_agentserve.bench.metrics import METRICS
+from vllm_agentserve.bench.records import Results
+from vllm_agentserve.bench.replay import Replay
+from vllm_agentserve.bench.server import VllmServer, serving_environment
+from vllm_agentserve.bench.sessions import Session, Turn, draw_tokens
+
+CONCURRENCY, REQUESTS, INPUT, OUTPUT = 4, 24, 256, 64
+OPTIONS = ["--dtype", "bfloat16", "--max-model-len", "4096", "--enforce-eager", "--kv-cache-memory-bytes", str(1 << 30)]
+
+
+@pytest.fixture(scope="module")
+def server(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    with VllmServer(toy_model, OPTIONS, log=tmp_path_factory.mktemp("server") / "log") as running:
+        yield running
+
+
+def theirs(server: VllmServer, toy_model: Path, folder: Path, seed: int) -> dict[str, float]:
+    """Medians of `vllm bench serve` on random prompts."""
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "vllm"),
+        *("--base-url", server.url, "--model", str(toy_model), "--served-model-name", "model"),
+        *("--dataset-name", "random", "--random-input-len", str(INPUT), "--random-output-len", str(OUTPUT)),
+        *("--num-prompts", str(REQUESTS), "--max-concurrency", str(CONCURRENCY), "--ignore-eos", "--seed", str(seed)),
+        *("--save-result", "--result-dir", str(folder), "--result-filename", f"{seed}.json"),
+        *("--temperature", "0", "--disable-tqdm"),
+    ]
+    done = subprocess.run(command, env=serving_environment(), text=True, capture_output=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((folder / f"{seed}.json").read_text())
+    assert result["completed"] == REQUESTS
+    return {
+        "ttft": result["median_ttft_ms"],
+        "tpot": result["median_tpot_ms"],
+        "itl": result["median_itl_ms"],
+        "tokens_per_s": result["output_throughput"],
+    }
+
+
+def ours(server: VllmServer, seed: int) -> dict[str, float]:
+    """The same work, replayed by our client."""
+    rng = random.Random(seed)
+    sessions = []
+    for worker in range(CONCURRENCY):
+        for number in range(REQUESTS // CONCURRENCY):
+            after = f"{worker}.{number - 1}" if number else None
+            turns = (Turn(draw_tokens(rng, INPUT), OUTPUT),)
+            sessions.append(Session(f"{worker}.{number}", f"{worker}", turns, after=after))
+    replay = Replay(StreamingClient(server.url), sessions, answers="fixed")
+
+    async def run() -> None:
+        async with replay.client:
+            await replay.run()
+
+    uvloop.run(run())
+    figures = round_figures(0, replay.seconds, replay.records, {})
+    by_key = {metric.key: metric for metric in METRICS}
+    return {
+        "ttft": statistics.median(one.ttft_ms for one in replay.records),
+        "tpot": by_key["tpot_p50_ms"].of_sessions(figures.sessions),
+        "itl": by_key["itl_p50_ms"].of_sessions(figures.sessions),
+        "tokens_per_s": figures.tokens_per_s,
+    }
+
+
+def test_numbers_agree_with_vllm_bench_serve(server: VllmServer, toy_model: Path, tmp_path: Path) -> None:
+    """Alternating, three times each: medians within a third of each other, which is the noise of two busy cores."""
+    ours(server, 100)
+    pairs = [(theirs(server, toy_model, tmp_path, seed), ours(server, seed)) for seed in (1, 2, 3)]
+    for key in ("ttft", "tpot", "itl", "tokens_per_s"):
+        their, our = (statistics.median(one[key] for one in side) for side in zip(*pairs, strict=True))
+        print(f"{key}: vllm bench serve {their:.2f}, ours {our:.2f}, ratio {our / their:.3f}")
+        assert 0.75 < our / their < 1.34, (key, pairs)
+
+
+def test_what_vllm_says_of_itself(server: VllmServer) -> None:
+    found = find_endpoint(server.url)
+    assert (found.model, found.extensions, found.max_model_len) == ("model", True, 4096)
+    blocks = kv_blocks(server.url)
+    assert blocks is not None
+    assert blocks[0] * blocks[1] > 4096
+
+
+def test_pinned_answers_and_cached_prompts(server: VllmServer) -> None:
+    """A resumed turn finds its whole context in the prefix cache, the pinned answer included."""
+    turns = (Turn((7,) * 600, 40), Turn((8,) * 20, 5))
+    replay = Replay(StreamingClient(server.url), [Session("s", "s", turns)])
+
+    async def run() -> None:
+        async with replay.client:
+            await replay.run()
+
+    uvloop.run(run())
+    first, second = replay.records
+    assert (first.error, second.error) == (None, None)
+    assert (first.prompt_tokens, second.prompt_tokens) == (600, 660)
+    again = Replay(StreamingClient(server.url), [Session("s", "s", turns)])
+    assert [one.prompt for one in replay.records] == [one.prompt for one in uvloop.run(in_order(again))]
+
+
+async def in_order(replay: Replay) -> list:
+    async with replay.client:
+        return await replay.run()
+
+
+def test_a_whole_comparison(tmp_path: Path) -> None:
+    """`agentserve bench run` on the smallest work there is: servers come and go, and the page is written."""
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "vllm_agentserve.cli",
+            "bench",
+            "run",
+            "--rounds",
+            "1",
+            "--agents",
+            "2",
+            "--sessions",
+            "1",
+        ),
+        *("--turns", "2", "--scale", "0.2", "--slo-factor", "0", "--output", "r", "--kv-gib", "0.5"),
+        *("--arms", "stock", "agentserve:tpot_slo_ms=40"),
+    ]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = Results(tmp_path / "r")
+    stock, agentserve = results.rounds()
+    assert stock.kv_tokens == agentserve.kv_tokens
+    assert not any(key.startswith("vllm:agentserve_") for key in stock.server)
+    assert agentserve.server["vllm:agentserve_cold_prefill_requests"] == 2
+    assert agentserve.server["vllm:agentserve_resume_prefill_requests"] == 2
+    measured = [one for one in results.requests() if one.part == "measured"]
+    assert len(measured) == 8
+    assert all(one.error is None for one in measured)
+    experiment = results.experiment()
+    assert "tpot_slo_ms" in experiment["arms"][1]["command"]
+    assert str(Path.home()) not in json.dumps(experiment)
+    assert "4 of 4 requests had the very same token ids in all arms." in (tmp_path / "r" / "table.md").read_text()
+    assert (tmp_path / "r" / "report.html").stat().st_size > 100_000

@@ -1,0 +1,111 @@
+"""The rows of the table: every figure of an arm, computed from its sessions or from its rounds."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_agentserve.bench.measure import QUANTILES, RoundFigures, SessionFigures, quantile
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of the table.
+
+    Args:
+        of_sessions: computes it from sessions; or
+        of_rounds: from whole rounds, for what no single session has.
+        less_is_better: direction of improvement.
+    """
+
+    key: str
+    label: str
+    unit: str
+    of_sessions: Callable[[Sequence[SessionFigures]], float] | None = None
+    of_rounds: Callable[[Sequence[RoundFigures]], float] | None = None
+    less_is_better: bool = True
+
+
+def pooled(name: str, q: float | None) -> Callable[[Sequence[SessionFigures]], float]:
+    """A quantile (None: the mean) over the values called `name` of all sessions; batch sessions do not count."""
+
+    def figure(sessions: Sequence[SessionFigures]) -> float:
+        values = [getattr(session, name) for session in sessions if session.kind != "batch"]
+        joined = np.concatenate(values) if values else np.empty(0)
+        if q is None:
+            return float(joined.mean()) if len(joined) else float("nan")
+        return quantile(joined, q)
+
+    return figure
+
+
+def mean_of(value: Callable[[SessionFigures], float | None]) -> Callable[[Sequence[SessionFigures]], float]:
+    def figure(sessions: Sequence[SessionFigures]) -> float:
+        values = [value(session) for session in sessions if session.kind != "batch"]
+        known = [one for one in values if one is not None]
+        return float(np.mean(known)) if known else float("nan")
+
+    return figure
+
+
+def mean_round(value: Callable[[RoundFigures], float]) -> Callable[[Sequence[RoundFigures]], float]:
+    return lambda rounds: float(np.mean([value(one) for one in rounds]))
+
+
+def gpu_metric(key: str) -> Callable[[Sequence[RoundFigures]], float]:
+    return mean_round(lambda one: one.gpu.get(key, float("nan")))
+
+
+def percent_attained(session: SessionFigures) -> float | None:
+    return None if session.attained is None else 100.0 * session.attained
+
+
+METRICS = (
+    *(
+        Metric(f"itl_during_{name}_ms", f"ITL while a cold prompt is read, {name}", "ms", pooled("gaps_during", q))
+        for name, q in QUANTILES.items()
+    ),
+    *(Metric(f"itl_{name}_ms", f"ITL, {name}", "ms", pooled("gaps", q)) for name, q in QUANTILES.items()),
+    Metric("ttft_cold_mean_ms", "TTFT of cold prompts, mean", "ms", pooled("ttft_cold", None)),
+    Metric("ttft_cold_p95_ms", "TTFT of cold prompts, p95", "ms", pooled("ttft_cold", 0.95)),
+    Metric("ttft_resume_mean_ms", "TTFT of resumed turns, mean", "ms", pooled("ttft_resume", None)),
+    Metric("ttft_resume_p95_ms", "TTFT of resumed turns, p95", "ms", pooled("ttft_resume", 0.95)),
+    Metric("tpot_p50_ms", "TPOT per request, p50", "ms", pooled("tpot", 0.5)),
+    Metric("tpot_p95_ms", "TPOT per request, p95", "ms", pooled("tpot", 0.95)),
+    Metric("session_mean_s", "session from first request to last token, mean", "s", mean_of(lambda one: one.seconds)),
+    Metric("waiting_mean_s", "of which waiting for the server, mean", "s", mean_of(lambda one: one.served_s)),
+    Metric(
+        "attained_percent", "sessions within their thresholds", "%", mean_of(percent_attained), less_is_better=False
+    ),
+    Metric(
+        "goodput_per_min",
+        "goodput: such sessions per minute",
+        "",
+        of_rounds=mean_round(lambda one: one.goodput),
+        less_is_better=False,
+    ),
+    Metric(
+        "tokens_per_s",
+        "generated tokens per second",
+        "",
+        of_rounds=mean_round(lambda one: one.tokens_per_s),
+        less_is_better=False,
+    ),
+    Metric(
+        "fairness",
+        "fairness between agents (Jain)",
+        "",
+        of_rounds=mean_round(lambda one: one.fairness),
+        less_is_better=False,
+    ),
+    Metric("joules_per_token", "energy per generated token", "J", of_rounds=gpu_metric("joules_per_token")),
+    Metric("watts", "GPU power, mean", "W", of_rounds=gpu_metric("watts")),
+    Metric("sm_mhz", "SM clock, mean", "MHz", of_rounds=gpu_metric("sm_mhz"), less_is_better=False),
+    Metric(
+        "utilisation_percent",
+        "GPU utilisation, mean",
+        "%",
+        of_rounds=gpu_metric("utilisation_percent"),
+        less_is_better=False,
+    ),
+)
