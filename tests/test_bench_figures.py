@@ -130,23 +130,8 @@ def noisy_rounds(rng: np.random.Generator, factor: float, rounds: int = 3, sessi
         for index in range(sessions):
             own = rng.lognormal(0, 0.08) * start * factor
             gaps = 10 * own * rng.lognormal(0, 0.3, 200)
-            one.sessions.append(
-                SessionFigures(
-                    number,
-                    f"s{index}",
-                    f"s{index}",
-                    "agent",
-                    gaps,
-                    gaps[:50],
-                    gaps[:1],
-                    gaps[1:5],
-                    gaps[5:9],
-                    200,
-                    3.0 * own,
-                    2.0 * own,
-                    0,
-                )  # fmt: skip
-            )
+            name, parts = f"s{index}", (gaps, gaps[:50], gaps[:1], gaps[1:5], gaps[5:9])
+            one.sessions.append(SessionFigures(number, name, name, "agent", *parts, 200, 3.0 * own, 2.0 * own, 0))
         made.append(one)
     return made
 

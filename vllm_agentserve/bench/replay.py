@@ -14,8 +14,6 @@ from vllm_agentserve.bench.records import Record
 from vllm_agentserve.bench.sessions import Session, pinned_token
 
 LATENESS_PERIOD_S = 0.05
-CLIENT_PRIORITY = -10
-"""As of nice(1): less is more."""
 
 
 @contextmanager
@@ -25,9 +23,9 @@ def undisturbed() -> Iterator[None]:
     The client needs a few percent of a core; on a machine where the server takes all cores it would stamp tokens
     milliseconds late otherwise. Servers are started outside of this and keep their own priority.
     """
-    before = os.getpriority(os.PRIO_PROCESS, 0)
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
     with suppress(PermissionError):
-        os.setpriority(os.PRIO_PROCESS, 0, min(before, CLIENT_PRIORITY))
+        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -36,7 +34,8 @@ def undisturbed() -> Iterator[None]:
     finally:
         gc.enable()
         gc.unfreeze()
-        os.setpriority(os.PRIO_PROCESS, 0, before)
+        with suppress(PermissionError):
+            os.sched_setscheduler(0, *before)
 
 
 class Replay:
