@@ -79,14 +79,22 @@ def test_one_agent_waits_while_another_one_prefills() -> None:
     )
     a, b = figures.sessions
     assert a.gaps.tolist() == [10, 10, 40, 180, 20, 20]
-    assert a.gaps_during.tolist() == [40, 180, 20]
-    assert b.gaps_during.tolist() == []
+    assert a.gaps_cold.tolist() == [40, 180, 20]
+    assert b.gaps_cold.tolist() == []
+    assert (a.gaps_prefill.tolist(), b.gaps_prefill.tolist()) == ([40, 180, 20], [])
     assert (a.ttft_cold.tolist(), a.ttft_resume.tolist(), b.ttft_cold.tolist()) == ([50], [20], [200])
     assert a.tpot.tolist() == [52, 20]
     assert (a.seconds, a.served_s, a.tokens) == (0.44, 0.35, 8)
     assert figures.tokens_per_s == 5.0
     rates = np.asarray([8 / 0.35, 2 / 0.21])
     assert figures.fairness == pytest.approx(rates.sum() ** 2 / (2 * (rates**2).sum()))
+
+
+def test_resumed_turns_are_prefills_too() -> None:
+    figures = round_figures(0, 1.0, [record("a", stamps=(10, 20, 90)), record("b", 1, sent=30, stamps=(80, 85))], {})
+    a, b = figures.sessions
+    assert (a.gaps_prefill.tolist(), a.gaps_cold.tolist()) == ([70], [])
+    assert len(b.gaps_prefill) == 0
 
 
 def test_failed_requests_keep_their_tokens_and_lose_their_latency() -> None:
@@ -130,7 +138,7 @@ def noisy_rounds(rng: np.random.Generator, factor: float, rounds: int = 3, sessi
         for index in range(sessions):
             own = rng.lognormal(0, 0.08) * start * factor
             gaps = 10 * own * rng.lognormal(0, 0.3, 200)
-            name, parts = f"s{index}", (gaps, gaps[:50], gaps[:1], gaps[1:5], gaps[5:9])
+            name, parts = f"s{index}", (gaps, gaps[:90], gaps[:50], gaps[:1], gaps[1:5], gaps[5:9])
             one.sessions.append(SessionFigures(number, name, name, "agent", *parts, 200, 3.0 * own, 2.0 * own, 0))
         made.append(one)
     return made

@@ -105,4 +105,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands.add_parser("workloads", help="list and explain the workloads")
     again = commands.add_parser("report", help="compute figures, pictures and page again from a results folder")
     again.add_argument("folder", type=Path)
+    again.add_argument("--baseline", metavar="ARM", help="compare with this arm instead of the first")
     again.add_argument("--clean", action="store_true", help="leave out rounds that were polluted in any arm")

@@ -46,7 +46,12 @@ def execute(arguments: argparse.Namespace) -> int:
                 f"error: {arguments.folder} holds no {Results.EXPERIMENT}: name a results folder", markup=False
             )
             return 2
-        show(write_report(Results(arguments.folder), arguments.clean), arguments.folder, console)
+        try:
+            findings = write_report(Results(arguments.folder), arguments.clean, arguments.baseline)
+        except WorkloadError as error:
+            console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+            return 2
+        show(findings, arguments.folder, console)
         return 0
     try:
         plan = make_plan(arguments, console)
@@ -209,7 +214,9 @@ def show(findings: Findings, folder: Path, console: Console) -> None:
     for metric, cells in rows(findings, intervals=False):
         table.add_row(f"{metric.label}{f' ({metric.unit})' if metric.unit else ''}", *cells)
     console.print(table)
-    console.print(f"In brackets: ratio to {names[0]}; intervals are in the page and the table to paste.", markup=False)
+    console.print(
+        f"In brackets: ratio to {findings.baseline}; intervals are in the page and the table to paste.", markup=False
+    )
     for note in findings.summary["notes"]:
         console.print(f"- {note}", markup=False, soft_wrap=True)
     console.print(f"Page: {folder / PAGE}   table to paste: {folder / TABLE}", markup=False, soft_wrap=True)

@@ -53,7 +53,7 @@ def run_demo(plan: Plan, console: Console) -> int:
 def sentence(findings: Findings) -> str:
     """What the table means, in one sentence; empty unless both arms ended."""
     stock, ours = (findings.summary["arms"][name]["figures"] for name in findings.figures)
-    names = ("itl_during_p99_ms", "ttft_cold_mean_ms", "ttft_resume_mean_ms")
+    names = ("itl_cold_p99_ms", "ttft_cold_mean_ms", "ttft_resume_mean_ms")
     if any(figures[name] is None for figures in (stock, ours) for name in names):
         return ""
     gap, cold, resume = names

@@ -80,8 +80,10 @@ class SessionFigures:
     agent: str
     kind: str
     gaps: Values
-    gaps_during: Values
-    """Intervals in which another agent's cold prompt was being read."""
+    gaps_prefill: Values
+    """Intervals in which another request waited for its first token."""
+    gaps_cold: Values
+    """Of these, the ones in which that request was a cold prompt."""
     ttft_cold: Values
     ttft_resume: Values
     tpot: Values
@@ -126,18 +128,18 @@ class RoundFigures:
         return float(rates.sum() ** 2 / (len(rates) * (rates**2).sum())) if rates.any() else float("nan")
 
 
-def cold_spans(records: Iterable[Record]) -> Values:
-    """(begin, end) in microseconds of the time every cold prompt waited for its first token, without overlaps."""
-    spans = [(record.sent_us, record.stamps_us[0]) for record in records if record.phase == "cold" and record.stamps_us]
+def prefill_spans(records: Iterable[Record], phases: Sequence[str] = ("cold", "resume")) -> Values:
+    """(begin, end) in microseconds of the time requests in these phases waited for their first token, without overlaps."""
+    spans = [(record.sent_us, record.stamps_us[0]) for record in records if record.phase in phases and record.stamps_us]
     return merged(np.asarray(spans, dtype=float).reshape(-1, 2))
 
 
 def round_figures(number: int, seconds: float, records: Sequence[Record], gpu: Mapping[str, float]) -> RoundFigures:
     """The figures of one arm in one round from the records of its measured part.
 
-    A session's own cold prompt never overlaps its own intervals, so all cold prompts are joined once for everybody.
+    A session's own prefills never overlap its own intervals, so all prefills are joined once for everybody.
     """
-    spans = cold_spans(records)
+    any_spans, cold_spans = prefill_spans(records), prefill_spans(records, ["cold"])
     by_session: dict[str, list[Record]] = {}
     for record in records:
         by_session.setdefault(record.session, []).append(record)
@@ -147,7 +149,11 @@ def round_figures(number: int, seconds: float, records: Sequence[Record], gpu: M
         good = [record for record in own if record.error is None]
         stamps = [np.asarray(record.stamps_us, dtype=float) for record in own]
         intervals = [np.diff(times) / 1000 for times in stamps]
-        busy = [overlaps(times[:-1], times[1:], spans) for times in stamps]
+
+        def within(spans: Values, stamps: Sequence[Values] = stamps, intervals: Sequence[Values] = intervals) -> Values:
+            flags = [overlaps(times[:-1], times[1:], spans) for times in stamps]
+            return np.concatenate([gap[busy] for gap, busy in zip(intervals, flags, strict=True)])
+
         figures.sessions.append(
             SessionFigures(
                 round=number,
@@ -155,7 +161,8 @@ def round_figures(number: int, seconds: float, records: Sequence[Record], gpu: M
                 agent=own[0].agent,
                 kind=own[0].kind,
                 gaps=np.concatenate(intervals),
-                gaps_during=np.concatenate([gap[flags] for gap, flags in zip(intervals, busy, strict=True)]),
+                gaps_prefill=within(any_spans),
+                gaps_cold=within(cold_spans),
                 ttft_cold=np.asarray([record.ttft_ms for record in good if record.phase == "cold"]),
                 ttft_resume=np.asarray([record.ttft_ms for record in good if record.phase == "resume"]),
                 tpot=np.asarray([record.tpot_ms for record in good if record.tpot_ms is not None]),

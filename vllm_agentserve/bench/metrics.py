@@ -62,7 +62,11 @@ def percent_attained(session: SessionFigures) -> float | None:
 
 METRICS = (
     *(
-        Metric(f"itl_during_{name}_ms", f"ITL while a cold prompt is read, {name}", "ms", pooled("gaps_during", q))
+        Metric(f"itl_cold_{name}_ms", f"ITL while a cold prompt is read, {name}", "ms", pooled("gaps_cold", q))
+        for name, q in QUANTILES.items()
+    ),
+    *(
+        Metric(f"itl_prefill_{name}_ms", f"ITL while somebody prefills, {name}", "ms", pooled("gaps_prefill", q))
         for name, q in QUANTILES.items()
     ),
     *(Metric(f"itl_{name}_ms", f"ITL, {name}", "ms", pooled("gaps", q)) for name, q in QUANTILES.items()),

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from vllm_agentserve.bench.measure import RoundFigures, cold_spans
+from vllm_agentserve.bench.measure import RoundFigures, prefill_spans
 from vllm_agentserve.bench.records import Record
 from vllm_agentserve.bench.summary import Findings
 
@@ -67,7 +67,7 @@ def draw_all(findings: Findings, folder: Path) -> dict[str, Path]:
 def itl_cdf(arms: dict[str, list[RoundFigures]], colours: dict[str, str]) -> Figure:
     """Percentiles of the intervals between tokens; the scale is stretched towards 100 %, where agents stutter."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
-    titles = {"gaps_during": "while another agent's cold prompt is read", "gaps": "all intervals"}
+    titles = {"gaps_prefill": "while somebody else prefills", "gaps": "all intervals"}
     for axis, (attribute, title) in zip(axes, titles.items(), strict=True):
         for index, (name, rounds) in enumerate(arms.items()):
             values = np.maximum(np.sort(pool(rounds, attribute)), SHORTEST_MS)
@@ -126,7 +126,7 @@ def timeline(findings: Findings, colours: dict[str, str]) -> Figure | None:
 
 
 def draw_intervals(axis: Axes, records: Sequence[Record], colour: str) -> None:
-    for begin, end in cold_spans(records):
+    for begin, end in prefill_spans(records, ["cold"]):
         axis.axvspan(begin / 1e6, end / 1e6, color="#999999", alpha=0.35, linewidth=0)
     times = [np.asarray(one.stamps_us) / 1e6 for one in records if one.kind != "batch" and len(one.stamps_us) > 1]
     if times:
@@ -169,7 +169,7 @@ def throughput(arms: dict[str, list[RoundFigures]], colours: dict[str, str]) -> 
     """Tokens per second and session times: a bar for the mean over rounds, a dot for every round."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.9 + 0.6 * max(len(arms), 2)), layout="constrained", sharey=True)
     measures = (
-        ("generated tokens per second", lambda one: one.tokens_per_s),
+        ("generated tokens per second", tokens_per_second),
         ("mean session, first request to last token (s)", session_seconds),
     )
     for axis, (title, measure) in zip(axes, measures, strict=True):
@@ -187,6 +187,10 @@ def throughput(arms: dict[str, list[RoundFigures]], colours: dict[str, str]) -> 
         axis.margins(x=0.14)
     axes[0].set_ylim(len(arms) - 0.5, -0.5)
     return figure
+
+
+def tokens_per_second(one: RoundFigures) -> float:
+    return one.tokens_per_s
 
 
 def session_seconds(one: RoundFigures) -> float:

@@ -24,11 +24,11 @@ CAPTIONS = {
 SUMMARY, TABLE, PAGE = "summary.json", "table.md", "report.html"
 
 
-def write_report(results: Results, clean: bool = False) -> Findings:
+def write_report(results: Results, clean: bool = False, baseline: str | None = None) -> Findings:
     """Computes everything from the raw data and writes summary, table, pictures and page into the results folder."""
     from vllm_agentserve.bench.plots import draw_all
 
-    findings = examine(results, clean)
+    findings = examine(results, clean, baseline)
     folder = results.folder
     (folder / SUMMARY).write_text(json.dumps(findings.summary, indent=1) + "\n")
     (folder / TABLE).write_text(markdown(findings) + "\n")
@@ -82,7 +82,7 @@ def markdown(findings: Findings) -> str:
     for metric, cells in rows(findings):
         unit = f" ({metric.unit})" if metric.unit else ""
         lines.append(f"| {metric.label}{unit} | " + " | ".join(cells) + " |")
-    lines += ["", f"In brackets: ratio to {names[0]} with its 95 % interval.", ""]
+    lines += ["", f"In brackets: ratio to {findings.baseline} with its 95 % interval.", ""]
     return "\n".join([*lines, *(f"- {note}" for note in findings.summary["notes"])])
 
 
@@ -111,6 +111,7 @@ def page(findings: Findings, pictures: dict[str, Path]) -> str:
         workload=describe_workload(findings.experiment),
         machine=in_words(findings.experiment["machine"]),
         names=names,
+        baseline=findings.baseline,
         table=table,
         images=images,
         notes=findings.summary["notes"],

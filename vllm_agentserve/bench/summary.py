@@ -1,6 +1,5 @@
 """The machine-readable summary of a results folder: figures per arm, comparisons with the first arm, what to know of them."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from vllm_agentserve.bench.compare import compare, finite, round_statistic
 from vllm_agentserve.bench.measure import RoundFigures, round_figures
 from vllm_agentserve.bench.metrics import METRICS
 from vllm_agentserve.bench.records import Record, Results, RoundRecord
+from vllm_agentserve.bench.sessions import WorkloadError
 from vllm_agentserve.bench.slo import attained, thresholds
 
 FACTORS = (1.5, 2.0, 3.0, 5.0)
@@ -28,14 +28,18 @@ class Findings:
 
     @property
     def baseline(self) -> str:
-        return str(self.experiment["arms"][0]["name"])
+        return str(self.summary["baseline"])
 
 
-def examine(results: Results, clean: bool = False) -> Findings:
+def examine(results: Results, clean: bool = False, baseline: str | None = None) -> Findings:
     """Computes all figures from what a results folder holds.
 
     Args:
         clean: leave out rounds that were polluted in any arm.
+        baseline: the arm that others are compared with; None takes the first.
+
+    Raises:
+        WorkloadError: there is no such arm.
     """
     experiment, rounds, requests = results.experiment(), results.rounds(), results.requests()
     names = [arm["name"] for arm in experiment["arms"]]
@@ -44,7 +48,10 @@ def examine(results: Results, clean: bool = False) -> Findings:
     figures = arm_figures(names, used, requests)
     factor = float(experiment.get("slo_factor") or 0)
     curve = attainment(figures, requests, factor) if factor else {}
-    base = figures[names[0]]
+    baseline = names[0] if baseline is None else baseline
+    if baseline not in names:
+        raise WorkloadError(f"--baseline {baseline!r} is no arm of these results: choose one of {', '.join(names)}")
+    base = figures[baseline]
     arms = {}
     for name in names:
         own = [one for one in requests if one.arm == name and one.part == "measured"]
@@ -58,12 +65,12 @@ def examine(results: Results, clean: bool = False) -> Findings:
         }
     comparisons = {
         name: {metric.key: compare(metric, base, figures[name]).as_json() for metric in METRICS}
-        for name in names[1:]
-        if base and figures[name]
+        for name in names
+        if name != baseline and base and figures[name]
     }
     summary = {
         "experiment": experiment,
-        "baseline": names[0],
+        "baseline": baseline,
         "arms": arms,
         "comparisons": comparisons,
         "attained_percent_by_factor": curve,
@@ -167,7 +174,3 @@ def compare_prompts(requests: Sequence[Record]) -> tuple[int, int]:
 
 def as_json(one: RoundRecord) -> dict[str, Any]:
     return {name: getattr(one, name) for name in one.__struct_fields__}
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
