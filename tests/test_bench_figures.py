@@ -195,6 +195,13 @@ def test_round_intervals_are_students() -> None:
     assert math.isnan(round_interval([1.2, 1.3])[0])
 
 
+def test_goodput_needs_thresholds() -> None:
+    figures = round_figures(0, 30.0, [record("a", stamps=(10, 20)), record("b", stamps=(10, 20))], {})
+    assert math.isnan(figures.goodput)
+    figures.sessions[0].attained, figures.sessions[1].attained = True, False
+    assert figures.goodput == 2.0
+
+
 def test_metrics_without_data_are_unknown() -> None:
     empty = [RoundFigures(number, 1.0) for number in range(3)]
     assert compare(BY_KEY["itl_p50_ms"], empty, empty).verdict == UNKNOWN

@@ -112,7 +112,9 @@ class RoundFigures:
 
     @property
     def goodput(self) -> float:
-        """Sessions per minute that met their thresholds."""
+        """Sessions per minute that met their thresholds; NaN where there are none."""
+        if all(session.attained is None for session in self.sessions):
+            return float("nan")
         return 60 * sum(bool(session.attained) for session in self.sessions) / self.seconds
 
     @property
