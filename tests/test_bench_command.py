@@ -16,6 +16,7 @@ from test_bench_client import token_server
 from vllm_agentserve import cli
 from vllm_agentserve.bench.arms import parse_arm, parse_arms
 from vllm_agentserve.bench.records import Results
+from vllm_agentserve.bench.report import number
 from vllm_agentserve.bench.sessions import WorkloadError
 
 SMALL = ("--agents", "2", "--sessions", "1", "--turns", "3", "--scale", "0.02")
@@ -61,12 +62,13 @@ def test_two_servers_of_somebody_else(run, tmp_path: Path) -> None:
     assert order == [(0, "slow"), (0, "fast"), (1, "fast"), (1, "slow"), (2, "slow"), (2, "fast")]
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["comparisons"]["fast"]["itl_p50_ms"]["verdict"] == "better"
-    assert summary["comparisons"]["fast"]["itl_p50_ms"]["ratio"] == pytest.approx(1 / 3, rel=0.15)
+    assert summary["comparisons"]["fast"]["itl_p50_ms"]["ratio"] == pytest.approx(1 / 3, rel=0.3)
     assert summary["comparisons"]["fast"]["tokens_per_s"]["ratio"] > 1
     assert summary["arms"]["slow"]["figures"]["attained_percent"] == 100.0
     assert "18 of 18 requests had the very same token ids in all arms." in summary["notes"]
     table = (folder / "table.md").read_text()
-    assert "| ITL, p50 (ms) | 3" in table
+    figure = number(summary["arms"]["slow"]["figures"]["itl_p50_ms"])
+    assert f"| ITL, p50 (ms) | {figure} | " in table
     assert "scale 0.02" in table
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4
