@@ -32,12 +32,13 @@ def option(default: Any, unit: str, help: str, *, low: float | None = None, high
 class AgentServeConfig:
     """The validated options. Raises `OptionError` when constructed with a value out of range or of a wrong type."""
 
-    mode: typing.Literal["auto", "time-sliced", "stock"] = option(
+    mode: typing.Literal["auto", "time-sliced", "lanes", "stock"] = option(
         "auto",
         "",
         "How prefill and decode share the device. `time-sliced`: each step mixes all decodes with as much prefill as fits "
-        "the target. `stock`: vLLM's own order and chunks, only measured. `auto`: the best this build can do, today "
-        "`time-sliced`.",
+        "the target. `lanes` (CPU only so far): as `time-sliced`, but prompts of `lane_min_tokens` and more are computed by a "
+        "second process on cores of its own while others decode. `stock`: vLLM's own order and chunks, only measured. `auto`: "
+        "`time-sliced` today.",
     )
     tpot_slo_ms: float | None = option(
         None,
@@ -106,6 +107,35 @@ class AgentServeConfig:
         "A waiting request that others have overtaken for this many engine steps goes to the front of the queue.",
         low=1,
         high=1_000_000,
+    )
+    lane_min_tokens: int = option(
+        512,
+        "tokens",
+        "In mode `lanes`, a prompt with at least this many uncached tokens goes to the prefill lane when others decode.",
+        low=16,
+        high=1_048_576,
+    )
+    lane_chunk_tokens: int = option(
+        256,
+        "tokens",
+        "The prefill lane computes so many tokens at a time; between two chunks it takes or gives back cores, and jobs can be "
+        "dropped.",
+        low=16,
+        high=65_536,
+    )
+    lane_jobs: int = option(
+        2,
+        "requests",
+        "So many prompts hold KV blocks for the prefill lane at once; others wait their turn.",
+        low=1,
+        high=1024,
+    )
+    lane_restarts: int = option(
+        3,
+        "",
+        "A prefill lane that died is started again so often; after that everything is time-sliced.",
+        low=0,
+        high=1000,
     )
     stats_interval_ms: float = option(
         250.0,

@@ -3,8 +3,12 @@
 Importing this module does not import vLLM.
 """
 
+import copy
 import dataclasses
+import os
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +64,10 @@ def require_supported_vllm() -> None:
 
 def chooses_our_scheduler(vllm_config: "VllmConfig") -> bool:
     """Whether `--scheduler-cls` names our scheduler, as a string or as the class itself."""
-    chosen = vllm_config.scheduler_config.scheduler_cls
+    return is_our_scheduler(vllm_config.scheduler_config.scheduler_cls)
+
+
+def is_our_scheduler(chosen: Any) -> bool:
     return chosen is not None and (chosen == SCHEDULER_NAME or getattr(chosen, "agentserve", False) is True)
 
 
@@ -85,6 +92,8 @@ def add_stats_field() -> None:
 def check_options_early() -> None:
     """Makes `EngineArgs.create_engine_config` check our options, so that a wrong one stops before the model is loaded.
 
+    In mode `lanes` it also adds the connector, as `--kv-transfer-config` would.
+
     Retired by: patches/*/scheduler-cls-check-config.patch.
     """
     from vllm.engine.arg_utils import EngineArgs
@@ -94,11 +103,17 @@ def check_options_early() -> None:
         return
 
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        vllm_config = stock(self, *args, **kwargs)
-        if chooses_our_scheduler(vllm_config):
-            from vllm_agentserve.config import AgentServeConfig
+        from vllm_agentserve.config import AgentServeConfig
 
-            AgentServeConfig.from_additional_config(vllm_config.additional_config)
+        lanes = False
+        if is_our_scheduler(self.scheduler_cls):
+            lanes = AgentServeConfig.from_additional_config(self.additional_config).mode == "lanes"
+        if lanes:
+            refuse_lanes(arguments_obstacle(self))
+            add_lane_connector(self)
+        vllm_config = stock(self, *args, **kwargs)
+        if lanes:
+            refuse_lanes(model_obstacle(vllm_config))
         return vllm_config
 
     create_engine_config.agentserve = True  # type: ignore[attr-defined]
@@ -179,3 +194,126 @@ def add_stat_logger() -> None:
 
     init.agentserve = True  # type: ignore[attr-defined]
     StatLoggerManager.__init__ = init
+
+
+# -- lanes --------------------------------------------------------------------------------------------------------------
+
+
+def refuse_lanes(obstacle: str | None) -> None:
+    """Raises `OptionError` when there is one: who asks for lanes gets lanes or an error."""
+    if obstacle is not None:
+        from vllm_agentserve.config import KEY, OptionError
+
+        raise OptionError(
+            f"{KEY} option 'mode' = 'lanes' cannot run here: {obstacle}. Use 'auto', which takes what can run."
+        )
+
+
+def arguments_obstacle(arguments: Any) -> str | None:
+    """Why two lanes cannot run with these `EngineArgs`; None if they can, as far as they tell."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return "this build has lanes for CPUs only"
+    if len(os.sched_getaffinity(0)) < 2:
+        return "two lanes need two cores"
+    if arguments.kv_transfer_config is not None:
+        return "--kv-transfer-config names another KV connector"
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        if getattr(arguments, name) > 1:
+            return f"--{name.replace('_', '-')} is {getattr(arguments, name)}, and a lane has one worker"
+    if arguments.speculative_config is not None:
+        return "speculative decoding is on"
+    if arguments.enable_lora:
+        return "LoRA is on"
+    if arguments.enable_prefix_caching is False:
+        return "prefix caching is off"
+    return None
+
+
+def model_obstacle(vllm_config: "VllmConfig") -> str | None:
+    """Why two lanes cannot serve this model; None if they can."""
+    model = vllm_config.model_config
+    if model.runner_type != "generate" or model.is_encoder_decoder:
+        return "the model does not generate token by token from a prompt of its own"
+    if model.is_multimodal_model:
+        return "the model takes more than text"
+    if model.is_hybrid or model.is_attention_free or model.get_sliding_window() is not None:
+        return "layers of the model keep less than the whole context"
+    return None
+
+
+def lane_obstacle(request: "Request") -> str | None:
+    """Why the prompt of this request is not for the prefill lane; None if it is."""
+    if request.has_encoder_inputs or request.prompt_embeds is not None or request.lora_request is not None:
+        return "it is more than token ids"
+    parameters = request.sampling_params
+    if parameters is None or parameters.prompt_logprobs is not None:
+        return "it needs what is computed for its prompt tokens"
+    return None
+
+
+def add_lane_connector(arguments: Any) -> None:
+    from vllm.config import KVTransferConfig
+
+    arguments.kv_transfer_config = KVTransferConfig(
+        kv_connector="LaneConnector",
+        kv_connector_module_path="vllm_agentserve.lanes.connector",
+        kv_role="kv_consumer",
+        kv_load_failure_policy="recompute",
+    )
+
+
+def second_worker_config(vllm_config: "VllmConfig") -> Any:
+    """The configuration for a second worker: without connector, without the layers the first one has registered in it."""
+    config = copy.copy(vllm_config)
+    config.kv_transfer_config = None
+    config.compilation_config = copy.copy(vllm_config.compilation_config)
+    config.compilation_config.static_forward_context = {}
+    return config
+
+
+@contextmanager
+def kv_cache_placed(place: Callable[[int], Any]) -> Iterator[None]:
+    """Within, the one tensor vLLM allocates for its KV cache comes from `place(bytes)`.
+
+    Raises:
+        RuntimeError: on leaving, when vLLM did not allocate exactly one.
+    """
+    import torch
+
+    original, placed = torch.zeros, 0
+
+    def zeros(*size: Any, **options: Any) -> Any:
+        nonlocal placed
+        if options.get("dtype") is torch.int8 and len(size) == 1 and isinstance(size[0], int):
+            placed += 1
+            return place(size[0])
+        return original(*size, **options)
+
+    torch.zeros = zeros
+    try:
+        yield
+    finally:
+        torch.zeros = original
+    if placed != 1:
+        raise RuntimeError(f"expected vLLM to allocate its KV cache once, saw {placed} allocations")
+
+
+def worker_cores() -> list[int]:
+    """The cores of vLLM's CPU worker, also after its main thread was pinned to one of them."""
+    pinned = os.environ.get("GOMP_CPU_AFFINITY", "").split()
+    return [int(core) for core in pinned] if pinned else sorted(os.sched_getaffinity(0))
+
+
+def set_threads(count: int) -> None:
+    """Size of the OpenMP team of this thread; vLLM's CPU worker makes `torch.set_num_threads` do nothing."""
+    import torch
+
+    torch._C.set_num_threads(count)
+
+
+def compute_only(runner: Any, scheduler_output: Any) -> None:
+    """Runs the model on what is scheduled and samples nothing."""
+    runner.execute_model(scheduler_output)
+    runner.execute_model_state = None

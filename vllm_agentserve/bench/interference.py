@@ -49,6 +49,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "stock-chunk=256": {"max_num_batched_tokens": 256},
     "agentserve-20ms": {"scheduler_cls": SCHEDULER_NAME, "additional_config": {"agentserve": {"tpot_slo_ms": 20}}},
     "agentserve-40ms": {"scheduler_cls": SCHEDULER_NAME, "additional_config": {"agentserve": {"tpot_slo_ms": 40}}},
+    "agentserve-lanes": {
+        "scheduler_cls": SCHEDULER_NAME,
+        "additional_config": {"agentserve": {"mode": "lanes", "tpot_slo_ms": 40}},
+    },
 }
 
 

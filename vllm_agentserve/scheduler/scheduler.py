@@ -81,6 +81,11 @@ class AgentScheduler(Scheduler):
         self._queue: AgentQueue | None = None
         if order_obstacle is None:
             self._queue = self.waiting = AgentQueue(self._admission_key, options.max_bypass_steps)
+        self._lane: Any = getattr(self.connector, "half", None) if options.mode == "lanes" else None
+        self._from_lane: dict[str, Phase] = {}
+        if self._lane is not None:
+            self._lane.on_dispatch = self._to_lane
+            self._lane.on_failure = self._lane_failed
         self._say_what_runs(options, budget_obstacle, order_obstacle)
 
     def _say_what_runs(
@@ -89,7 +94,7 @@ class AgentScheduler(Scheduler):
         target = "calibrated" if options.tpot_slo_ms is None else f"{options.tpot_slo_ms:g} ms"
         logger.info(
             "agentserve: mode %s, %s scheduling, TPOT target %s.",
-            "time-sliced" if self._cuts_prefills else "stock",
+            "lanes" if self._lane is not None else "time-sliced" if self._cuts_prefills else "stock",
             "asynchronous" if isinstance(self, AsyncScheduler) else "synchronous",
             target,
         )
@@ -115,6 +120,8 @@ class AgentScheduler(Scheduler):
         # Preempted prefills wait again; they are tagged anew when they are admitted.
         self._prefills = {key: prefill for key, prefill in self._prefills.items() if prefill.request.status == running}
         decodes = self._count_decodes()
+        if self._lane is not None:
+            self._lane.decodes = decodes
         context = self._decode_context() if decodes else 0
         if self._queue is not None:
             self._queue.step = self.current_step
@@ -164,11 +171,23 @@ class AgentScheduler(Scheduler):
 
     def _admit(self, request: Request, computed: int) -> Prefill:
         uncached = request.num_tokens - computed
-        phase = classify(computed, uncached, known_session=request.session_id in self._sessions)
+        phase = self._from_lane.pop(request.request_id, None)
+        if phase is None:
+            phase = classify(computed, uncached, known_session=request.session_id in self._sessions)
         short = phase is Phase.RESUME_PREFILL and uncached <= self._controller.resume_tokens
         prefill = Prefill(request, phase, Phase.RESUME_PREFILL if short else Phase.COLD_PREFILL)
         self._prefills[request.request_id] = prefill
         return prefill
+
+    def _to_lane(self, request: Request, start: int) -> None:
+        """A prompt goes to the prefill lane, which computes everything from `start` to its last token."""
+        uncached = request.num_tokens - start
+        self._from_lane[request.request_id] = classify(start, uncached, request.session_id in self._sessions)
+        self._stats.counts["lane_requests"] += 1
+        self._stats.counts["lane_tokens"] += uncached - 1
+
+    def _lane_failed(self) -> None:
+        self._stats.counts["lane_failed_requests"] += 1
 
     def _take_chunks(self, output: "SchedulerOutput") -> tuple[list[tuple[Phase, int, int]], bool]:
         """Reads back which prefill chunks really run and whether one is the first of its prompt; counts admissions and
@@ -243,6 +262,7 @@ class AgentScheduler(Scheduler):
         if request.num_computed_tokens > 0:
             self._sessions.touch(request.session_id)
         self._prefills.pop(request.request_id, None)
+        self._from_lane.pop(request.request_id, None)
         if self._queue is not None:
             self._queue.forget(request.request_id)
         return super()._free_request(request, *args, **kwargs)

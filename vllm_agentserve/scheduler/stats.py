@@ -14,6 +14,9 @@ COUNTERS = {
     "prefill_steps": "Engine steps with prefill chunks only.",
     "prefill_chunks": "Prefill chunks run beside decodes.",
     "prefill_chunk_tokens": "Prompt tokens in chunks run beside decodes.",
+    "lane_requests": "Prompts given to the prefill lane.",
+    "lane_tokens": "Prompt tokens computed by the prefill lane.",
+    "lane_failed_requests": "Prompts the prefill lane failed on, which were computed again.",
     "overdue_requests": "Requests moved to the front of the queue because others had overtaken them for too long.",
     "slow_steps": "Decode steps that took longer than the upper threshold of the target.",
 }

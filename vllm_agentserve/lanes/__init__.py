@@ -1,0 +1,1 @@
+"""The prefill lane: long prompts are computed beside the decode steps, over the same KV cache."""

@@ -1,0 +1,51 @@
+"""Memory that two processes share and that is gone when both are: there is no name in the file system to leave behind."""
+
+import mmap
+import os
+from contextlib import AbstractContextManager
+
+import torch
+
+from vllm_agentserve import vllm_compat
+
+
+class SharedMemory:
+    """An anonymous memory file.
+
+    Args:
+        size: in bytes; a new one is zeros.
+        descriptor: an inherited one of that size; None makes a new one.
+    """
+
+    def __init__(self, size: int, descriptor: int | None = None) -> None:
+        self.size = size
+        self.descriptor = os.memfd_create("agentserve") if descriptor is None else descriptor
+        if descriptor is None:
+            os.ftruncate(self.descriptor, size)
+        self._map = mmap.mmap(self.descriptor, size)
+
+    def tensor(self, dtype: torch.dtype = torch.int8) -> torch.Tensor:
+        """All of it, shape (size / itemsize,)."""
+        return torch.frombuffer(self._map, dtype=dtype)
+
+
+class KvMemory:
+    """The KV cache of a worker and its lane.
+
+    Args:
+        memory: where it is; None makes it when the size is known.
+    """
+
+    def __init__(self, memory: SharedMemory | None = None) -> None:
+        self.memory = memory
+
+    def allocation(self) -> AbstractContextManager[None]:
+        """Within, vLLM's KV cache lands here; see `vllm_compat.kv_cache_placed`."""
+        return vllm_compat.kv_cache_placed(self._place)
+
+    def _place(self, size: int) -> torch.Tensor:
+        if self.memory is None:
+            self.memory = SharedMemory(size)
+        if self.memory.size != size:
+            raise RuntimeError(f"the lane's KV cache has {size} bytes, the worker's {self.memory.size}")
+        return self.memory.tensor()
