@@ -32,7 +32,7 @@ def test_values_are_taken_in_their_type() -> None:
         ({"tpot_slo_ms": float("nan")}, ["'tpot_slo_ms' = nan", "a number"]),
         ({"tpot_factor": None}, ["'tpot_factor' = None", "a number from 1.1 to 1000 x"]),
         ({"prefill_floor_tokens": 1.5}, ["'prefill_floor_tokens' = 1.5", "a whole number from 1 to 65536 tokens"]),
-        ({"mode": "fast"}, ["'mode' = 'fast'", "'auto', 'time-sliced', 'stock'"]),
+        ({"mode": "fast"}, ["'mode' = 'fast'", "'auto', 'time-sliced', 'lanes', 'stock'"]),
         ({"mode": ["auto"]}, ["'mode' = ['auto']", "one of"]),
         ({3: 4}, ["no option 3"]),
         ("tpot_slo_ms=40", ["must be an object of options", "'tpot_slo_ms=40'"]),

@@ -52,7 +52,12 @@ def mixed_jobs(seed: int = 1) -> list[Job]:
         tail = [rng.randrange(3, 4000) for _ in range(rng.randint(5, 700))]
         prompt = shared[: rng.choice((0, 260, 900))] + tail
         kind = number % 6
-        given: dict[str, Any] = {"max_tokens": rng.randint(60, 220), "ignore_eos": True, "temperature": 0.0}
+        given: dict[str, Any] = {
+            "max_tokens": rng.randint(60, 220),
+            "ignore_eos": True,
+            "temperature": 0.0,
+            "logprobs": 1,
+        }
         if kind == 1:
             given |= {"temperature": 0.9, "seed": number, "top_p": 0.9}
         if kind == 2:
@@ -182,14 +187,15 @@ def test_aborted_requests_got_the_same_tokens_until_then(
 
 
 def test_log_probabilities_equal_stock(reference: dict[str, Answer], answers: dict[str, Answer]) -> None:
+    """They show what the tokens of a toy model, which repeats itself, may not."""
     compared = 0
     for job in mixed_jobs():
-        if job.parameters.logprobs is None:
+        if job.abort_after is not None:
             continue
         for ours_at, stock_at in zip(answers[job.name].logprobs, reference[job.name].logprobs, strict=True):
             assert ours_at == pytest.approx(stock_at, abs=2e-4)
             compared += 1
-    assert compared > 100
+    assert compared > 1000
 
 
 def test_structured_output_is_valid(answers: dict[str, Answer]) -> None:

@@ -198,11 +198,11 @@ def test_tokens_equal_stock(name: str, reference: dict[str, Answer], answers: di
 
 
 def test_log_probabilities_equal_stock(reference: dict[str, Answer], answers: dict[str, Answer]) -> None:
-    names = [job.name for job in mixed_jobs() if job.parameters.logprobs is not None]
+    names = [job.name for job in mixed_jobs() if job.abort_after is None]
     for name in names:
         for ours_at, stock_at in zip(answers[name].logprobs, reference[name].logprobs, strict=True):
             assert ours_at == pytest.approx(stock_at, abs=2e-4)
-    assert len(names) == 5
+    assert len(names) > 20
 
 
 def test_decode_goes_on_while_the_lane_works(

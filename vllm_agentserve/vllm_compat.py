@@ -306,6 +306,11 @@ def worker_cores() -> list[int]:
     return [int(core) for core in pinned] if pinned else sorted(os.sched_getaffinity(0))
 
 
+def team_is_pinned() -> bool:
+    """Whether vLLM has given OpenMP a core for every thread, as it does for the workers of `vllm serve`."""
+    return any(name in os.environ for name in ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PROC_BIND"))
+
+
 def set_threads(count: int) -> None:
     """Size of the OpenMP team of this thread; vLLM's CPU worker makes `torch.set_num_threads` do nothing."""
     import torch

@@ -207,8 +207,8 @@ class LaneWorker:
             return
         for job in metadata.jobs:
             self._lane.submit(job)
-        self._lane.decoding(metadata.computes)
         if metadata.computes and self._cores is not None:
+            self._lane.decodes()
             self._cores.take(alone=not self._lane.busy)
 
     def after_step(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:

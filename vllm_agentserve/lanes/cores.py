@@ -1,27 +1,45 @@
 """The ladder of core sets: a lane that is alone has all cores, two lanes have disjoint halves."""
 
 import os
+from collections.abc import Iterable
+from pathlib import Path
 
 from vllm_agentserve import vllm_compat
 
 
 class Cores:
-    """The cores this thread and its OpenMP team run on.
+    """The cores that the OpenMP team of this thread runs on.
+
+    Two threads of one team on one core wait for each other by turns of the kernel's clock, which makes a step of 10 ms one of
+    200 ms. So a team that OpenMP has pinned, thread by thread, only changes its size: its first threads are on the first
+    cores. The threads of others are moved.
 
     Args:
-        own: while the other lane has work too.
+        own: while the other lane has work too; the first of `every` where the team is pinned.
         every: while it has not.
+        process: whether all threads of the process are the team's, and not only the calling one is known to be.
     """
 
-    def __init__(self, own: list[int], every: list[int]) -> None:
+    def __init__(self, own: list[int], every: list[int], process: bool = False) -> None:
         self.own = own
         self.every = every
+        self._process = process
+        self._pinned = vllm_compat.team_is_pinned()
         self._taken: list[int] | None = None
 
     def take(self, alone: bool) -> None:
         """Called by the thread that computes, before it does; costs nothing when nothing changes."""
         wanted = self.every if alone else self.own
-        if wanted is not self._taken:
-            self._taken = wanted
-            os.sched_setaffinity(0, wanted)
-            vllm_compat.set_threads(len(wanted))
+        if wanted is self._taken:
+            return
+        self._taken = wanted
+        if not self._pinned:
+            for thread in self._threads():
+                try:
+                    os.sched_setaffinity(thread, wanted)
+                except ProcessLookupError:
+                    continue  # it has just ended
+        vllm_compat.set_threads(len(wanted))
+
+    def _threads(self) -> Iterable[int]:
+        return [int(task.name) for task in Path("/proc/self/task").iterdir()] if self._process else [0]

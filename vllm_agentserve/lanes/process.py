@@ -12,7 +12,7 @@ import torch
 
 from vllm_agentserve.lanes.lane import Job, Outcome
 from vllm_agentserve.lanes.memory import SharedMemory
-from vllm_agentserve.lanes.runner import BEAT, BOARD_BYTES, DECODING, Setup
+from vllm_agentserve.lanes.runner import BEAT, BOARD_BYTES, DECODED, Setup
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 5.0
@@ -73,9 +73,9 @@ class ProcessLane:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def decoding(self, yes: bool) -> None:
-        """Tells the lane whether the decode lane has work, which decides how many cores it takes."""
-        self._board[DECODING] = float(yes)
+    def decodes(self) -> None:
+        """Tells the lane that a decode step begins, which decides how many cores it takes."""
+        self._board[DECODED] = time.monotonic()
 
     def submit(self, job: Job) -> None:
         if not self._in_flight:

@@ -23,8 +23,10 @@ from vllm_agentserve.lanes.lane import Job
 from vllm_agentserve.lanes.memory import KvMemory, SharedMemory
 
 PR_SET_PDEATHSIG = 1
-DECODING, BEAT = 0, 1
-"""Places in the shared board: whether the decode lane has work, and when the lane last began a chunk (monotonic s)."""
+DECODED, BEAT = 0, 1
+"""Places in the shared board, in monotonic seconds: when the decode lane last began a step, and the lane a chunk."""
+DECODE_GONE_S = 0.02
+"""The lane takes all cores when no decode step began for so long: between two steps decode is not gone."""
 BOARD_BYTES = 2 * 8
 
 
@@ -51,7 +53,7 @@ class LaneRunner:
 
         self.chunk_tokens = setup.chunk_tokens
         self.board = SharedMemory(BOARD_BYTES, setup.board).tensor(torch.float64)
-        self.cores = Cores(setup.own_cores, setup.all_cores)
+        self.cores = Cores(setup.own_cores, setup.all_cores, process=True)
         self.jobs: dict[str, Job] = {}
         self.position: dict[str, int] = {}
         self._finished: set[str] = set()
@@ -77,8 +79,8 @@ class LaneRunner:
         request_id, job = next(iter(self.jobs.items()))
         position = self.position.get(request_id, job.start)
         tokens = min(self.chunk_tokens, job.end - position)
-        self.board[BEAT] = time.monotonic()
-        self.cores.take(alone=not self.board[DECODING])
+        now = self.board[BEAT] = time.monotonic()
+        self.cores.take(alone=now - float(self.board[DECODED]) > DECODE_GONE_S)
         vllm_compat.compute_only(self._model_runner, self._chunk(job, position, tokens))
         self.position[request_id] = position + tokens
         if position + tokens < job.end:
