@@ -165,6 +165,16 @@ def test_doctor_reads_gpus(line: str, levels: list[Level]) -> None:
     assert [finding.level for finding in doctor.gpu_findings(line)] == levels
 
 
+def test_doctor_on_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    lanes = '{"mode": "lanes"}'
+    assert "lanes hold the weights in memory twice" in doctor.check_options(lanes).found
+    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda _: {0})
+    assert doctor.check_options(lanes).level is Level.PROBLEM
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: "nvidia-smi")
+    assert "lanes run on CPUs only so far" in doctor.check_options(lanes).found
+    assert "mode auto, which is time-sliced" in doctor.check_options("{}").found
+
+
 def test_doctor_exit_code_tells(capsys: pytest.CaptureFixture[str]) -> None:
     good, bad = Finding("a", Level.OK, "fine"), Finding("b", Level.PROBLEM, "broken", "mend it")
     assert doctor.print_findings([good]) == 0

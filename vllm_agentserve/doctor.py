@@ -2,6 +2,7 @@
 
 import enum
 import json
+import os
 import platform
 import re
 import shutil
@@ -137,7 +138,15 @@ def check_options(text: str) -> Finding:
     target = (
         f"{config.tpot_slo_ms:g} ms" if config.tpot_slo_ms else f"{config.tpot_factor:g} x the decode step seen alone"
     )
-    found = f"mode {config.mode}; target time between tokens: {target}"
+    mode = "auto, which is time-sliced" if config.mode == "auto" else config.mode
+    found = f"mode {mode}; target time between tokens: {target}"
+    if config.mode == "lanes":
+        if shutil.which("nvidia-smi") is not None:
+            remedy = "use mode 'auto'"
+            return Finding("options", Level.PROBLEM, f"{found}; lanes run on CPUs only so far", remedy)
+        if len(os.sched_getaffinity(0)) < 2:
+            return Finding("options", Level.PROBLEM, f"{found}; two lanes need two cores", "use mode 'auto'")
+        found += "; lanes hold the weights in memory twice"
     return Finding("options", Level.OK, found)
 
 
@@ -177,6 +186,6 @@ def print_findings(findings: list[Finding]) -> int:
         return 1
     mode = AgentServeConfig().mode
     options = next((finding.found for finding in findings if finding.subject == "options"), f"mode {mode}")
-    print(f"\nWill run: vLLM's own engine with our scheduler, time-sliced (one runner; {options}).")
+    print(f"\nWill run: vLLM's own engine with our scheduler ({options}).")
     print(f"Start it with: vllm serve MODEL --scheduler-cls {vllm_compat.SCHEDULER_NAME}")
     return 0

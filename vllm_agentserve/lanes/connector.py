@@ -173,33 +173,35 @@ class LaneWorker:
         self.memory = KvMemory()
         self.restarts = 0
         self._computes = False
+        self._setup: Setup | None = None
         self._lane: ProcessLane | None = None
         self._cores: Cores | None = None
 
     def start(self) -> None:
         """Starts the lane and waits for it; raises `LaneError`."""
-        self._lane = self._new_lane()
-        self._lane.wait_until_ready()
-        logger.info(
-            "agentserve: prefill lane ready: process %d on cores %s beside decode on %s, all %d for a lane that is alone.",
-            self._lane.pid, self._halves[1], self._halves[0], len(self._every),
-        )  # fmt: skip
-
-    def _new_lane(self) -> ProcessLane:
-        if self._cores is None:
-            self._every = vllm_compat.worker_cores()
-            self._halves = split_cores(self._every)
-            self._cores = Cores(self._halves[0], self._every)
+        every = vllm_compat.worker_cores()
+        decode, prefill = split_cores(every)
         memory = self.memory.memory
         assert memory is not None
         vllm_config, kv_cache_config = self.configs
-        config = vllm_compat.second_worker_config(vllm_config)
-        return ProcessLane(
-            Setup(
-                config, kv_cache_config, (memory.size, memory.descriptor), -1, self.options.lane_chunk_tokens,
-                self._halves[1], self._every,
-            )
-        )  # fmt: skip
+        self._setup = Setup(
+            vllm_config=vllm_compat.second_worker_config(vllm_config),
+            kv_cache_config=kv_cache_config,
+            memory=(memory.size, memory.descriptor),
+            chunk_tokens=self.options.lane_chunk_tokens,
+            own_cores=prefill,
+            all_cores=every,
+        )
+        self._cores = Cores(decode, every)
+        self._lane = ProcessLane(self._setup)
+        self._lane.wait_until_ready()
+        logger.info(
+            "agentserve: prefill lane ready: process %d on cores %s beside decode on %s, all %d for a lane that is alone.",
+            self._lane.pid,
+            prefill,
+            decode,
+            len(every),
+        )
 
     def before_step(self, metadata: LaneMetadata) -> None:
         self._computes = metadata.computes
@@ -243,7 +245,8 @@ class LaneWorker:
         logger.warning(
             "agentserve: starting the prefill lane again (%d of %d).", self.restarts, self.options.lane_restarts
         )
-        self._lane = self._new_lane()
+        assert self._setup is not None
+        self._lane = ProcessLane(self._setup)
 
     def close(self) -> None:
         if self._lane is not None:

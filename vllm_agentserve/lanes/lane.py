@@ -1,7 +1,6 @@
-"""What a prefill lane is: it takes jobs, fills KV blocks chunk by chunk, and says when each is done."""
+"""What a prefill lane is given and what it answers: jobs, filled chunk by chunk, and their outcomes."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -32,23 +31,3 @@ class Outcome:
 
     request_id: str
     error: str | None = None
-
-
-class PrefillLane(Protocol):
-    """A provider of the lane. Nothing here blocks the decode step."""
-
-    def submit(self, job: Job) -> None:
-        """Takes a job; its outcome comes with a later `poll`."""
-
-    def cancel(self, request_id: str) -> None:
-        """Nobody wants the job any more; its outcome still comes, when no chunk writes its blocks."""
-
-    def poll(self, patience_s: float = 0.0) -> list[Outcome]:
-        """The jobs that ended since the last call; waits up to `patience_s` for one."""
-
-    @property
-    def busy(self) -> bool:
-        """Whether any job was submitted whose outcome has not come."""
-
-    def close(self) -> None:
-        """Ends the lane and all it started."""

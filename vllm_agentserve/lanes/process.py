@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from multiprocessing import Pipe
 from typing import Any
 
@@ -25,11 +26,10 @@ class LaneError(RuntimeError):
 
 
 class ProcessLane:
-    """A `PrefillLane` in a process of its own; `LaneRunner` is the other end.
+    """The lane as the worker sees it; `LaneRunner` is the other end. No call blocks the decode steps.
 
     Args:
         setup: what the process is told; its `board` is made here.
-        pass_on: descriptors it inherits.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -47,7 +47,7 @@ class ProcessLane:
             env=lane_environment(len(setup.all_cores)),
         )
         theirs.close()
-        self._send(Setup(**{**setup.__dict__, "board": self._board_memory.descriptor}))
+        self._send(replace(setup, board=self._board_memory.descriptor))
 
     @property
     def busy(self) -> bool:

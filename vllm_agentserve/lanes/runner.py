@@ -38,11 +38,11 @@ class Setup:
     kv_cache_config: Any
     memory: tuple[int, int]
     """Size and descriptor of the KV cache."""
-    board: int
-    """Descriptor of the board."""
     chunk_tokens: int
     own_cores: list[int]
     all_cores: list[int]
+    board: int = -1
+    """Descriptor of the board, which is made with the process."""
 
 
 class LaneRunner:
