@@ -41,7 +41,7 @@ class ProcessLane:
         self._connection, theirs = Pipe()
         inherited = (theirs.fileno(), setup.memory[1], self._board_memory.descriptor)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "vllm_agentserve.lanes.runner", str(theirs.fileno())],
+            [sys.executable, "-m", "vllm_agentserve.lanes.runner", str(theirs.fileno()), str(os.getpid())],
             pass_fds=inherited,
             stdin=subprocess.DEVNULL,
             env=lane_environment(len(setup.all_cores)),

@@ -1,6 +1,6 @@
 """The lane's own process: vLLM's CPU worker over the KV cache of another one. It computes prompts and samples nothing.
 
-python -m vllm_agentserve.lanes.runner DESCRIPTOR      # of a connection to the worker; never started by hand
+python -m vllm_agentserve.lanes.runner DESCRIPTOR PARENT   # a connection to the worker, and its process; never by hand
 """
 
 import contextlib
@@ -157,8 +157,8 @@ def serve(connection: Connection) -> None:
 def main() -> None:
     # The worker may be killed without a chance to say so; and Ctrl-C reaches the whole group, but is its business.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:
-        return
+    if os.getppid() != int(sys.argv[2]):
+        return  # it was killed before we asked
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         serve(Connection(int(sys.argv[1])))
