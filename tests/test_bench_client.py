@@ -16,6 +16,7 @@ from rich.console import Console
 
 from vllm_agentserve.bench.client import Stream, StreamError, StreamingClient
 from vllm_agentserve.bench.endpoint import EndpointError, added, find_endpoint, kv_blocks, read_counters
+from vllm_agentserve.bench.experiment import in_session
 from vllm_agentserve.bench.progress import Progress
 from vllm_agentserve.bench.replay import Replay
 from vllm_agentserve.bench.sessions import Session, Turn
@@ -46,12 +47,7 @@ def generate(url: str, tokens: int = 5, **more) -> Stream:
 
 def run_replay(url: str, sessions: list[Session], **more) -> Replay:
     replay = Replay(StreamingClient(url), sessions, **more)
-
-    async def run() -> None:
-        async with replay.client:
-            await replay.run()
-
-    uvloop.run(run())
+    uvloop.run(in_session(replay))
     return replay
 
 

@@ -13,6 +13,7 @@ import uvloop
 
 from vllm_agentserve.bench.client import StreamingClient
 from vllm_agentserve.bench.endpoint import find_endpoint, kv_blocks
+from vllm_agentserve.bench.experiment import in_session
 from vllm_agentserve.bench.measure import round_figures
 from vllm_agentserve.bench.metrics import METRICS
 from vllm_agentserve.bench.records import Results
@@ -62,12 +63,7 @@ def ours(server: VllmServer, seed: int) -> dict[str, float]:
             turns = (Turn(draw_tokens(rng, INPUT), OUTPUT),)
             sessions.append(Session(f"{worker}.{number}", f"{worker}", turns, after=after))
     replay = Replay(StreamingClient(server.url), sessions, answers="fixed")
-
-    async def run() -> None:
-        async with replay.client:
-            await replay.run()
-
-    uvloop.run(run())
+    uvloop.run(in_session(replay))
     figures = round_figures(0, replay.seconds, replay.records, {})
     by_key = {metric.key: metric for metric in METRICS}
     return {
@@ -100,22 +96,13 @@ def test_pinned_answers_and_cached_prompts(server: VllmServer) -> None:
     """A resumed turn finds its whole context in the prefix cache, the pinned answer included."""
     turns = (Turn((7,) * 600, 40), Turn((8,) * 20, 5))
     replay = Replay(StreamingClient(server.url), [Session("s", "s", turns)])
-
-    async def run() -> None:
-        async with replay.client:
-            await replay.run()
-
-    uvloop.run(run())
+    uvloop.run(in_session(replay))
     first, second = replay.records
     assert (first.error, second.error) == (None, None)
     assert (first.prompt_tokens, second.prompt_tokens) == (600, 660)
     again = Replay(StreamingClient(server.url), [Session("s", "s", turns)])
-    assert [one.prompt for one in replay.records] == [one.prompt for one in uvloop.run(in_order(again))]
-
-
-async def in_order(replay: Replay) -> list:
-    async with replay.client:
-        return await replay.run()
+    uvloop.run(in_session(again))
+    assert [one.prompt for one in replay.records] == [one.prompt for one in again.records]
 
 
 def test_a_whole_comparison(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_agentserve import __version__
 from vllm_agentserve.bench.arguments import add_arguments as add_bench_arguments
+from vllm_agentserve.bench.arguments import number_from, port_argument
 from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
 from vllm_agentserve.vllm_compat import UnsupportedVllmError
 
@@ -29,18 +30,6 @@ def options_argument(text: str) -> dict[str, Any]:
     return dict(given)
 
 
-def port_argument(text: str) -> int:
-    if not text.isdigit() or not 1 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port: give a number from 1 to 65535")
-    return int(text)
-
-
-def count_argument(text: str) -> int:
-    if not text.isdigit() or not 1 <= int(text) <= 64:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 to 64")
-    return int(text)
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="agentserve", description="Agent-aware scheduling for stock vLLM.")
     parser.add_argument("--version", action="version", version=f"agentserve {__version__}")
@@ -50,8 +39,8 @@ def make_parser() -> argparse.ArgumentParser:
         "demo", help="stock vLLM against vLLM with our flag, on the same agents, in a few minutes"
     )
     demo.add_argument("--model", help="a model folder or name (default: a toy model made here)")
-    demo.add_argument("--agents", type=count_argument, default=5, help="agents at work (default: %(default)s)")
-    demo.add_argument("--turns", type=count_argument, default=6, help="turns of each agent (default: %(default)s)")
+    demo.add_argument("--agents", type=number_from(1, 64), default=5, help="agents at work (default: %(default)s)")
+    demo.add_argument("--turns", type=number_from(1, 64), default=6, help="turns of each agent (default: %(default)s)")
     demo.add_argument("--port", type=port_argument, help="where the servers listen (default: a free port)")
     demo.add_argument("--options", type=options_argument, default={}, help=f'options of "{KEY}", as a JSON object')
 

@@ -14,7 +14,7 @@ def number_from(low: float, high: float, whole: bool = True) -> Callable[[str], 
 
     def parse(text: str) -> float:
         try:
-            value: float = int(text) if whole else float(text)
+            value: float = int(text if text.isdigit() else "") if whole else float(text)
         except ValueError:
             value = float("nan")
         if not low <= value <= high:
@@ -23,6 +23,12 @@ def number_from(low: float, high: float, whole: bool = True) -> Callable[[str], 
         return value
 
     return parse
+
+
+def port_argument(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: give a number from 1 to 65535")
+    return int(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number_from(0.01, 4096, whole=False),
         help="KV cache of every arm (default: 2 without a GPU, else found)",
     )
-    servers.add_argument("--port", type=number_from(1, 65535), help="where servers listen (default: a free port)")
+    servers.add_argument("--port", type=port_argument, help="where servers listen (default: a free port)")
     measuring = run.add_argument_group("measuring")
     measuring.add_argument("--rounds", type=number_from(1, 1000), default=3, help="(default: %(default)s)")
     measuring.add_argument(

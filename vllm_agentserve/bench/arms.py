@@ -29,11 +29,6 @@ class Arm:
     url: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def ours(self) -> bool:
-        """Whether it is agentserve, as far as we know."""
-        return SCHEDULER_NAME in self.options
-
 
 def parse_arm(text: str) -> Arm:
     """Parses one arm as written on the command line.
@@ -66,10 +61,13 @@ def agentserve_arm(text: str, mode: str, pairs: dict[str, str]) -> Arm:
         AgentServeConfig.from_mapping(settings)
     except OptionError as error:
         raise WorkloadError(f"arm {text!r}: {error} Options of vllm serve are written serve.KEY=VALUE here.") from error
-    options = ["--scheduler-cls", SCHEDULER_NAME]
-    if settings:
-        options += ["--additional-config", json.dumps({KEY: settings})]
-    return Arm(text, (*options, *serve_options(serve)), settings=settings)
+    return Arm(text, (*scheduler_options(settings), *serve_options(serve)), settings=settings)
+
+
+def scheduler_options(settings: dict[str, Any]) -> tuple[str, ...]:
+    """Options of `vllm serve` that choose our scheduler, with these options of its own."""
+    own = ("--additional-config", json.dumps({KEY: settings})) if settings else ()
+    return ("--scheduler-cls", SCHEDULER_NAME, *own)
 
 
 def parse_pairs(text: str, tail: str) -> dict[str, str]:

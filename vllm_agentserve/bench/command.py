@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,7 @@ def traffic(arguments: argparse.Namespace) -> tuple[Callable[[int], list[Session
         path = trace_path(arguments.trace)
         described: dict[str, Any] = {"name": f"trace {path.name}", "scale": f"{scale:g}", "pace": reading.pace}
 
+        @cache
         def replayed(number: int) -> list[Session]:
             return read_trace(path, reading, arguments.seed * 1000 + number)
 
@@ -127,6 +129,7 @@ def traffic(arguments: argparse.Namespace) -> tuple[Callable[[int], list[Session
     scale = arguments.scale or scale_of(workload)
     shape = Shape(arguments.agents, arguments.sessions, arguments.turns, arguments.shared, scale)
 
+    @cache
     def drawn(number: int) -> list[Session]:
         return draw_sessions(workload, shape, arguments.seed * 1000 + number)
 

@@ -1,19 +1,16 @@
 """`agentserve demo`: the same agents against stock vLLM and against vLLM with our flag, and what it means in one sentence."""
 
-import json
 import sys
 from typing import Any
 
 from rich.console import Console
 
-from vllm_agentserve.bench.arms import Arm
+from vllm_agentserve.bench.arms import Arm, scheduler_options
 from vllm_agentserve.bench.command import base_options, check_model, kv_bytes, new_folder, run_plan, scale_of
 from vllm_agentserve.bench.experiment import Plan
 from vllm_agentserve.bench.sessions import Session
 from vllm_agentserve.bench.summary import Findings
 from vllm_agentserve.bench.workloads import REACT, Shape, draw_sessions
-from vllm_agentserve.config import KEY
-from vllm_agentserve.vllm_compat import SCHEDULER_NAME
 
 
 def demo_plan(model: str, toy: bool, agents: int, turns: int, port: int | None, settings: dict[str, Any]) -> Plan:
@@ -22,15 +19,13 @@ def demo_plan(model: str, toy: bool, agents: int, turns: int, port: int | None, 
     Raises:
         WorkloadError: the model cannot serve it.
     """
-    more = ("--additional-config", json.dumps({KEY: settings})) if settings else ()
-    ours = Arm("agentserve", ("--scheduler-cls", SCHEDULER_NAME, *more), settings=settings)
     shape = Shape(agents=agents, sessions=1, turns=turns, scale=scale_of(REACT))
 
     def drawn(number: int) -> list[Session]:
         return draw_sessions(REACT, shape, number)
 
     plan = Plan(
-        arms=[Arm("stock"), ours],
+        arms=[Arm("stock"), Arm("agentserve", scheduler_options(settings), settings=settings)],
         sessions=drawn,
         workload={"name": REACT.name, "scale": f"{shape.scale:g}", "agents": agents, "sessions": 1, "turns": turns},
         model=model,

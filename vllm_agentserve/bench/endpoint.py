@@ -22,7 +22,7 @@ class Endpoint:
     Args:
         extensions: whether it knows vLLM's own request fields.
         max_model_len: longest context in tokens, where it tells.
-        kind: its name and version, for the report.
+        kind: its name and version.
     """
 
     url: str
@@ -62,14 +62,18 @@ def find_endpoint(url: str) -> Endpoint:
     return Endpoint(url, name, vllm, first.get("max_model_len"), kind)
 
 
+def metric_families(url: str) -> list[Any]:
+    """Everything on `/metrics`; empty where there is no such page."""
+    try:
+        return list(text_string_to_metric_families(get(f"{url}/metrics").decode()))
+    except OSError:
+        return []
+
+
 def read_counters(url: str) -> dict[str, float]:
     """The counters of `/metrics` that begin with `vllm:` or `sglang:`, summed over their labels; empty where there are none."""
-    try:
-        text = get(f"{url}/metrics").decode()
-    except OSError:
-        return {}
     totals: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
+    for family in metric_families(url):
         if family.type != "counter" or not family.name.startswith(("vllm:", "sglang:")):
             continue
         for sample in family.samples:
@@ -86,11 +90,7 @@ def added(before: dict[str, float], after: dict[str, float]) -> dict[str, float]
 
 def kv_blocks(url: str) -> tuple[int, int] | None:
     """The KV cache as the server states it: (blocks, tokens per block), or None."""
-    try:
-        text = get(f"{url}/metrics").decode()
-    except OSError:
-        return None
-    for family in text_string_to_metric_families(text):
+    for family in metric_families(url):
         if family.name == "vllm:cache_config_info":
             labels = family.samples[0].labels
             blocks, size = labels.get("num_gpu_blocks", ""), labels.get("block_size", "")

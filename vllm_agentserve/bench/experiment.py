@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Plan:
     """Everything that decides what an experiment does.
 
     Args:
-        sessions: the sessions of a round, by its number.
+        sessions: the sessions of a round, by its number; asked often, so it should remember.
         workload: how they came about, for the report.
         model: model folder or name; not needed when all arms are servers of somebody else.
         serve: options of `vllm serve` for all arms.
@@ -60,7 +61,7 @@ class Plan:
     slo_factor: float = 3.0
     command: Sequence[str] = field(default_factory=tuple)
 
-    @property
+    @cached_property
     def context_tokens(self) -> int:
         """What the longest context of any round needs."""
         return max(longest_context(self.sessions(number)) for number in range(self.rounds)) + MARGIN_TOKENS

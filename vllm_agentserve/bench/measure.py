@@ -97,6 +97,12 @@ class SessionFigures:
     """Whether it met both its thresholds; None without thresholds."""
 
 
+def pool(sessions: Iterable[SessionFigures], name: str) -> Values:
+    """The values called `name` of all sessions, one after the other; batch sessions do not count."""
+    values = [getattr(session, name) for session in sessions if session.kind != "batch"]
+    return np.concatenate(values) if values else np.empty(0)
+
+
 @dataclass
 class RoundFigures:
     """One arm in one round."""

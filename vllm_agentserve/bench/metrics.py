@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_agentserve.bench.measure import QUANTILES, RoundFigures, SessionFigures, quantile
+from vllm_agentserve.bench.measure import QUANTILES, RoundFigures, SessionFigures, pool, quantile
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,7 @@ def pooled(name: str, q: float | None) -> Callable[[Sequence[SessionFigures]], f
     """A quantile (None: the mean) over the values called `name` of all sessions; batch sessions do not count."""
 
     def figure(sessions: Sequence[SessionFigures]) -> float:
-        values = [getattr(session, name) for session in sessions if session.kind != "batch"]
-        joined = np.concatenate(values) if values else np.empty(0)
+        joined = pool(sessions, name)
         if q is None:
             return float(joined.mean()) if len(joined) else float("nan")
         return quantile(joined, q)
@@ -60,16 +59,17 @@ def percent_attained(session: SessionFigures) -> float | None:
     return None if session.attained is None else 100.0 * session.attained
 
 
+INTERVALS = {
+    "itl_cold": ("ITL while a cold prompt is read", "gaps_cold"),
+    "itl_prefill": ("ITL while somebody prefills", "gaps_prefill"),
+    "itl": ("ITL", "gaps"),
+}
 METRICS = (
     *(
-        Metric(f"itl_cold_{name}_ms", f"ITL while a cold prompt is read, {name}", "ms", pooled("gaps_cold", q))
+        Metric(f"{key}_{name}_ms", f"{words}, {name}", "ms", pooled(attribute, q))
+        for key, (words, attribute) in INTERVALS.items()
         for name, q in QUANTILES.items()
     ),
-    *(
-        Metric(f"itl_prefill_{name}_ms", f"ITL while somebody prefills, {name}", "ms", pooled("gaps_prefill", q))
-        for name, q in QUANTILES.items()
-    ),
-    *(Metric(f"itl_{name}_ms", f"ITL, {name}", "ms", pooled("gaps", q)) for name, q in QUANTILES.items()),
     Metric("ttft_cold_mean_ms", "TTFT of cold prompts, mean", "ms", pooled("ttft_cold", None)),
     Metric("ttft_cold_p95_ms", "TTFT of cold prompts, p95", "ms", pooled("ttft_cold", 0.95)),
     Metric("ttft_resume_mean_ms", "TTFT of resumed turns, mean", "ms", pooled("ttft_resume", None)),

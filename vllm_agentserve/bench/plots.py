@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from vllm_agentserve.bench.measure import RoundFigures, prefill_spans
+from vllm_agentserve.bench.measure import RoundFigures, SessionFigures, pool, prefill_spans
 from vllm_agentserve.bench.records import Record
 from vllm_agentserve.bench.summary import Findings
 
@@ -70,7 +70,7 @@ def itl_cdf(arms: dict[str, list[RoundFigures]], colours: dict[str, str]) -> Fig
     titles = {"gaps_prefill": "while somebody else prefills", "gaps": "all intervals"}
     for axis, (attribute, title) in zip(axes, titles.items(), strict=True):
         for index, (name, rounds) in enumerate(arms.items()):
-            values = np.maximum(np.sort(pool(rounds, attribute)), SHORTEST_MS)
+            values = np.maximum(np.sort(pool(every(rounds), attribute)), SHORTEST_MS)
             if len(values):
                 beyond = 1 - np.arange(len(values)) / len(values)
                 axis.step(
@@ -147,7 +147,7 @@ def ttft(arms: dict[str, list[RoundFigures]], colours: dict[str, str]) -> Figure
         axes, (("ttft_cold", "cold prompts"), ("ttft_resume", "resumed turns")), strict=True
     ):
         for row, (name, rounds) in enumerate(arms.items()):
-            values = pool(rounds, attribute)
+            values = pool(every(rounds), attribute)
             if not len(values):
                 continue
             axis.scatter(
@@ -204,9 +204,8 @@ def two_arms(findings: Findings) -> list[str]:
     return list(dict.fromkeys([names[0], (ours or names)[-1]]))
 
 
-def pool(rounds: Sequence[RoundFigures], attribute: str) -> Any:
-    values = [getattr(session, attribute) for one in rounds for session in one.sessions if session.kind != "batch"]
-    return np.concatenate(values) if values else np.empty(0)
+def every(rounds: Sequence[RoundFigures]) -> list[SessionFigures]:
+    return [session for one in rounds for session in one.sessions]
 
 
 def plain_log(axis: Any) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from vllm_agentserve.bench.compare import compare, finite, round_statistic
 from vllm_agentserve.bench.measure import RoundFigures, round_figures
 from vllm_agentserve.bench.metrics import METRICS
@@ -74,7 +76,7 @@ def examine(results: Results, clean: bool = False, baseline: str | None = None) 
         "arms": arms,
         "comparisons": comparisons,
         "attained_percent_by_factor": curve,
-        "rounds": [as_json(one) for one in rounds],
+        "rounds": [msgspec.structs.asdict(one) for one in rounds],
         "notes": notes(experiment, rounds, requests, clean),
     }
     return Findings(experiment, rounds, requests, figures, summary)
@@ -170,7 +172,3 @@ def compare_prompts(requests: Sequence[Record]) -> tuple[int, int]:
     several = [found for found in digests.values() if len(found) > 1]
     same = sum(len(set(found)) == 1 for found in several)
     return same, len(several) - same
-
-
-def as_json(one: RoundRecord) -> dict[str, Any]:
-    return {name: getattr(one, name) for name in one.__struct_fields__}

@@ -156,6 +156,7 @@ class LaneDispatch:
     def ended(self, finished: set[str], failed: set[str]) -> None:
         for request_id in finished:
             self._in_flight.pop(request_id, None)
+        if finished:
             # A prefix may be in two jobs when its first block was in nobody's: rebuilt, for there are few jobs.
             self._filling = {one for hashes in self._in_flight.values() for one in hashes}
         if failed:
