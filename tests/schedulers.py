@@ -7,6 +7,7 @@ order vLLM's engine would, one step late when scheduling is asynchronous.
 from collections import deque
 from itertools import count
 from time import perf_counter
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_agentserve import AgentScheduler
 from vllm_agentserve.toy import make_toy_model
+from vllm_agentserve.vllm_compat.lanes import add_lane_connector
 
 BLOCK = 16
 init_none_hash(sha256)
@@ -40,8 +42,12 @@ def make_scheduler(
     max_num_batched_tokens: int = 2048,
     policy: str = "fcfs",
     prefix_caching: bool = True,
+    lanes: bool = False,
     **scheduler_options: Any,
 ) -> Scheduler:
+    transfer = SimpleNamespace(kv_transfer_config=None)
+    if lanes:
+        add_lane_connector(transfer)
     model_config = ModelConfig(model=str(make_toy_model()), dtype="float32", max_model_len=16384)
     vllm_config = VllmConfig(
         model_config=model_config,
@@ -58,6 +64,7 @@ def make_scheduler(
         cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=prefix_caching),
         parallel_config=ParallelConfig(),
         additional_config={"agentserve": options or {}},
+        kv_transfer_config=transfer.kv_transfer_config,
     )
     # The CPU platform turns asynchronous scheduling off; without a worker it works all the same.
     vllm_config.scheduler_config.async_scheduling = asynchronous
@@ -138,7 +145,12 @@ class Driver:
             logprobs=None,
             prompt_logprobs_dict={},
             pooler_output=[],
+            kv_connector_output=self.transfers(output),
         )
         begin = perf_counter()
         self.scheduler.update_from_output(output, result)
         self.took.append(self._scheduling + perf_counter() - begin)
+
+    def transfers(self, output: SchedulerOutput) -> KVConnectorOutput | None:
+        """What a KV connector of the worker says at the end of a step."""
+        return None

@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from vllm_agentserve.policy.budget import BudgetController
+from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.phase import Phase
 
 

@@ -144,7 +144,7 @@ def reference(toy_model: Path) -> dict[str, Answer]:
 @pytest.fixture(scope="module")
 def ours(toy_model: Path, reference: dict[str, Answer]) -> Iterator[LLM]:
     """One engine for all tests below; a target it cannot miss by much makes every prompt a matter of many small chunks."""
-    llm = make_llm(toy_model, {"tpot_slo_ms": 15, "first_chunk_tokens": 16})
+    llm = make_llm(toy_model, {"mode": "time-sliced", "tpot_slo_ms": 15, "first_chunk_tokens": 16})
     scheduler = scheduler_of(llm)
     preempt = scheduler._preempt_request
 

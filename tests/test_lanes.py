@@ -20,8 +20,8 @@ from vllm_agentserve import plugin
 from vllm_agentserve.bench.server import has_nvidia_driver
 from vllm_agentserve.config import OptionError
 from vllm_agentserve.lanes import process
-from vllm_agentserve.lanes.connector import LaneDispatch, LaneWorker
-from vllm_agentserve.policy.slots import LanePolicy, Route, split_cores
+from vllm_agentserve.lanes.dispatch import LaneDispatch
+from vllm_agentserve.lanes.worker import LaneWorker
 
 LOGPROB_TOLERANCE = 2e-4
 LANES = {"mode": "lanes", "tpot_slo_ms": 30, "lane_min_tokens": 48, "lane_chunk_tokens": 64, "lane_restarts": 2}
@@ -30,44 +30,6 @@ LANES = {"mode": "lanes", "tpot_slo_ms": 30, "lane_min_tokens": 48, "lane_chunk_
 lanes_run_here = pytest.mark.skipif(
     has_nvidia_driver() or len(os.sched_getaffinity(0)) < 2, reason="lanes need a CPU build of vLLM and two cores"
 )
-
-
-# The policy
-
-
-@pytest.mark.parametrize(
-    ("uncached", "decodes", "in_flight", "route"),
-    [
-        (99, 4, 0, Route.STEP),
-        (100, 4, 0, Route.LANE),
-        (5000, 0, 0, Route.STEP),
-        (5000, 1, 1, Route.LANE),
-        (5000, 1, 2, Route.HOLD),
-        (5000, 1, 9, Route.HOLD),
-    ],
-)
-def test_routes(uncached: int, decodes: int, in_flight: int, route: Route) -> None:
-    assert LanePolicy(min_tokens=100, jobs=2, restarts=1).route(uncached, decodes, in_flight, 0.0) is route
-
-
-def test_a_lane_that_failed_is_left_alone_for_a_while_and_in_the_end_for_good() -> None:
-    policy = LanePolicy(min_tokens=1, jobs=1, restarts=1, retry_s=10.0)
-    policy.failed(100.0)
-    assert [policy.route(9, 1, 0, now) for now in (100.0, 109.9, 110.0)] == [Route.STEP, Route.STEP, Route.LANE]
-    policy.failed(120.0)
-    assert policy.route(9, 1, 0, 1e9) is Route.STEP
-
-
-@pytest.mark.parametrize(
-    ("cores", "halves"), [([0, 1], ([0], [1])), ([0, 1, 2], ([0, 1], [2])), ([4, 5, 6, 7], ([4, 5], [6, 7]))]
-)
-def test_cores_are_split_and_shared_by_nobody(cores: list[int], halves: tuple) -> None:
-    assert split_cores(cores) == halves
-
-
-def test_one_core_is_not_enough() -> None:
-    with pytest.raises(ValueError, match="two lanes need two cores"):
-        split_cores([3])
 
 
 # Start-up
@@ -281,8 +243,9 @@ def test_aborts_at_every_stage_leave_nothing_behind(lanes: LLM, answers: dict[st
 def lane_is_up(lanes: LLM) -> None:
     """Waits until a lane that was started again is ready, and lets the policy use it at once."""
     lane = worker()._lane
-    lane.wait_until_ready()
-    scheduler_of(lanes).connector.half.policy._down_until = 0.0
+    if not lane.ready:
+        lane.wait_until_ready()
+    scheduler_of(lanes).connector.half.policy.started()
 
 
 @lanes_run_here
@@ -363,7 +326,6 @@ def test_a_lane_that_dies_too_often_is_given_up(
     assert equal(tokens, COLD)
     assert worker()._lane is None
     before = counts(lanes)["lane_requests"]
-    scheduler_of(lanes).connector.half.policy._down_until = 0.0
     assert equal(run_cold(lanes), COLD)
     assert counts(lanes)["lane_requests"] == before
 

@@ -15,7 +15,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_agentserve import AgentScheduler
-from vllm_agentserve.policy.budget import BudgetController
+from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.scheduler.queues import AgentQueue
 from vllm_agentserve.scheduler.scheduler import AsyncAgentScheduler
@@ -49,7 +49,7 @@ def pinned(asynchronous: bool = False, options: dict[str, Any] | None = None, **
     } | given
     scheduler = make_scheduler(asynchronous=asynchronous, **given)
     controller = PinnedController(scheduler._controller.limits)
-    controller.model = PinnedModel()
+    controller.whole.model = PinnedModel()
     scheduler._controller = scheduler._log._controller = scheduler._stats._controller = controller
     return scheduler, Driver(scheduler, depth=2 if asynchronous else 1)
 

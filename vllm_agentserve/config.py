@@ -36,9 +36,10 @@ class AgentServeConfig:
         "auto",
         "",
         "How prefill and decode share the device. `time-sliced`: each step mixes all decodes with as much prefill as fits "
-        "the target. `lanes` (CPU only so far): as `time-sliced`, but prompts of `lane_min_tokens` and more are computed by a "
-        "second process on cores of its own while others decode. `stock`: vLLM's own order and chunks, only measured. `auto`: "
-        "`time-sliced` today.",
+        "the target. `lanes`: as `time-sliced`, but while others decode prompts of `lane_min_tokens` and more are computed "
+        "beside them, on cores or streaming multiprocessors of their own. `auto`: for every prompt whichever of the two reads "
+        "it faster within the target; `time-sliced` where lanes cannot run or cannot pay, and it says why. `stock`: vLLM's "
+        "own order and chunks, only measured.",
     )
     tpot_slo_ms: float | None = option(
         None,
@@ -111,17 +112,25 @@ class AgentServeConfig:
     lane_min_tokens: int = option(
         512,
         "tokens",
-        "In mode `lanes`, a prompt with at least this many uncached tokens goes to the prefill lane when others decode.",
+        "A prompt with at least this many uncached tokens may go to the prefill lane when others decode.",
         low=16,
         high=1_048_576,
     )
     lane_chunk_tokens: int = option(
         256,
         "tokens",
-        "The prefill lane computes so many tokens at a time; between two chunks it takes or gives back cores, and jobs can be "
-        "dropped.",
+        "The prefill lane computes so many tokens at a time on its smallest share of the device, more on larger ones; between "
+        "two chunks it takes or gives back its share, and turns to another prompt.",
         low=16,
         high=65_536,
+    )
+    lane_decode_share: float | None = option(
+        None,
+        "of the device",
+        "What the decode lane keeps of the cores or streaming multiprocessors while both lanes have work, rounded to what "
+        "the device can divide. Not set: the smallest of a few shares with which streams keep their target, as measured.",
+        low=0.05,
+        high=0.95,
     )
     lane_jobs: int = option(
         2,

@@ -3,6 +3,7 @@
 import logging
 
 from vllm_agentserve import vllm_compat
+from vllm_agentserve.vllm_compat import hooks
 
 logger = logging.getLogger("vllm.agentserve")
 
@@ -16,6 +17,6 @@ def register() -> None:
     if reason is not None:
         logger.debug("vllm_agentserve stays out: %s", reason)
         return
-    vllm_compat.add_stats_field()
-    vllm_compat.check_options_early()
-    vllm_compat.add_stat_logger()
+    hooks.add_stats_field()
+    hooks.check_options_early()
+    hooks.add_stat_logger()

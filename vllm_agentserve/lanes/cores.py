@@ -1,10 +1,10 @@
-"""The ladder of core sets: a lane that is alone has all cores, two lanes have disjoint halves."""
+"""The ladder of core sets: a lane that is alone has all cores, two lanes have disjoint parts."""
 
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from vllm_agentserve import vllm_compat
+from vllm_agentserve.vllm_compat import cpu
 
 
 class Cores:
@@ -15,31 +15,30 @@ class Cores:
     cores. The threads of others are moved.
 
     Args:
-        own: while the other lane has work too; the first of `every` where the team is pinned.
-        every: while it has not.
         process: whether all threads of the process are the team's, and not only the calling one is known to be.
     """
 
-    def __init__(self, own: list[int], every: list[int], process: bool = False) -> None:
-        self.own = own
-        self.every = every
+    def __init__(self, process: bool = False) -> None:
         self._process = process
-        self._pinned = vllm_compat.team_is_pinned()
+        self._pinned = cpu.team_is_pinned()
         self._taken: list[int] | None = None
 
-    def take(self, alone: bool) -> None:
-        """Called by the thread that computes, before it does; costs nothing when nothing changes."""
-        wanted = self.every if alone else self.own
-        if wanted is self._taken:
+    def take(self, cores: list[int]) -> None:
+        """Called by the thread that computes, before it does; costs nothing when nothing changes.
+
+        Args:
+            cores: the first ones of the worker where the team is pinned.
+        """
+        if cores == self._taken:
             return
-        self._taken = wanted
+        self._taken = cores
         if not self._pinned:
             for thread in self._threads():
                 try:
-                    os.sched_setaffinity(thread, wanted)
+                    os.sched_setaffinity(thread, cores)
                 except ProcessLookupError:
                     continue  # it has just ended
-        vllm_compat.set_threads(len(wanted))
+        cpu.set_threads(len(cores))
 
     def _threads(self) -> Iterable[int]:
         return [int(task.name) for task in Path("/proc/self/task").iterdir()] if self._process else [0]

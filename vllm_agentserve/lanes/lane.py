@@ -1,6 +1,7 @@
-"""What a prefill lane is given and what it answers: jobs, filled chunk by chunk, and their outcomes."""
+"""What a prefill lane is: jobs, filled chunk by chunk beside the decode steps, and their outcomes."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -12,12 +13,14 @@ class Job:
         token_ids: the prompt up to and including its last token, which the lane does not compute.
         block_ids: the KV blocks of the whole prompt, per KV cache group.
         start: first token the lane computes; everything before is in the blocks already.
+        resume: whether the prompt continues a cached context, which goes before those that begin one.
     """
 
     request_id: str
     token_ids: list[int]
     block_ids: tuple[list[int], ...]
     start: int
+    resume: bool = False
 
     @property
     def end(self) -> int:
@@ -31,3 +34,86 @@ class Outcome:
 
     request_id: str
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One way to divide the device: units (cores, or streaming multiprocessors) of each lane, disjoint."""
+
+    decode: int
+    prefill: int
+
+
+@dataclass(frozen=True)
+class LaneReport:
+    """What the worker tells the scheduler of its lane.
+
+    Args:
+        slots: how the device can be divided, in the first report of a lane that is ready; empty later.
+        tokens: prompt tokens computed beside decodes since the last report.
+        seconds: the time their chunks took.
+    """
+
+    slots: tuple[Slot, ...] = ()
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class LaneError(RuntimeError):
+    """The lane did not start, or what it shares with the decode lane is lost."""
+
+
+class PrefillLane(Protocol):
+    """A lane as the worker sees it. No call waits for the device or for another process, but `poll` for as long as it is told.
+
+    The worker calls, step by step: `submit` and `cancel`, `begin_step`, then (its own step launched) `launch`, then `poll`.
+    """
+
+    @property
+    def name(self) -> str:
+        """What and where it is, for the log."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has loaded what it needs; jobs may come before."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether jobs hold blocks."""
+
+    def jobs(self) -> list[str]:
+        """Whose blocks it holds."""
+
+    def submit(self, job: Job) -> None:
+        """Takes a job; its blocks are the lane's until `poll` gives its outcome."""
+
+    def cancel(self, request_id: str) -> None:
+        """Nobody wants this job any more: its outcome comes as soon as nothing writes its blocks. Unknown ids are ignored."""
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The ladder: how the device can be divided, by growing share of the decode lane; at least one."""
+
+    def begin_step(self, computes: bool, slot: int) -> None:
+        """A step of the worker begins, before its inputs are made.
+
+        Args:
+            computes: whether it runs the model.
+            slot: index into `slots` for as long as both lanes have work; a lane that is alone has the whole device.
+        """
+
+    def launch(self) -> None:
+        """The worker's own step is launched: now the lane may launch a chunk behind or beside it."""
+
+    def poll(self, patience_s: float = 0.0) -> list[Outcome]:
+        """The jobs that ended since the last call; waits up to `patience_s` for the first. When the lane is gone: all of
+        them, failed."""
+
+    def report(self) -> LaneReport | None:
+        """What has to be said since the last report, None if nothing."""
+
+    def alive(self) -> bool:
+        """Whether it can take jobs."""
+
+    def close(self) -> None:
+        """Ends it; returns when nothing of it writes any more."""

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from vllm_agentserve import vllm_compat
+from vllm_agentserve.vllm_compat import cpu
 
 
 class SharedMemory:
@@ -24,6 +24,10 @@ class SharedMemory:
             os.ftruncate(self.descriptor, size)
         self._map = mmap.mmap(self.descriptor, size)
 
+    def close(self) -> None:
+        """Closes the descriptor; what is mapped stays until its tensors are gone."""
+        os.close(self.descriptor)
+
     def tensor(self, dtype: torch.dtype = torch.int8) -> torch.Tensor:
         """All of it, shape (size / itemsize,)."""
         return torch.frombuffer(self._map, dtype=dtype)
@@ -40,8 +44,8 @@ class KvMemory:
         self.memory = memory
 
     def allocation(self) -> AbstractContextManager[None]:
-        """Within, vLLM's KV cache lands here; see `vllm_compat.kv_cache_placed`."""
-        return vllm_compat.kv_cache_placed(self._place)
+        """Within, vLLM's KV cache lands here; see `vllm_compat.cpu.kv_cache_placed`."""
+        return cpu.kv_cache_placed(self._place)
 
     def _place(self, size: int) -> torch.Tensor:
         if self.memory is None:

@@ -2,18 +2,23 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from multiprocessing import Pipe
+from pathlib import Path
 from typing import Any
 
-import torch
-
-from vllm_agentserve.lanes.lane import Job, Outcome
-from vllm_agentserve.lanes.memory import SharedMemory
-from vllm_agentserve.lanes.runner import BEAT, BOARD_BYTES, DECODED, Setup
+from vllm_agentserve.config import AgentServeConfig
+from vllm_agentserve.lanes.board import Board
+from vllm_agentserve.lanes.cores import Cores
+from vllm_agentserve.lanes.lane import Job, LaneError, LaneReport, Outcome, Slot
+from vllm_agentserve.lanes.memory import KvMemory
+from vllm_agentserve.lanes.runner import Setup
+from vllm_agentserve.policy.slots import core_ladder
+from vllm_agentserve.vllm_compat import cpu
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 5.0
@@ -21,25 +26,25 @@ CHUNK_TIMEOUT_S = 60.0
 """A lane that has begun no chunk for so long while it has jobs hangs, and is ended."""
 
 
-class LaneError(RuntimeError):
-    """The lane's process did not start."""
-
-
 class ProcessLane:
-    """The lane as the worker sees it; `LaneRunner` is the other end. No call blocks the decode steps.
+    """The lane as the worker sees it; `LaneRunner` is the other end.
 
     Args:
         setup: what the process is told; its `board` is made here.
+        cores: of the decode steps.
     """
 
-    def __init__(self, setup: Setup) -> None:
-        self._board_memory = SharedMemory(BOARD_BYTES)
-        self._board = self._board_memory.tensor(torch.float64)
+    def __init__(self, setup: Setup, cores: Cores) -> None:
+        self._setup = setup
+        self._cores = cores
+        self._board = Board()
         self._in_flight: set[str] = set()
         self._ready = False
+        self._said_slots = False
+        self._reported = 0.0, 0.0
         self._submitted = time.monotonic()
         self._connection, theirs = Pipe()
-        inherited = (theirs.fileno(), setup.memory[1], self._board_memory.descriptor)
+        inherited = (theirs.fileno(), setup.memory[1], self._board.descriptor)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "vllm_agentserve.lanes.runner", str(theirs.fileno()), str(os.getpid())],
             pass_fds=inherited,
@@ -47,15 +52,35 @@ class ProcessLane:
             env=lane_environment(len(setup.all_cores)),
         )
         theirs.close()
-        self._send(replace(setup, board=self._board_memory.descriptor))
+        self._send(replace(setup, board=self._board.descriptor))
+
+    @property
+    def name(self) -> str:
+        slots = ", ".join(f"{slot.decode}+{slot.prefill}" for slot in self.slots)
+        return (
+            f"process {self._process.pid}, {resident_mib(self._process.pid)} MiB of its own; cores for decode + prefill: "
+            f"{slots}, all {len(self._setup.all_cores)} for a lane that is alone"
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        every = len(self._setup.all_cores)
+        return tuple(Slot(every - len(cores), len(cores)) for cores in self._setup.slot_cores)
+
+    @property
+    def ready(self) -> bool:
+        return self._ready
 
     @property
     def busy(self) -> bool:
         return bool(self._in_flight)
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+    def jobs(self) -> list[str]:
+        return list(self._in_flight)
 
     def wait_until_ready(self) -> None:
         """Raises `LaneError` when the process ends, or takes too long."""
@@ -73,10 +98,6 @@ class ProcessLane:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def decodes(self) -> None:
-        """Tells the lane that a decode step begins, which decides how many cores it takes."""
-        self._board[DECODED] = time.monotonic()
-
     def submit(self, job: Job) -> None:
         if not self._in_flight:
             self._submitted = time.monotonic()
@@ -87,12 +108,26 @@ class ProcessLane:
         if request_id in self._in_flight:
             self._send(("cancel", request_id))
 
+    def begin_step(self, computes: bool, slot: int) -> None:
+        if not computes:
+            return
+        if not self._ready:
+            self.poll()
+        self._board["slot"] = slot
+        self._board["decoded"] = time.monotonic()
+        # A lane that loads its model has its cores already, or its start would be felt by every stream.
+        working = self.busy or (not self._ready and self.alive())
+        decode = len(self._setup.all_cores) - len(self._setup.slot_cores[slot if self._ready else -1])
+        self._cores.take(self._setup.all_cores[:decode] if working else self._setup.all_cores)
+
+    def launch(self) -> None:
+        """Nothing: the process began when it got the job."""
+
     def _send(self, message: Any) -> None:
         with contextlib.suppress(OSError):  # it died: the next poll says so
             self._connection.send(message)
 
     def poll(self, patience_s: float = 0.0) -> list[Outcome]:
-        """The jobs that ended since the last call; when the process is gone, all of them, failed."""
         outcomes: list[Outcome] = []
         try:
             while self._connection.poll(0.0 if outcomes else patience_s):
@@ -111,17 +146,76 @@ class ProcessLane:
         return outcomes
 
     def _hangs(self) -> bool:
-        last = max(float(self._board[BEAT]), self._submitted)
+        last = max(self._board["beat"], self._submitted)
         return self.busy and self._ready and time.monotonic() - last > CHUNK_TIMEOUT_S
 
+    def report(self) -> LaneReport | None:
+        slots = self.slots if self._ready and not self._said_slots else ()
+        self._said_slots |= self._ready
+        (tokens, seconds), (before, time_before) = (self._board["tokens"], self._board["seconds"]), self._reported
+        if seconds <= time_before:
+            return LaneReport(slots) if slots else None
+        self._reported = tokens, seconds
+        return LaneReport(slots, int(tokens - before), seconds - time_before)
+
     def close(self) -> None:
-        """Ends the process; returns when it is gone."""
         self._connection.close()
         try:
             self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._board.close()
+        self._cores.take(self._setup.all_cores)
+
+
+class ProcessLanes:
+    """Makes the lanes of one worker, the first and those that follow one that died: over one KV cache, on the same cores.
+
+    Args:
+        options: length of chunks, and the user's own split of the cores.
+        vllm_config: the worker's.
+        kv_cache_config: the worker's.
+    """
+
+    def __init__(self, options: AgentServeConfig, vllm_config: Any, kv_cache_config: Any) -> None:
+        self.memory = KvMemory()
+        self._options = options
+        self._configs = vllm_config, kv_cache_config
+        self._cores: Cores | None = None
+
+    def start(self) -> ProcessLane:
+        """Starts a lane and waits for it; raises `LaneError`."""
+        lane = self.restart()
+        lane.wait_until_ready()
+        return lane
+
+    def restart(self) -> ProcessLane:
+        """Starts one without waiting."""
+        every = cpu.worker_cores()
+        memory = self.memory.memory
+        if memory is None:
+            raise LaneError("vLLM has not allocated its KV cache in the memory that the lane shares")
+        vllm_config, kv_cache_config = self._configs
+        setup = Setup(
+            vllm_config=cpu.second_worker_config(vllm_config),
+            kv_cache_config=kv_cache_config,
+            memory=(memory.size, memory.descriptor),
+            chunk_tokens=self._options.lane_chunk_tokens,
+            slot_cores=tuple(every[decode:] for decode in core_ladder(len(every), self._options.lane_decode_share)),
+            all_cores=every,
+        )
+        if self._cores is None:
+            self._cores = Cores()
+        return ProcessLane(setup, self._cores)
+
+
+def resident_mib(pid: int) -> int:
+    """Memory of a process that it shares with nobody, in MiB; 0 when it is gone."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        return int(found[1]) // 1024 if found else 0
+    return 0
 
 
 def lane_environment(threads: int) -> dict[str, str]:

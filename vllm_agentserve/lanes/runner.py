@@ -8,26 +8,25 @@ import ctypes
 import os
 import signal
 import sys
-import tempfile
 import time
 import traceback
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-import torch
-
-from vllm_agentserve import vllm_compat
+from vllm_agentserve.lanes.board import Board
+from vllm_agentserve.lanes.chunks import ChunkQueue
 from vllm_agentserve.lanes.cores import Cores
-from vllm_agentserve.lanes.lane import Job
 from vllm_agentserve.lanes.memory import KvMemory, SharedMemory
+from vllm_agentserve.policy.slots import chunk_length
+from vllm_agentserve.vllm_compat.cpu import SecondWorker
 
 PR_SET_PDEATHSIG = 1
-DECODED, BEAT = 0, 1
-"""Places in the shared board, in monotonic seconds: when the decode lane last began a step, and the lane a chunk."""
 DECODE_GONE_S = 0.02
 """The lane takes all cores when no decode step began for so long: between two steps decode is not gone."""
-BOARD_BYTES = 2 * 8
+OOM_SCORE = 500
+"""Of 1000: when memory runs out the kernel is to end the lane, whose prompts are computed again, and not the engine."""
 
 
 @dataclass(frozen=True)
@@ -39,116 +38,77 @@ class Setup:
     memory: tuple[int, int]
     """Size and descriptor of the KV cache."""
     chunk_tokens: int
-    own_cores: list[int]
+    slot_cores: tuple[list[int], ...]
+    """The lane's cores on every slot."""
     all_cores: list[int]
     board: int = -1
     """Descriptor of the board, which is made with the process."""
 
 
 class LaneRunner:
-    """Computes jobs in the order they came, chunk by chunk."""
+    """Computes jobs chunk by chunk, in the order the policy decides between two chunks."""
 
     def __init__(self, setup: Setup) -> None:
-        from vllm.v1.worker.worker_base import WorkerWrapperBase
-
-        self.chunk_tokens = setup.chunk_tokens
-        self.board = SharedMemory(BOARD_BYTES, setup.board).tensor(torch.float64)
-        self.cores = Cores(setup.own_cores, setup.all_cores, process=True)
-        self.jobs: dict[str, Job] = {}
-        self.position: dict[str, int] = {}
-        self._finished: set[str] = set()
-        wrapper = WorkerWrapperBase()
-        with tempfile.TemporaryDirectory(prefix="agentserve-lane-") as folder:
-            arguments = {
-                "vllm_config": setup.vllm_config,
-                "local_rank": 0,
-                "rank": 0,
-                "distributed_init_method": f"file://{folder}/rendezvous",
-                "is_driver_worker": True,
-            }
-            wrapper.init_worker([arguments])
-            wrapper.init_device()
-        worker = wrapper.worker
-        worker.load_model()
-        with KvMemory(SharedMemory(*setup.memory)).allocation():
-            worker.initialize_from_config(setup.kv_cache_config)
-        self._model_runner = worker.model_runner
+        self.setup = setup
+        self.board = Board(setup.board)
+        self.cores = Cores(process=True)
+        self.jobs = ChunkQueue()
+        self._smallest = min(len(cores) for cores in setup.slot_cores)
+        memory = KvMemory(SharedMemory(*setup.memory))
+        self._worker = SecondWorker(setup.vllm_config, setup.kv_cache_config, memory.allocation())
 
     def step(self) -> str | None:
-        """Computes one chunk of the first job; returns the id of a job that is through."""
-        request_id, job = next(iter(self.jobs.items()))
-        position = self.position.get(request_id, job.start)
-        tokens = min(self.chunk_tokens, job.end - position)
-        now = self.board[BEAT] = time.monotonic()
-        self.cores.take(alone=now - float(self.board[DECODED]) > DECODE_GONE_S)
-        vllm_compat.compute_only(self._model_runner, self._chunk(job, position, tokens))
-        self.position[request_id] = position + tokens
-        if position + tokens < job.end:
+        """Computes one chunk; returns the id of a job that is through. Raises `ChunkError`."""
+        setup, board = self.setup, self.board
+        began = time.monotonic()
+        board["beat"] = began
+        alone = began - board["decoded"] > DECODE_GONE_S
+        cores = setup.all_cores if alone else setup.slot_cores[int(board["slot"])]
+        self.cores.take(cores)
+        chunk = self.jobs.take(chunk_length(setup.chunk_tokens, len(cores), self._smallest))
+        request_id = chunk.job.request_id
+        try:
+            self._worker.compute(chunk)
+        except Exception as error:
+            raise ChunkError(request_id) from error
+        if not alone:
+            board["tokens"] += chunk.tokens
+            board["seconds"] += time.monotonic() - began
+        if not chunk.last:
             return None
         self.forget(request_id)
         return request_id
 
-    def _chunk(self, job: Job, position: int, tokens: int) -> Any:
-        from vllm.sampling_params import SamplingParams
-        from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
-
-        output = SchedulerOutput.make_empty()
-        if job.request_id in self.position:
-            output.scheduled_cached_reqs = CachedRequestData(
-                req_ids=[job.request_id],
-                resumed_req_ids=set(),
-                new_token_ids=[],
-                all_token_ids={},
-                new_block_ids=[None],
-                num_computed_tokens=[position],
-                num_output_tokens=[0],
-            )
-        else:
-            output.scheduled_new_reqs = [
-                NewRequestData(
-                    req_id=job.request_id,
-                    prompt_token_ids=job.token_ids,
-                    mm_features=[],
-                    sampling_params=SamplingParams(),
-                    pooling_params=None,
-                    block_ids=job.block_ids,
-                    num_computed_tokens=position,
-                    lora_request=None,
-                )
-            ]
-        finished, self._finished = self._finished, set()
-        return replace(
-            output,
-            num_scheduled_tokens={job.request_id: tokens},
-            total_num_scheduled_tokens=tokens,
-            finished_req_ids=finished,
-        )
-
     def forget(self, request_id: str) -> None:
         """Drops a job, begun or not."""
-        if self.jobs.pop(request_id, None) is not None and self.position.pop(request_id, None) is not None:
-            self._finished.add(request_id)
+        if self.jobs.drop(request_id):
+            self._worker.forget(request_id)
+
+
+class ChunkError(RuntimeError):
+    """A chunk failed; its only argument is the id of the job."""
 
 
 def serve(connection: Connection) -> None:
     """Answers every job with ("done", id, None) or ("failed", id, why), cancelled ones too, until told to end."""
     setup: Setup = connection.recv()
+    # While it loads it stays off the decode lane's cores.
+    os.sched_setaffinity(0, setup.slot_cores[-1])
     lane = LaneRunner(setup)
     connection.send(("ready", None, None))
     while True:
-        while connection.poll(0 if lane.jobs else None):
+        while connection.poll(0 if len(lane.jobs) else None):
             kind, value = connection.recv()
             if kind == "job":
-                lane.jobs[value.request_id] = value
+                lane.jobs.add(value)
             elif value in lane.jobs:
                 lane.forget(value)
                 connection.send(("done", value, None))
-        first = next(iter(lane.jobs))
         try:
             done = lane.step()
-        except Exception:
-            lane.forget(first)
-            connection.send(("failed", first, traceback.format_exc()))
+        except ChunkError as error:
+            lane.forget(error.args[0])
+            connection.send(("failed", error.args[0], traceback.format_exc()))
             continue
         if done is not None:
             connection.send(("done", done, None))
@@ -160,6 +120,8 @@ def main() -> None:
     if os.getppid() != int(sys.argv[2]):
         return  # it was killed before we asked
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         serve(Connection(int(sys.argv[1])))
 

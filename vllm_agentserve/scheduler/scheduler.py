@@ -13,14 +13,17 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_agentserve import vllm_compat
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.policy.budget import BudgetController, BudgetLimits, StepBudget
+from vllm_agentserve.lanes.dispatch import LaneDispatch
+from vllm_agentserve.policy.budget import StepBudget
+from vllm_agentserve.policy.controller import BudgetController, BudgetLimits
 from vllm_agentserve.policy.order import AdmissionKey, admission_key
 from vllm_agentserve.policy.phase import Phase, SessionTable, classify
 from vllm_agentserve.scheduler.queues import AgentQueue
 from vllm_agentserve.scheduler.stats import StatsCollector
-from vllm_agentserve.scheduler.steps import StepLog
+from vllm_agentserve.scheduler.steps import Step, StepLog
+from vllm_agentserve.vllm_compat import STATS_FIELD
+from vllm_agentserve.vllm_compat import scheduler as compat
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -28,6 +31,13 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.agentserve")
 
+_MODES = {
+    (True, True, True): "auto (lanes and steps, whichever reads a prompt faster)",
+    (True, True, False): "lanes",
+    (False, True, True): "auto, which is time-sliced here",
+    (False, True, False): "time-sliced",
+}
+"""By whether there is a lane, whether prefills are cut, and whether the mode is `auto`; `stock` otherwise."""
 LOOK_AHEAD = 64
 """How many waiting requests are looked at beyond the first, per step and per re-tagging."""
 
@@ -65,7 +75,6 @@ class AgentScheduler(Scheduler):
         limits = BudgetLimits(**{name: getattr(options, name) for name in BudgetLimits.__dataclass_fields__})
         self._controller = BudgetController(limits, pipeline_depth=self.parallel_config.pipeline_parallel_size)
         self._stats = StatsCollector(self._controller)
-        self._log = StepLog(self._controller, self._stats)
         self._sessions = SessionTable()
         self._prefills: dict[str, Prefill] = {}
         self._budget: StepBudget | None = None
@@ -75,15 +84,18 @@ class AgentScheduler(Scheduler):
         self._uncut_said: set[str] = set()
         self._overlaps = self.parallel_config.pipeline_parallel_size > 1 or isinstance(self, AsyncScheduler)
         stock = options.mode == "stock"
-        budget_obstacle = "mode is 'stock'" if stock else vllm_compat.budget_obstacle(self)
-        order_obstacle = "mode is 'stock'" if stock else vllm_compat.order_obstacle(self)
+        budget_obstacle = "mode is 'stock'" if stock else compat.budget_obstacle(self)
+        order_obstacle = "mode is 'stock'" if stock else compat.order_obstacle(self)
         self._cuts_prefills = budget_obstacle is None
         self._queue: AgentQueue | None = None
         if order_obstacle is None:
             self._queue = self.waiting = AgentQueue(self._admission_key, options.max_bypass_steps)
-        self._lane: Any = getattr(self.connector, "half", None) if options.mode == "lanes" else None
+        self._lane: LaneDispatch | None = compat.lane_of(self)
         self._from_lane: dict[str, Phase] = {}
+        self._log = StepLog(self._controller, self._stats, self._lane.decoded if self._lane is not None else None)
         if self._lane is not None:
+            self._lane.rates = self._controller
+            self._stats.lane = self._lane
             self._lane.on_dispatch = self._to_lane
             self._lane.on_failure = self._lane_failed
         self._say_what_runs(options, budget_obstacle, order_obstacle)
@@ -94,7 +106,7 @@ class AgentScheduler(Scheduler):
         target = "calibrated" if options.tpot_slo_ms is None else f"{options.tpot_slo_ms:g} ms"
         logger.info(
             "agentserve: mode %s, %s scheduling, TPOT target %s.",
-            "lanes" if self._lane is not None else "time-sliced" if self._cuts_prefills else "stock",
+            _MODES.get((self._lane is not None, self._cuts_prefills, options.mode == "auto"), "stock"),
             "asynchronous" if isinstance(self, AsyncScheduler) else "synchronous",
             target,
         )
@@ -111,7 +123,7 @@ class AgentScheduler(Scheduler):
             output = super().schedule(throttle_prefills)
             sequences = len(output.num_scheduled_tokens)
             context = self._decode_context() if sequences and self._log.wants_context() else 0
-            self._log.scheduled((output, started, sequences, context, None, False))
+            self._log.scheduled(Step(output, started, sequences, context, beside_lane=self._beside_lane()))
             return output
         return self._schedule_with_prefills(throttle_prefills, started)
 
@@ -120,9 +132,9 @@ class AgentScheduler(Scheduler):
         # Preempted prefills wait again; they are tagged anew when they are admitted.
         self._prefills = {key: prefill for key, prefill in self._prefills.items() if prefill.request.status == running}
         decodes = self._count_decodes()
-        if self._lane is not None:
-            self._lane.decodes = decodes
         context = self._decode_context() if decodes else 0
+        if self._lane is not None:
+            self._lane.decodes, self._lane.context = decodes, context
         if self._queue is not None:
             self._queue.step = self.current_step
             self._stats.counts["overdue_requests"] += self._queue.promote_overdue()
@@ -135,8 +147,12 @@ class AgentScheduler(Scheduler):
             del self._reserve_prefill_lookahead
         chunks, admitted = self._take_chunks(output)
         sequences = len(output.num_scheduled_tokens) - len(chunks)
-        self._log.scheduled((output, started, sequences, context, chunks or None, admitted))
+        self._log.scheduled(Step(output, started, sequences, context, chunks or None, admitted, self._beside_lane()))
         return output
+
+    def _beside_lane(self) -> bool:
+        """Whether the step that was just scheduled has part of the device only."""
+        return self._lane is not None and self._lane.busy
 
     def _plan(self, decodes: int, context: int) -> StepBudget:
         queue = self._queue
@@ -150,6 +166,7 @@ class AgentScheduler(Scheduler):
             colds=Phase.COLD_PREFILL in phases or (queue.has_cold() if queue is not None else bool(self.waiting)),
             waiting_resume_tokens=waiting_resumes,
             admits=bool(self.waiting) and not self._prefills,
+            beside_lane=self._beside_lane(),
         )
 
     def _grant(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
@@ -161,7 +178,7 @@ class AgentScheduler(Scheduler):
             prefill = self._admit(request, num_computed_tokens)
         budget = self._budget
         if budget is not None and num_new_tokens > self._decode_width:
-            obstacle = vllm_compat.cut_obstacle(self, request)
+            obstacle = compat.cut_obstacle(self, request)
             if obstacle is not None:
                 self._say_uncut(obstacle)
                 budget.charge(prefill.served_as, num_new_tokens, num_computed_tokens)
@@ -171,6 +188,7 @@ class AgentScheduler(Scheduler):
 
     def _admit(self, request: Request, computed: int) -> Prefill:
         uncached = request.num_tokens - computed
+        self._count_reason(request)
         phase = self._from_lane.pop(request.request_id, None)
         if phase is None:
             phase = classify(computed, uncached, known_session=request.session_id in self._sessions)
@@ -179,12 +197,19 @@ class AgentScheduler(Scheduler):
         self._prefills[request.request_id] = prefill
         return prefill
 
+    def _count_reason(self, request: Request) -> None:
+        """Counts why a prompt goes where it goes; one that nobody asked about resumes after a preemption."""
+        reason = self._lane.reasons.pop(request.request_id, None) if self._lane is not None else None
+        if reason is not None:
+            self._stats.counts[reason.value] += 1
+
     def _to_lane(self, request: Request, start: int) -> None:
         """A prompt goes to the prefill lane, which computes everything from `start` to its last token."""
         uncached = request.num_tokens - start
         self._from_lane[request.request_id] = classify(start, uncached, request.session_id in self._sessions)
         self._stats.counts["lane_requests"] += 1
         self._stats.counts["lane_tokens"] += uncached - 1
+        self._count_reason(request)
 
     def _lane_failed(self) -> None:
         self._stats.counts["lane_failed_requests"] += 1
@@ -244,16 +269,27 @@ class AgentScheduler(Scheduler):
         """Lays our figures beside vLLM's own, which go to one of the API servers."""
         for output in outputs.values():
             if output.scheduler_stats is not None:
-                setattr(output.scheduler_stats, vllm_compat.STATS_FIELD, self._stats.take())
+                setattr(output.scheduler_stats, STATS_FIELD, self._stats.take())
                 self._next_report = now + self._report_interval_s
                 return
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        if self._lane is not None:
+            compat.drop_external_hits(self)
+        return super().make_stats(*args, **kwargs)
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        if reset_running_requests and self._lane is not None and self._lane.busy:
+            # Blocks that the lane fills cannot be freed under it: its prompts wait again, as running ones do.
+            compat.take_back(self, self._lane.drain())
+        return super().reset_prefix_cache(reset_running_requests, reset_connector)
 
     # -- waiting requests -----------------------------------------------------------------------------------------------
 
     def _admission_key(self, request: Request, number: int) -> AdmissionKey:
         if request.status == RequestStatus.PREEMPTED:
             return admission_key(Phase.COLD_PREFILL, 0, number, preempted=True, resume_budget=0)
-        cached = vllm_compat.cached_prefix_tokens(self, request)
+        cached = compat.cached_prefix_tokens(self, request)
         uncached = request.num_tokens - cached
         phase = classify(cached, uncached, known_session=request.session_id in self._sessions)
         return admission_key(phase, uncached, number, preempted=False, resume_budget=self._controller.resume_tokens)
@@ -263,6 +299,8 @@ class AgentScheduler(Scheduler):
             self._sessions.touch(request.session_id)
         self._prefills.pop(request.request_id, None)
         self._from_lane.pop(request.request_id, None)
+        if self._lane is not None:
+            self._lane.reasons.pop(request.request_id, None)
         if self._queue is not None:
             self._queue.forget(request.request_id)
         return super()._free_request(request, *args, **kwargs)

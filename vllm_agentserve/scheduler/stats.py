@@ -1,6 +1,8 @@
 """What the engine reports: plain figures, collected between two reports and sent as one flat dictionary."""
 
-from vllm_agentserve.policy.budget import BudgetController
+from typing import Protocol
+
+from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.phase import Phase
 
 COUNTERS = {
@@ -16,6 +18,15 @@ COUNTERS = {
     "prefill_chunk_tokens": "Prompt tokens in chunks run beside decodes.",
     "lane_requests": "Prompts given to the prefill lane.",
     "lane_tokens": "Prompt tokens computed by the prefill lane.",
+    "lane_tight_target_requests": "Prompts the prefill lane got because it reads them faster than steps within the target.",
+    "lane_asked_requests": "Prompts the prefill lane got because mode lanes was asked for.",
+    "step_loose_target_requests": "Long prompts computed in steps because those read them faster, within the target.",
+    "step_short_requests": "Prompts computed in steps because they are short.",
+    "step_idle_requests": "Long prompts computed in steps because nobody decoded.",
+    "step_lane_down_requests": "Long prompts computed in steps because the prefill lane was down.",
+    "step_unfit_requests": "Long prompts computed in steps because the prefill lane cannot compute them.",
+    "step_unknown_requests": "Long prompts computed in steps because nothing had been measured yet.",
+    "steps_beside_lane": "Engine steps with decodes only, beside a prefill lane that worked.",
     "lane_failed_requests": "Prompts the prefill lane failed on, which were computed again.",
     "overdue_requests": "Requests moved to the front of the queue because others had overtaken them for too long.",
     "slow_steps": "Decode steps that took longer than the upper threshold of the target.",
@@ -30,8 +41,20 @@ GAUGES = {
     "last_prefill_chunk_tokens": "Prompt tokens of the latest step that mixed decodes and prefill.",
     "budget_gain": "Correction the feedback law applies to the target (1 = the step-time model is right).",
     "step_prediction_error_ratio": "Mean relative error of the predicted duration of mixed steps.",
+    "lane_tokens_per_second": "Prompt tokens the prefill lane computes per second beside decodes; 0 until it has.",
+    "lane_slot": "Index of the slot, by growing share of the decode lane, that divides the device while both lanes work.",
 }
 """Gauges, by the name they have behind `vllm:agentserve_`; each report carries their value."""
+
+
+class LaneGauges(Protocol):
+    """What is reported of a prefill lane."""
+
+    @property
+    def slot(self) -> int: ...
+
+    @property
+    def tokens_per_s(self) -> float: ...
 
 
 class StatsCollector:
@@ -43,13 +66,16 @@ class StatsCollector:
         """Every counter since the start."""
         self._reported = dict(self.counts)
         self._last_chunk = 0
+        self.lane: LaneGauges | None = None
+        """Set where there are lanes."""
 
     def admitted(self, phase: Phase) -> None:
         self.counts[f"{phase.label}_requests"] += 1
 
-    def quiet_step(self, sequences: int) -> None:
+    def quiet_step(self, sequences: int, beside_lane: bool) -> None:
         """Counts a step of decodes only."""
         counts = self.counts
+        counts["steps_beside_lane"] += beside_lane
         counts["decode_steps"] += 1
         counts["decode_sequences"] += sequences
 
@@ -80,5 +106,8 @@ class StatsCollector:
         report["resume_budget_tokens"] = controller.resume_tokens
         report["last_prefill_chunk_tokens"] = self._last_chunk
         report["budget_gain"] = controller.gain
-        report["step_prediction_error_ratio"] = controller.model.error
+        report["step_prediction_error_ratio"] = controller.whole.model.error
+        if self.lane is not None:
+            report["lane_tokens_per_second"] = self.lane.tokens_per_s
+            report["lane_slot"] = self.lane.slot
         return report

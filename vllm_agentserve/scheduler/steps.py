@@ -1,9 +1,11 @@
 """The steps in flight: when each was scheduled, what it carries, and what it took when its output came back."""
 
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from vllm_agentserve.policy.budget import BudgetController
+from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.scheduler.stats import StatsCollector
 
@@ -12,10 +14,27 @@ IDLE_GAP_S = 0.25
 Chunks = list[tuple[Phase, int, int]]
 
 
-Step = tuple[Any, float, int, int, Chunks | None, bool]
-"""A scheduled step whose output is still to come: vLLM's SchedulerOutput; when scheduling began (s); decode sequences;
-their summed context (0 where it was not asked for); prefill chunks (None: a step of decodes only); whether one is the first
-of its prompt."""
+@dataclass(slots=True)
+class Step:
+    """A scheduled step whose output is still to come.
+
+    Args:
+        output: vLLM's SchedulerOutput.
+        started: when scheduling began, in s.
+        sequences: decodes in it.
+        context: their summed context, in tokens; 0 where it was not asked for.
+        chunks: prefill chunks; None: a step of decodes only.
+        admitted: whether one of them is the first of its prompt.
+        beside_lane: whether a prefill lane has part of the device meanwhile.
+    """
+
+    output: Any
+    started: float
+    sequences: int
+    context: int
+    chunks: Chunks | None = None
+    admitted: bool = False
+    beside_lane: bool = False
 
 
 class StepLog:
@@ -27,9 +46,16 @@ class StepLog:
     Args:
         controller: learns from every step.
         stats: counts every step.
+        beside_lane: told the interval in ms of every step of decodes beside a working lane; None without lanes.
     """
 
-    def __init__(self, controller: BudgetController, stats: StatsCollector) -> None:
+    def __init__(
+        self,
+        controller: BudgetController,
+        stats: StatsCollector,
+        beside_lane: Callable[[float], None] | None = None,
+    ) -> None:
+        self._beside_lane = beside_lane
         self._controller = controller
         self._stats = stats
         self._in_flight: deque[Step] = deque()
@@ -54,24 +80,29 @@ class StepLog:
         """Takes the output of a step at time `now` (s); an output of a step never seen is ignored."""
         in_flight = self._in_flight
         while in_flight:
-            seen, started, sequences, context, chunks, admitted = in_flight.popleft()
-            if seen is output:
+            step = in_flight.popleft()
+            if step.output is output:
                 break
         else:
             return
         last, decoded = self._last_output, self._last_decoded
+        sequences, chunks = step.sequences, step.chunks
         self._last_output = now
         self._last_decoded = sequences > 0
         if not sequences and chunks is None:
             return
-        begin = started if started > last else last
+        begin = step.started if step.started > last else last
         interval_ms = None
         if sequences:
-            together = decoded and started - last < IDLE_GAP_S
+            together = decoded and step.started - last < IDLE_GAP_S
             interval_ms = (now - (last if together else begin)) * 1000
         if chunks is None:
             self._quiet_steps += 1
-            self._stats.quiet_step(sequences)
+            self._stats.quiet_step(sequences, step.beside_lane)
+            if step.beside_lane and interval_ms is not None and self._beside_lane is not None:
+                self._beside_lane(interval_ms)
         else:
             self._stats.prefill_step(sequences, chunks)
-        self._controller.observe((now - begin) * 1000, interval_ms, sequences, context, chunks, admitted)
+        self._controller.observe(
+            (now - begin) * 1000, interval_ms, sequences, step.context, chunks, step.admitted, step.beside_lane
+        )

@@ -1,0 +1,259 @@
+"""The decisions about two lanes, as tables: who goes where and why, how the device is divided, which job next."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_agentserve.lanes.chunks import ChunkQueue
+from vllm_agentserve.lanes.lane import Job
+from vllm_agentserve.policy.routes import LanePolicy, Prompt, Reason, Route, lanes_may_pay
+from vllm_agentserve.policy.slots import (
+    PATIENCE_CHUNKS,
+    LaneRate,
+    SlotChooser,
+    Waiting,
+    chunk_length,
+    core_ladder,
+    next_job,
+)
+
+# Routes
+
+
+@pytest.mark.parametrize(
+    ("prompt", "decodes", "in_flight", "answer"),
+    [
+        (Prompt(99), 4, 0, (Route.STEP, Reason.SHORT)),
+        (Prompt(100), 4, 0, (Route.LANE, Reason.ASKED)),
+        (Prompt(5000), 0, 0, (Route.STEP, Reason.NOBODY_DECODES)),
+        (Prompt(5000, fit=False), 4, 0, (Route.STEP, Reason.UNFIT)),
+        (Prompt(5000), 1, 1, (Route.LANE, Reason.ASKED)),
+        (Prompt(5000), 1, 2, (Route.HOLD, Reason.ASKED)),
+        (Prompt(5000), 1, 9, (Route.HOLD, Reason.ASKED)),
+        # Asked for is asked for, whatever would be faster.
+        (Prompt(5000, step_rate=4000.0, lane_rate=1000.0), 1, 0, (Route.LANE, Reason.ASKED)),
+    ],
+)
+def test_routes_when_lanes_are_asked_for(prompt: Prompt, decodes: int, in_flight: int, answer: tuple) -> None:
+    assert LanePolicy(min_tokens=100, jobs=2).route(prompt, decodes, in_flight) == answer
+
+
+@pytest.mark.parametrize(
+    ("step_rate", "lane_rate", "in_flight", "answer"),
+    [
+        (None, None, 0, (Route.STEP, Reason.UNKNOWN)),
+        (3000.0, None, 0, (Route.STEP, Reason.UNKNOWN)),
+        (None, 2000.0, 0, (Route.STEP, Reason.UNKNOWN)),
+        (3000.0, 2000.0, 0, (Route.STEP, Reason.LOOSE_TARGET)),
+        (1000.0, 2000.0, 0, (Route.LANE, Reason.TIGHT_TARGET)),
+        (1000.0, 2000.0, 2, (Route.HOLD, Reason.TIGHT_TARGET)),
+        # A tenth slower is worth it: streams run at their own pace beside the lane.
+        (2190.0, 2000.0, 0, (Route.LANE, Reason.TIGHT_TARGET)),
+        (2210.0, 2000.0, 0, (Route.STEP, Reason.LOOSE_TARGET)),
+    ],
+)
+def test_auto_takes_what_reads_the_prompt_faster(
+    step_rate: float | None, lane_rate: float | None, in_flight: int, answer: tuple
+) -> None:
+    policy = LanePolicy(min_tokens=100, jobs=2, compares=True)
+    assert policy.route(Prompt(5000, True, step_rate, lane_rate), 4, in_flight) == answer
+
+
+def test_a_lane_that_failed_gets_nothing_until_one_is_started() -> None:
+    policy = LanePolicy(min_tokens=1, jobs=1)
+    policy.failed()
+    assert policy.route(Prompt(9), 1, 0) == (Route.STEP, Reason.LANE_DOWN)
+    policy.started()
+    assert policy.route(Prompt(9), 1, 0) == (Route.LANE, Reason.ASKED)
+
+
+@pytest.mark.parametrize(
+    ("factor", "share", "pays"),
+    [
+        (None, 0.5, True),
+        (5.0, 0.5, False),
+        (5.0, 0.75, True),
+        (2.0, 0.5, True),
+        (3.0, 0.4, False),
+        (1.2, 0.1, True),
+    ],
+)
+def test_whether_a_lane_may_pay_at_all(factor: float | None, share: float, pays: bool) -> None:
+    assert lanes_may_pay(factor, share) is pays
+
+
+# Slots
+
+
+@pytest.mark.parametrize(
+    ("cores", "share", "decode"),
+    [
+        (2, None, [1]),
+        (3, None, [2]),
+        (4, None, [1, 2, 3]),
+        (6, None, [1, 3, 4]),
+        (16, None, [4, 8, 12]),
+        (16, 0.3, [5]),
+        (2, 0.95, [1]),
+        (4, 0.05, [1]),
+    ],
+)
+def test_core_ladder(cores: int, share: float | None, decode: list[int]) -> None:
+    assert core_ladder(cores, share) == decode
+
+
+def test_one_core_is_not_enough() -> None:
+    with pytest.raises(ValueError, match="two lanes need two cores, there is 1"):
+        core_ladder(1)
+
+
+@given(st.integers(2, 256), st.one_of(st.none(), st.floats(0.05, 0.95)))
+def test_both_lanes_have_a_core_on_every_slot(cores: int, share: float | None) -> None:
+    ladder = core_ladder(cores, share)
+    assert ladder == sorted(set(ladder))
+    assert all(1 <= decode < cores for decode in ladder)
+
+
+def settled(chooser: SlotChooser, step_ms: float, target_ms: float, steps: int = 8) -> int:
+    for _ in range(steps):
+        chooser.observe(step_ms)
+        chooser.choose(target_ms)
+    return chooser.slot
+
+
+def test_the_chooser_begins_with_the_most_for_decode() -> None:
+    assert SlotChooser([4, 8, 12]).slot == 2
+
+
+def test_it_steps_down_only_when_a_proportional_loss_would_fit() -> None:
+    # 20 ms on 12 cores would be 30 ms on 8, and 85 % of the target are the limit.
+    assert settled(SlotChooser([4, 8, 12]), 20.0, 36.0) == 1
+    assert settled(SlotChooser([4, 8, 12]), 20.0, 34.0) == 2
+
+
+def test_it_goes_on_down_by_what_it_then_sees() -> None:
+    chooser = SlotChooser([4, 8, 12])
+    assert settled(chooser, 10.0, 40.0) == 1
+    assert settled(chooser, 11.0, 40.0) == 0
+    assert settled(chooser, 12.0, 40.0, steps=100) == 0
+
+
+def test_it_steps_up_when_the_target_is_missed_and_does_not_come_back_at_once() -> None:
+    chooser = SlotChooser([4, 12])
+    assert settled(chooser, 5.0, 40.0) == 0
+    assert settled(chooser, 39.0, 40.0) == 1
+    assert settled(chooser, 5.0, 40.0, steps=500) == 1
+    assert settled(chooser, 5.0, 40.0, steps=20) == 0
+
+
+def test_one_slot_is_never_left() -> None:
+    assert settled(SlotChooser([1]), 500.0, 10.0, steps=50) == 0
+    assert settled(SlotChooser([1]), 0.1, 10.0, steps=50) == 0
+
+
+def test_the_rate_of_the_lane_is_a_share_of_the_device_until_it_is_measured() -> None:
+    rate = LaneRate(0.5)
+    assert rate.tokens_per_s(None) is None
+    assert rate.tokens_per_s(4000.0) == 2000.0
+    rate.report(0, 1.0)
+    rate.report(256, 0.0)
+    assert rate.tokens_per_s(4000.0) == 2000.0
+    rate.report(256, 0.1)
+    assert rate.tokens_per_s(4000.0) == pytest.approx(2560.0)
+    rate.report(256, 0.2)
+    assert 1280.0 < (rate.tokens_per_s(None) or 0.0) < 2560.0
+
+
+# Jobs
+
+
+@pytest.mark.parametrize(
+    ("waiting", "chosen"),
+    [
+        ([Waiting("a", False, 5000), Waiting("b", False, 4000)], "b"),
+        ([Waiting("a", False, 5000), Waiting("b", True, 6000)], "b"),
+        ([Waiting("a", True, 700), Waiting("b", True, 600)], "b"),
+        ([Waiting("a", False, 500), Waiting("b", False, 500)], "a"),
+        ([Waiting("a", False, 9000, PATIENCE_CHUNKS), Waiting("b", True, 10)], "a"),
+        ([Waiting("a", False, 9000, PATIENCE_CHUNKS - 1), Waiting("b", True, 10)], "b"),
+    ],
+)
+def test_next_job(waiting: list[Waiting], chosen: str) -> None:
+    assert next_job(waiting) == chosen
+
+
+def test_nobody_waits() -> None:
+    with pytest.raises(ValueError, match="empty"):
+        next_job([])
+
+
+@pytest.mark.parametrize(
+    ("base", "units", "smallest", "tokens"),
+    [(256, 1, 1, 256), (256, 2, 1, 512), (256, 12, 4, 768), (256, 7, 4, 448), (256, 5, 4, 320), (100, 2, 1, 192)],
+)
+def test_chunk_length(base: int, units: int, smallest: int, tokens: int) -> None:
+    assert chunk_length(base, units, smallest) == tokens
+    assert chunk_length(base, 1000 * units, smallest) == 8 * base // 64 * 64
+
+
+def job(name: str, tokens: int, start: int = 0, resume: bool = False) -> Job:
+    return Job(name, list(range(tokens + 1)), ([0],), start, resume)
+
+
+def test_chunks_cover_a_job_but_its_last_token() -> None:
+    queue = ChunkQueue()
+    queue.add(job("a", 600, start=90))
+    chunks = [queue.take(256) for _ in range(2)]
+    assert [(c.position, c.tokens, c.first, c.last) for c in chunks] == [(90, 256, True, False), (346, 254, False, True)]
+    assert queue.drop("a")
+    assert not len(queue)
+    with pytest.raises(LookupError, match="no job"):
+        queue.take(256)
+
+
+def test_a_resume_goes_between_the_chunks_of_a_cold_prompt() -> None:
+    queue = ChunkQueue()
+    queue.add(job("cold", 1000))
+    order = [queue.take(256)]
+    queue.add(job("resume", 300, start=100, resume=True))
+    order.append(queue.take(256))
+    queue.drop("resume")
+    order.append(queue.take(256))
+    assert [(chunk.job.request_id, chunk.position, chunk.first) for chunk in order] == [
+        ("cold", 0, True),
+        ("resume", 100, True),
+        ("cold", 256, False),
+    ]
+
+
+def test_a_job_that_never_ran_needs_no_clean_up() -> None:
+    queue = ChunkQueue()
+    queue.add(job("a", 600))
+    assert "a" in queue
+    assert not queue.drop("a")
+    assert "a" not in queue
+
+
+@given(st.lists(st.tuples(st.integers(1, 2000), st.booleans()), min_size=1, max_size=8), st.integers(16, 512))
+def test_every_token_of_every_job_is_computed_once_and_nobody_starves(jobs: list[tuple[int, bool]], chunk: int) -> None:
+    """Short resumes keep coming; a cold job still gets every `PATIENCE_CHUNKS`th chunk at least."""
+    queue = ChunkQueue()
+    for number, (tokens, resume) in enumerate(jobs):
+        queue.add(job(f"j{number}", tokens, resume=resume))
+    queue.add(job("cold", 3 * chunk))
+    done: dict[str, int] = {}
+    waited, extra = 0, 0
+    while len(queue):
+        if extra < 300:
+            queue.add(job(f"extra-{extra}", 1, resume=True))
+            extra += 1
+        taken = queue.take(chunk)
+        name = taken.job.request_id
+        assert taken.position == done.get(name, 0)
+        done[name] = taken.position + taken.tokens
+        waited = 0 if name == "cold" else waited + ("cold" in queue)
+        assert waited <= PATIENCE_CHUNKS + len(jobs) + 1
+        if taken.last:
+            queue.drop(name)
+    assert {f"j{number}": tokens for number, (tokens, _) in enumerate(jobs)}.items() <= done.items()
+    assert done["cold"] == 3 * chunk

@@ -1,0 +1,37 @@
+"""What the worker and its lane's process tell each other without a message: a few numbers in shared memory."""
+
+import torch
+
+from vllm_agentserve.lanes.memory import SharedMemory
+
+PLACES = ("decoded", "beat", "slot", "tokens", "seconds")
+
+
+class Board:
+    """Every number is written by one side only, and read by the other whenever it likes.
+
+    Args:
+        descriptor: of an inherited board; None makes a new one.
+
+    `decoded`: when the decode lane last began a step, in monotonic seconds; `beat`: when the lane last began a chunk; `slot`:
+    how the device is divided; `tokens` and `seconds`: what the lane has computed beside decodes, and the time that took.
+    """
+
+    BYTES = 8 * len(PLACES)
+
+    def __init__(self, descriptor: int | None = None) -> None:
+        self._memory = SharedMemory(self.BYTES, descriptor)
+        self._numbers: torch.Tensor = self._memory.tensor(torch.float64)
+
+    @property
+    def descriptor(self) -> int:
+        return self._memory.descriptor
+
+    def close(self) -> None:
+        self._memory.close()
+
+    def __getitem__(self, name: str) -> float:
+        return float(self._numbers[PLACES.index(name)])
+
+    def __setitem__(self, name: str, value: float) -> None:
+        self._numbers[PLACES.index(name)] = value

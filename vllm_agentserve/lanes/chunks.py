@@ -1,0 +1,68 @@
+"""The jobs of a lane, cut into chunks: which one runs next, and how far each has come."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from vllm_agentserve.lanes.lane import Job
+from vllm_agentserve.policy.slots import Waiting, next_job
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens [position, position + tokens) of a job; `first` when nothing of it ran before, `last` when nothing will after."""
+
+    job: Job
+    position: int
+    tokens: int
+    first: bool
+    last: bool
+
+
+class ChunkQueue:
+    """Every provider of a lane has one: order is decided anew for every chunk.
+
+    Args:
+        choose: the policy; see `policy.slots.next_job`.
+    """
+
+    def __init__(self, choose: Callable[[Sequence[Waiting]], str] = next_job) -> None:
+        self._choose = choose
+        self._jobs: dict[str, Job] = {}
+        self._position: dict[str, int] = {}
+        self._taken = 0
+        self._came: dict[str, int] = {}
+        """How many chunks had been taken when a job came or got its last chunk."""
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._jobs
+
+    def add(self, job: Job) -> None:
+        self._jobs[job.request_id] = job
+        self._came[job.request_id] = self._taken
+
+    def take(self, tokens: int) -> Chunk:
+        """The next chunk of at most `tokens` tokens; counts as run. Raises `LookupError` when there is no job."""
+        if not self._jobs:
+            raise LookupError("the lane has no job")
+        waiting = [
+            Waiting(name, job.resume, job.end - self._position.get(name, job.start), self._taken - self._came[name])
+            for name, job in self._jobs.items()
+        ]
+        name = self._choose(waiting)
+        job = self._jobs[name]
+        position = self._position.get(name, job.start)
+        length = min(tokens, job.end - position)
+        first = name not in self._position
+        self._position[name] = position + length
+        self._taken += 1
+        self._came[name] = self._taken
+        return Chunk(job, position, length, first, position + length >= job.end)
+
+    def drop(self, request_id: str) -> bool:
+        """Forgets a job; returns whether a chunk of it has been taken."""
+        self._jobs.pop(request_id, None)
+        self._came.pop(request_id, None)
+        return self._position.pop(request_id, None) is not None

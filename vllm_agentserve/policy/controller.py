@@ -1,0 +1,250 @@
+"""The controller: from measured step times to the prefill budget of the next step.
+
+Two parts. The step-time model (`latency.py`) turns the target into tokens before the step runs, so that the very first
+chunk of a cold prefill already fits. The feedback law of AgentServe (arXiv 2603.10342: two thresholds around the target,
+hold between them) then corrects both the chunk and the resume budget from what streams really saw.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_agentserve.policy.budget import UNLIMITED, StepBudget, TrustRegion
+from vllm_agentserve.policy.latency import StepModel, TpotWindow
+from vllm_agentserve.policy.phase import Phase
+
+
+@dataclass(frozen=True)
+class BudgetLimits:
+    """The bounds the controller moves within; the fields mean what the options of the same names say."""
+
+    tpot_slo_ms: float | None = None
+    tpot_factor: float = 5.0
+    tpot_uncalibrated_ms: float = 50.0
+    upper_threshold: float = 1.0
+    lower_threshold: float = 0.93
+    prefill_floor_tokens: int = 16
+    resume_budget_max_tokens: int = 1024
+    first_chunk_tokens: int = 32
+    chunk_granularity_tokens: int = 8
+
+
+class Regime:
+    """What is known of steps that have one part of the device: decodes take another time there, and so do chunks.
+
+    Args:
+        first_chunk: tokens of the largest chunk before any has been tried.
+    """
+
+    def __init__(self, first_chunk: int) -> None:
+        self.model = StepModel()
+        self.trust = TrustRegion(first_chunk)
+        self.admission_ms = 0.0
+        """What the first chunk of a prompt takes on top of what the model says: the engine takes a prompt in (hashes it,
+        copies it, finds blocks) between two steps. Exponentially weighted."""
+
+
+class BudgetController:
+    """Turns measured step times into the budget of the next step.
+
+    It learns from `observe()`, once per finished step, and is asked by `plan()`, once per step that carries prefill.
+
+    Args:
+        limits: the bounds it moves within.
+        pipeline_depth: engine steps between two tokens of one stream; above 1 with pipeline parallelism.
+    """
+
+    CONTROL_STEPS = 16
+    """The feedback law acts once per so many mixed steps."""
+    FULL_STEP = 0.85
+    """Steps predicted, and found, shorter than this share of what they were allowed do not move the feedback law."""
+    GAIN_RANGE = (0.4, 1.15)
+    """How far feedback may move the time given to prefill away from what the model says fits, as a factor of the target."""
+    RESUME_FLOOR = 32
+    """The resume budget never shrinks below this many tokens."""
+    PREFILL_SHARE = 0.25
+    """Where decodes alone miss the target already, prefill still gets this share of the decodes' own time."""
+
+    def __init__(self, limits: BudgetLimits, pipeline_depth: int = 1) -> None:
+        self.limits = limits
+        self._depth = pipeline_depth
+        self.whole = Regime(limits.first_chunk_tokens)
+        """Steps that have the whole device."""
+        self.shared = Regime(limits.first_chunk_tokens)
+        """Steps beside a prefill lane that works."""
+        self.tpot = TpotWindow(256)
+        """What streams see, all steps with decodes."""
+        self._alone = TpotWindow(64)
+        self._mixed = TpotWindow(self.CONTROL_STEPS)
+        self.gain = 0.95
+        self.resume_tokens = min(256, limits.resume_budget_max_tokens)
+        self.slow_steps = 0
+        """Decode steps above the upper threshold since the start."""
+        self._set_target(limits.tpot_slo_ms or limits.tpot_uncalibrated_ms)
+
+    @property
+    def target_ms(self) -> float:
+        """The time per token streams are to see: `tpot_slo_ms`, else calibrated from decode steps without prefill."""
+        return self._target_ms
+
+    def observe(
+        self,
+        step_ms: float,
+        interval_ms: float | None,
+        sequences: int,
+        context: int,
+        chunks: Sequence[tuple[Phase, int, int]] | None,
+        admitted: bool = False,
+        beside_lane: bool = False,
+    ) -> None:
+        """Takes in a finished step.
+
+        Args:
+            step_ms: how long the engine worked on it.
+            interval_ms: time since the output of the decode step before it; None after an idle gap or without decodes.
+            sequences: decodes in the step.
+            context: their summed context, in tokens; steps without prefill may leave it at 0, and teach nothing then.
+            chunks: its prefill chunks, as `StepBudget.granted` lists them; None or empty without prefill.
+            admitted: whether one of them is the first of its prompt.
+            beside_lane: whether a prefill lane had part of the device.
+        """
+        regime = self.shared if beside_lane else self.whole
+        if interval_ms is not None:
+            streams_ms = interval_ms * self._depth
+            self.tpot.add(streams_ms)
+            if streams_ms > self._slow_ms:
+                self.slow_steps += 1
+        if chunks:
+            self._observe_prefill(regime, step_ms, interval_ms, sequences, context, chunks, admitted)
+        elif context and interval_ms is not None:
+            regime.model.learn_decode(sequences, context, interval_ms)
+            if beside_lane:
+                return
+            self._alone.add(interval_ms * self._depth)
+            if self.limits.tpot_slo_ms is None:
+                self._set_target(max(self.limits.tpot_factor * self._alone.quantile(0.5), 1.0))
+
+    def _observe_prefill(
+        self,
+        regime: "Regime",
+        step_ms: float,
+        interval_ms: float | None,
+        sequences: int,
+        context: int,
+        chunks: Sequence[tuple[Phase, int, int]],
+        admitted: bool,
+    ) -> None:
+        pairs = [(tokens, before) for _, tokens, before in chunks]
+        if not sequences or interval_ms is None:
+            # Steps without decodes have other chunks than mixed ones: they only serve until mixed ones have been seen.
+            if not regime.trust.tried:
+                regime.model.learn_prefill(sequences, context, pairs, step_ms)
+                regime.trust.tried_alone(chunks, step_ms * self._depth / self._target_ms)
+            return
+        predicted = regime.model.learn_prefill(sequences, context, pairs, interval_ms)
+        if admitted:
+            excess_ms = min(interval_ms - predicted, 0.5 * self._target_ms / self._depth)
+            regime.admission_ms = max(regime.admission_ms + 0.3 * (excess_ms - regime.admission_ms), 0.0)
+        streams_ms = interval_ms * self._depth
+        regime.trust.tried_beside_decodes(chunks, streams_ms / self._target_ms)
+        # Steps that were short because little was left to do say nothing about the controller.
+        if max(predicted * self._depth, streams_ms) > self.FULL_STEP * min(self.gain, 1.0) * self._target_ms:
+            self._mixed.add(streams_ms)
+            if len(self._mixed) == self.CONTROL_STEPS:
+                self._feedback(self._mixed.quantile(0.9))
+                self._mixed.clear()
+
+    def _set_target(self, target_ms: float) -> None:
+        self._target_ms = target_ms
+        self._slow_ms = target_ms * self.limits.upper_threshold
+
+    def _feedback(self, measured_ms: float) -> None:
+        low, high = self.GAIN_RANGE
+        ratio = measured_ms / self._target_ms
+        if ratio > self.limits.upper_threshold:
+            self.gain = max(self.gain * max(1.0 / ratio, 0.93), low)
+            self.resume_tokens = max(self.resume_tokens * 3 // 4, self._resume_floor())
+        elif ratio < self.limits.lower_threshold:
+            self.gain = min(self.gain * min(1.0 / ratio, 1.05), high)
+            self.resume_tokens = min(self.resume_tokens * 5 // 4, self.limits.resume_budget_max_tokens)
+
+    def _resume_floor(self) -> int:
+        return min(self.RESUME_FLOOR, self.limits.resume_budget_max_tokens)
+
+    def quiet_ms(self, sequences: int, context: int) -> float:
+        """A step of these decodes alone on the whole device; 0 before any has been seen."""
+        return self.whole.model.decode_ms(sequences, context) * self._depth
+
+    def prefill_rate(self, sequences: int, context: int, tokens: int, before: int) -> float | None:
+        """Prompt tokens per second that mixed steps within the target read of a prompt, None before any has been seen.
+
+        Args:
+            sequences: decodes in the steps.
+            context: their summed context, in tokens.
+            tokens: uncached tokens of the prompt.
+            before: its cached tokens.
+        """
+        model = self.whole.model
+        if not model.knows_prefill:
+            return None
+        halfway = before + tokens // 2
+        chunk = max(model.tokens_within(self._prefill_ms(self.whole, sequences, context), halfway), 1)
+        chunk = min(max(chunk, self.limits.prefill_floor_tokens), max(tokens, 1))
+        return chunk / model.step_ms(sequences, context, [(chunk, halfway)]) * 1000
+
+    def device_rate(self, tokens: int, before: int) -> float | None:
+        """Prompt tokens per second that the whole device reads of such a prompt in chunks of 256, None before any was seen."""
+        if not self.whole.model.knows_prefill:
+            return None
+        chunk = max(min(tokens, 256), 1)
+        return chunk / max(self.whole.model.chunk_ms(chunk, before + tokens // 2), 0.01) * 1000
+
+    def _prefill_ms(self, regime: "Regime", sequences: int, context: int) -> float:
+        """The time left for prefill in a step with these decodes."""
+        alone = regime.model.decode_ms(sequences, context)
+        return max(self._target_ms * self.gain / self._depth - alone, self.PREFILL_SHARE * alone)
+
+    def plan(
+        self,
+        sequences: int,
+        context: int,
+        max_tokens: int,
+        resumes: bool = False,
+        colds: bool = False,
+        waiting_resume_tokens: int = 0,
+        admits: bool = False,
+        beside_lane: bool = False,
+    ) -> StepBudget:
+        """Returns the prefill budget of the next step.
+
+        Args:
+            sequences: decodes in the step.
+            context: their summed context, in tokens.
+            max_tokens: prompt tokens the engine can take in this step at most.
+            resumes: whether a resume prefill runs or waits.
+            colds: whether a cold prefill runs or waits.
+            waiting_resume_tokens: uncached tokens of the resume prefills that wait for admission.
+            admits: whether a prompt may be admitted in this step.
+            beside_lane: whether a prefill lane has part of the device.
+
+        Without decodes and with one kind of prefill nobody would notice a long step: the budget is the whole step.
+        """
+        limits = self.limits
+        floor = limits.prefill_floor_tokens
+        regime = self.shared if beside_lane else self.whole
+        if not sequences and not (resumes and colds):
+            return StepBudget(regime.model, UNLIMITED, max_tokens, max_tokens, 0, floor, 1)
+        tokens = max_tokens
+        resume_tokens = self.resume_tokens if colds else tokens
+        reserved = min(waiting_resume_tokens, resume_tokens, tokens // 2)
+        prefill_ms = self._prefill_ms(regime, sequences, context) - (regime.admission_ms if admits else 0.0)
+        return StepBudget(
+            regime.model,
+            prefill_ms,
+            tokens,
+            resume_tokens,
+            reserved,
+            floor,
+            limits.chunk_granularity_tokens,
+            sequences,
+            regime.trust if sequences else None,
+        )

@@ -1,0 +1,115 @@
+"""Which lane a prompt takes, decided once, at admission, with the reason."""
+
+import enum
+from dataclasses import dataclass
+
+
+class Route(enum.Enum):
+    """Where a prompt is computed."""
+
+    STEP = "in vLLM's own steps"
+    LANE = "by the prefill lane"
+    HOLD = "by the prefill lane, when it has room"
+
+
+class Reason(enum.Enum):
+    """Why; the values name the counters of `/metrics`."""
+
+    UNFIT = "step_unfit_requests"
+    SHORT = "step_short_requests"
+    NOBODY_DECODES = "step_idle_requests"
+    LANE_DOWN = "step_lane_down_requests"
+    LOOSE_TARGET = "step_loose_target_requests"
+    UNKNOWN = "step_unknown_requests"
+    TIGHT_TARGET = "lane_tight_target_requests"
+    ASKED = "lane_asked_requests"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the decision knows of a prompt.
+
+    Args:
+        uncached: tokens to compute.
+        fit: whether the lane can compute it at all.
+        step_rate: tokens per second that mixed steps within the target would read of it; None before any has been seen.
+        lane_rate: tokens per second that the lane would; None before any has been seen.
+    """
+
+    uncached: int
+    fit: bool = True
+    step_rate: float | None = None
+    lane_rate: float | None = None
+
+
+@dataclass
+class LanePolicy:
+    """Decides the route of every prompt.
+
+    The lane pays only while somebody decodes: a prompt that nobody is beside is computed by vLLM's own steps on the whole
+    device, and short ones are cheaper in a step than in a lane with part of it.
+
+    When both would keep the target, the faster one reads the prompt. A mixed step on the whole device wastes nothing, but
+    of a target T it gives prefill only T minus the decodes' own time; the lane gives prefill its share of the device for all
+    of the time. So a loose target belongs to steps and a tight one to the lane, and where between them the border lies is
+    measured: both rates are.
+
+    Args:
+        min_tokens: shortest uncached prompt for the lane.
+        jobs: prompts that may hold KV blocks for the lane at once.
+        compares: False sends every long prompt to the lane (mode `lanes`), True the ones it reads faster (mode `auto`).
+    """
+
+    LANE_BONUS = 1.1
+    """Beside the lane streams run at their own pace instead of at the target's: worth a tenth of the rate."""
+
+    min_tokens: int
+    jobs: int
+    compares: bool = False
+    failures: int = 0
+    ready: bool = True
+
+    def route(self, prompt: Prompt, decodes: int, in_flight: int) -> tuple[Route, Reason]:
+        """Args: the prompt, streams that decode, and jobs the lane has."""
+        if prompt.uncached < self.min_tokens:
+            return Route.STEP, Reason.SHORT
+        if not prompt.fit:
+            return Route.STEP, Reason.UNFIT
+        if not decodes:
+            return Route.STEP, Reason.NOBODY_DECODES
+        if not self.ready:
+            return Route.STEP, Reason.LANE_DOWN
+        reason = self._compare(prompt) if self.compares else Reason.ASKED
+        if reason in (Reason.LOOSE_TARGET, Reason.UNKNOWN):
+            return Route.STEP, reason
+        return (Route.LANE if in_flight < self.jobs else Route.HOLD), reason
+
+    def _compare(self, prompt: Prompt) -> Reason:
+        if prompt.step_rate is None or prompt.lane_rate is None:
+            return Reason.UNKNOWN
+        faster = prompt.lane_rate * self.LANE_BONUS >= prompt.step_rate
+        return Reason.TIGHT_TARGET if faster else Reason.LOOSE_TARGET
+
+    def failed(self) -> None:
+        """The lane failed: nothing is sent to it until it is `started` again."""
+        self.failures += 1
+        self.ready = False
+
+    def started(self) -> None:
+        """A lane says that it is ready."""
+        self.ready = True
+
+
+def lanes_may_pay(factor: float | None, prefill_share: float) -> bool:
+    """Whether a lane can ever read a prompt faster than mixed steps within a target of `factor` times the quiet step.
+
+    Decided at start, before anything is measured: steps give prefill at most (factor - 1) / factor of the time, less what
+    mixing costs, about half a quiet step where it was measured; the lane has `prefill_share` of the device, in (0, 1).
+
+    Args:
+        factor: of a calibrated target; None when the target is given in ms, which says nothing before steps are measured.
+        prefill_share: of the largest prefill slot.
+    """
+    if factor is None:
+        return True
+    return prefill_share * LanePolicy.LANE_BONUS >= (factor - 1.5) / factor

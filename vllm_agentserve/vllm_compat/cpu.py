@@ -1,0 +1,149 @@
+"""A second CPU worker over the KV cache of the first, and the cores and threads of both."""
+
+import copy
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_agentserve.lanes.chunks import Chunk
+
+
+class SecondWorker:
+    """vLLM's CPU worker in a process of its own: it fills KV blocks that another worker reads, and samples nothing.
+
+    Retired by: a worker of vLLM's that can be made over an existing KV cache.
+
+    Args:
+        vllm_config: from `second_worker_config`.
+        kv_cache_config: the first worker's.
+        allocation: puts the KV cache where the first worker has it.
+    """
+
+    def __init__(
+        self, vllm_config: "VllmConfig", kv_cache_config: Any, allocation: AbstractContextManager[None]
+    ) -> None:
+        from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+        # The wrapper also registers vLLM's replacements of Triton kernels, without which the V1 runner fails on CPUs.
+        wrapper = WorkerWrapperBase()
+        with tempfile.TemporaryDirectory(prefix="agentserve-lane-") as folder:
+            arguments = {
+                "vllm_config": vllm_config,
+                "local_rank": 0,
+                "rank": 0,
+                "distributed_init_method": f"file://{folder}/rendezvous",
+                "is_driver_worker": True,
+            }
+            wrapper.init_worker([arguments])
+            wrapper.init_device()
+        worker = wrapper.worker
+        worker.load_model()
+        with allocation:
+            worker.initialize_from_config(kv_cache_config)
+        self._runner: Any = worker.model_runner
+        self._finished: set[str] = set()
+
+    def compute(self, chunk: "Chunk") -> None:
+        """Fills the KV of the chunk's tokens; returns when it is written."""
+        self._runner.execute_model(self._step(chunk))
+        self._runner.execute_model_state = None
+
+    def forget(self, request_id: str) -> None:
+        """Drops what is kept of a request of which a chunk was computed."""
+        self._finished.add(request_id)
+
+    def _step(self, chunk: "Chunk") -> Any:
+        from vllm.sampling_params import SamplingParams
+        from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+
+        output, job = SchedulerOutput.make_empty(), chunk.job
+        if chunk.first:
+            output.scheduled_new_reqs = [
+                NewRequestData(
+                    req_id=job.request_id,
+                    prompt_token_ids=job.token_ids,
+                    mm_features=[],
+                    sampling_params=SamplingParams(),
+                    pooling_params=None,
+                    block_ids=job.block_ids,
+                    num_computed_tokens=chunk.position,
+                    lora_request=None,
+                )
+            ]
+        else:
+            output.scheduled_cached_reqs = CachedRequestData(
+                req_ids=[job.request_id],
+                resumed_req_ids=set(),
+                new_token_ids=[],
+                all_token_ids={},
+                new_block_ids=[None],
+                num_computed_tokens=[chunk.position],
+                num_output_tokens=[0],
+            )
+        finished, self._finished = self._finished, set()
+        return replace(
+            output,
+            num_scheduled_tokens={job.request_id: chunk.tokens},
+            total_num_scheduled_tokens=chunk.tokens,
+            finished_req_ids=finished,
+        )
+
+
+def second_worker_config(vllm_config: "VllmConfig") -> Any:
+    """The configuration for a second worker: without connector, without the layers the first one has registered in it."""
+    config = copy.copy(vllm_config)
+    config.kv_transfer_config = None
+    config.compilation_config = copy.copy(vllm_config.compilation_config)
+    config.compilation_config.static_forward_context = {}
+    return config
+
+
+@contextmanager
+def kv_cache_placed(place: Callable[[int], Any]) -> Iterator[None]:
+    """Within, the one tensor vLLM allocates for its KV cache comes from `place(bytes)`.
+
+    Raises:
+        RuntimeError: on leaving, when vLLM did not allocate exactly one.
+    """
+    import torch
+
+    original, placed = torch.zeros, 0
+
+    def zeros(*size: Any, **options: Any) -> Any:
+        nonlocal placed
+        if options.get("dtype") is torch.int8 and len(size) == 1 and isinstance(size[0], int):
+            placed += 1
+            return place(size[0])
+        return original(*size, **options)
+
+    torch.zeros = zeros
+    try:
+        yield
+    finally:
+        torch.zeros = original
+    if placed != 1:
+        raise RuntimeError(f"expected vLLM to allocate its KV cache once, saw {placed} allocations")
+
+
+def worker_cores() -> list[int]:
+    """The cores of vLLM's CPU worker, also after its main thread was pinned to one of them."""
+    pinned = os.environ.get("GOMP_CPU_AFFINITY", "").split()
+    return [int(core) for core in pinned] if pinned else sorted(os.sched_getaffinity(0))
+
+
+def team_is_pinned() -> bool:
+    """Whether vLLM has given OpenMP a core for every thread, as it does for the workers of `vllm serve`."""
+    return any(name in os.environ for name in ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PROC_BIND"))
+
+
+def set_threads(count: int) -> None:
+    """Size of the OpenMP team of this thread; vLLM's CPU worker makes `torch.set_num_threads` do nothing."""
+    import torch
+
+    torch._C.set_num_threads(count)

@@ -1,0 +1,96 @@
+"""What the scheduler asks of vLLM's own beyond its public interface."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request
+
+
+def cached_prefix_tokens(scheduler: "Scheduler", request: "Request") -> int:
+    """How many tokens of a waiting request the local prefix cache holds, without touching blocks or statistics.
+
+    Retired by: a public look-up without side effects on `KVCacheManager`.
+    """
+    manager = scheduler.kv_cache_manager
+    if not manager.prefix_cache_lookup_enabled(request):
+        return 0
+    return int(manager.coordinator.find_longest_cache_hit(request.block_hashes, request.num_tokens - 1)[1])
+
+
+def budget_obstacle(scheduler: "Scheduler") -> str | None:
+    """Why prefill chunks of this engine cannot be cut to fit a budget; None if they can."""
+    if not scheduler.scheduler_config.enable_chunked_prefill:
+        return "chunked prefill is off"
+    if scheduler.is_encoder_decoder:
+        return "the model is an encoder-decoder"
+    if scheduler.num_sampled_tokens_per_step != 1:
+        return "the model does not decode token by token"
+    if scheduler.need_mamba_block_aligned_split:
+        return "chunks of this hybrid model must end at Mamba cache blocks (mamba_cache_mode 'align')"
+    return None
+
+
+def cut_obstacle(scheduler: "Scheduler", request: "Request") -> str | None:
+    """Why the prompt of this request must not be cut into chunks; None if it may.
+
+    The second reason is retired by a fix of vLLM's CPU runner: after a chunk it sets back the offset of the request's
+    random generator, which CPU generators do not have, and the engine ends. Stock vLLM does so too when it has to cut.
+    """
+    if request.has_encoder_inputs:
+        # Which encoder inputs run was decided from the uncut chunk.
+        return "it has encoder inputs"
+    parameters = request.sampling_params
+    if (
+        parameters is not None
+        and parameters.seed is not None
+        and scheduler.vllm_config.device_config.device_type == "cpu"
+    ):
+        return "it has a seed, and vLLM's CPU runner cannot sample with one after a chunk"
+    return None
+
+
+def order_obstacle(scheduler: "Scheduler") -> str | None:
+    """Why waiting requests of this engine are not reordered; None if they are."""
+    if scheduler.scheduler_config.policy != "fcfs":
+        return f"vLLM's own policy {scheduler.scheduler_config.policy!r} orders them"
+    return None
+
+
+def lane_of(scheduler: "Scheduler") -> Any:
+    """The scheduler's half of the lane connector; None where another connector runs, or none."""
+    from vllm_agentserve.vllm_compat.lanes import CONNECTOR
+
+    connector = scheduler.connector
+    return connector.half if connector is not None and type(connector).__name__ == CONNECTOR else None
+
+
+def drop_external_hits(scheduler: "Scheduler") -> None:
+    """Takes the tokens the lane computes out of vLLM's statistics of external prefix caches: they were found nowhere.
+
+    Retired by: a connector's say in whether its tokens count as cache hits.
+    """
+    statistics = scheduler.connector_prefix_cache_stats
+    if statistics is not None:
+        scheduler.connector_prefix_cache_stats = type(statistics)()
+
+
+def take_back(scheduler: "Scheduler", request_ids: set[str]) -> None:
+    """Puts requests whose asynchronous load was cancelled back among the waiting ones, without blocks.
+
+    Retired by: `Scheduler.reset_prefix_cache` cancelling the loads that are under way.
+    """
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import RequestStatus
+
+    ended = KVConnectorOutput(finished_recving=set(request_ids))
+    waiting = [
+        request
+        for request in map(scheduler.requests.get, request_ids)
+        if request is not None and request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+    ]
+    scheduler._update_from_kv_xfer_finished(ended)
+    for request in waiting:
+        scheduler._handle_failed_recving({request.request_id})
+        request.num_computed_tokens = 0
+        scheduler._handle_blocked_waiting_request(request)
