@@ -362,7 +362,7 @@ def test_a_lane_in_another_process_cannot_be_drained(monkeypatch: pytest.MonkeyP
     scheduler.add_request(make_request("a", 400))
     driver.step()
     monkeypatch.setattr(dispatch, "local_worker_half", lambda: None)
-    with pytest.raises(RuntimeError, match="1 prompts are in the prefill lane .* call again"):
+    with pytest.raises(RuntimeError, match=r"1 prompts are in the prefill lane .* call again"):
         scheduler.reset_prefix_cache(reset_running_requests=True)
 
 

@@ -204,7 +204,10 @@ def test_chunks_cover_a_job_but_its_last_token() -> None:
     queue = ChunkQueue()
     queue.add(job("a", 600, start=90))
     chunks = [queue.take(256) for _ in range(2)]
-    assert [(c.position, c.tokens, c.first, c.last) for c in chunks] == [(90, 256, True, False), (346, 254, False, True)]
+    assert [(c.position, c.tokens, c.first, c.last) for c in chunks] == [
+        (90, 256, True, False),
+        (346, 254, False, True),
+    ]
     assert queue.drop("a")
     assert not len(queue)
     with pytest.raises(LookupError, match="no job"):

@@ -116,11 +116,11 @@ class AgentServeConfig:
         low=16,
         high=1_048_576,
     )
-    lane_chunk_tokens: int = option(
-        256,
+    lane_chunk_tokens: int | None = option(
+        None,
         "tokens",
         "The prefill lane computes so many tokens at a time on its smallest share of the device, more on larger ones; between "
-        "two chunks it takes or gives back its share, and turns to another prompt.",
+        "two chunks it takes or gives back its share, and turns to another prompt. Not set: 256 on CPUs, 1024 on GPUs.",
         low=16,
         high=65_536,
     )
@@ -131,6 +131,14 @@ class AgentServeConfig:
         "the device can divide. Not set: the smallest of a few shares with which streams keep their target, as measured.",
         low=0.05,
         high=0.95,
+    )
+    lane_graph_tokens: int = option(
+        64,
+        "tokens",
+        "On GPUs, decode batches of up to this many tokens have CUDA graphs of their own while both lanes work, on every "
+        "slot; larger ones run without. 0: none have.",
+        low=0,
+        high=8192,
     )
     lane_jobs: int = option(
         2,
@@ -191,7 +199,7 @@ def _allowed(field: "dataclasses.Field[Any]") -> str:
     choices = _choices(field)
     if choices:
         return "one of " + ", ".join(repr(choice) for choice in choices)
-    kind = "a whole number" if field.type is int else "a number"
+    kind = "a whole number" if _whole(field) else "a number"
     unit = f" {field.metadata['unit']}" if field.metadata["unit"] else ""
     none = ", or null" if _optional(field) else ""
     return f"{kind} from {field.metadata['low']:.10g} to {field.metadata['high']:.10g}{unit}{none}"
@@ -203,6 +211,10 @@ def _choices(field: "dataclasses.Field[Any]") -> tuple[Any, ...]:
 
 def _optional(field: "dataclasses.Field[Any]") -> bool:
     return isinstance(field.type, types.UnionType) and type(None) in typing.get_args(field.type)
+
+
+def _whole(field: "dataclasses.Field[Any]") -> bool:
+    return field.type is int or int in typing.get_args(field.type)
 
 
 def _checked(field: "dataclasses.Field[Any]", value: Any) -> Any:
@@ -219,11 +231,11 @@ def _checked(field: "dataclasses.Field[Any]", value: Any) -> Any:
         raise wrong
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise wrong
-    if field.type is int and value != int(value):
+    if _whole(field) and value != int(value):
         raise wrong
     if not field.metadata["low"] <= value <= field.metadata["high"]:
         raise wrong
-    return int(value) if field.type is int else float(value)
+    return int(value) if _whole(field) else float(value)
 
 
 def option_table() -> str:

@@ -89,8 +89,7 @@ class LaneConnector(KVConnectorBase_V1):
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         # The first call of a step, before its attention metadata are made for a number of threads.
-        assert isinstance(kv_connector_metadata, LaneMetadata)
-        self.half.before_step(kv_connector_metadata.jobs, kv_connector_metadata.computes, kv_connector_metadata.slot)
+        self.half.begin(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         # No load is synchronous, so vLLM calls it when the step's own work is launched.

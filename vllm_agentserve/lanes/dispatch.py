@@ -34,6 +34,8 @@ class LaneDispatch:
 
     def __init__(self, options: AgentServeConfig, block_size: int) -> None:
         self.policy = LanePolicy(options.lane_min_tokens, options.lane_jobs, compares=options.mode == "auto")
+        # Until the worker says that there is one: in mode `auto` there may be none.
+        self.policy.ready = False
         self.block_size = block_size
         self.rates: Rates | None = None
         self.decodes = 0

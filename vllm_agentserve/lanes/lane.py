@@ -49,7 +49,7 @@ class LaneReport:
     """What the worker tells the scheduler of its lane.
 
     Args:
-        slots: how the device can be divided, in the first report of a lane that is ready; empty later.
+        slots: how the device can be divided, whenever a lane is new or can take jobs again; else empty.
         tokens: prompt tokens computed beside decodes since the last report.
         seconds: the time their chunks took.
     """

@@ -20,6 +20,8 @@ from vllm_agentserve.lanes.runner import Setup
 from vllm_agentserve.policy.slots import core_ladder
 from vllm_agentserve.vllm_compat import cpu
 
+CHUNK_TOKENS = 256
+"""Default of `lane_chunk_tokens` here: about a tenth of a second on one core."""
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 5.0
 CHUNK_TIMEOUT_S = 60.0
@@ -129,6 +131,7 @@ class ProcessLane:
 
     def poll(self, patience_s: float = 0.0) -> list[Outcome]:
         outcomes: list[Outcome] = []
+        kind = ""
         try:
             while self._connection.poll(0.0 if outcomes else patience_s):
                 kind, request_id, error = self._connection.recv()
@@ -136,7 +139,9 @@ class ProcessLane:
                 if request_id in self._in_flight:
                     self._in_flight.discard(request_id)
                     outcomes.append(Outcome(request_id, error if kind == "failed" else None))
-            if self._hangs():
+                if kind == "failed":
+                    break
+            if kind == "failed" or self._hangs():
                 self._process.kill()
                 raise EOFError
         except (EOFError, OSError):
@@ -201,7 +206,7 @@ class ProcessLanes:
             vllm_config=cpu.second_worker_config(vllm_config),
             kv_cache_config=kv_cache_config,
             memory=(memory.size, memory.descriptor),
-            chunk_tokens=self._options.lane_chunk_tokens,
+            chunk_tokens=self._options.lane_chunk_tokens or CHUNK_TOKENS,
             slot_cores=tuple(every[decode:] for decode in core_ladder(len(every), self._options.lane_decode_share)),
             all_cores=every,
         )

@@ -90,7 +90,7 @@ class ChunkError(RuntimeError):
 
 
 def serve(connection: Connection) -> None:
-    """Answers every job with ("done", id, None) or ("failed", id, why), cancelled ones too, until told to end."""
+    """Answers every job with ("done", id, None), cancelled ones too, until told to end; ends after ("failed", id, why)."""
     setup: Setup = connection.recv()
     # While it loads it stays off the decode lane's cores.
     os.sched_setaffinity(0, setup.slot_cores[-1])
@@ -107,9 +107,9 @@ def serve(connection: Connection) -> None:
         try:
             done = lane.step()
         except ChunkError as error:
-            lane.forget(error.args[0])
             connection.send(("failed", error.args[0], traceback.format_exc()))
-            continue
+            # What vLLM's runner keeps between steps is in no known state now: the worker starts another process.
+            raise
         if done is not None:
             connection.send(("done", done, None))
 

@@ -7,7 +7,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 from vllm.logger import init_logger
 
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.lanes.lane import Job, LaneReport, Outcome, PrefillLane
+from vllm_agentserve.lanes.lane import Job, LaneError, LaneReport, Outcome, PrefillLane
 
 if TYPE_CHECKING:
     from vllm_agentserve.lanes.memory import KvMemory
@@ -17,6 +17,8 @@ logger = init_logger("vllm.agentserve")
 IDLE_PATIENCE_S = 0.005
 """How long a step without tokens waits for the lane, so that an engine with nothing else to do does not spin."""
 DRAIN_PATIENCE_S = 0.05
+FAILURES_IN_A_ROW = 3
+"""A lane on which so many jobs failed one after the other is taken for broken, and started again."""
 
 
 class LaneWorker:
@@ -42,12 +44,27 @@ class LaneWorker:
         self._make = start
         self._make_again = restart
         self._computes = False
+        self._failures = 0
+        self._announce = False
+        self._begun: Any = None
         self._lane: PrefillLane | None = None
 
     def start(self) -> None:
-        """Starts the lane and waits for it; raises `LaneError`."""
-        self._lane = self._make()
+        """Starts the lane and waits for it. Raises `LaneError`; in mode `auto` it says why everything is time-sliced."""
+        try:
+            self._lane = self._make()
+        except LaneError as error:
+            if self.options.mode != "auto":
+                raise
+            logger.warning("agentserve: mode auto runs time-sliced: %s", error)
+            return
         logger.info("agentserve: prefill lane ready: %s.", self._lane.name)
+
+    def begin(self, metadata: Any) -> None:
+        """Begins a step once, whoever comes first: the provider, before anything is launched, or vLLM with the metadata."""
+        if metadata is not self._begun:
+            self._begun = metadata
+            self.before_step(metadata.jobs, metadata.computes, metadata.slot)
 
     def before_step(self, jobs: list[Job], computes: bool, slot: int) -> None:
         """A step begins: its new jobs, whether it runs the model, and how the device is divided."""
@@ -81,7 +98,13 @@ class LaneWorker:
         failed = {outcome.request_id: outcome.error for outcome in outcomes if outcome.error is not None}
         for request_id, error in failed.items():
             logger.error("agentserve: the prefill lane failed on %s, which is computed again: %s", request_id, error)
-        if not lane.alive():
+        if failed:
+            self._failures += len(failed)
+            # The scheduler sends nothing after a failure until it hears of a lane that can take jobs.
+            self._announce = True
+        elif outcomes:
+            self._failures = 0
+        if not lane.alive() or self._failures >= FAILURES_IN_A_ROW:
             self._replace(lane)
         return KVConnectorTransferResults(
             finished_recving={outcome.request_id for outcome in outcomes}, failed_recving=set(failed)
@@ -102,10 +125,17 @@ class LaneWorker:
 
     def report(self) -> LaneReport | None:
         """What the scheduler is to know of the lane, None when there is nothing new."""
-        return self._lane.report() if self._lane is not None else None
+        lane = self._lane
+        if lane is None:
+            return None
+        if self._announce and lane.ready:
+            self._announce = False
+            return LaneReport(lane.slots)
+        return lane.report()
 
     def _replace(self, lane: PrefillLane) -> None:
         """Starts another lane without waiting for it; the scheduler's half sends nothing for a while, or never again."""
+        self._failures = 0
         lane.close()
         if self.restarts >= self.options.lane_restarts:
             logger.error(
@@ -137,6 +167,9 @@ def lane_worker(options: AgentServeConfig, vllm_config: Any, kv_cache_config: An
     from vllm_agentserve.lanes.stream import StreamLane
 
     def start() -> PrefillLane:
-        return StreamLane.start(options, vllm_config, kv_cache_config)
+        lane = StreamLane.start(options, vllm_config, kv_cache_config)
+        lane.follow(worker.begin)
+        return lane
 
-    return LaneWorker(options, None, start, start)
+    worker = LaneWorker(options, None, start, start)
+    return worker

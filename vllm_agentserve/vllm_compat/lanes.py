@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
 from vllm_agentserve.policy.routes import lanes_may_pay
 from vllm_agentserve.policy.slots import core_ladder
+from vllm_agentserve.vllm_compat import cuda
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -23,15 +24,23 @@ def choose_lanes(arguments: Any, options: AgentServeConfig) -> str | None:
     Raises:
         OptionError: mode `lanes` cannot run here.
     """
+    from vllm.platforms import current_platform
+
     if options.mode not in ("lanes", "auto"):
         return None
     obstacle = arguments_obstacle(arguments)
     if obstacle is None and options.mode == "auto":
         obstacle = _no_gain(options)
+    on_cpu = current_platform.is_cpu()
     if obstacle is None:
-        obstacle = model_obstacle(arguments.create_model_config())
+        model = arguments.create_model_config()
+        obstacle = model_obstacle(model)
+        if obstacle is None and not on_cpu:
+            obstacle = cuda.engine_obstacle(arguments, model)
     if obstacle is None:
         add_lane_connector(arguments)
+        if not on_cpu:
+            arguments.worker_cls = cuda.WORKER
         return None
     if options.mode == "lanes":
         raise OptionError(
@@ -41,11 +50,11 @@ def choose_lanes(arguments: Any, options: AgentServeConfig) -> str | None:
 
 
 def _no_gain(options: AgentServeConfig) -> str | None:
-    """Why a lane would never be the faster way on this device; None if it may be."""
+    """Why mode `auto` does without a lane that could run on this device; None if it may pay."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
-        return None
+        return "lanes on GPUs have not run on hardware yet, so they have to be asked for with mode 'lanes'"
     cores = len(os.sched_getaffinity(0))
     share = 1 - core_ladder(cores, options.lane_decode_share)[0] / cores
     if lanes_may_pay(None if options.tpot_slo_ms is not None else options.tpot_factor, share):
@@ -60,11 +69,8 @@ def arguments_obstacle(arguments: Any) -> str | None:
     """Why two lanes cannot run with these `EngineArgs`; None if they can, as far as they tell."""
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
-        if len(os.sched_getaffinity(0)) < 2:
-            return "two lanes need two cores"
-    else:
-        return "this build has lanes for CPUs only"
+    if current_platform.is_cpu() and len(os.sched_getaffinity(0)) < 2:
+        return "two lanes need two cores"
     connector = arguments.kv_transfer_config
     if connector is not None and connector.kv_connector != CONNECTOR:
         return (

@@ -1,0 +1,97 @@
+"""CUDA: one chunk of the prefill lane from its launch until the device is through with it."""
+
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from vllm_agentserve.lanes.chunks import Chunk
+
+FATAL = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]")
+"""Exceptions with these words say that the context is lost."""
+
+
+class Cuda(Protocol):
+    """What the lane needs of `torch.cuda`."""
+
+    Event: Callable[..., Any]
+
+    def stream(self, stream: Any) -> AbstractContextManager[Any]: ...
+
+    def current_stream(self) -> Any: ...
+
+
+class ChunkRunner(Protocol):
+    """What computes chunks: `vllm_compat.cuda.LaneModelRunner`."""
+
+    def run(self, chunk: Chunk) -> object:
+        """Launches a chunk on the current stream; returns what must live until it is through."""
+
+    def forget(self, request_id: str) -> None:
+        """No further chunk of this request will come."""
+
+    def select(self, slot: int | None) -> None:
+        """The coming steps of the worker run on this slot, None for the whole device."""
+
+    def close(self) -> None:
+        """Gives back the worker's own runner as it was. Nothing runs any more."""
+
+
+class Flight:
+    """A chunk under way.
+
+    Args:
+        chunk: what it computes.
+        cuda: `torch.cuda`.
+        beside: whether it was launched while a step decodes.
+    """
+
+    def __init__(self, chunk: Chunk, cuda: Cuda, beside: bool) -> None:
+        self.chunk = chunk
+        self.beside = beside
+        self.cancelled = False
+        self.error: str | None = None
+        """Why it was not launched in full."""
+        self.launched = 0.0
+        """Host time in seconds."""
+        self._cuda = cuda
+        self._begun = cuda.Event(enable_timing=True)
+        self._ended = cuda.Event(enable_timing=True)
+        self._kept: object = None
+        """Its temporaries: the allocator must not give them to anybody before it is through."""
+
+    def launch(self, runner: ChunkRunner, stream: Any, inputs: Any | None) -> None:
+        """Launches it on `stream`, behind the event `inputs`.
+
+        Raises:
+            Exception: the CUDA context is lost; any other failure is kept in `error`.
+        """
+        with self._cuda.stream(stream):
+            if inputs is not None:
+                stream.wait_event(inputs)
+            self._begun.record(stream)
+            try:
+                self._kept = runner.run(self.chunk)
+            except Exception as failure:
+                if is_fatal(failure):
+                    raise
+                # What was launched before it failed still runs, so this chunk too is through only with its event. What it
+                # freed goes to the same stream again, behind that.
+                self.error = traceback.format_exc()
+            self._ended.record(stream)
+
+    def through(self) -> bool:
+        """Whether the device has computed it. Raises what CUDA raises when the context is lost."""
+        return bool(self._ended.query())
+
+    def seconds(self) -> float:
+        """The device's time for it; only when it is through."""
+        return float(self._begun.elapsed_time(self._ended)) / 1000
+
+
+def is_fatal(failure: BaseException) -> bool:
+    """Whether the CUDA context is lost: every later call would fail too. Out of memory is not that."""
+    text = str(failure)
+    if "out of memory" in text:
+        return False
+    return type(failure).__name__ == "AcceleratorError" or any(sign in text for sign in FATAL)

@@ -1,0 +1,78 @@
+"""CUDA: what the stream lane of a worker is made of: the ladder, the second model runner, and a proof that both fit."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_agentserve.lanes.green import SHARES, GreenLadder
+from vllm_agentserve.lanes.lane import LaneError
+from vllm_agentserve.policy.slots import chunk_length
+from vllm_agentserve.vllm_compat import cuda
+from vllm_agentserve.vllm_compat.cuda_runner import LaneModelRunner
+
+CHUNK_TOKENS = 1024
+"""Default of `lane_chunk_tokens` here: a chunk is launched kernel by kernel, which only a long one pays back."""
+
+
+@dataclass(frozen=True)
+class LaneParts:
+    """Arguments of `StreamLane`."""
+
+    runner: LaneModelRunner
+    ladder: GreenLadder
+    alone: Any
+    base: int
+    most: int
+    cuda: Any
+
+
+def lane_parts(options: Any, vllm_config: Any, kv_cache_config: Any) -> LaneParts:
+    """Makes them on the worker's device, and computes a chunk of every size once, on the streams it will run on.
+
+    Raises:
+        LaneError: something stands against it, or the memory does not suffice; nothing is left behind.
+    """
+    import torch
+
+    refuse(cuda.cuda_obstacle(vllm_config))
+    main = cuda.worker_runner()
+    refuse(cuda.runner_obstacle(main))
+    device = torch.cuda.current_device()
+    share = options.lane_decode_share
+    shares = SHARES if share is None else (share,)
+    ladder = GreenLadder(
+        cuda.cuda_driver(), device, shares, lambda handle: torch.cuda.ExternalStream(handle, device=device)
+    )
+    runner: LaneModelRunner | None = None
+    try:
+        base = options.lane_chunk_tokens or CHUNK_TOKENS
+        # A job never fills the context, and the lane leaves its last token to the decode lane.
+        most = min(8 * base, main.max_num_tokens, main.max_model_len - 1)
+        runner = LaneModelRunner(main, vllm_config, kv_cache_config, options.lane_jobs + 1, most)
+        runner.capture_for([streams.decode for streams in ladder.streams], options.lane_graph_tokens)
+        alone = torch.cuda.Stream(device)
+        slots = ladder.slots
+        smallest = min(slot.prefill for slot in slots)
+        lengths = [chunk_length(base, slot.prefill, smallest) for slot in slots] + [most]
+        torch.cuda.synchronize()
+        for stream, length in zip([*(streams.prefill for streams in ladder.streams), alone], lengths, strict=True):
+            with torch.cuda.stream(stream):
+                runner.warm_up(min(length, most))
+            torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except BaseException as error:
+        if runner is not None:
+            runner.close()
+        ladder.close()
+        if not isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        raise LaneError(
+            f"the second model runner does not fit into the memory that is left: lower --gpu-memory-utilization or "
+            f"'lane_chunk_tokens' ({error})"
+        ) from error
+    return LaneParts(runner, ladder, alone, base, most, torch.cuda)
+
+
+def refuse(obstacle: str | None) -> None:
+    """Raises `LaneError` when there is one."""
+    if obstacle is not None:
+        raise LaneError(f"two lanes cannot run on this worker: {obstacle}")

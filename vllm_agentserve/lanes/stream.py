@@ -1,0 +1,288 @@
+"""CUDA: the prefill lane as a second model runner of the worker, launched from the worker's own thread on a stream beside it.
+
+The idea is that of SGLang's PD multiplexing and of the papers it follows: both phases in one process, on disjoint streaming
+multiprocessors, over one KV cache. Streams are chosen anew for every step and every chunk, so nothing waits for the device.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from vllm_agentserve.lanes.chunks import Chunk, ChunkQueue
+from vllm_agentserve.lanes.flight import ChunkRunner, Cuda, Flight
+from vllm_agentserve.lanes.green import SlotStreams
+from vllm_agentserve.lanes.lane import Job, LaneError, LaneReport, Outcome, Slot
+from vllm_agentserve.policy.slots import chunk_length
+
+WATCHDOG_S = 60.0
+"""A chunk that is not through so long after its launch hangs."""
+GLANCE_S = 0.0002
+"""Time between two looks at an event while there is nothing else to do."""
+
+
+class Ladder(Protocol):
+    """What the lane needs of `GreenLadder`."""
+
+    @property
+    def slots(self) -> tuple[Slot, ...]: ...
+
+    @property
+    def streams(self) -> tuple[SlotStreams, ...]: ...
+
+    def close(self) -> None: ...
+
+
+class StreamLane:
+    """One chunk is under way at a time, which bounds how long a cancelled job holds its blocks.
+
+    A step of the worker runs inside `step`, on the stream of the slot while both lanes have work and else on the stream vLLM
+    chose. A slot's stream waits for vLLM's and vLLM's then for the slot's, so steps follow one another wherever they run.
+    A job's first chunk waits for the step it was submitted in: when that is through, the blocks it reads are written and its
+    own are zeroed. Nothing waits for a chunk but the host, before it tells that the job has ended.
+
+    Args:
+        runner: computes chunks.
+        ladder: the slots and their streams; closed with the lane.
+        alone: a stream on the whole device, for chunks while nobody decodes.
+        base: tokens of a chunk on the smallest prefill slot.
+        most: tokens a chunk never exceeds.
+        cuda: `torch.cuda`.
+        watchdog_s: see `WATCHDOG_S`.
+        clock, sleep: of the host, in seconds.
+    """
+
+    def __init__(
+        self,
+        runner: ChunkRunner,
+        ladder: Ladder,
+        alone: Any,
+        base: int,
+        most: int,
+        cuda: Cuda,
+        watchdog_s: float = WATCHDOG_S,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._runner = runner
+        self._ladder = ladder
+        self._slots = ladder.slots
+        self._alone = alone
+        self._base = base
+        self._most = most
+        self._cuda = cuda
+        self._watchdog_s = watchdog_s
+        self._clock = clock
+        self._sleep = sleep
+        self._queue = ChunkQueue()
+        self._held: dict[str, None] = {}
+        self._fresh: list[str] = []
+        """Jobs that came since the last step was launched."""
+        self._inputs: dict[str, Any] = {}
+        """By job not begun: the event after which what it reads is written."""
+        self._flight: Flight | None = None
+        self._outcomes: list[Outcome] = []
+        self._begin: Callable[[Any], None] | None = None
+        self._computes = False
+        self._asked = 0
+        self._slot: int | None = None
+        self._step_stream: Any = None
+        self._said_slots = False
+        self._tokens, self._seconds = 0, 0.0
+        self._open = True
+
+    @classmethod
+    def start(cls, options: Any, vllm_config: Any, kv_cache_config: Any) -> "StreamLane":
+        """Makes the lane of this worker; vLLM's own runner has its model and KV cache, and has captured no CUDA graphs yet.
+
+        Raises:
+            LaneError: it cannot run here; the message says why and what to do.
+        """
+        from vllm_agentserve.lanes.parts import lane_parts
+
+        parts = lane_parts(options, vllm_config, kv_cache_config)
+        lane = cls(parts.runner, parts.ladder, parts.alone, parts.base, parts.most, parts.cuda)
+        parts.runner.lead(lane.step, lane.step_goes_on)
+        return lane
+
+    @property
+    def name(self) -> str:
+        slots = ", ".join(f"{slot.decode}+{slot.prefill}" for slot in self._slots)
+        return f"a second model runner; streaming multiprocessors for decode + prefill: {slots}, all for a lane that is alone"
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        return self._slots
+
+    @property
+    def ready(self) -> bool:
+        return self._open
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._held)
+
+    def alive(self) -> bool:
+        return self._open
+
+    def jobs(self) -> list[str]:
+        return list(self._held)
+
+    def report(self) -> LaneReport | None:
+        slots = () if self._said_slots else self._slots
+        self._said_slots = True
+        tokens, self._tokens = self._tokens, 0
+        seconds, self._seconds = self._seconds, 0.0
+        return LaneReport(slots, tokens, seconds) if slots or tokens else None
+
+    # -- the worker's steps ---------------------------------------------------------------------------------------------
+
+    def follow(self, begin: Callable[[Any], None]) -> None:
+        """Calls `begin` with the connector's metadata before anything of a step is launched, so that `submit` and
+        `begin_step` come early enough to choose its stream: vLLM itself shows the metadata only when inputs are made."""
+        self._begin = begin
+
+    @contextmanager
+    def step(self, metadata: Any) -> Iterator[Any]:
+        """Around the launch of a step's forward pass; gives its stream. `metadata` is the connector's, None in warm-up."""
+        self._computes, self._slot = False, None
+        if metadata is not None and self._begin is not None:
+            self._begin(metadata)
+        self._runner.select(self._slot)
+        with self.step_goes_on() as stream:
+            yield stream
+
+    @contextmanager
+    def step_goes_on(self) -> Iterator[Any]:
+        """Around the launch of what belongs to the last step: sampling."""
+        plain = self._cuda.current_stream()
+        if self._slot is None:
+            self._step_stream = plain
+            yield plain
+            return
+        stream = self._step_stream = self._ladder.streams[self._slot].decode
+        stream.wait_stream(plain)
+        try:
+            with self._cuda.stream(stream):
+                yield stream
+        finally:
+            plain.wait_stream(stream)
+
+    def begin_step(self, computes: bool, slot: int) -> None:
+        self._look()
+        self._computes = computes
+        self._asked = min(max(slot, 0), len(self._slots) - 1)
+        # A job stays in the queue until its last chunk is through.
+        self._slot = self._asked if computes and len(self._queue) else None
+
+    # -- jobs -----------------------------------------------------------------------------------------------------------
+
+    def submit(self, job: Job) -> None:
+        if job.request_id in self._held:
+            raise LaneError(f"request {job.request_id} came to the prefill lane twice")
+        self._held[job.request_id] = None
+        self._fresh.append(job.request_id)
+        self._queue.add(job)
+
+    def cancel(self, request_id: str) -> None:
+        if self._flight is not None and self._flight.chunk.job.request_id == request_id:
+            self._flight.cancelled = True
+        elif request_id in self._queue:
+            self._end(request_id, None)
+
+    def launch(self) -> None:
+        self._look()
+        self._mark_inputs()
+        if self._flight is not None or not len(self._queue):
+            return
+        if self._computes:
+            stream, units = self._ladder.streams[self._asked].prefill, self._slots[self._asked].prefill
+        else:
+            stream, units = self._alone, self._slots[0].decode + self._slots[0].prefill
+        smallest = min(slot.prefill for slot in self._slots)
+        chunk = self._queue.take(min(chunk_length(self._base, units, smallest), self._most))
+        self._flight = self._launched(chunk, stream)
+
+    def _mark_inputs(self) -> None:
+        """The jobs that came with the step just launched read nothing that a later step writes."""
+        fresh, self._fresh = [one for one in self._fresh if one in self._queue], []
+        if fresh:
+            event = self._cuda.Event()
+            event.record(self._step_stream if self._step_stream is not None else self._cuda.current_stream())
+            self._inputs.update(dict.fromkeys(fresh, event))
+
+    def _launched(self, chunk: Chunk, stream: Any) -> Flight:
+        flight = Flight(chunk, self._cuda, beside=self._computes)
+        try:
+            flight.launch(self._runner, stream, self._inputs.pop(chunk.job.request_id) if chunk.first else None)
+        except Exception as failure:
+            raise self._lost(f"launching a prefill chunk broke the CUDA context: {failure}") from failure
+        flight.launched = self._clock()
+        return flight
+
+    def _look(self) -> None:
+        """Ends the chunk under way if it is through. Raises `LaneError` when it hangs, or the device is lost."""
+        flight = self._flight
+        if flight is None:
+            return
+        try:
+            through = flight.through()
+        except Exception as failure:
+            raise self._lost(f"a prefill chunk broke the CUDA context: {failure}") from failure
+        if not through:
+            if self._clock() - flight.launched > self._watchdog_s:
+                raise self._lost(f"a prefill chunk is not through after {self._watchdog_s:.0f} s")
+            return
+        self._flight = None
+        if flight.beside and flight.error is None:
+            self._tokens += flight.chunk.tokens
+            self._seconds += flight.seconds()
+        if flight.cancelled:
+            self._end(flight.chunk.job.request_id, None)
+        elif flight.error is not None or flight.chunk.last:
+            self._end(flight.chunk.job.request_id, flight.error)
+
+    def _end(self, request_id: str, error: str | None) -> None:
+        if self._queue.drop(request_id):
+            self._runner.forget(request_id)
+        self._inputs.pop(request_id, None)
+        self._outcomes.append(Outcome(request_id, error))
+
+    def poll(self, patience_s: float = 0.0) -> list[Outcome]:
+        """As `PrefillLane.poll`; also returns when a chunk is through, so that the next can be launched.
+
+        Raises:
+            LaneError: the device is lost or hangs: a kernel of this process cannot be ended alone, so the engine has to.
+        """
+        deadline = self._clock() + patience_s
+        self._look()
+        while self._flight is not None and not self._outcomes and self._clock() < deadline:
+            self._sleep(GLANCE_S)
+            self._look()
+        outcomes, self._outcomes = self._outcomes, []
+        for outcome in outcomes:
+            del self._held[outcome.request_id]
+        return outcomes
+
+    def _lost(self, why: str) -> LaneError:
+        self._open = False
+        return LaneError(
+            f"{why}. The prefill lane shares the device and the KV cache with the decode steps, so nothing computed after "
+            "this could be trusted: restart the server, with mode 'time-sliced' if it happens again"
+        )
+
+    def close(self) -> None:
+        """Waits for the chunk under way; does nothing when the device is lost, which only the end of the process clears up.
+
+        Raises:
+            LaneError: the chunk hangs.
+        """
+        if not self._open:
+            return
+        while self._flight is not None:
+            self._look()
+            if self._flight is not None:
+                self._sleep(GLANCE_S)
+        self._open = False
+        self._runner.close()
+        self._ladder.close()

@@ -1,0 +1,156 @@
+"""Whether two lanes can run on this GPU, and vLLM's own model runner, which the lane works beside."""
+
+import importlib
+import os
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from vllm_agentserve.lanes.lane import LaneError
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+WORKER = "vllm_agentserve.vllm_compat.cuda_worker.LaneGpuWorker"
+"""The value of `--worker-cls` that lanes need."""
+OLDEST_DRIVER = 12040
+WORKSPACE_LANE = 1
+"""vLLM's scratch memory of the prefill lane; its own steps use lane 0."""
+BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
+"""Attention backends that keep their buffers in the metadata builder, which every runner has its own of."""
+
+V1_RUNNER = (
+    "vLLM uses its V1 model runner here: unset VLLM_USE_V2_MODEL_RUNNER, and see vLLM's warning for other reasons"
+)
+
+_known: "dict[str, weakref.ref[Any]]" = {}
+
+
+def remember_runner(runner: Any) -> None:
+    """Called by `LaneGpuWorker` with the model runner it has made."""
+    _known["runner"] = weakref.ref(runner)
+
+
+def worker_runner() -> Any:
+    """vLLM's own model runner of this process.
+
+    Raises:
+        LaneError: the worker is not `LaneGpuWorker`.
+
+    Retired by: `KVConnectorBase_V1.register_kv_caches` being given the runner.
+    """
+    runner = _known["runner"]() if _known else None
+    if runner is None:
+        raise LaneError(f"the worker's model runner is not known: --worker-cls must be {WORKER}")
+    return runner
+
+
+def engine_obstacle(arguments: Any, model: "ModelConfig") -> str | None:
+    """Why two lanes cannot run on GPUs with these `EngineArgs` and this model, and what to do; None if they can, as far as
+    they tell. Makes no CUDA context, so the API server may ask."""
+    from vllm import envs
+
+    if (reason := machine_obstacle()) is not None:
+        return reason
+    if envs.VLLM_USE_V2_MODEL_RUNNER is False:
+        return V1_RUNNER
+    if arguments.worker_cls not in ("auto", WORKER):
+        return f"--worker-cls is {arguments.worker_cls!r}, and lanes need their own"
+    return shared_state_obstacle(
+        model, arguments.enable_dbo, arguments.kv_sharing_fast_prefill, arguments.compilation_config.mode
+    )
+
+
+def cuda_obstacle(vllm_config: "VllmConfig") -> str | None:
+    """As `engine_obstacle`, of the whole configuration; what only the worker knows is in `runner_obstacle`."""
+    if (reason := machine_obstacle()) is not None:
+        return reason
+    if not vllm_config.use_v2_model_runner:
+        return V1_RUNNER
+    if vllm_config.parallel_config.worker_cls != WORKER:
+        return f"--worker-cls is {vllm_config.parallel_config.worker_cls!r}, and lanes need their own"
+    return shared_state_obstacle(
+        vllm_config.model_config,
+        vllm_config.parallel_config.enable_dbo,
+        vllm_config.cache_config.kv_sharing_fast_prefill,
+        vllm_config.compilation_config.mode,
+    )
+
+
+def machine_obstacle() -> str | None:
+    """The part of `cuda_obstacle` that no configuration changes: GPU, driver, environment."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return "lanes on a GPU need an NVIDIA one, for its green contexts"
+    capability = current_platform.get_device_capability()
+    if capability is None or capability.major < 8:
+        return f"lanes need compute capability 8.0 or newer, this GPU has {capability}"
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        if "expandable_segments:True" in os.environ.get(name, "").replace(" ", ""):
+            return f"{name} turns on expandable segments, which vLLM refuses beside a KV connector"
+    return driver_obstacle()
+
+
+def shared_state_obstacle(model: "ModelConfig", dual_batch: bool, fast_prefill: bool, mode: Any) -> str | None:
+    """What two runners over one module would both write, as far as it is known; None if nothing.
+
+    Args:
+        model: vLLM's configuration of it.
+        dual_batch: whether dual-batch overlap is on.
+        fast_prefill: whether prefill skips layers that share a KV cache.
+        mode: vLLM's `CompilationMode`, None for its default.
+    """
+    if model.quantization is not None:
+        # Marlin keeps locks per layer, some FP8 kernels a workspace per process.
+        return f"kernels of quantization {model.quantization!r} may keep scratch memory that two lanes would both write"
+    if model.is_moe and os.environ.get("VLLM_DISABLE_SHARED_EXPERTS_STREAM", "0") in ("", "0"):
+        return "shared experts run on one more stream for both lanes: set VLLM_DISABLE_SHARED_EXPERTS_STREAM=1"
+    if model.enable_sleep_mode:
+        return "sleep mode unmaps memory that a lane may be using"
+    if dual_batch:
+        return "dual-batch overlap has streams of its own"
+    if fast_prefill:
+        return "fast prefill over shared KV layers skips what the lane computes"
+    if mode is not None and mode.name == "STOCK_TORCH_COMPILE":
+        return "compilation mode STOCK_TORCH_COMPILE would compile the model once per runner"
+    return None
+
+
+def cuda_driver() -> Any:
+    """The module `cuda.bindings.driver`. Raises `ImportError` without it."""
+    return importlib.import_module("cuda.bindings.driver")
+
+
+def driver_obstacle() -> str | None:
+    """Why green contexts cannot be made with the installed driver and bindings; None if they can."""
+    try:
+        driver = cuda_driver()
+    except ImportError:
+        return "cuda.bindings is not installed: pip install cuda-bindings"
+    try:
+        error, version = driver.cuDriverGetVersion()
+    except RuntimeError as missing:
+        return f"the NVIDIA driver was not found ({missing})"
+    if int(error) != 0:
+        return f"the NVIDIA driver does not tell its version (CUDA error {int(error)})"
+    if version < OLDEST_DRIVER:
+        return (
+            f"the NVIDIA driver supports CUDA {version // 1000}.{version % 1000 // 10}, green contexts need 12.4: "
+            "install driver 550 or newer"
+        )
+    return None
+
+
+def runner_obstacle(runner: Any) -> str | None:
+    """Why a second runner cannot work beside this one; None if it can. Its KV cache must be initialised."""
+    from vllm.v1.worker import workspace
+
+    names = {group.backend.get_name() for groups in runner.attn_groups for group in groups}
+    if wrong := sorted(names - set(BACKENDS)):
+        return (
+            f"attention backend {wrong[0]} may keep scratch memory that two lanes would both write: set --attention-backend "
+            "to FLASH_ATTN"
+        )
+    if workspace.current_workspace_manager()._num_lanes <= WORKSPACE_LANE:
+        return f"vLLM's scratch memory has no lane for it: --worker-cls must be {WORKER}"
+    return None

@@ -1,0 +1,249 @@
+"""A second V2 model runner of a GPU worker, over the first one's module and KV cache; it computes chunks and samples nothing."""
+
+import copy
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any
+
+from vllm_agentserve.lanes.chunks import Chunk
+from vllm_agentserve.lanes.lane import Job, LaneError
+from vllm_agentserve.vllm_compat.cuda import WORKSPACE_LANE
+from vllm_agentserve.vllm_compat.cuda_graphs import SlotGraphs
+
+WARM_UP = "agentserve-warm-up"
+WARM_UP_TAIL = 16
+
+
+def second_runner_config(vllm_config: Any, requests: int, tokens: int) -> Any:
+    """The configuration for the second runner: no CUDA graphs, buffers for so many requests and tokens of a batch.
+
+    Its compilation part is a copy, since a runner resolves its graph mode into it, with the same attention layers in it.
+    """
+    config = copy.copy(vllm_config)
+    config.compilation_config = copy.copy(vllm_config.compilation_config)
+    config.compilation_config.cudagraph_mode = type(vllm_config.compilation_config.cudagraph_mode).NONE
+    config.scheduler_config = copy.copy(vllm_config.scheduler_config)
+    config.scheduler_config.max_num_seqs = requests
+    config.scheduler_config.max_num_batched_tokens = tokens
+    return config
+
+
+@contextmanager
+def connector_hidden() -> Iterator[None]:
+    """Within, vLLM has no KV connector: layers and runners of the lane must not call the one that drives it.
+
+    Retired by: `load_model` and `initialize_kv_cache` taking a connector, and attention taking it from the forward context.
+    """
+    from vllm.distributed.kv_transfer import kv_transfer_state
+
+    agent = kv_transfer_state._KV_CONNECTOR_AGENT
+    kv_transfer_state._KV_CONNECTOR_AGENT = None
+    try:
+        yield
+    finally:
+        kv_transfer_state._KV_CONNECTOR_AGENT = agent
+
+
+@contextmanager
+def kv_cache_kept(main: Any) -> Iterator[None]:
+    """Within, a runner that initialises its KV cache gets the tensors of `main`, and no layer is bound anew.
+
+    Retired by: `initialize_kv_cache` taking existing tensors, as `load_model` takes an existing module.
+    """
+    module: Any = sys.modules[type(main).__module__]
+    stock = module.init_kv_cache
+    module.init_kv_cache = lambda *args, **kwargs: {str(index): cache for index, cache in enumerate(main.kv_caches)}
+    try:
+        yield
+    finally:
+        module.init_kv_cache = stock
+
+
+@contextmanager
+def offloader_kept() -> Iterator[None]:
+    """Within, a runner may be made: its constructor replaces the process's weight offloader, which is put back.
+
+    Retired by: the offloader becoming an attribute of the runner.
+    """
+    from vllm.model_executor.offloader import get_offloader, set_offloader
+
+    offloader = get_offloader()
+    try:
+        yield
+    finally:
+        set_offloader(offloader)
+
+
+def second_runner(main: Any, vllm_config: Any, kv_cache_config: Any, requests: int, tokens: int) -> Any:
+    """A runner of the class of `main` over its module and KV cache.
+
+    Raises:
+        LaneError: a layer would see another KV cache than before.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.worker.workspace import use_workspace_lane
+
+    config = second_runner_config(vllm_config, requests, tokens)
+    layers = config.compilation_config.static_forward_context
+    before = {name: id(getattr(layer, "kv_cache", None)) for name, layer in layers.items()}
+    with (
+        set_current_vllm_config(config),
+        connector_hidden(),
+        kv_cache_kept(main),
+        offloader_kept(),
+        use_workspace_lane(WORKSPACE_LANE),
+    ):
+        runner = type(main)(config, main.device)
+        runner.load_model(model=main.get_model())
+        # As for profiling: so it makes no connector of its own, and nothing that is there once per engine.
+        runner.initialize_kv_cache(copy.deepcopy(kv_cache_config), is_profiling=True)
+    if before != {name: id(getattr(layer, "kv_cache", None)) for name, layer in layers.items()}:
+        raise LaneError("this vLLM bound its attention layers to another KV cache for the second model runner")
+    return runner
+
+
+class LaneModelRunner:
+    """The `ChunkRunner` of a GPU worker: the second runner, and what the first one needs so that both can work.
+
+    A job is one request of the second runner from its first chunk to its last. V2 keeps the number of computed tokens on the
+    GPU, where sampling advances it; here the step for models that do not sample does. A fresh request for every chunk would
+    need no such step, but would copy the whole prompt to the GPU each time: milliseconds of the thread that launches decodes.
+
+    Args:
+        main: the worker's own runner.
+        vllm_config, kv_cache_config: of the worker.
+        requests: jobs there may be at once.
+        tokens: of a chunk, at most.
+
+    Retired by: a second execution lane in vLLM's own runner.
+    """
+
+    def __init__(self, main: Any, vllm_config: Any, kv_cache_config: Any, requests: int, tokens: int) -> None:
+        self._main = main
+        self._second = second_runner(main, vllm_config, kv_cache_config, requests, tokens)
+        self._finished: set[str] = set()
+        self._graphs: SlotGraphs | None = None
+
+    def capture_for(self, streams: Sequence[Any], largest: int) -> None:
+        """When vLLM captures its CUDA graphs, it will capture those of these decode streams too; see `SlotGraphs`."""
+        import torch
+
+        def warm(tokens: int) -> None:
+            torch.cuda.synchronize()
+            # As for profiling: so it takes no graph.
+            self._main._dummy_run(tokens, uniform_decode=True, skip_eplb=True, is_profile=True)
+            torch.cuda.synchronize()
+
+        self._graphs = SlotGraphs(self._main.cudagraph_manager, streams, largest, warm, torch.cuda.stream)
+
+    def select(self, slot: int | None) -> None:
+        if self._graphs is not None:
+            self._graphs.select(slot)
+
+    def lead(
+        self,
+        step: Callable[[Any], AbstractContextManager[Any]],
+        step_goes_on: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        """Makes the worker's own runner launch each step within `step(connector metadata)`, on the stream that this gives,
+        and sample within `step_goes_on()`. Dummy steps stay as they are.
+
+        Retired by: a hook of V2 runners for the stream of a step.
+        """
+        main = self._main
+        execute, sample = main.execute_model, main.sample_tokens
+
+        def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("dummy_run"):
+                return execute(scheduler_output, *args, **kwargs)
+            with step(scheduler_output.kv_connector_metadata) as main.main_stream:
+                return execute(scheduler_output, *args, **kwargs)
+
+        def sample_tokens(*args: Any, **kwargs: Any) -> Any:
+            # The copy of the sampled tokens to the host waits for `main_stream`, and leaves it the current one.
+            with step_goes_on() as main.main_stream:
+                return sample(*args, **kwargs)
+
+        main.execute_model, main.sample_tokens = execute_model, sample_tokens
+
+    def run(self, chunk: Chunk) -> object:
+        """Launches a chunk on the current stream; returns what must live until it is through."""
+        from vllm.v1.worker.workspace import use_workspace_lane
+
+        second = self._second
+        try:
+            with use_workspace_lane(WORKSPACE_LANE), connector_hidden():
+                second.execute_model(self._scheduled(chunk))
+                state = second.execute_model_state
+                second.postprocess_num_computed_tokens(state.input_batch)
+        except Exception:
+            # What is staged for the failed request must not meet what the next one stages: one kernel writes all.
+            second.req_states.apply_staged_writes()
+            second.block_tables.apply_staged_writes()
+            raise
+        finally:
+            second.execute_model_state = None
+        return state
+
+    def _scheduled(self, chunk: Chunk) -> Any:
+        from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+
+        job = chunk.job
+        output = SchedulerOutput.make_empty()
+        if chunk.first:
+            output.scheduled_new_reqs = [
+                NewRequestData(
+                    req_id=job.request_id,
+                    prompt_token_ids=job.token_ids,
+                    mm_features=[],
+                    sampling_params=None,
+                    pooling_params=None,
+                    block_ids=job.block_ids,
+                    num_computed_tokens=chunk.position,
+                    lora_request=None,
+                    prefill_token_ids=job.token_ids,
+                )
+            ]
+        else:
+            output.scheduled_cached_reqs = CachedRequestData(
+                req_ids=[job.request_id],
+                resumed_req_ids=set(),
+                new_token_ids=[],
+                all_token_ids={},
+                new_block_ids=[None],
+                num_computed_tokens=[chunk.position],
+                num_output_tokens=[0],
+            )
+        finished, self._finished = self._finished, set()
+        return replace(
+            output,
+            num_scheduled_tokens={job.request_id: chunk.tokens},
+            total_num_scheduled_tokens=chunk.tokens,
+            finished_req_ids=finished,
+        )
+
+    def forget(self, request_id: str) -> None:
+        self._finished.add(request_id)
+
+    def warm_up(self, tokens: int) -> None:
+        """Computes a chunk of so many tokens and a short one after it, on the current stream, into the block that vLLM keeps
+        for nobody; so kernels are compiled and scratch memory has its size before vLLM forbids it to grow."""
+        end = min(tokens + WARM_UP_TAIL, self._second.max_model_len - 1)
+        first = min(tokens, end - 1)
+        blocks = tuple([0] * -(-(end + 1) // size) for size in self._second.block_tables.block_sizes)
+        job = Job(WARM_UP, [0] * (end + 1), blocks, 0)
+        self.run(Chunk(job, 0, first, True, False))
+        self.run(Chunk(job, first, end - first, False, True))
+        self.forget(WARM_UP)
+
+    def close(self) -> None:
+        """Gives back the worker's runner as it was. The second one is dropped without its `shutdown`, which would clear the
+        layers and the workspaces that both share."""
+        main = self._main
+        for name in ("execute_model", "sample_tokens", "main_stream"):
+            vars(main).pop(name, None)
+        if self._graphs is not None:
+            self._graphs.close()
+        self._second = None
