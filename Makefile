@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test setup lint doctor bench bench-interference bench-cost clean
+.PHONY: demo test setup lint doctor bench bench-interference bench-cost gpu-check clean
 
 demo: setup
 	@$(RUN)/agentserve demo
@@ -30,6 +30,10 @@ bench-interference: setup
 
 bench-cost: setup
 	@$(RUN)/python -m pytest -q -s -o addopts= -p no:cacheprovider benchmarks/test_step_cost.py
+
+# Eight minutes on a machine with one NVIDIA GPU; into bench-results/gpu-check.
+gpu-check: setup
+	@$(RUN)/python -m vllm_agentserve.gpucheck --output bench-results/gpu-check
 
 setup:
 	@test -n "$(PYTHON)" || { echo "error: no CPython 3.11 to 3.13 found: install one, or name it with PYTHON=..." >&2; exit 1; }

@@ -5,12 +5,15 @@ Everything is computed from what was written to the results folder, so that anyb
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_agentserve.bench.client import Stream
 from vllm_agentserve.bench.records import Record
+
+if TYPE_CHECKING:
+    from vllm_agentserve.bench.client import Stream
 
 Values = NDArray[np.float64]
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
@@ -36,7 +39,7 @@ class Gaps:
     """Nobody did."""
 
 
-def split_gaps(streams: Iterable[Stream], prefills: Iterable[tuple[float, float]]) -> Gaps:
+def split_gaps(streams: "Iterable[Stream]", prefills: Iterable[tuple[float, float]]) -> Gaps:
     """Splits the intervals of `streams` by whether a prompt was read, given the (begin, end) of each prefill."""
     spans = merged(np.asarray(list(prefills), dtype=float).reshape(-1, 2))
     gaps = Gaps([], [])

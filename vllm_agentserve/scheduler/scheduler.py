@@ -188,7 +188,6 @@ class AgentScheduler(Scheduler):
 
     def _admit(self, request: Request, computed: int) -> Prefill:
         uncached = request.num_tokens - computed
-        self._count_reason(request)
         phase = self._from_lane.pop(request.request_id, None)
         if phase is None:
             phase = classify(computed, uncached, known_session=request.session_id in self._sessions)
@@ -229,6 +228,7 @@ class AgentScheduler(Scheduler):
                 continue
             if request_id in new:
                 self._stats.admitted(prefill.phase)
+                self._count_reason(request)
             if tokens:
                 chunks.append((prefill.phase, tokens, request.num_computed_tokens - tokens))
                 if not request.is_prefill_chunk:

@@ -1,0 +1,1 @@
+"""`make gpu-check`: one command that shows on one machine what of this project holds there, and writes it to a folder."""

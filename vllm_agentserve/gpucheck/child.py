@@ -1,0 +1,33 @@
+"""One task in a process of its own, started by `Place.run`; its options come on standard input, as JSON."""
+
+import faulthandler
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from vllm_agentserve.gpucheck.place import STACK_BEFORE_END_S
+
+
+def main() -> None:
+    """Arguments: PACKAGE.MODULE:FUNCTION, the file for the result, and the time limit in seconds."""
+    function, result, limit_s = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(max(limit_s - STACK_BEFORE_END_S, 0.1))
+    module, _, name = function.partition(":")
+    task = getattr(importlib.import_module(module), name)
+    answer = json.dumps(task(json.load(sys.stdin)))
+    faulthandler.cancel_dump_traceback_later()
+    # In one move, so that a file that is there is whole.
+    partial = result.with_suffix(".part")
+    partial.write_text(answer + "\n")
+    partial.replace(result)
+    # Taking down CUDA, an engine and its threads proves nothing, takes seconds and may hang.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

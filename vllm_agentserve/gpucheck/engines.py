@@ -1,0 +1,171 @@
+"""The engines of the check: real vLLM in this process, stock or with our scheduler, over a model that needs no download."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_agentserve.toy import make_toy_model
+from vllm_agentserve.vllm_compat import SCHEDULER_NAME
+
+PREFIX = "vllm:agentserve_"
+OURS = ("time-sliced", "lanes")
+STOCK = ("stock", "stock-chunk")
+GRAPH_SIZES = (1, 2, 4, 8)
+"""Decode batches that are CUDA graphs: agents are few, and every size takes start-up time."""
+CONTROL_CHUNK = 256
+"""Prompt tokens per step of the arm `stock-chunk`: stock vLLM against itself, with other rounding."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A dense decoder by its sizes.
+
+    Args:
+        least_gib: free GPU memory from which on it is chosen; weights in bf16, a KV cache and room for lanes.
+    """
+
+    name: str
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    least_gib: float
+
+
+SHAPES = (
+    Shape("qwen2.5-7b", 3584, 18944, 28, 28, 4, 152064, 30.0),
+    Shape("qwen2.5-3b", 2048, 11008, 36, 16, 2, 151936, 15.0),
+    Shape("qwen2.5-1.5b", 1536, 8960, 28, 12, 2, 151936, 9.0),
+    Shape("qwen2.5-0.5b", 896, 4864, 24, 14, 2, 151936, 0.0),
+)
+"""Sizes of the published models, the largest first."""
+TOY = Shape("toy", 384, 1536, 6, 6, 2, 4096, 0.0)
+
+
+def shape_for(free_gib: float | None) -> Shape:
+    """The largest shape for so much free GPU memory; the toy without a GPU."""
+    if free_gib is None:
+        return TOY
+    return next(shape for shape in SHAPES if free_gib >= shape.least_gib)
+
+
+def kv_cache_bytes(free_gib: float | None) -> int:
+    """The same KV cache for every arm: 2 GiB without a GPU, else a fifth of its free memory, from 1 to 8 GiB."""
+    return 2 << 30 if free_gib is None else int(min(max(free_gib / 5, 1.0), 8.0) * 2**30)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One engine.
+
+    Args:
+        arm: one of `STOCK` or `OURS`.
+        model: "toy" (real random weights) or a name of `SHAPES` (vLLM's dummy weights).
+        folder: where the configuration of a dummy model is written.
+        graphs: whether decode steps are CUDA graphs.
+        options: ours, for the arms that have them.
+        engine: further arguments of `LLM`.
+    """
+
+    arm: str
+    model: str
+    dtype: str
+    device: str
+    folder: str
+    graphs: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    engine: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_config(shape: Shape, folder: Path) -> Path:
+    """Writes the configuration of a dummy model; returns its folder."""
+    model = folder / shape.name
+    model.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.inner,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "vocab_size": shape.vocabulary,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": shape.hidden < 3584,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    }
+    (model / "config.json").write_text(json.dumps(config, indent=1))
+    return model
+
+
+def engine_arguments(setting: Setting) -> dict[str, Any]:
+    """The arguments of `LLM`, without the model.
+
+    Raises:
+        ValueError: the arm is unknown.
+    """
+    if setting.arm not in (*STOCK, *OURS):
+        raise ValueError(f"arm {setting.arm!r} is unknown: choose one of {', '.join((*STOCK, *OURS))}")
+    given: dict[str, Any] = {
+        "dtype": setting.dtype,
+        "skip_tokenizer_init": True,
+        "seed": 0,
+        # Our counters are read from vLLM's public metrics, so every arm collects them.
+        "disable_log_stats": False,
+        "load_format": "auto" if setting.model == TOY.name else "dummy",
+        **setting.engine,
+    }
+    if setting.device == "cuda":
+        # FlashAttention has no float32; and the choice is the same on every GPU.
+        given["attention_config"] = {"backend": "TRITON_ATTN" if setting.dtype == "float32" else "FLASH_ATTN"}
+        # The size of the KV cache is given; this is only how much must be free at start.
+        given["gpu_memory_utilization"] = 0.3
+    if setting.device == "cuda" and setting.graphs:
+        given["compilation_config"] = {
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": list(GRAPH_SIZES),
+        }
+    else:
+        given["enforce_eager"] = True
+    if setting.arm == "stock-chunk":
+        given["max_num_batched_tokens"] = CONTROL_CHUNK
+    if setting.arm in OURS:
+        given["scheduler_cls"] = SCHEDULER_NAME
+        given["additional_config"] = {"agentserve": {"mode": setting.arm, **setting.options}}
+    return given
+
+
+def make_engine(setting: Setting) -> Any:
+    """A `vllm.LLM`. In a child process, which ends with it."""
+    from vllm import LLM
+
+    from vllm_agentserve import plugin
+
+    # vLLM finds the plugin by itself where it is installed; a bare source tree on the path has no entry points.
+    plugin.register()
+    if setting.model == TOY.name:
+        model = make_toy_model()
+    else:
+        model = write_config(next(one for one in SHAPES if one.name == setting.model), Path(setting.folder))
+    return LLM(str(model), **engine_arguments(setting))
+
+
+def counters(llm: Any) -> dict[str, int]:
+    """Our counters so far (`scheduler.stats.COUNTERS`); empty for stock. Complete once no request runs."""
+    from vllm.v1.metrics.reader import Counter
+
+    return {
+        metric.name.removeprefix(PREFIX): metric.value
+        for metric in llm.get_metrics()
+        if isinstance(metric, Counter) and metric.name.startswith(PREFIX)
+    }

@@ -1,0 +1,138 @@
+"""Tokens of every mode against stock vLLM's: the same requests in float32, and in bfloat16 up to ties."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from vllm_agentserve.gpucheck.compare import Comparison, compare, wrong
+from vllm_agentserve.gpucheck.engines import TOY, Setting, counters, make_engine
+from vllm_agentserve.gpucheck.jobs import Answers, Job, beside_jobs, from_json, mixed_jobs, run_jobs, to_json
+from vllm_agentserve.gpucheck.place import PACKAGE, Finding, Place
+
+ORDER = {
+    "float32": ("stock", "lanes", "time-sliced", "stock-chunk"),
+    "bfloat16": ("stock", "stock-chunk", "lanes", "time-sliced"),
+}
+"""Arms by dtype: what tells most comes first, should the time run out. In bfloat16 nothing is told without the control."""
+CONTROL = "stock-chunk"
+HARD = {"tpot_slo_ms": 15, "lane_min_tokens": 48, "lane_chunk_tokens": 64}
+"""Options with which everything is cut into many chunks and most prompts go to the lane."""
+CACHE_TOKENS = 4224
+"""A KV cache so small that requests preempt one another."""
+
+
+def engine_limits(device: str) -> dict[str, Any]:
+    """Arguments of `LLM` that all engines of this part and of the faults share."""
+    block = 16 if device == "cuda" else 128
+    return {
+        "max_model_len": 4096,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 4096,
+        "block_size": block,
+        "num_gpu_blocks_override": CACHE_TOKENS // block,
+        "kv_cache_memory_bytes": 1 << 30,
+    }
+
+
+def setting(place: Place, arm: str, dtype: str) -> Setting:
+    return Setting(
+        arm, TOY.name, dtype, place.device, str(place.folder), options=HARD, engine=engine_limits(place.device)
+    )
+
+
+def jobs_of(dtype: str, small: bool) -> list[Job]:
+    """Sampling with seeds only in float32: in bfloat16 a difference of a sampled token is no tie and proves nothing."""
+    return mixed_jobs(6 if small else 20, seeded=dtype == "float32")
+
+
+def answer(options: Mapping[str, Any]) -> dict[str, Any]:
+    """One arm's answers to the mix and to `beside_jobs`, in a child process."""
+    given = Setting(**options["setting"])
+    llm = make_engine(given)
+    answers = run_jobs(llm.llm_engine, jobs_of(given.dtype, options["small"]))
+    answers |= run_jobs(llm.llm_engine, beside_jobs())
+    return {"answers": to_json(answers), "counters": counters(llm)}
+
+
+def name_of(dtype: str, arm: str) -> str:
+    return f"equality-{dtype}-{arm}"
+
+
+def answers_of(place: Place, dtype: str, arm: str) -> Answers | str:
+    """The answers of an arm, from a child process; why there are none."""
+    options = {"setting": asdict(setting(place, arm, dtype)), "small": place.small}
+    limit = None if arm == "stock" else place.patience_s
+    ended = place.run(name_of(dtype, arm), f"{PACKAGE}.equality:answer", options, limit)
+    return ended.error if ended.error is not None else from_json(ended.result["answers"])
+
+
+def row(dtype: str, arm: str, comparison: Comparison, lane_requests: int) -> str:
+    margins = [one.margin for one in comparison.differences]
+    shown = ", ".join("?" if margin is None else f"{margin:.4f}" for margin in margins[:6]) or "none"
+    equal = f"{comparison.equal} of {comparison.compared}"
+    return f"| {dtype} | {arm} | {equal} | {comparison.noise:.2g} | {shown} | {lane_requests} |"
+
+
+def run(place: Place) -> Finding:
+    """The part."""
+    page = [
+        "| dtype | arm | requests with stock's tokens | log-probabilities apart, at most | margin of the first other token | "
+        "requests of the lane |",
+        "|---" * 6 + "|",
+    ]
+    problems: list[str] = []
+    figures: dict[str, Any] = {}
+    judged = 0
+    slowest = 0.0
+    for dtype, arms in ORDER.items():
+        found: dict[str, Answers] = {}
+        compared: dict[str, Comparison] = {}
+        jobs = [*jobs_of(dtype, place.small), *beside_jobs()]
+        for arm in arms:
+            before = place.left_s()
+            if before < slowest:
+                page.append(f"| {dtype} | {arm} | not run: the time was used up | | | |")
+                continue
+            answers = answers_of(place, dtype, arm)
+            slowest = max(slowest, before - place.left_s())
+            if isinstance(answers, str):
+                problems.append(f"{dtype} {arm}: no answers")
+                page.append(f"| {dtype} | {arm} | failed | | | |")
+                figures[name_of(dtype, arm)] = {"error": answers}
+                if arm == "stock":
+                    break
+                continue
+            found[arm] = answers
+            if arm != "stock":
+                compared[arm] = compare(found["stock"], answers, jobs)
+                counts = place.raw(name_of(dtype, arm))["counters"]
+                figures[name_of(dtype, arm)] = asdict(compared[arm]) | {"counters": counts}
+                page.append(row(dtype, arm, compared[arm], counts.get("lane_requests", 0)))
+        control = compared.pop(CONTROL, None)
+        if control is None and dtype != "float32":
+            continue
+        for arm, comparison in compared.items():
+            judged += 1
+            why = wrong(comparison, control)
+            if why is None and arm == "lanes" and not figures[name_of(dtype, arm)]["counters"].get("lane_requests"):
+                why = "no prompt went to the lane"
+            if why is not None:
+                problems.append(f"{dtype} {arm}: {why}")
+    page += errors_of(figures)
+    if problems:
+        return Finding("failed", "; ".join(problems), page, figures)
+    if not judged:
+        return Finding("not run", "the time was used up before two arms had answered", page, figures)
+    exact = all(one["equal"] == one["compared"] for one in figures.values())
+    line = "all tokens are stock's" if exact else "all tokens are stock's, up to ties that stock has with itself"
+    wanted = sum(len(arms) - 2 for arms in ORDER.values())
+    return Finding("ok", f"{line} ({judged} of {wanted} comparisons)", page, figures)
+
+
+def errors_of(figures: Mapping[str, Any]) -> list[str]:
+    """The last lines of every child that failed, as Markdown."""
+    page: list[str] = []
+    for name, one in figures.items():
+        if "error" in one:
+            page += ["", f"`{name}`:", "", "```", *one["error"].splitlines(), "```"]
+    return page

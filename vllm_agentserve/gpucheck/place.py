@@ -1,0 +1,151 @@
+"""Where a check runs and what it may take: the folder, the device, the clock, and child processes with a time limit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+PACKAGE = "vllm_agentserve.gpucheck"
+TAIL_LINES = 12
+STACK_BEFORE_END_S = 2.0
+"""A child writes the stacks of its threads to its log so long before its time is up."""
+GONE_S = 20.0
+
+Status = Literal["ok", "failed", "not run"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a part found.
+
+    Args:
+        status: "failed" when something is wrong or could not be finished, "not run" when it does not apply here.
+        line: the verdict, one sentence.
+        page: Markdown lines for the summary.
+        figures: the same for machines, JSON.
+    """
+
+    status: Status
+    line: str
+    page: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A child process that ended: its result, or why there is none, with the last lines it wrote."""
+
+    result: Any
+    error: str | None
+    seconds: float
+
+
+def child_environment(base: Mapping[str, str], serving: Mapping[str, str]) -> dict[str, str]:
+    """The environment of every child: engines in the process itself, and nothing vLLM would have to download or compile.
+
+    Args:
+        base: what the user has set, which goes first.
+        serving: see `bench.server.serving_environment`.
+    """
+    wanted = {
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        # Lanes on disjoint multiprocessors still wait for each other in a shared hardware queue.
+        "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+        "PYTHONUNBUFFERED": "1",
+    }
+    return {**wanted, **serving, **base, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+
+class Place:
+    """One check: its folder with `raw/` and `logs/`, its device, and how long the present part may still take.
+
+    Args:
+        folder: the results folder; made here.
+        device: "cuda" or "cpu".
+        small: everything in the smallest size that still exercises it.
+        environment: of all child processes.
+    """
+
+    def __init__(self, folder: Path, device: str, small: bool, environment: Mapping[str, str]) -> None:
+        self.folder = folder.resolve()
+        self.device = device
+        self.small = small
+        self.environment = dict(environment)
+        self.end = float("inf")
+        self._ran: set[str] = set()
+        for name in ("raw", "logs"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+
+    def left_s(self) -> float:
+        """Seconds the present part has left."""
+        return self.end - time.monotonic()
+
+    @property
+    def patience_s(self) -> float:
+        """An engine that is not through after so long hangs, where stock's was: it must not take the others' time."""
+        return 100.0 if self.device == "cuda" else 300.0
+
+    def raw(self, name: str) -> Any:
+        """What the child called `name` returned in this check; None when it has not, whatever lies in the folder."""
+        path = self.folder / "raw" / f"{name}.json"
+        return json.loads(path.read_text()) if name in self._ran and path.exists() else None
+
+    def run(self, name: str, function: str, options: Any, limit_s: float | None = None) -> Ended:
+        """Calls `function` ("package.module:function") with `options` in a process of its own.
+
+        Its result goes to `raw/NAME.json`, what it writes to `logs/NAME.log`. It ends after `limit_s` seconds or when the
+        part's time is up, with everything it started.
+        """
+        result, log = self.folder / "raw" / f"{name}.json", self.folder / "logs" / f"{name}.log"
+        result.unlink(missing_ok=True)
+        self._ran.add(name)
+        limit = min(self.left_s(), limit_s or float("inf"), 86_400.0)
+        began = time.monotonic()
+        if limit <= STACK_BEFORE_END_S:
+            return Ended(None, "not started: the time of this part was used up", 0.0)
+        command = [sys.executable, "-m", f"{PACKAGE}.child", function, str(result), str(limit)]
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                start_new_session=True,
+            )
+            try:
+                process.communicate(json.dumps(options).encode(), timeout=limit)
+                why = f"exit code {process.returncode}" if process.returncode else None
+            except subprocess.TimeoutExpired:
+                why = f"not done after {limit:.0f} s"
+            finally:
+                end_group(process)
+        seconds = time.monotonic() - began
+        if why is None and not result.exists():
+            why = "no result"
+        if why is not None:
+            return Ended(None, f"{name}: {why}\n{tail(log)}", seconds)
+        return Ended(json.loads(result.read_text()), None, seconds)
+
+
+def end_group(process: "subprocess.Popen[bytes]") -> None:
+    """Ends a process that leads a group, and what is left of the group; waits for the process for a while."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    try:
+        process.wait(GONE_S)
+    except subprocess.TimeoutExpired:
+        print(f"process {process.pid} does not end: it may hang in the driver", file=sys.stderr)
+
+
+def tail(log: Path) -> str:
+    """The last lines of a log."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])

@@ -1,0 +1,25 @@
+"""The three kinds of steps whose throughput is measured on shares of the device."""
+
+from dataclasses import dataclass
+
+LAYERS = 4
+"""Enough that their weights do not stay in a GPU's cache."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kind of step: `batch` sequences that compute `tokens` new tokens each, with `context` tokens before them."""
+
+    name: str
+    batch: int
+    tokens: int
+    context: int
+
+
+WORKS = (
+    Work("decode", 8, 1, 3000),
+    Work("cold prefill", 1, 2048, 0),
+    Work("resume prefill", 1, 96, 3000),
+)
+"""Lengths as in the workload `react`."""
+SMALL_WORKS = (Work("decode", 4, 1, 300), Work("cold prefill", 1, 256, 0), Work("resume prefill", 1, 32, 300))
