@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test setup lint doctor bench bench-interference bench-cost gpu-check clean
+.PHONY: demo test setup lint doctor bench bench-interference bench-cost gpu-check torture clean
 
 demo: setup
 	@$(RUN)/agentserve demo
@@ -30,6 +30,10 @@ bench-interference: setup
 
 bench-cost: setup
 	@$(RUN)/python -m pytest -q -s -o addopts= -p no:cacheprovider benchmarks/test_step_cost.py
+
+# A quarter of an hour: the lane is killed fifty times under load, and every answer compared with stock's.
+torture: setup
+	@AGENTSERVE_LANE_KILLS=50 $(RUN)/python -m pytest tests/test_lanes.py -k "again_and_again"
 
 # Eight minutes on a machine with one NVIDIA GPU; into bench-results/gpu-check.
 gpu-check: setup

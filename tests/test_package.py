@@ -165,14 +165,42 @@ def test_doctor_reads_gpus(line: str, levels: list[Level]) -> None:
     assert [finding.level for finding in doctor.gpu_findings(line)] == levels
 
 
-def test_doctor_on_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
-    lanes = '{"mode": "lanes"}'
-    assert "lanes hold the weights in memory twice" in doctor.check_options(lanes).found
-    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda _: {0})
-    assert doctor.check_options(lanes).level is Level.PROBLEM
+@pytest.mark.parametrize(
+    ("options", "cores", "level", "words"),
+    [
+        ('{"mode": "lanes"}', 2, Level.OK, "its own copy of the weights"),
+        ('{"mode": "lanes"}', 1, Level.PROBLEM, "two lanes need two cores"),
+        ('{"tpot_slo_ms": 12}', 2, Level.OK, "its own copy of the weights"),
+        ('{"tpot_slo_ms": 12}', 1, Level.NOTE, "two lanes need two cores"),
+        ("{}", 2, Level.NOTE, "a lane with 50% of 2 cores would"),
+        ("{}", 16, Level.OK, "its own copy of the weights"),
+    ],
+)
+def test_doctor_on_lanes(
+    options: str, cores: int, level: Level, words: str, monkeypatch: pytest.MonkeyPatch, toy_model: Path
+) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
+    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda _: set(range(cores)))
+    finding = doctor.check_lanes(options, str(toy_model))
+    assert finding is not None
+    assert finding.level is level
+    assert words in finding.found
+    assert ("MiB of memory are available" in finding.found) is (level is Level.OK)
+
+
+def test_doctor_on_lanes_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "which", lambda _: "nvidia-smi")
-    assert "lanes run on CPUs only so far" in doctor.check_options(lanes).found
-    assert "mode auto, which is time-sliced" in doctor.check_options("{}").found
+    monkeypatch.setattr(doctor, "driver_obstacle", lambda: "install driver 550 or newer")
+    asked, auto = (doctor.check_lanes(options, None) for options in ('{"mode": "lanes"}', "{}"))
+    assert asked is not None
+    assert auto is not None
+    assert (asked.level, auto.level) == (Level.PROBLEM, Level.NOTE)
+    assert "driver 550" in asked.found
+    monkeypatch.setattr(doctor, "driver_obstacle", lambda: None)
+    found = doctor.check_lanes('{"mode": "lanes"}', None)
+    assert found is not None
+    assert "a second model runner" in found.found
+    assert doctor.check_lanes('{"mode": "time-sliced"}', None) is None
 
 
 def test_doctor_exit_code_tells(capsys: pytest.CaptureFixture[str]) -> None:

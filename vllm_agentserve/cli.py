@@ -50,6 +50,8 @@ def make_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what will run on this machine and why, with a remedy per finding")
     doctor.add_argument("--options", default="{}", help=f'options of "{KEY}" to check, as a JSON object')
 
+    doctor.add_argument("--model", help="a model folder, to say what lanes would cost")
+
     toy = commands.add_parser("toy-model", help="make the toy model and print its folder")
     toy.add_argument("--output", type=Path, help="where (default: the user's cache)")
     return parser
@@ -86,7 +88,7 @@ def bench(arguments: argparse.Namespace) -> int:
 def doctor(arguments: argparse.Namespace) -> int:
     from vllm_agentserve.doctor import examine, print_findings
 
-    return print_findings(examine(arguments.options))
+    return print_findings(examine(arguments.options, arguments.model))
 
 
 def toy_model(arguments: argparse.Namespace) -> int:

@@ -10,9 +10,12 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
 
 from vllm_agentserve import __version__, vllm_compat
 from vllm_agentserve.config import AgentServeConfig, OptionError
+from vllm_agentserve.vllm_compat.cuda import driver_obstacle
+from vllm_agentserve.vllm_compat.lanes import no_gain
 
 MIN_DRIVER = 550
 """First NVIDIA driver branch with CUDA 12.4."""
@@ -138,16 +141,43 @@ def check_options(text: str) -> Finding:
     target = (
         f"{config.tpot_slo_ms:g} ms" if config.tpot_slo_ms else f"{config.tpot_factor:g} x the decode step seen alone"
     )
-    mode = "auto, which is time-sliced" if config.mode == "auto" else config.mode
-    found = f"mode {mode}; target time between tokens: {target}"
-    if config.mode == "lanes":
-        if shutil.which("nvidia-smi") is not None:
-            remedy = "use mode 'auto'"
-            return Finding("options", Level.PROBLEM, f"{found}; lanes run on CPUs only so far", remedy)
-        if len(os.sched_getaffinity(0)) < 2:
-            return Finding("options", Level.PROBLEM, f"{found}; two lanes need two cores", "use mode 'auto'")
-        found += "; lanes hold the weights in memory twice"
-    return Finding("options", Level.OK, found)
+    return Finding("options", Level.OK, f"mode {config.mode}; target time between tokens: {target}")
+
+
+def check_lanes(options: str, model: str | None) -> Finding | None:
+    """Whether two lanes run on this machine with these options, and what they cost; None where nobody asks for them."""
+    try:
+        config = AgentServeConfig.from_mapping(json.loads(options))
+    except (json.JSONDecodeError, OptionError):
+        return None
+    if config.mode not in ("lanes", "auto"):
+        return None
+    asked = config.mode == "lanes"
+    if shutil.which("nvidia-smi") is not None:
+        obstacle = driver_obstacle()
+        if obstacle is None and not asked:
+            obstacle = "lanes on GPUs have not run on hardware yet, so mode auto leaves them alone"
+        cost = "a second model runner over the same weights and KV cache: its chunks' activations, and CUDA graphs per slot"
+    else:
+        cores = len(os.sched_getaffinity(0))
+        obstacle = "two lanes need two cores" if cores < 2 else None
+        if obstacle is None and not asked:
+            obstacle = no_gain(config, cores)
+        cost = f"a second process with its own copy of the weights{weights(model)}; the KV cache is shared"
+    if obstacle is None:
+        return Finding("lanes", Level.OK, f"can run; they cost {cost}")
+    if asked:
+        return Finding("lanes", Level.PROBLEM, obstacle, "use mode 'auto', which takes what can run")
+    return Finding("lanes", Level.NOTE, f"mode auto is time-sliced here: {obstacle}")
+
+
+def weights(model: str | None) -> str:
+    """How large the weights in a model folder are, and how much memory there is; empty for a name or no model."""
+    if model is None or not Path(model).is_dir():
+        return ""
+    size = sum(path.stat().st_size for pattern in ("*.safetensors", "*.bin") for path in Path(model).glob(pattern))
+    free = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return f" ({size >> 20} MiB; {int(free[1]) >> 10 if free else 0} MiB of memory are available)"
 
 
 def check_scheduler() -> Finding:
@@ -160,7 +190,7 @@ def check_scheduler() -> Finding:
     return Finding("scheduler", Level.PROBLEM, f"{vllm_compat.SCHEDULER_NAME} cannot be imported: {last}", "see above")
 
 
-def examine(options: str = "{}") -> list[Finding]:
+def examine(options: str = "{}", model: str | None = None) -> list[Finding]:
     """Looks at everything; takes some seconds, because it imports torch and vLLM in processes of their own."""
     findings = [check_python(), check_vllm(), check_plugin()]
     named = check_distribution_name()
@@ -169,6 +199,9 @@ def examine(options: str = "{}") -> list[Finding]:
     findings += check_torch()
     findings += check_gpu()
     findings.append(check_options(options))
+    lanes = check_lanes(options, model)
+    if lanes is not None:
+        findings.append(lanes)
     if findings[1].level is Level.OK:
         findings.append(check_scheduler())
     return findings

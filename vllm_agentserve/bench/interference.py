@@ -17,7 +17,6 @@ import os
 import platform
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -27,8 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_agentserve.bench.client import Stream, StreamingClient
+from vllm_agentserve.bench.endpoint import read_counters
+from vllm_agentserve.bench.interference_figures import alone_summary, ratios, rounded, summary, table
 from vllm_agentserve.bench.measure import quantiles, split_gaps
 from vllm_agentserve.bench.server import VllmServer, serving_environment
+from vllm_agentserve.scheduler.stats import PREFIX
 from vllm_agentserve.toy import make_toy_model
 from vllm_agentserve.vllm_compat import SCHEDULER_NAME, installed_vllm
 
@@ -44,15 +46,20 @@ ENGINE_OPTIONS = {
     "kv_cache_memory_bytes": 2 << 30,
     "enforce_eager": True,
 }
+
+
+def ours(mode: str, target_ms: float) -> dict[str, Any]:
+    return {
+        "scheduler_cls": SCHEDULER_NAME,
+        "additional_config": {"agentserve": {"mode": mode, "tpot_slo_ms": target_ms}},
+    }
+
+
 ARMS: dict[str, dict[str, Any]] = {
     "stock": {},
     "stock-chunk=256": {"max_num_batched_tokens": 256},
-    "agentserve-20ms": {"scheduler_cls": SCHEDULER_NAME, "additional_config": {"agentserve": {"tpot_slo_ms": 20}}},
-    "agentserve-40ms": {"scheduler_cls": SCHEDULER_NAME, "additional_config": {"agentserve": {"tpot_slo_ms": 40}}},
-    "agentserve-lanes": {
-        "scheduler_cls": SCHEDULER_NAME,
-        "additional_config": {"agentserve": {"mode": "lanes", "tpot_slo_ms": 40}},
-    },
+    "lanes": ours("lanes", 40),
+    **{f"{mode}-{target}ms": ours(mode, target) for mode in ("time-sliced", "auto") for target in (40, 20, 12)},
 }
 
 
@@ -67,6 +74,8 @@ class Run:
     alone_ttft_s: list[tuple[int, float]] = field(default_factory=list)
     decode_tokens: int = 0
     decode_s: float = 0.0
+    counts: dict[str, float] = field(default_factory=dict)
+    """Counters of agentserve at the end: what it decided, and why."""
 
 
 def prompts(seed: int) -> Iterable[list[int]]:
@@ -112,6 +121,7 @@ async def run_http(url: str, seed: int) -> Run:
         for length in (*PROMPTS, *PROMPTS):
             alone = await client.generate("alone", next(drawn), 1)
             run.alone_ttft_s.append((length, alone.ttft))
+    run.counts = {name: value for name, value in read_counters(url).items() if "agentserve" in name and value}
     del run.alone_ttft_s[: len(PROMPTS)]
     return run
 
@@ -172,6 +182,8 @@ def run_engine(arm: str, seed: int, only_alone: bool = False) -> Run:
         while engine.has_unfinished_requests():
             engine.step()
         run.alone_ttft_s.append((length, time.perf_counter() - begin))
+    scheduler = engine.engine_core.engine_core.scheduler
+    run.counts = {f"{PREFIX}{name}": count for name, count in getattr(scheduler, "counts", {}).items() if count}
     del run.alone_ttft_s[: len(PROMPTS)]
     return run
 
@@ -195,72 +207,6 @@ def serve_option(key: str, value: Any) -> list[str]:
     if value is True:
         return [name]
     return [name, json.dumps(value) if isinstance(value, dict) else str(value)]
-
-
-def summary(runs: list[Run]) -> dict[str, Any]:
-    """One arm over all rounds: quantiles of the intervals of all rounds together, medians over rounds of the rest."""
-
-    def over_rounds(values: Iterable[float]) -> float:
-        return round(statistics.median(values), 3)
-
-    def mean_ttft(pairs: list[tuple[int, float]]) -> float:
-        return statistics.fmean(seconds for _, seconds in pairs)
-
-    def together(intervals: Iterable[list[float]]) -> dict[str, float]:
-        return {name: round(q, 2) for name, q in quantiles(list(itertools.chain(*intervals))).items()}
-
-    return {
-        "itl_during_ms": together(run.during_ms for run in runs),
-        "itl_during_p99_ms_each_round": [round(quantiles(run.during_ms)["p99"], 1) for run in runs],
-        "itl_first_cold_ms": together(run.first_during_ms for run in runs),
-        "itl_quiet_p50_ms": over_rounds(quantiles(run.quiet_ms)["p50"] for run in runs),
-        "itl_quiet_p99_ms": over_rounds(quantiles(run.quiet_ms)["p99"] for run in runs),
-        "cold_ttft_mean_s": over_rounds(mean_ttft(run.cold_ttft_s) for run in runs),
-        "alone_ttft_mean_s": over_rounds(mean_ttft(run.alone_ttft_s) for run in runs),
-        "decode_tokens_per_s": over_rounds(run.decode_tokens / run.decode_s for run in runs),
-    }
-
-
-def alone_summary(runs: list[Run]) -> dict[str, Any]:
-    """One arm of `--path alone`: the median over rounds of the mean over prompts."""
-    means = [statistics.fmean(seconds for _, seconds in run.alone_ttft_s) for run in runs]
-    return {"alone_ttft_mean_s": round(statistics.median(means), 3)}
-
-
-def ratios(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Every arm against stock."""
-    stock = arms["stock"]
-    return {
-        name: {
-            "itl_during_p99_stock_over_arm": round(stock["itl_during_ms"]["p99"] / arm["itl_during_ms"]["p99"], 2),
-            "cold_ttft_arm_over_stock": round(arm["cold_ttft_mean_s"] / stock["cold_ttft_mean_s"], 3),
-            "alone_ttft_arm_over_stock": round(arm["alone_ttft_mean_s"] / stock["alone_ttft_mean_s"], 3),
-            "quiet_itl_p50_arm_over_stock": round(arm["itl_quiet_p50_ms"] / stock["itl_quiet_p50_ms"], 3),
-            "decode_tokens_arm_over_stock": round(arm["decode_tokens_per_s"] / stock["decode_tokens_per_s"], 3),
-        }
-        for name, arm in arms.items()
-        if name != "stock"
-    }
-
-
-def table(arms: dict[str, dict[str, Any]]) -> str:
-    """The arms as a Markdown table."""
-    lines = [
-        "| arm | ITL during prefill p50 | p95 | p99 | max | first cold p99 | quiet p50 | quiet p99 | cold TTFT s | alone TTFT s "
-        "| decode tok/s |",
-        "|---" * 11 + "|",
-    ]
-    for name, arm in arms.items():
-        during = arm["itl_during_ms"]
-        figures = [
-            *(during[key] for key in ("p50", "p95", "p99", "max")),
-            arm["itl_first_cold_ms"]["p99"],
-            *(arm[key] for key in ("itl_quiet_p50_ms", "itl_quiet_p99_ms")),
-        ]
-        seconds = [f"{arm[key]:.3f}" for key in ("cold_ttft_mean_s", "alone_ttft_mean_s")]
-        cells = [name, *(f"{figure:.1f}" for figure in figures), *seconds, f"{arm['decode_tokens_per_s']:.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def main() -> int:
@@ -317,17 +263,6 @@ def main() -> int:
         }
         arguments.output.write_text(json.dumps(report) + "\n")
     return 0
-
-
-def rounded(value: Any) -> Any:
-    """The same data with floats to the microsecond, for smaller files."""
-    if isinstance(value, float):
-        return round(value, 3)
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(item) for item in value]
-    return value
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.utils import create_metric_per_engine
 
-from vllm_agentserve.scheduler.stats import COUNTERS, GAUGES
+from vllm_agentserve.scheduler.stats import COUNTERS, GAUGES, PREFIX
 from vllm_agentserve.vllm_compat import STATS_FIELD
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = init_logger("vllm.agentserve")
-PREFIX = "vllm:agentserve_"
 
 
 class AgentStatLogger(AggregateStatLoggerBase):

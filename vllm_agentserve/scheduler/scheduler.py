@@ -115,6 +115,11 @@ class AgentScheduler(Scheduler):
         if order_obstacle is not None:
             logger.warning("agentserve: waiting requests keep vLLM's order: %s.", order_obstacle)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """What `/metrics` counts, since the start."""
+        return dict(self._stats.counts)
+
     # -- a step ---------------------------------------------------------------------------------------------------------
 
     def schedule(self, throttle_prefills: bool = False) -> "SchedulerOutput":

@@ -5,6 +5,7 @@ from typing import Protocol
 from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.phase import Phase
 
+PREFIX = "vllm:agentserve_"
 COUNTERS = {
     "cold_prefill_requests": "Requests admitted as cold prefill.",
     "resume_prefill_requests": "Requests admitted as resume prefill.",
@@ -31,7 +32,7 @@ COUNTERS = {
     "overdue_requests": "Requests moved to the front of the queue because others had overtaken them for too long.",
     "slow_steps": "Decode steps that took longer than the upper threshold of the target.",
 }
-"""Counters, by the name they have behind `vllm:agentserve_` (with `_total`); each report carries what was added."""
+"""Counters, by the name they have behind the prefix (with `_total`); each report carries what was added."""
 
 GAUGES = {
     "tpot_target_seconds": "Target for the time between two tokens of a stream.",
@@ -44,7 +45,7 @@ GAUGES = {
     "lane_tokens_per_second": "Prompt tokens the prefill lane computes per second beside decodes; 0 until it has.",
     "lane_slot": "Index of the slot, by growing share of the decode lane, that divides the device while both lanes work.",
 }
-"""Gauges, by the name they have behind `vllm:agentserve_`; each report carries their value."""
+"""Gauges, by the name they have behind the prefix; each report carries their value."""
 
 
 class LaneGauges(Protocol):

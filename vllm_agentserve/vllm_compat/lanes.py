@@ -55,13 +55,17 @@ def _no_gain(options: AgentServeConfig) -> str | None:
 
     if not current_platform.is_cpu():
         return "lanes on GPUs have not run on hardware yet, so they have to be asked for with mode 'lanes'"
-    cores = len(os.sched_getaffinity(0))
+    return no_gain(options, len(os.sched_getaffinity(0)))
+
+
+def no_gain(options: AgentServeConfig, cores: int) -> str | None:
+    """Why a lane would never be the faster way on so many cores; None if it may be."""
     share = 1 - core_ladder(cores, options.lane_decode_share)[0] / cores
     if lanes_may_pay(None if options.tpot_slo_ms is not None else options.tpot_factor, share):
         return None
     return (
         f"steps within {options.tpot_factor:g} times the quiet one read prompts faster than a lane with {share:.0%} of "
-        f"{cores} cores would; a tighter 'tpot_slo_ms' or 'tpot_factor' changes that"
+        f"{cores} cores would; a 'tpot_slo_ms', or a smaller 'tpot_factor', lets it choose for every prompt"
     )
 
 

@@ -1,0 +1,109 @@
+"""The figures of the interference benchmark: from raw intervals to a table of arms, and every arm against stock."""
+
+import itertools
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm_agentserve.bench.measure import quantiles
+
+DECISIONS = (
+    "lane_asked_requests",
+    "tight_target_requests",
+    "loose_target_requests",
+    "unknown_requests",
+    "lane_down_requests",
+)
+"""Counters that say where a long prompt went beside streams, and why."""
+
+if TYPE_CHECKING:
+    from vllm_agentserve.bench.interference import Run
+
+
+def summary(runs: Sequence["Run"]) -> dict[str, Any]:
+    """One arm over all rounds: quantiles of the intervals of all rounds together, medians over rounds of the rest."""
+
+    def over_rounds(values: Iterable[float]) -> float:
+        return round(statistics.median(values), 3)
+
+    def mean_ttft(pairs: list[tuple[int, float]]) -> float:
+        return statistics.fmean(seconds for _, seconds in pairs)
+
+    def together(intervals: Iterable[list[float]]) -> dict[str, float]:
+        return {name: round(q, 2) for name, q in quantiles(list(itertools.chain(*intervals))).items()}
+
+    return {
+        "itl_during_ms": together(run.during_ms for run in runs),
+        "itl_during_p99_ms_each_round": [round(quantiles(run.during_ms)["p99"], 1) for run in runs],
+        "itl_first_cold_ms": together(run.first_during_ms for run in runs),
+        "itl_quiet_p50_ms": over_rounds(quantiles(run.quiet_ms)["p50"] for run in runs),
+        "itl_quiet_p99_ms": over_rounds(quantiles(run.quiet_ms)["p99"] for run in runs),
+        "cold_ttft_mean_s": over_rounds(mean_ttft(run.cold_ttft_s) for run in runs),
+        "alone_ttft_mean_s": over_rounds(mean_ttft(run.alone_ttft_s) for run in runs),
+        "decode_tokens_per_s": over_rounds(run.decode_tokens / run.decode_s for run in runs),
+        "long_prompts": decisions(runs),
+    }
+
+
+def decisions(runs: Sequence["Run"]) -> dict[str, float]:
+    """How many long prompts of all rounds went to the lane and to steps, by reason."""
+    total: dict[str, float] = {}
+    for run in runs:
+        for name, count in run.counts.items():
+            if name.endswith(DECISIONS):
+                short = name.rpartition("agentserve_")[2]
+                total[short] = total.get(short, 0.0) + count
+    return total
+
+
+def alone_summary(runs: Sequence["Run"]) -> dict[str, Any]:
+    """One arm of `--path alone`: the median over rounds of the mean over prompts."""
+    means = [statistics.fmean(seconds for _, seconds in run.alone_ttft_s) for run in runs]
+    return {"alone_ttft_mean_s": round(statistics.median(means), 3)}
+
+
+def ratios(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Every arm against stock."""
+    stock = arms["stock"]
+    return {
+        name: {
+            "itl_during_p99_stock_over_arm": round(stock["itl_during_ms"]["p99"] / arm["itl_during_ms"]["p99"], 2),
+            "cold_ttft_arm_over_stock": round(arm["cold_ttft_mean_s"] / stock["cold_ttft_mean_s"], 3),
+            "alone_ttft_arm_over_stock": round(arm["alone_ttft_mean_s"] / stock["alone_ttft_mean_s"], 3),
+            "quiet_itl_p50_arm_over_stock": round(arm["itl_quiet_p50_ms"] / stock["itl_quiet_p50_ms"], 3),
+            "decode_tokens_arm_over_stock": round(arm["decode_tokens_per_s"] / stock["decode_tokens_per_s"], 3),
+        }
+        for name, arm in arms.items()
+        if name != "stock"
+    }
+
+
+def table(arms: dict[str, dict[str, Any]]) -> str:
+    """The arms as a Markdown table."""
+    lines = [
+        "| arm | ITL during prefill p50 | p95 | p99 | max | first cold p99 | quiet p50 | quiet p99 | cold TTFT s | alone TTFT s "
+        "| decode tok/s |",
+        "|---" * 11 + "|",
+    ]
+    for name, arm in arms.items():
+        during = arm["itl_during_ms"]
+        figures = [
+            *(during[key] for key in ("p50", "p95", "p99", "max")),
+            arm["itl_first_cold_ms"]["p99"],
+            *(arm[key] for key in ("itl_quiet_p50_ms", "itl_quiet_p99_ms")),
+        ]
+        seconds = [f"{arm[key]:.3f}" for key in ("cold_ttft_mean_s", "alone_ttft_mean_s")]
+        cells = [name, *(f"{figure:.1f}" for figure in figures), *seconds, f"{arm['decode_tokens_per_s']:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def rounded(value: Any) -> Any:
+    """The same data with floats to the microsecond, for smaller files."""
+    if isinstance(value, float):
+        return round(value, 3)
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item) for item in value]
+    return value
