@@ -4,7 +4,7 @@ import torch
 
 from vllm_agentserve.lanes.memory import SharedMemory
 
-PLACES = ("decoded", "beat", "slot", "tokens", "seconds")
+PLACES = ("decoding", "beat", "slot", "tokens", "seconds")
 
 
 class Board:
@@ -13,8 +13,9 @@ class Board:
     Args:
         descriptor: of an inherited board; None makes a new one.
 
-    `decoded`: when the decode lane last began a step, in monotonic seconds; `beat`: when the lane last began a chunk; `slot`:
-    how the device is divided; `tokens` and `seconds`: what the lane has computed beside decodes, and the time that took.
+    `decoding`: 1 while the decode lane has work, between its steps too, else 0; `beat`: when the lane last began a chunk, in
+    monotonic seconds; `slot`: how the device is divided; `tokens` and `seconds`: what the lane has computed beside decodes, and
+    the time that took.
     """
 
     BYTES = 8 * len(PLACES)

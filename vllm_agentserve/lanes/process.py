@@ -111,12 +111,12 @@ class ProcessLane:
             self._send(("cancel", request_id))
 
     def begin_step(self, computes: bool, slot: int) -> None:
+        self._board["decoding"] = float(computes)
+        self._board["slot"] = slot
         if not computes:
             return
         if not self._ready:
             self.poll()
-        self._board["slot"] = slot
-        self._board["decoded"] = time.monotonic()
         # A lane that loads its model has its cores already, or its start would be felt by every stream.
         working = self.busy or (not self._ready and self.alive())
         decode = len(self._setup.all_cores) - len(self._setup.slot_cores[slot if self._ready else -1])

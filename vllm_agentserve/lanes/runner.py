@@ -23,8 +23,6 @@ from vllm_agentserve.policy.slots import chunk_length
 from vllm_agentserve.vllm_compat.cpu import SecondWorker
 
 PR_SET_PDEATHSIG = 1
-DECODE_GONE_S = 0.02
-"""The lane takes all cores when no decode step began for so long: between two steps decode is not gone."""
 OOM_SCORE = 500
 """Of 1000: when memory runs out the kernel is to end the lane, whose prompts are computed again, and not the engine."""
 
@@ -62,10 +60,11 @@ class LaneRunner:
         setup, board = self.setup, self.board
         began = time.monotonic()
         board["beat"] = began
-        alone = began - board["decoded"] > DECODE_GONE_S
-        cores = setup.all_cores if alone else setup.slot_cores[int(board["slot"])]
-        self.cores.take(cores)
-        chunk = self.jobs.take(chunk_length(setup.chunk_tokens, len(cores), self._smallest))
+        alone = not board["decoding"]
+        own = setup.slot_cores[int(board["slot"])]
+        self.cores.take(setup.all_cores if alone else own)
+        # No longer when it is alone: a step of decodes that comes meanwhile would find its cores taken until the end of it.
+        chunk = self.jobs.take(chunk_length(setup.chunk_tokens, len(own), self._smallest))
         request_id = chunk.job.request_id
         try:
             self._worker.compute(chunk)
