@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from typing import Any
 
 KEY = "agentserve"
+SERIES = "vllm:agentserve_"
+"""What our series on `/metrics` begin with."""
 
 
 class OptionError(ValueError):

@@ -5,7 +5,6 @@ from typing import Protocol
 from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.phase import Phase
 
-PREFIX = "vllm:agentserve_"
 COUNTERS = {
     "cold_prefill_requests": "Requests admitted as cold prefill.",
     "resume_prefill_requests": "Requests admitted as resume prefill.",
