@@ -11,7 +11,7 @@ from vllm_agentserve.bench.measure import RoundFigures, SessionFigures, merged, 
 from vllm_agentserve.bench.metrics import METRICS
 from vllm_agentserve.bench.records import Record, RoundRecord
 from vllm_agentserve.bench.slo import attained, thresholds
-from vllm_agentserve.bench.summary import compare_prompts, decisions
+from vllm_agentserve.bench.summary import compare_prompts, decisions, notes
 
 BY_KEY = {metric.key: metric for metric in METRICS}
 
@@ -252,3 +252,14 @@ def test_where_long_prompts_were_computed_is_said_for_arms_with_a_lane() -> None
         "Long prompts of auto: 5 by the prefill lane, which reads them faster than steps within the target; "
         "4 in steps, which read them faster within the target."
     ]
+
+
+def test_different_servers_are_named() -> None:
+    experiment = {"rounds": 3, "arms": [{}, {}]}
+    rounds = [
+        RoundRecord(arm=arm, round=number, began="", software=software)
+        for number in range(3)
+        for arm, software in (("a", "vLLM 0.32.0"), ("b", "sglang"))
+    ]
+    assert "The arms are different software: a vLLM 0.32.0, b sglang." in notes(experiment, rounds, [], False)
+    assert not [line for line in notes(experiment, rounds[::2], [], False) if "software" in line]

@@ -146,6 +146,9 @@ def notes(
         found.append(f"The arms have KV caches of different size, in tokens: {sizes}.")
     elif sizes:
         found.append(f"The KV cache holds {next(iter(sizes.values()))} tokens in every arm.")
+    kinds = {one.arm: one.software for one in ended if one.software}
+    if len(set(kinds.values())) > 1:
+        found.append(f"The arms are different software: {', '.join(f'{arm} {kind}' for arm, kind in kinds.items())}.")
     found += decisions(ended)
     failed = Counter(one.arm for one in requests if one.error is not None and one.part == "measured")
     found += [f"{count} requests of {arm} failed; their sessions ended there." for arm, count in failed.items()]
