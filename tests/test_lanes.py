@@ -82,7 +82,7 @@ def test_nothing_is_left_behind(lanes: LLM, answers: Answers) -> None:
     lane_is_idle(lanes)
     scheduler = scheduler_of(lanes)
     assert not scheduler.requests
-    assert not scheduler._from_lane
+    assert not scheduler._to_lane
     assert not scheduler._lane.reasons
     assert not scheduler._lane._filling
     assert scheduler.kv_cache_manager.usage == 0.0
