@@ -205,7 +205,7 @@ class Simulator:
     def _mixed_step(self) -> None:
         room = max(self._step_tokens - len(self._decoding), 1)
         decode_ms = self._decode_ms()
-        took_ms = decode_ms
+        took_ms = decode_ms or self._cost.base
         for call in self._prefilling:
             tokens = min(call.prefill, room)
             if not tokens:
