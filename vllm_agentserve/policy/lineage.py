@@ -38,7 +38,7 @@ class Lineage:
         capacity: sequences remembered, the oldest are forgotten first.
     """
 
-    def __init__(self, block_size: int, capacity: int = 65_536) -> None:
+    def __init__(self, block_size: int, capacity: int = 16_384) -> None:
         self._block_size = block_size
         self._capacity = capacity
         self._by_hash: OrderedDict[Hashable, list[Remembered]] = OrderedDict()
