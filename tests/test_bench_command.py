@@ -75,7 +75,6 @@ def test_two_servers_of_somebody_else(run, tmp_path: Path) -> None:
     assert base64.b64encode((folder / "ttft.png").read_bytes()).decode() in page
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert "agentserve bench run --agents 2" in page
-    assert "fast (ms)" not in said
     assert "18 of 18 requests" in said
 
 

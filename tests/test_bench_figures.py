@@ -9,9 +9,9 @@ from vllm_agentserve.bench.compare import BETTER, NOISE, UNKNOWN, WORSE, compare
 from vllm_agentserve.bench.conditions import pollution
 from vllm_agentserve.bench.measure import RoundFigures, SessionFigures, merged, overlaps, quantiles, round_figures
 from vllm_agentserve.bench.metrics import METRICS
-from vllm_agentserve.bench.records import Record
+from vllm_agentserve.bench.records import Record, RoundRecord
 from vllm_agentserve.bench.slo import attained, thresholds
-from vllm_agentserve.bench.summary import compare_prompts
+from vllm_agentserve.bench.summary import compare_prompts, decisions, notes
 
 BY_KEY = {metric.key: metric for metric in METRICS}
 
@@ -237,3 +237,29 @@ def test_what_pollutes_a_round(changed: dict, words: str) -> None:
 def test_prompts_are_compared_between_arms() -> None:
     records = [record(), record(arm="b"), record("b", prompt="x"), record("b", arm="b", prompt="y"), record("c")]
     assert compare_prompts(records) == (1, 1)
+
+
+def test_where_long_prompts_were_computed_is_said_for_arms_with_a_lane() -> None:
+    name = "vllm:agentserve_{}_requests".format
+    rounds = [
+        RoundRecord(arm="stock", round=0, began="", server={"vllm:generation_tokens": 5.0}),
+        RoundRecord(arm="auto", round=0, began="", server={name("lane_tight_target"): 3.0, name("step_short"): 9.0}),
+        RoundRecord(
+            arm="auto", round=1, began="", server={name("step_loose_target"): 4.0, name("lane_tight_target"): 2.0}
+        ),
+    ]
+    assert decisions(rounds) == [
+        "Long prompts of auto: 5 by the prefill lane, which reads them faster than steps within the target; "
+        "4 in steps, which read them faster within the target."
+    ]
+
+
+def test_different_servers_are_named() -> None:
+    experiment = {"rounds": 3, "arms": [{}, {}]}
+    rounds = [
+        RoundRecord(arm=arm, round=number, began="", software=software)
+        for number in range(3)
+        for arm, software in (("a", "vLLM 0.32.0"), ("b", "sglang"))
+    ]
+    assert "The arms are different software: a vLLM 0.32.0, b sglang." in notes(experiment, rounds, [], False)
+    assert not [line for line in notes(experiment, rounds[::2], [], False) if "software" in line]

@@ -92,7 +92,10 @@ def test_the_periodic_log_line_has_our_part(server: VllmServer) -> None:
     while time.monotonic() < deadline and "agentserve: TPOT" not in server.log.read_text():
         time.sleep(0.2)
     assert "(target 40.0 ms)" in server.log.read_text()
-    assert "agentserve: mode auto (lanes and steps, whichever reads a prompt faster), synchronous scheduling, " in server.log.read_text()
+    assert (
+        "agentserve: mode auto (lanes and steps, whichever reads a prompt faster), synchronous scheduling, "
+        in server.log.read_text()
+    )
 
 
 def test_a_client_that_leaves_harms_nobody(server: VllmServer) -> None:

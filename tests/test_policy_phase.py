@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_agentserve.policy.order import AdmissionClass, Patience, admission_key
+from vllm_agentserve.policy.order import AdmissionKey, Patience, Urgency, admission_key
 from vllm_agentserve.policy.phase import Phase, SessionTable, classify
 
 COLD, RESUME, DECODE = Phase.COLD_PREFILL, Phase.RESUME_PREFILL, Phase.DECODE
@@ -41,15 +41,21 @@ def test_sessions_are_forgotten_oldest_first() -> None:
 @pytest.mark.parametrize(
     ("phase", "uncached", "arrival", "preempted", "key"),
     [
-        (COLD, 4000, 7, False, (AdmissionClass.COLD, 0, 7)),
-        (RESUME, 100, 7, False, (AdmissionClass.RESUME, 100, 7)),
-        (RESUME, 256, 7, False, (AdmissionClass.RESUME, 256, 7)),
-        (RESUME, 257, 7, False, (AdmissionClass.COLD, 0, 7)),  # longer than the budget: in line with the cold ones
-        (COLD, 4000, 7, True, (AdmissionClass.PREEMPTED, 0, 7)),
+        (COLD, 4000, 7, False, AdmissionKey(Urgency.NORMAL, 3, True, 0, 7)),
+        (RESUME, 100, 7, False, AdmissionKey(Urgency.NORMAL, 3, False, 100, 7)),
+        (RESUME, 256, 7, False, AdmissionKey(Urgency.NORMAL, 3, False, 256, 7)),
+        (
+            RESUME,
+            257,
+            7,
+            False,
+            AdmissionKey(Urgency.NORMAL, 3, True, 0, 7),
+        ),  # longer than the budget: in line with the cold ones
+        (COLD, 4000, 7, True, AdmissionKey(Urgency.PREEMPTED, 0, False, 0, 7)),
     ],
 )
 def test_admission_key(phase: Phase, uncached: int, arrival: int, preempted: bool, key: tuple) -> None:
-    assert admission_key(phase, uncached, arrival, preempted, resume_budget=256) == key
+    assert admission_key(phase, uncached, arrival, preempted, resume_budget=256, level=3) == key
 
 
 def test_patience_names_each_request_once_and_in_order() -> None:

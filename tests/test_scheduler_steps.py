@@ -16,6 +16,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_agentserve import AgentScheduler
 from vllm_agentserve.policy.controller import BudgetController
+from vllm_agentserve.policy.order import AdmissionKey, Urgency
 from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.scheduler.queues import AgentQueue
 from vllm_agentserve.scheduler.scheduler import AsyncAgentScheduler
@@ -340,7 +341,7 @@ def test_a_user_threshold_of_vllm_stays_in_force() -> None:
 
 
 def test_queue_answers_like_a_queue() -> None:
-    queue = AgentQueue(lambda request, number: (3, 0, number), patience=5)
+    queue = AgentQueue(lambda request, number: AdmissionKey(Urgency.NORMAL, 0, True, 0, number), patience=5)
     first, second = make_request("first", 10), make_request("second", 10)
     with pytest.raises(IndexError):
         queue.peek_request()

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from typing import Any
 
 KEY = "agentserve"
+SERIES = "vllm:agentserve_"
+"""What our series on `/metrics` begin with."""
 
 
 class OptionError(ValueError):
@@ -108,6 +110,38 @@ class AgentServeConfig:
         "A waiting request that others have overtaken for this many engine steps goes to the front of the queue.",
         low=1,
         high=1_000_000,
+    )
+    policy: typing.Literal["fcfs", "plas", "atlas"] = option(
+        "fcfs",
+        "",
+        "Order of waiting requests. `fcfs`: resume prefills, then cold prefills by arrival. `plas`: first by what their "
+        "programs have received so far, the least first. `atlas`: first by the longest path of calls that led to them. A program "
+        "is a `session_id`, or else the requests whose prompts go on from one another's answers.",
+    )
+    program_levels: int = option(
+        8,
+        "",
+        "Levels of service that `plas` and `atlas` tell apart; inside one, the order of `fcfs` holds.",
+        low=1,
+        high=64,
+    )
+    program_quantum_ms: float = option(
+        500.0,
+        "ms",
+        "Engine time up to which a program is at the first level; every further level has twice the room of the one before.",
+        low=1.0,
+        high=3_600_000.0,
+    )
+    program_promote_ratio: float = option(
+        10.0,
+        "x service",
+        "A call that has waited this many times what its program has received, or quanta if that is less, is at the first "
+        "level.",
+        low=0.1,
+        high=100_000.0,
+    )
+    program_ttl_s: float = option(
+        3600.0, "s", "A program that nothing was heard of for so long is forgotten.", low=1.0, high=1_000_000.0
     )
     lane_min_tokens: int = option(
         512,

@@ -178,6 +178,7 @@ class Experiment:
 
     def measure(self, arm: Arm, number: int, record: RoundRecord, url: str, server: VllmServer | None) -> None:
         endpoint = find_endpoint(url)
+        record.software = endpoint.kind
         blocks = kv_blocks(url)
         record.kv_tokens = None if blocks is None else blocks[0] * blocks[1]
         if endpoint.max_model_len is not None and self.plan.context_tokens > endpoint.max_model_len:

@@ -30,7 +30,7 @@ from vllm_agentserve.bench.endpoint import read_counters
 from vllm_agentserve.bench.interference_figures import alone_summary, ratios, rounded, summary, table
 from vllm_agentserve.bench.measure import quantiles, split_gaps
 from vllm_agentserve.bench.server import VllmServer, serving_environment
-from vllm_agentserve.scheduler.stats import PREFIX
+from vllm_agentserve.config import SERIES
 from vllm_agentserve.toy import make_toy_model
 from vllm_agentserve.vllm_compat import SCHEDULER_NAME, installed_vllm
 
@@ -183,7 +183,7 @@ def run_engine(arm: str, seed: int, only_alone: bool = False) -> Run:
             engine.step()
         run.alone_ttft_s.append((length, time.perf_counter() - begin))
     scheduler = engine.engine_core.engine_core.scheduler
-    run.counts = {f"{PREFIX}{name}": count for name, count in getattr(scheduler, "counts", {}).items() if count}
+    run.counts = {f"{SERIES}{name}": count for name, count in getattr(scheduler, "counts", {}).items() if count}
     del run.alone_ttft_s[: len(PROMPTS)]
     return run
 

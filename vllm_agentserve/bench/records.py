@@ -60,6 +60,8 @@ class RoundRecord(msgspec.Struct, kw_only=True):
     polluted: list[str] = []
     server: dict[str, float] = {}
     kv_tokens: int | None = None
+    software: str = ""
+    """Name and version, as the server states them."""
     gpu: dict[str, float] = {}
     error: str | None = None
 

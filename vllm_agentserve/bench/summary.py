@@ -13,6 +13,7 @@ from vllm_agentserve.bench.metrics import METRICS
 from vllm_agentserve.bench.records import Record, Results, RoundRecord
 from vllm_agentserve.bench.sessions import WorkloadError
 from vllm_agentserve.bench.slo import attained, thresholds
+from vllm_agentserve.config import SERIES
 
 FACTORS = (1.5, 2.0, 3.0, 5.0)
 
@@ -145,6 +146,10 @@ def notes(
         found.append(f"The arms have KV caches of different size, in tokens: {sizes}.")
     elif sizes:
         found.append(f"The KV cache holds {next(iter(sizes.values()))} tokens in every arm.")
+    kinds = {one.arm: one.software for one in ended if one.software}
+    if len(set(kinds.values())) > 1:
+        found.append(f"The arms are different software: {', '.join(f'{arm} {kind}' for arm, kind in kinds.items())}.")
+    found += decisions(ended)
     failed = Counter(one.arm for one in requests if one.error is not None and one.part == "measured")
     found += [f"{count} requests of {arm} failed; their sessions ended there." for arm, count in failed.items()]
     same, differ = compare_prompts(requests)
@@ -161,6 +166,32 @@ def notes(
     if experiment["rounds"] < 3:
         found.append("With fewer than three rounds hardly any difference can be told from noise.")
     return found
+
+
+DECISIONS = {
+    "lane_asked": "by the prefill lane, because mode lanes was asked for",
+    "lane_tight_target": "by the prefill lane, which reads them faster than steps within the target",
+    "step_loose_target": "in steps, which read them faster within the target",
+    "step_idle": "in steps, because nobody decoded",
+    "step_unknown": "in steps, because nothing had been measured yet",
+    "step_lane_down": "in steps, because the lane was down",
+    "step_unfit": "in steps, because the lane cannot compute them",
+}
+"""Where long prompts were computed, by the counter of agentserve that says so."""
+
+
+def decisions(rounds: Sequence[RoundRecord]) -> list[str]:
+    """For every arm with a prefill lane: where its long prompts were computed, and why."""
+    total: dict[str, Counter[str]] = {}
+    for one in rounds:
+        for key in DECISIONS:
+            count = one.server.get(f"{SERIES}{key}_requests", 0)
+            if count:
+                total.setdefault(one.arm, Counter())[key] += round(count)
+    return [
+        f"Long prompts of {arm}: {'; '.join(f'{count} {DECISIONS[key]}' for key, count in counted.most_common())}."
+        for arm, counted in total.items()
+    ]
 
 
 def compare_prompts(requests: Sequence[Record]) -> tuple[int, int]:

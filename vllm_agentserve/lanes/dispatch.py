@@ -145,6 +145,7 @@ class LaneDispatch:
         """Takes in what the worker says of its lane."""
         if report.slots:
             self.policy.started()
+        if report.slots and self._chooser is None:
             self._chooser = SlotChooser([slot.decode for slot in report.slots])
             largest = report.slots[-1]
             self.rate = LaneRate(largest.prefill / (largest.decode + largest.prefill))

@@ -1,30 +1,46 @@
 """Who is admitted first: the key by which waiting requests are sorted, and the bound on being overtaken.
 
-Classes, first to last: preempted requests (they had a place already), overdue requests, resume prefills with the shortest
-first, cold prefills. Inside the other classes arrival decides. Shortest first minimises the mean time to the next token of
-agents that wait for a tool result to be read; the overdue class keeps it from starving anybody.
+First preempted requests (they had a place already), then overdue ones, then all others by the level of their program (one
+level for all where programs are not told apart). Within a level come resume prefills, the shortest first, then cold prefills
+by arrival. Shortest first minimises the mean time to the next token of agents that wait for a tool result to be read; the
+overdue class keeps it, and the levels, from starving anybody.
 """
 
 import enum
 from collections import deque
+from typing import NamedTuple
 
 from vllm_agentserve.policy.phase import Phase
 
 
-class AdmissionClass(enum.IntEnum):
+class Urgency(enum.IntEnum):
     PREEMPTED = 0
     OVERDUE = 1
-    RESUME = 2
-    COLD = 3
+    NORMAL = 2
 
 
-AdmissionKey = tuple[int, int, float]
+class AdmissionKey(NamedTuple):
+    """Sorts waiting requests; smaller is admitted earlier.
+
+    Args:
+        urgency: of the request.
+        level: of its program.
+        cold: whether it stands in line with the cold prefills.
+        uncached: tokens of a resume prefill; 0 for others, among which arrival decides.
+        arrival: when it came, in any unit that grows with time.
+    """
+
+    urgency: int
+    level: int
+    cold: bool
+    uncached: int
+    arrival: float
 
 
 def admission_key(
-    phase: Phase, uncached_tokens: int, arrival: float, preempted: bool, resume_budget: int
+    phase: Phase, uncached_tokens: int, arrival: float, preempted: bool, resume_budget: int, level: int = 0
 ) -> AdmissionKey:
-    """The sort key of a waiting request; smaller is admitted earlier.
+    """The sort key of a waiting request.
 
     Args:
         phase: what the request is, were it admitted now.
@@ -32,12 +48,13 @@ def admission_key(
         arrival: when it came, in any unit that grows with time.
         preempted: it ran before and lost its blocks.
         resume_budget: a resume prefill with more uncached tokens than this stands in line with the cold ones.
+        level: of its program, 0 is the first.
     """
     if preempted:
-        return (AdmissionClass.PREEMPTED, 0, arrival)
+        return AdmissionKey(Urgency.PREEMPTED, 0, False, 0, arrival)
     if phase is Phase.RESUME_PREFILL and uncached_tokens <= resume_budget:
-        return (AdmissionClass.RESUME, uncached_tokens, arrival)
-    return (AdmissionClass.COLD, 0, arrival)
+        return AdmissionKey(Urgency.NORMAL, level, False, uncached_tokens, arrival)
+    return AdmissionKey(Urgency.NORMAL, level, True, 0, arrival)
 
 
 class Patience:

@@ -7,7 +7,8 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.utils import create_metric_per_engine
 
-from vllm_agentserve.scheduler.stats import COUNTERS, GAUGES, PREFIX
+from vllm_agentserve.config import SERIES
+from vllm_agentserve.scheduler.stats import COUNTERS, GAUGES
 from vllm_agentserve.vllm_compat import STATS_FIELD
 
 if TYPE_CHECKING:
@@ -37,12 +38,12 @@ class AgentStatLogger(AggregateStatLoggerBase):
             index: [vllm_config.model_config.served_model_name, str(index)] for index in engine_indexes
         }
         self._counters: dict[str, Any] = {
-            name: create_metric_per_engine(Counter(PREFIX + name, text, labelnames=names), values)
+            name: create_metric_per_engine(Counter(SERIES + name, text, labelnames=names), values)
             for name, text in COUNTERS.items()
         }
         self._gauges: dict[str, Any] = {
             name: create_metric_per_engine(
-                Gauge(PREFIX + name, text, labelnames=names, multiprocess_mode="mostrecent"), values
+                Gauge(SERIES + name, text, labelnames=names, multiprocess_mode="mostrecent"), values
             )
             for name, text in GAUGES.items()
         }

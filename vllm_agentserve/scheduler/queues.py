@@ -3,11 +3,12 @@
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request
 
-from vllm_agentserve.policy.order import AdmissionClass, AdmissionKey, Patience
+from vllm_agentserve.policy.order import AdmissionKey, Patience, Urgency
 
 
 @dataclass(slots=True)
@@ -37,6 +38,9 @@ class AgentQueue(RequestQueue):
         self._order: list[tuple[AdmissionKey, int, str]] = []
         self._places: dict[str, _Place] = {}
         self._arrivals = 0
+        self._colds = 0
+        self._turn = 0
+        """Where the next `relevel` begins."""
         self.step = 0
         """The engine's step counter, set by the scheduler."""
 
@@ -99,18 +103,18 @@ class AgentQueue(RequestQueue):
 
     def waiting_resume_tokens(self, limit: int) -> int:
         """Uncached tokens of the resume prefills among the first `limit` requests."""
-        return sum(uncached for (kind, uncached, _), _, _ in self._order[:limit] if kind == AdmissionClass.RESUME)
+        return sum(key.uncached for key, _, _ in self._order[:limit])
 
     def has_cold(self) -> bool:
         """Whether a request waits that is not a short resume prefill."""
-        return bool(self._order) and self._order[-1][0][0] == AdmissionClass.COLD
+        return self._colds > 0
 
     def promote_overdue(self) -> int:
         """Moves requests that were overtaken for too long to the front; returns how many."""
         promoted = 0
         for request_id in self._patience.overdue(self.step):
             place = self._places.get(request_id)
-            if place is None or place.key is None or place.key[0] <= AdmissionClass.OVERDUE:
+            if place is None or place.key is None or place.key.urgency <= Urgency.OVERDUE:
                 continue
             self._take(place)
             place.overdue = True
@@ -120,20 +124,32 @@ class AgentQueue(RequestQueue):
 
     def retag(self, limit: int) -> None:
         """Asks again for the keys of the first `limit` cold requests: what they share may be cached by now."""
-        first = bisect_left(self._order, ((AdmissionClass.COLD, 0, -1.0), -1, ""))
-        for _, _, request_id in self._order[first : first + limit]:
+        self._rekey([request_id for _, _, request_id in islice((one for one in self._order if one[0].cold), limit)])
+
+    def relevel(self, limit: int) -> None:
+        """Asks again for the keys of `limit` requests, each time the next ones in line: levels change while they wait."""
+        if self._turn >= len(self._order):
+            self._turn = 0
+        self._rekey([request_id for _, _, request_id in self._order[self._turn : self._turn + limit]])
+        self._turn += limit
+
+    def _rekey(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
             place = self._places[request_id]
             self._take(place)
             self._insert(place)
 
     def _insert(self, place: _Place) -> None:
         key = self._key_of(place.request, place.number)
-        if place.overdue and key[0] > AdmissionClass.OVERDUE:
-            key = (AdmissionClass.OVERDUE, 0, place.number)
+        if place.overdue and key.urgency > Urgency.OVERDUE:
+            key = AdmissionKey(Urgency.OVERDUE, 0, False, 0, place.number)
         place.key = key
+        self._colds += key.cold
         insort(self._order, (key, place.number, place.request.request_id))
 
     def _take(self, place: _Place) -> None:
+        assert place.key is not None
         entry = (place.key, place.number, place.request.request_id)
+        self._colds -= place.key.cold
         del self._order[bisect_left(self._order, entry)]
         place.key = None

@@ -19,6 +19,9 @@ from vllm_agentserve.policy.budget import StepBudget
 from vllm_agentserve.policy.controller import BudgetController, BudgetLimits
 from vllm_agentserve.policy.order import AdmissionKey, admission_key
 from vllm_agentserve.policy.phase import Phase, SessionTable, classify
+from vllm_agentserve.scheduler.announcer import Announcer
+from vllm_agentserve.scheduler.ledger import LaneLedger
+from vllm_agentserve.scheduler.programs import ProgramTracker
 from vllm_agentserve.scheduler.queues import AgentQueue
 from vllm_agentserve.scheduler.stats import StatsCollector
 from vllm_agentserve.scheduler.steps import Step, StepLog
@@ -31,13 +34,8 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.agentserve")
 
-_MODES = {
-    (True, True, True): "auto (lanes and steps, whichever reads a prompt faster)",
-    (True, True, False): "lanes",
-    (False, True, True): "auto, which is time-sliced here",
-    (False, True, False): "time-sliced",
-}
-"""By whether there is a lane, whether prefills are cut, and whether the mode is `auto`; `stock` otherwise."""
+DECIDE_STEPS = 16
+"""Levels of waiting requests are looked at once per so many steps."""
 LOOK_AHEAD = 64
 """How many waiting requests are looked at beyond the first, per step and per re-tagging."""
 
@@ -81,7 +79,6 @@ class AgentScheduler(Scheduler):
         self._decode_width = 1 + self.num_spec_tokens
         self._report_interval_s = options.stats_interval_ms / 1000
         self._next_report = 0.0
-        self._uncut_said: set[str] = set()
         self._overlaps = self.parallel_config.pipeline_parallel_size > 1 or isinstance(self, AsyncScheduler)
         stock = options.mode == "stock"
         budget_obstacle = "mode is 'stock'" if stock else compat.budget_obstacle(self)
@@ -91,29 +88,20 @@ class AgentScheduler(Scheduler):
         if order_obstacle is None:
             self._queue = self.waiting = AgentQueue(self._admission_key, options.max_bypass_steps)
         self._lane: LaneDispatch | None = compat.lane_of(self)
-        self._from_lane: dict[str, Phase] = {}
         self._log = StepLog(self._controller, self._stats, self._lane.decoded if self._lane is not None else None)
+        self._programs: ProgramTracker | None = None
+        if options.policy != "fcfs" and self._queue is not None:
+            block_size = int(self.cache_config.block_size)
+            self._programs = ProgramTracker(options, self._controller, self._stats, block_size)
+            self._stats.programs = self._programs.table
+            self._log.stepped = self._programs.stepped
+        self._to_lane: LaneLedger | None = None
         if self._lane is not None:
-            self._lane.rates = self._controller
-            self._stats.lane = self._lane
-            self._lane.on_dispatch = self._to_lane
-            self._lane.on_failure = self._lane_failed
-        self._say_what_runs(options, budget_obstacle, order_obstacle)
-
-    def _say_what_runs(
-        self, options: AgentServeConfig, budget_obstacle: str | None, order_obstacle: str | None
-    ) -> None:
-        target = "calibrated" if options.tpot_slo_ms is None else f"{options.tpot_slo_ms:g} ms"
-        logger.info(
-            "agentserve: mode %s, %s scheduling, TPOT target %s.",
-            _MODES.get((self._lane is not None, self._cuts_prefills, options.mode == "auto"), "stock"),
-            "asynchronous" if isinstance(self, AsyncScheduler) else "synchronous",
-            target,
+            self._to_lane = LaneLedger(self._lane, self._controller, self._stats, self._sessions, self._programs)
+        self._said = Announcer(logger)
+        self._said.what_runs(
+            options, self._lane is not None, isinstance(self, AsyncScheduler), budget_obstacle, order_obstacle
         )
-        if budget_obstacle is not None:
-            logger.warning("agentserve: prefills are not cut to the TPOT target: %s.", budget_obstacle)
-        if order_obstacle is not None:
-            logger.warning("agentserve: waiting requests keep vLLM's order: %s.", order_obstacle)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -143,6 +131,8 @@ class AgentScheduler(Scheduler):
         if self._queue is not None:
             self._queue.step = self.current_step
             self._stats.counts["overdue_requests"] += self._queue.promote_overdue()
+            if self._programs is not None and self.current_step % DECIDE_STEPS == 0:
+                self._queue.relevel(LOOK_AHEAD)
         self._budget = self._plan(decodes, context) if self._cuts_prefills else None
         # vLLM asks the attribute of the instance: so the question costs nothing in steps without prefill.
         self._reserve_prefill_lookahead = self._grant
@@ -185,7 +175,7 @@ class AgentScheduler(Scheduler):
         if budget is not None and num_new_tokens > self._decode_width:
             obstacle = compat.cut_obstacle(self, request)
             if obstacle is not None:
-                self._say_uncut(obstacle)
+                self._said.uncut(obstacle)
                 budget.charge(prefill.served_as, num_new_tokens, num_computed_tokens)
             else:
                 num_new_tokens = budget.grant(prefill.served_as, num_new_tokens, num_computed_tokens)
@@ -193,30 +183,13 @@ class AgentScheduler(Scheduler):
 
     def _admit(self, request: Request, computed: int) -> Prefill:
         uncached = request.num_tokens - computed
-        phase = self._from_lane.pop(request.request_id, None)
+        phase = self._to_lane.phase_of(request.request_id) if self._to_lane is not None else None
         if phase is None:
             phase = classify(computed, uncached, known_session=request.session_id in self._sessions)
         short = phase is Phase.RESUME_PREFILL and uncached <= self._controller.resume_tokens
         prefill = Prefill(request, phase, Phase.RESUME_PREFILL if short else Phase.COLD_PREFILL)
         self._prefills[request.request_id] = prefill
         return prefill
-
-    def _count_reason(self, request: Request) -> None:
-        """Counts why a prompt goes where it goes; one that nobody asked about resumes after a preemption."""
-        reason = self._lane.reasons.pop(request.request_id, None) if self._lane is not None else None
-        if reason is not None:
-            self._stats.counts[reason.value] += 1
-
-    def _to_lane(self, request: Request, start: int) -> None:
-        """A prompt goes to the prefill lane, which computes everything from `start` to its last token."""
-        uncached = request.num_tokens - start
-        self._from_lane[request.request_id] = classify(start, uncached, request.session_id in self._sessions)
-        self._stats.counts["lane_requests"] += 1
-        self._stats.counts["lane_tokens"] += uncached - 1
-        self._count_reason(request)
-
-    def _lane_failed(self) -> None:
-        self._stats.counts["lane_failed_requests"] += 1
 
     def _take_chunks(self, output: "SchedulerOutput") -> tuple[list[tuple[Phase, int, int]], bool]:
         """Reads back which prefill chunks really run and whether one is the first of its prompt; counts admissions and
@@ -233,11 +206,17 @@ class AgentScheduler(Scheduler):
                 continue
             if request_id in new:
                 self._stats.admitted(prefill.phase)
-                self._count_reason(request)
+                if self._to_lane is not None:
+                    self._to_lane.admitted(request.request_id)
             if tokens:
-                chunks.append((prefill.phase, tokens, request.num_computed_tokens - tokens))
+                before = request.num_computed_tokens - tokens
+                chunks.append((prefill.phase, tokens, before))
+                if self._programs is not None:
+                    self._programs.computes(request_id, prefill.phase, tokens, before)
                 if not request.is_prefill_chunk:
                     del self._prefills[request_id]
+                    if self._programs is not None:
+                        self._programs.table.decodes(request_id)
                     cold_finished |= prefill.phase is Phase.COLD_PREFILL
         if cold_finished and self._queue is not None:
             self._queue.retag(LOOK_AHEAD)
@@ -252,11 +231,6 @@ class AgentScheduler(Scheduler):
 
     def _decode_context(self) -> int:
         return sum([request.num_computed_tokens for request in self.running])
-
-    def _say_uncut(self, obstacle: str) -> None:
-        if obstacle not in self._uncut_said:
-            self._uncut_said.add(obstacle)
-            logger.warning("agentserve: a prompt is not cut to the TPOT target because %s.", obstacle)
 
     # -- what comes back ------------------------------------------------------------------------------------------------
 
@@ -291,21 +265,33 @@ class AgentScheduler(Scheduler):
 
     # -- waiting requests -----------------------------------------------------------------------------------------------
 
+    def add_request(self, request: Request) -> None:
+        if self._programs is not None:
+            self._programs.arrives(request)
+        super().add_request(request)
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        if self._programs is not None:
+            self._programs.table.pauses(request.request_id)
+        super()._preempt_request(request, *args, **kwargs)
+
     def _admission_key(self, request: Request, number: int) -> AdmissionKey:
         if request.status == RequestStatus.PREEMPTED:
             return admission_key(Phase.COLD_PREFILL, 0, number, preempted=True, resume_budget=0)
         cached = compat.cached_prefix_tokens(self, request)
         uncached = request.num_tokens - cached
         phase = classify(cached, uncached, known_session=request.session_id in self._sessions)
-        return admission_key(phase, uncached, number, preempted=False, resume_budget=self._controller.resume_tokens)
+        level = self._programs.level(request.request_id) if self._programs is not None else 0
+        return admission_key(phase, uncached, number, False, self._controller.resume_tokens, level)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         if request.num_computed_tokens > 0:
             self._sessions.touch(request.session_id)
+        if self._programs is not None:
+            self._programs.ends(request)
         self._prefills.pop(request.request_id, None)
-        self._from_lane.pop(request.request_id, None)
-        if self._lane is not None:
-            self._lane.reasons.pop(request.request_id, None)
+        if self._to_lane is not None:
+            self._to_lane.forget(request.request_id)
         if self._queue is not None:
             self._queue.forget(request.request_id)
         return super()._free_request(request, *args, **kwargs)

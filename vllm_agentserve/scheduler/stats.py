@@ -1,11 +1,11 @@
 """What the engine reports: plain figures, collected between two reports and sent as one flat dictionary."""
 
+from collections.abc import Sized
 from typing import Protocol
 
 from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.phase import Phase
 
-PREFIX = "vllm:agentserve_"
 COUNTERS = {
     "cold_prefill_requests": "Requests admitted as cold prefill.",
     "resume_prefill_requests": "Requests admitted as resume prefill.",
@@ -29,6 +29,10 @@ COUNTERS = {
     "step_unknown_requests": "Long prompts computed in steps because nothing had been measured yet.",
     "steps_beside_lane": "Engine steps with decodes only, beside a prefill lane that worked.",
     "lane_failed_requests": "Prompts the prefill lane failed on, which were computed again.",
+    "program_told_requests": "Requests whose session id names their program; with a policy of programs only, as the next four.",
+    "program_inferred_requests": "Requests that go on from an earlier answer, and so belong to its program.",
+    "program_first_requests": "Requests without session id that go on from nothing known: the first of a program.",
+    "program_promotions": "Calls moved to the first level because they had waited too long for what they had received.",
     "overdue_requests": "Requests moved to the front of the queue because others had overtaken them for too long.",
     "slow_steps": "Decode steps that took longer than the upper threshold of the target.",
 }
@@ -42,6 +46,7 @@ GAUGES = {
     "last_prefill_chunk_tokens": "Prompt tokens of the latest step that mixed decodes and prefill.",
     "budget_gain": "Correction the feedback law applies to the target (1 = the step-time model is right).",
     "step_prediction_error_ratio": "Mean relative error of the predicted duration of mixed steps.",
+    "programs_live": "Programs remembered, with a policy of programs.",
     "lane_tokens_per_second": "Prompt tokens the prefill lane computes per second beside decodes; 0 until it has.",
     "lane_slot": "Index of the slot, by growing share of the decode lane, that divides the device while both lanes work.",
 }
@@ -69,6 +74,8 @@ class StatsCollector:
         self._last_chunk = 0
         self.lane: LaneGauges | None = None
         """Set where there are lanes."""
+        self.programs: Sized | None = None
+        """Set where programs are told apart."""
 
     def admitted(self, phase: Phase) -> None:
         self.counts[f"{phase.label}_requests"] += 1
@@ -108,6 +115,8 @@ class StatsCollector:
         report["last_prefill_chunk_tokens"] = self._last_chunk
         report["budget_gain"] = controller.gain
         report["step_prediction_error_ratio"] = controller.whole.model.error
+        if self.programs is not None:
+            report["programs_live"] = len(self.programs)
         if self.lane is not None:
             report["lane_tokens_per_second"] = self.lane.tokens_per_s
             report["lane_slot"] = self.lane.slot

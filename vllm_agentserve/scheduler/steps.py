@@ -56,6 +56,8 @@ class StepLog:
         beside_lane: Callable[[float], None] | None = None,
     ) -> None:
         self._beside_lane = beside_lane
+        self.stepped: Callable[[int, float, Chunks | None], None] | None = None
+        """Told every step's decodes, duration in ms and chunks; set where programs are charged."""
         self._controller = controller
         self._stats = stats
         self._in_flight: deque[Step] = deque()
@@ -103,6 +105,8 @@ class StepLog:
                 self._beside_lane(interval_ms)
         else:
             self._stats.prefill_step(sequences, chunks)
+        if self.stepped is not None:
+            self.stepped(sequences, (now - begin) * 1000, chunks)
         self._controller.observe(
             (now - begin) * 1000, interval_ms, sequences, step.context, chunks, step.admitted, step.beside_lane
         )

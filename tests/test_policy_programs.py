@@ -1,0 +1,169 @@
+"""What programs have received and at which level their calls wait: tables, and what holds for any history."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_agentserve.policy.programs import ProgramTable
+
+
+def table(policy: str = "plas", **given: float) -> ProgramTable:
+    return ProgramTable(policy, **{"levels": 4, "quantum_ms": 100.0, "promote_ratio": 10.0} | given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("service_ms", "level"), [(0, 0), (99, 0), (100, 1), (299, 1), (300, 2), (699, 2), (700, 3), (1e9, 3)]
+)
+def test_every_level_has_twice_the_room_of_the_one_before(service_ms: float, level: int) -> None:
+    programs = table()
+    programs.arrive("one", "p", None, 0.0)
+    programs.charge("one", service_ms)
+    programs.finish("one", 0.0)
+    programs.arrive("two", "p", None, 0.0)
+    assert programs.level("two", 0.0) == level
+
+
+def test_decoding_calls_share_a_clock() -> None:
+    programs = table()
+    for call, key in (("a", "p"), ("b", "p"), ("c", "q")):
+        programs.arrive(call, key, None, 0.0)
+    programs.decodes("a")
+    programs.advance(10.0)
+    programs.decodes("b")
+    programs.decodes("b")
+    programs.advance(5.0)
+    assert (programs.service_ms("a"), programs.service_ms("c")) == (20.0, 0.0)
+    programs.pauses("a")
+    programs.pauses("a")
+    programs.advance(1.0)
+    assert programs.service_ms("a") == 21.0
+    programs.decodes("a")
+    programs.advance(1.0)
+    assert programs.finish("a", 0.0) == ("p", 16.0)
+    assert programs.finish("b", 0.0) == ("p", 7.0)
+    assert programs.finish("b", 0.0) is None
+
+
+def test_least_attained_service_counts_the_whole_program() -> None:
+    programs = table("plas")
+    for call in ("thread-1", "thread-2"):
+        programs.arrive(call, "wide", 0.0, 0.0)
+        programs.charge(call, 90.0)
+    programs.arrive("next", "wide", 0.0, 0.0)
+    programs.arrive("other", "narrow", 0.0, 0.0)
+    assert (programs.level("next", 0.0), programs.level("other", 0.0)) == (1, 0)
+
+
+def test_the_critical_path_does_not_add_up_threads() -> None:
+    """A fork into three threads of 90 ms each, and a join: the path is the fork's call and one thread."""
+    programs = table("atlas")
+    programs.arrive("fork", "p", 0.0, 0.0)
+    programs.charge("fork", 50.0)
+    _, path = programs.finish("fork", 0.0) or ("", 0.0)
+    for thread in "xyz":
+        programs.arrive(thread, "p", path, 0.0)
+        assert programs.level(thread, 0.0) == 0
+        programs.charge(thread, 90.0)
+    ends = [programs.finish(thread, 0.0) for thread in "xyz"]
+    assert ends == [("p", 140.0)] * 3
+    programs.arrive("join", "p", None, 0.0)
+    assert programs.service_ms("join") == 320.0
+    assert programs.level("join", 0.0) == 1
+    programs.charge("join", 10.0)
+    assert programs.finish("join", 0.0) == ("p", 150.0)
+
+
+def test_who_has_waited_too_long_for_what_it_got_is_promoted_once() -> None:
+    programs = table(promote_ratio=10.0)
+    programs.arrive("one", "p", None, 0.0)
+    programs.charge("one", 800.0)
+    programs.finish("one", 0.0)
+    programs.arrive("two", "p", None, 100.0)
+    assert programs.level("two", 108.0) == 3
+    assert programs.level("two", 108.1) == 0
+    assert programs.level("two", 108.2) == 0
+    assert programs.promotions == 1
+    # A program that got next to nothing waits for at least ten quanta.
+    programs.arrive("new", "q", None, 0.0)
+    programs.charge("new", 1.0)
+    assert programs.level("new", 0.9) == 0
+    assert programs.promotions == 1
+
+
+def test_programs_without_calls_age_out() -> None:
+    programs = table(ttl_s=60.0)
+    for key in ("idle", "live"):
+        programs.arrive(key, key, None, 0.0)
+    programs.charge("idle", 500.0)
+    programs.finish("idle", 0.0)
+    programs.arrive("x", "other", None, 59.0)
+    assert len(programs) == 3
+    programs.arrive("y", "other", None, 61.0)
+    assert len(programs) == 2
+    programs.arrive("back", "idle", None, 61.0)
+    assert programs.service_ms("back") == 0.0
+
+
+def test_the_number_of_programs_is_bounded() -> None:
+    programs = table(capacity=10)
+    programs.arrive("live", "live", None, 0.0)
+    for n in range(200):
+        programs.arrive(f"c{n}", f"p{n}", None, float(n))
+        programs.finish(f"c{n}", float(n))
+    assert len(programs) <= 12
+    assert programs.service_ms("live") == 0.0
+
+
+def test_unknown_calls_cost_and_get_nothing() -> None:
+    programs = table()
+    programs.charge("nobody", 5.0)
+    programs.decodes("nobody")
+    programs.pauses("nobody")
+    assert programs.level("nobody", 0.0) == 0
+    assert programs.finish("nobody", 0.0) is None
+    assert "nobody" not in programs
+
+
+events = st.lists(
+    st.tuples(
+        st.sampled_from(["arrive", "charge", "decodes", "pauses", "advance", "finish"]),
+        st.integers(0, 5),
+        st.integers(1, 50),
+    ),
+    max_size=80,
+)
+
+
+@given(events, st.sampled_from(["plas", "atlas"]))
+def test_service_is_conserved(history: list[tuple[str, int, int]], policy: str) -> None:
+    """What was charged and what the clock gave to decoding calls is what programs have, whatever happened in between."""
+    programs = table(policy, ttl_s=1e9)
+    live: dict[str, int] = {}
+    decoding: set[str] = set()
+    given = dict.fromkeys(range(3), 0.0)
+    for number, (what, which, amount) in enumerate(history):
+        call = f"call-{which}"
+        if what == "arrive" and call not in live:
+            live[call] = which % 3
+            programs.arrive(call, f"p{which % 3}", None, float(number))
+        elif what == "advance":
+            programs.advance(amount)
+            for one in decoding:
+                given[live[one]] += amount
+        elif call in live:
+            if what == "charge":
+                programs.charge(call, amount)
+                given[live[call]] += amount
+            elif what == "decodes":
+                programs.decodes(call)
+                decoding.add(call)
+            elif what == "pauses":
+                programs.pauses(call)
+                decoding.discard(call)
+            elif what == "finish":
+                assert programs.finish(call, float(number)) is not None
+                decoding.discard(call)
+                del live[call]
+    for call, program in live.items():
+        assert programs.service_ms(call) == pytest.approx(given[program])
+        assert 0 <= programs.level(call, float(len(history))) < 4

@@ -1,0 +1,92 @@
+"""Which program a prompt belongs to when nobody says so: an agent's next prompt begins with its last prompt and answer."""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+WEAK_OUTPUT_TOKENS = 4
+"""Tokens of the answer that a continuation must share at least: a client's template may write the rest with other tokens."""
+
+
+@dataclass(slots=True)
+class Remembered:
+    """A token sequence that an agent's next prompt would begin with.
+
+    Args:
+        program: whose it is.
+        path_ms: length of the path to its end, see `ProgramTable`.
+        tail: its tokens after its last full block.
+        continued: how often a prompt went on from it.
+    """
+
+    program: str
+    path_ms: float
+    tail: tuple[int, ...]
+    continued: int = 0
+
+
+class Lineage:
+    """Remembers finished sequences by the hash of their last full block, which covers everything before it.
+
+    A prompt continues the longest remembered sequence it begins with, exact to the token, and is longer than that. So a shared
+    system prompt joins nobody: no sequence ends inside it. Identical prompts are not joined; when identical sequences are
+    there to go on from, the one that was continued less is taken. A fork goes on from the same sequence twice, and stays in
+    the program; an edited history begins a new one. Sequences shorter than a block are not remembered.
+
+    Args:
+        block_size: tokens per block.
+        capacity: sequences remembered, the oldest are forgotten first.
+    """
+
+    def __init__(self, block_size: int, capacity: int = 16_384) -> None:
+        self._block_size = block_size
+        self._capacity = capacity
+        self._by_hash: OrderedDict[Hashable, list[Remembered]] = OrderedDict()
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def remember(
+        self, program: str, path_ms: float, hashes: Sequence[Hashable], tokens: Sequence[int], prompt_tokens: int
+    ) -> None:
+        """Takes in a finished request.
+
+        Args:
+            program: whose it is.
+            path_ms: length of the path to its end.
+            hashes: of the full blocks of `tokens`, as far as they are known.
+            tokens: prompt and answer.
+            prompt_tokens: how many of them are the prompt.
+        """
+        answered = len(tokens) - prompt_tokens
+        for length in {len(tokens), prompt_tokens + min(answered, WEAK_OUTPUT_TOKENS)}:
+            blocks = min(len(hashes), length // self._block_size)
+            # A tail of more than a block would mean that hashes are missing: nothing to find it by.
+            if not answered or not blocks or length - blocks * self._block_size >= 2 * self._block_size:
+                continue
+            tail = tuple(tokens[blocks * self._block_size : length])
+            self._by_hash.setdefault(hashes[blocks - 1], []).append(Remembered(program, path_ms, tail))
+            self._by_hash.move_to_end(hashes[blocks - 1])
+            self._count += 1
+        while self._count > self._capacity:
+            _, forgotten = self._by_hash.popitem(last=False)
+            self._count -= len(forgotten)
+
+    def find(self, hashes: Sequence[Hashable], tokens: Sequence[int]) -> Remembered | None:
+        """The sequence this prompt goes on from, None if there is none; one look-up per full block, the last one first."""
+        for blocks in range(len(hashes), 0, -1):
+            found = self._by_hash.get(hashes[blocks - 1])
+            if found is None:
+                continue
+            begin = blocks * self._block_size
+            fitting = [
+                one
+                for one in found
+                if begin + len(one.tail) < len(tokens) and tuple(tokens[begin : begin + len(one.tail)]) == one.tail
+            ]
+            if fitting:
+                best = min(fitting, key=lambda one: (-len(one.tail), one.continued))
+                best.continued += 1
+                return best
+        return None

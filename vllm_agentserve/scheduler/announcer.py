@@ -1,0 +1,48 @@
+"""What the engine's log says of us: once at start, and once for everything that had to be left as it is."""
+
+from logging import Logger
+
+from vllm_agentserve.config import AgentServeConfig
+
+MODES = {
+    (True, True, True): "auto (lanes and steps, whichever reads a prompt faster)",
+    (True, True, False): "lanes",
+    (False, True, True): "auto, which is time-sliced here",
+    (False, True, False): "time-sliced",
+}
+"""By whether there is a lane, whether prefills are cut, and whether the mode is `auto`; `stock` otherwise."""
+
+
+class Announcer:
+    """Args: logger: vLLM's, so that lines look like its own."""
+
+    def __init__(self, logger: Logger) -> None:
+        self._logger = logger
+        self._uncut: set[str] = set()
+
+    def what_runs(
+        self,
+        options: AgentServeConfig,
+        lane: bool,
+        asynchronous: bool,
+        budget_obstacle: str | None,
+        order_obstacle: str | None,
+    ) -> None:
+        """Says mode, scheduling, target and order, and why something of it does not apply."""
+        self._logger.info(
+            "agentserve: mode %s, %s scheduling, TPOT target %s, policy %s.",
+            MODES.get((lane, budget_obstacle is None, options.mode == "auto"), "stock"),
+            "asynchronous" if asynchronous else "synchronous",
+            "calibrated" if options.tpot_slo_ms is None else f"{options.tpot_slo_ms:g} ms",
+            options.policy if order_obstacle is None else "vLLM's own",
+        )
+        if budget_obstacle is not None:
+            self._logger.warning("agentserve: prefills are not cut to the TPOT target: %s.", budget_obstacle)
+        if order_obstacle is not None:
+            self._logger.warning("agentserve: waiting requests keep vLLM's order: %s.", order_obstacle)
+
+    def uncut(self, obstacle: str) -> None:
+        """Says, once per reason, that a prompt is longer than its budget."""
+        if obstacle not in self._uncut:
+            self._uncut.add(obstacle)
+            self._logger.warning("agentserve: a prompt is not cut to the TPOT target because %s.", obstacle)

@@ -1,0 +1,73 @@
+"""The prompts on their way through the prefill lane: counted, charged, and their phases kept until they come back."""
+
+from typing import TYPE_CHECKING
+
+from vllm_agentserve.lanes.dispatch import LaneDispatch
+from vllm_agentserve.policy.controller import BudgetController
+from vllm_agentserve.policy.phase import Phase, SessionTable, classify
+from vllm_agentserve.scheduler.stats import StatsCollector
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+    from vllm_agentserve.scheduler.programs import ProgramTracker
+
+
+class LaneLedger:
+    """Follows what `LaneDispatch` decides.
+
+    Args:
+        lane: the scheduler's half of the connector; gets the rates it decides by.
+        controller: knows them.
+        stats: counts prompts, tokens, failures and reasons.
+        sessions: the ones seen lately, for the phase of a prompt.
+        programs: charged for what the lane computes; None where programs are not told apart.
+    """
+
+    def __init__(
+        self,
+        lane: LaneDispatch,
+        controller: BudgetController,
+        stats: StatsCollector,
+        sessions: SessionTable,
+        programs: "ProgramTracker | None",
+    ) -> None:
+        self._lane = lane
+        self._stats = stats
+        self._sessions = sessions
+        self._programs = programs
+        self._phases: dict[str, Phase] = {}
+        lane.rates = controller
+        lane.on_dispatch = self.dispatched
+        lane.on_failure = self.failed
+        stats.lane = lane
+
+    def __len__(self) -> int:
+        return len(self._phases)
+
+    def dispatched(self, request: "Request", start: int) -> None:
+        """A prompt goes to the lane, which computes everything from `start` to its last token."""
+        uncached = request.num_tokens - start
+        self._phases[request.request_id] = classify(start, uncached, request.session_id in self._sessions)
+        self._stats.counts["lane_requests"] += 1
+        self._stats.counts["lane_tokens"] += uncached - 1
+        self.admitted(request.request_id)
+        if self._programs is not None:
+            self._programs.computes(request.request_id, Phase.COLD_PREFILL, uncached - 1, start)
+
+    def failed(self) -> None:
+        self._stats.counts["lane_failed_requests"] += 1
+
+    def phase_of(self, request_id: str) -> Phase | None:
+        """The phase of a prompt that comes back, forgotten here; None for one that was not in the lane."""
+        return self._phases.pop(request_id, None)
+
+    def admitted(self, request_id: str) -> None:
+        """Counts why a prompt goes where it goes, once; one that nobody asked about resumes after a preemption."""
+        reason = self._lane.reasons.pop(request_id, None)
+        if reason is not None:
+            self._stats.counts[reason.value] += 1
+
+    def forget(self, request_id: str) -> None:
+        self._phases.pop(request_id, None)
+        self._lane.reasons.pop(request_id, None)

@@ -1,0 +1,86 @@
+"""Programs as the scheduler sees them: which request belongs to which, and what it is charged."""
+
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from vllm_agentserve.config import AgentServeConfig
+from vllm_agentserve.policy.controller import BudgetController
+from vllm_agentserve.policy.lineage import Lineage
+from vllm_agentserve.policy.phase import Phase
+from vllm_agentserve.policy.programs import ProgramTable
+from vllm_agentserve.scheduler.stats import StatsCollector
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+
+class ProgramTracker:
+    """Told of every request from its arrival to its end.
+
+    A request with a session id belongs to the program of that name. Without one it belongs to the program of the request
+    whose prompt and answer its own prompt begins with (`Lineage`), and else is the first of a new program.
+
+    Args:
+        options: policy, levels, and when a call is promoted.
+        controller: prices prompts.
+        stats: counts programs told and inferred, and promotions.
+        block_size: tokens per KV block.
+    """
+
+    def __init__(
+        self, options: AgentServeConfig, controller: BudgetController, stats: StatsCollector, block_size: int
+    ) -> None:
+        assert options.policy != "fcfs"
+        self.table = ProgramTable(
+            options.policy,
+            options.program_levels,
+            options.program_quantum_ms,
+            options.program_promote_ratio,
+            options.program_ttl_s,
+        )
+        self._lineage = Lineage(block_size)
+        self._controller = controller
+        self._stats = stats
+
+    def arrives(self, request: "Request") -> None:
+        if request.request_id in self.table:
+            return  # another part of a prompt that is streamed
+        found = self._lineage.find(request.block_hashes, request.prompt_token_ids or ())
+        if request.session_id is not None:
+            key, path = f"session {request.session_id}", None
+            self._stats.counts["program_told_requests"] += 1
+        elif found is not None:
+            key, path = found.program, found.path_ms
+            self._stats.counts["program_inferred_requests"] += 1
+        else:
+            key, path = f"request {request.request_id}", 0.0
+            self._stats.counts["program_first_requests"] += 1
+        if found is not None and found.program == key:
+            path = found.path_ms
+        self.table.arrive(request.request_id, key, path, monotonic())
+
+    def level(self, request_id: str) -> int:
+        level = self.table.level(request_id, monotonic())
+        self._stats.counts["program_promotions"] = self.table.promotions
+        return level
+
+    def computes(self, request_id: str, phase: Phase, tokens: int, context: int) -> None:
+        """A chunk of the prompt is scheduled: tokens over `context` computed ones."""
+        if phase is not Phase.DECODE:
+            self.table.charge(request_id, self._controller.whole.model.chunk_ms(tokens, context, first=False))
+
+    def stepped(self, sequences: int, step_ms: float, chunks: list[tuple[Phase, int, int]] | None) -> None:
+        """A step with so many decodes took so long; what its chunks took of it is charged to them already."""
+        if not sequences:
+            return
+        model = self._controller.whole.model
+        for _, tokens, context in chunks or ():
+            step_ms -= model.chunk_ms(tokens, context, first=False)
+        self.table.advance(max(step_ms, 0.0) / sequences)
+
+    def ends(self, request: "Request") -> None:
+        """The request is finished or aborted; its answer may be gone on from."""
+        ended = self.table.finish(request.request_id, monotonic())
+        if ended is not None and request.num_output_tokens:
+            key, path_ms = ended
+            self._lineage.remember(key, path_ms, request.block_hashes, request.all_token_ids, request.num_prompt_tokens)
