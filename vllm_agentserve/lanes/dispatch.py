@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.lanes.lane import Job, LaneReport
+from vllm_agentserve.lanes.lane import Job, LaneReport, Slot
 from vllm_agentserve.policy.routes import LanePolicy, Prompt, Reason, Route
 from vllm_agentserve.policy.slots import LaneRate, SlotChooser
 from vllm_agentserve.vllm_compat.lanes import lane_obstacle, local_worker_half
@@ -46,6 +46,7 @@ class LaneDispatch:
         """Why each prompt that was asked about goes where it goes; taken out when it is admitted."""
         self.rate: LaneRate | None = None
         """None until the worker has said how its device is divided."""
+        self._slots: tuple[Slot, ...] = ()
         self._chooser: SlotChooser | None = None
         self._new: list[Job] = []
         self._in_flight: dict[str, tuple[Any, ...]] = {}
@@ -145,7 +146,8 @@ class LaneDispatch:
         """Takes in what the worker says of its lane."""
         if report.slots:
             self.policy.started()
-        if report.slots and self._chooser is None:
+        if report.slots and report.slots != self._slots:
+            self._slots = report.slots
             self._chooser = SlotChooser([slot.decode for slot in report.slots])
             largest = report.slots[-1]
             self.rate = LaneRate(largest.prefill / (largest.decode + largest.prefill))
