@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test setup lint doctor bench bench-interference bench-cost gpu-check torture clean
+.PHONY: demo test setup lint doctor bench bench-interference bench-lanes bench-cost gpu-check torture clean
 
 demo: setup
 	@$(RUN)/agentserve demo
@@ -23,13 +23,20 @@ bench: setup
 	@$(RUN)/agentserve bench run --workload react --agents 4 --arms stock stock-chunk=256 agentserve --rounds 3
 	@$(RUN)/agentserve bench run --workload coding --agents 4 --arms stock stock-chunk=256 agentserve --rounds 3
 
+STEPS := stock stock-chunk=256 time-sliced-20ms time-sliced-40ms
+
 # Half an hour.
 bench-interference: setup
-	@$(RUN)/python -m vllm_agentserve.bench.interference --path engine --rounds 3 --output docs/results/interference-engine.json
-	@$(RUN)/python -m vllm_agentserve.bench.interference --path http --rounds 3 --output docs/results/interference-http.json
+	@$(RUN)/python -m vllm_agentserve.bench.interference --path engine --rounds 3 --arms $(STEPS) --output docs/results/interference-engine.json
+	@$(RUN)/python -m vllm_agentserve.bench.interference --path http --rounds 3 --arms $(STEPS) --output docs/results/interference-http.json
 
 bench-cost: setup
 	@$(RUN)/python -m pytest -q -s -o addopts= -p no:cacheprovider benchmarks/test_step_cost.py
+
+# A quarter of an hour.
+bench-lanes: setup
+	@$(RUN)/python -m vllm_agentserve.bench.interference --path engine --rounds 3 --output docs/results/lanes-engine.json \
+	  --arms stock stock-chunk=256 time-sliced-40ms lanes auto-40ms auto-20ms auto-12ms
 
 # A quarter of an hour: the lane is killed fifty times under load, and every answer compared with stock's.
 torture: setup
