@@ -84,7 +84,7 @@ def test_nothing_is_left_behind(lanes: LLM, answers: Answers) -> None:
     assert not scheduler.requests
     assert not scheduler._to_lane
     assert not scheduler._lane.reasons
-    assert not scheduler._lane._filling
+    assert not scheduler._lane.filling
     assert scheduler.kv_cache_manager.usage == 0.0
 
 
@@ -135,7 +135,7 @@ def test_aborts_at_every_stage_leave_nothing_behind(lanes: LLM, steps: int) -> N
     run_cold(lanes, meanwhile)
     lane_is_idle(lanes)
     scheduler = scheduler_of(lanes)
-    assert not scheduler._lane._filling
+    assert not scheduler._lane.filling
     assert not scheduler.requests
     assert scheduler.kv_cache_manager.usage == 0.0
 

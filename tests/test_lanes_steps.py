@@ -76,6 +76,36 @@ def test_a_full_lane_holds_others_back(asynchronous: bool) -> None:
 
 
 @both
+def test_held_prompts_are_not_looked_at_again_and_again(asynchronous: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thirty agents behind a busy lane cost a step nothing; they get their turns one by one, in order."""
+    scheduler, driver = started(asynchronous, options={"lane_jobs": 1})
+    names = [f"agent-{n:02}" for n in range(30)]
+    for name in names:
+        scheduler.add_request(make_request(name, 400, max_tokens=1))
+    driver.step()
+    driver.step()
+    looks = []
+    matched = type(scheduler._lane).matched
+    monkeypatch.setattr(
+        type(scheduler._lane), "matched", lambda *given: looks.append(given[1].request_id) or matched(*given)
+    )
+    for _ in range(5):
+        assert driver.step() == {"stream": 1}
+    assert looks == []
+    came = []
+    while len(came) < 30:
+        (name,) = driver.jobs
+        came.append(name)
+        driver.end(name)
+        while name in driver.jobs or (len(came) < 30 and not driver.jobs):
+            driver.step()
+    assert came == names
+    assert len(looks) < 100
+    driver.step()
+    assert len(scheduler.waiting) == 0
+
+
+@both
 def test_two_identical_prompts_are_computed_once(asynchronous: bool) -> None:
     scheduler, driver = started(asynchronous)
     prompt = list(range(40 * BLOCK))
@@ -123,7 +153,7 @@ def test_cancelled(asynchronous: bool, steps: int) -> None:
         assert driver.step() == {"stream": 1}
     assert not driver.jobs
     assert not scheduler._lane.busy
-    assert not scheduler._lane._filling
+    assert not scheduler._lane.filling
     assert not scheduler._lane.reasons
     assert set(scheduler.requests) == {"stream"}
     scheduler.finish_requests("stream", RequestStatus.FINISHED_ABORTED)

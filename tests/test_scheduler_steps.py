@@ -358,6 +358,43 @@ def test_queue_answers_like_a_queue() -> None:
     assert not queue
 
 
+def test_parked_requests_wait_unseen() -> None:
+    queue = AgentQueue(lambda request, number: AdmissionKey(Urgency.NORMAL, 0, True, 0, number), patience=5)
+    requests = {name: make_request(name, 10) for name in "abcdef"}
+    for request in requests.values():
+        queue.add_request(request)
+    queue.park({"a": None, "c": None, "d": "block 1", "e": "block 2", "stranger": None})
+    assert (len(queue), queue.parked, bool(queue), queue.peek_request().request_id) == (6, 4, True, "b")
+    assert [request.request_id for request in queue] == ["b", "f", "a", "c", "d", "e"]
+    queue.release(0, {"block 1", "block 2"})
+    assert queue.parked == 4
+    queue.release(1, {"block 2"})
+    assert [queue[index].request_id for index in range(4)] == ["a", "b", "d", "f"]
+    queue.remove_requests([requests["c"], requests["b"]])
+    assert (len(queue), requests["c"] in queue) == (4, False)
+    for name in "adf":
+        queue.remove_request(requests[name])
+    assert (bool(queue), len(queue)) == (False, 1)
+    queue.release(None, {"block 2"})
+    assert not queue
+    queue.release(None, set())
+    assert queue.pop_request() is requests["e"]
+    queue.park({"e": None})
+    assert (len(queue), queue.parked) == (0, 0)
+
+
+def test_a_parked_request_that_is_overdue_is_first_when_it_is_back() -> None:
+    queue = AgentQueue(lambda request, number: AdmissionKey(Urgency.NORMAL, 0, True, 0, number), patience=5)
+    for name in ("early", "late"):
+        queue.add_request(make_request(name, 10))
+    queue.park({"late": None})
+    queue.step = 5
+    assert queue.promote_overdue() == 1
+    queue.release(None, set())
+    assert [request.request_id for request in queue] == ["early", "late"]
+    assert all(key.urgency == Urgency.OVERDUE for key, _, _ in queue._order)
+
+
 def test_a_seeded_prompt_is_not_cut_on_cpu() -> None:
     """vLLM's CPU runner ends the engine when it samples with a seed after a chunk."""
     scheduler, driver = pinned()

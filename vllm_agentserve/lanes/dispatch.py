@@ -50,7 +50,8 @@ class LaneDispatch:
         self._chooser: SlotChooser | None = None
         self._new: list[Job] = []
         self._in_flight: dict[str, tuple[Any, ...]] = {}
-        self._filling: set[Any] = set()
+        self._held: dict[str, Any] = {}
+        self.filling: set[Any] = set()
         """Hashes of the blocks the lane is filling: who needs one of them waits, and then finds it in the prefix cache."""
 
     @property
@@ -70,13 +71,15 @@ class LaneDispatch:
     def matched(self, request: "Request", computed: int) -> tuple[int | None, bool]:
         """What vLLM asks at admission: (tokens the lane will compute, True), (0, False) for a step, (None, False) to wait."""
         uncached = request.num_tokens - 1 - computed
-        if self._filling and uncached > 0:
+        if self.filling and uncached > 0:
             block = computed // self.block_size
-            if block < len(request.block_hashes) and request.block_hashes[block] in self._filling:
+            if block < len(request.block_hashes) and request.block_hashes[block] in self.filling:
+                self._held[request.request_id] = request.block_hashes[block]
                 return None, False
         prompt = self._prompt(request, uncached, computed)
         route, reason = self.policy.route(prompt, self.decodes, len(self._in_flight))
         if route is Route.HOLD:
+            self._held[request.request_id] = None
             return None, False
         self.reasons[request.request_id] = reason
         return (uncached, True) if route is Route.LANE else (0, False)
@@ -106,7 +109,7 @@ class LaneDispatch:
         # Whole blocks only: the last one gets its last token in vLLM's own step.
         hashes = tuple(request.block_hashes[start // self.block_size : (start + tokens) // self.block_size])
         self._in_flight[request.request_id] = hashes
-        self._filling.update(hashes)
+        self.filling.update(hashes)
         if request.prefill_stats is not None and request.num_preemptions <= 0:
             # vLLM takes them for found elsewhere; they are computed, and no client is told otherwise.
             request.prefill_stats.set(request.num_prompt_tokens, min(start, request.num_prompt_tokens), 0)
@@ -127,6 +130,18 @@ class LaneDispatch:
             )
         return unsent | worker.drain()
 
+    def take_held(self) -> dict[str, Any]:
+        """The requests held back since the last call, and what each waits for: the hash of a block, None for room."""
+        held, self._held = self._held, {}
+        return held
+
+    @property
+    def room(self) -> int | None:
+        """How many prompts the lane can take; None where it takes none, so that nobody is held back for it."""
+        if not self.policy.ready or not self.decodes:
+            return None
+        return max(self.policy.jobs - len(self._in_flight), 0)
+
     def take_new(self) -> list[Job]:
         new, self._new = self._new, []
         return new
@@ -136,7 +151,7 @@ class LaneDispatch:
             self._in_flight.pop(request_id, None)
         if finished:
             # A prefix may be in two jobs when its first block was in nobody's: rebuilt, for there are few jobs.
-            self._filling = {one for hashes in self._in_flight.values() for one in hashes}
+            self.filling = {one for hashes in self._in_flight.values() for one in hashes}
         if failed:
             self.policy.failed()
             for _ in failed:

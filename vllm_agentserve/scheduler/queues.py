@@ -1,7 +1,7 @@
 """The waiting queue: vLLM's `RequestQueue` interface over the admission order of `policy/order.py`."""
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -9,6 +9,11 @@ from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request
 
 from vllm_agentserve.policy.order import AdmissionKey, Patience, Urgency
+
+DECIDE_STEPS = 16
+"""Levels of waiting requests are looked at once per so many steps."""
+LOOK_AHEAD = 64
+"""How many waiting requests are looked at beyond the first, per step and per re-tagging."""
 
 
 @dataclass(slots=True)
@@ -29,6 +34,9 @@ class AgentQueue(RequestQueue):
             when `retag()` is called.
         patience: engine steps a request may be overtaken before it moves to the front.
 
+    Requests held back for the prefill lane are parked: they count as waiting, but nobody looks at them until what they wait
+    for has happened, since a look costs a search through the prefix cache per request and step.
+
     A request that the scheduler takes out, skips and puts back keeps its place: its key decides, not the way it came in.
     """
 
@@ -37,6 +45,9 @@ class AgentQueue(RequestQueue):
         self._patience = Patience(patience)
         self._order: list[tuple[AdmissionKey, int, str]] = []
         self._places: dict[str, _Place] = {}
+        self._parked: list[tuple[AdmissionKey, int, str]] = []
+        self._awaited: dict[str, Hashable | None] = {}
+        """By parked request: the KV block that is being filled for somebody else; None: room in the lane."""
         self._arrivals = 0
         self._colds = 0
         self._turn = 0
@@ -72,25 +83,26 @@ class AgentQueue(RequestQueue):
     def remove_request(self, request: Request) -> None:
         if request not in self:
             raise ValueError(f"request {request.request_id!r} is not in the queue")
-        self._take(self._places[request.request_id])
+        self._out(self._places[request.request_id])
 
     def remove_requests(self, requests: Iterable[Request]) -> None:
         for request in requests:
             if request in self:
-                self._take(self._places[request.request_id])
+                self._out(self._places[request.request_id])
 
     def __contains__(self, request: object) -> bool:
         place = self._places.get(request.request_id) if isinstance(request, Request) else None
         return place is not None and place.key is not None
 
     def __bool__(self) -> bool:
+        """Whether there is somebody to look at; `len()` counts parked requests too."""
         return bool(self._order)
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._order) + len(self._parked)
 
     def __iter__(self) -> Iterator[Request]:
-        return iter([self._places[request_id].request for _, _, request_id in self._order])
+        return iter([self._places[request_id].request for _, _, request_id in (*self._order, *self._parked)])
 
     def __getitem__(self, index: int) -> Request:
         return self._places[self._order[index][2]].request
@@ -99,7 +111,43 @@ class AgentQueue(RequestQueue):
         """Drops what is known of a finished request; one that is still queued is taken out."""
         place = self._places.pop(request_id, None)
         if place is not None and place.key is not None:
-            self._take(place)
+            self._out(place)
+
+    @property
+    def parked(self) -> int:
+        return len(self._parked)
+
+    def park(self, held: Mapping[str, Hashable | None]) -> None:
+        """Puts requests aside, by id, with what each waits for; those that are not in the queue are ignored."""
+        for request_id, awaited in held.items():
+            place = self._places.get(request_id)
+            if place is not None and place.key is not None and request_id not in self._awaited:
+                self._take(place, keep_key=True)
+                self._awaited[request_id] = awaited
+                insort(self._parked, (place.key, place.number, request_id))
+
+    def release(self, room: int | None, filling: Container[Hashable]) -> None:
+        """Puts parked requests back.
+
+        Args:
+            room: how many of those that wait for room in the lane, the first ones in order; None for all.
+            filling: blocks that are being filled; who waits for another one goes back.
+        """
+        back = []
+        for _, _, request_id in self._parked:
+            awaited = self._awaited[request_id]
+            if awaited is not None:
+                if awaited not in filling:
+                    back.append(request_id)
+            elif room is None:
+                back.append(request_id)
+            elif room > 0:
+                room -= 1
+                back.append(request_id)
+        for request_id in back:
+            place = self._places[request_id]
+            self._out(place)
+            self._insert(place)
 
     def waiting_resume_tokens(self, limit: int) -> int:
         """Uncached tokens of the resume prefills among the first `limit` requests."""
@@ -115,6 +163,9 @@ class AgentQueue(RequestQueue):
         for request_id in self._patience.overdue(self.step):
             place = self._places.get(request_id)
             if place is None or place.key is None or place.key.urgency <= Urgency.OVERDUE:
+                continue
+            if request_id in self._awaited:
+                place.overdue = True  # it is first in line as soon as it is back
                 continue
             self._take(place)
             place.overdue = True
@@ -147,9 +198,21 @@ class AgentQueue(RequestQueue):
         self._colds += key.cold
         insort(self._order, (key, place.number, place.request.request_id))
 
-    def _take(self, place: _Place) -> None:
+    def _out(self, place: _Place) -> None:
+        """Takes a request out, parked or not."""
+        request_id = place.request.request_id
+        if request_id not in self._awaited:
+            self._take(place)
+            return
+        del self._awaited[request_id]
+        assert place.key is not None
+        del self._parked[bisect_left(self._parked, (place.key, place.number, request_id))]
+        place.key = None
+
+    def _take(self, place: _Place, keep_key: bool = False) -> None:
         assert place.key is not None
         entry = (place.key, place.number, place.request.request_id)
         self._colds -= place.key.cold
         del self._order[bisect_left(self._order, entry)]
-        place.key = None
+        if not keep_key:
+            place.key = None

@@ -22,7 +22,7 @@ from vllm_agentserve.policy.phase import Phase, SessionTable, classify
 from vllm_agentserve.scheduler.announcer import Announcer
 from vllm_agentserve.scheduler.ledger import LaneLedger
 from vllm_agentserve.scheduler.programs import ProgramTracker
-from vllm_agentserve.scheduler.queues import AgentQueue
+from vllm_agentserve.scheduler.queues import DECIDE_STEPS, LOOK_AHEAD, AgentQueue
 from vllm_agentserve.scheduler.stats import StatsCollector
 from vllm_agentserve.scheduler.steps import Step, StepLog
 from vllm_agentserve.vllm_compat import STATS_FIELD
@@ -33,11 +33,6 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import ModelRunnerOutput
 
 logger = init_logger("vllm.agentserve")
-
-DECIDE_STEPS = 16
-"""Levels of waiting requests are looked at once per so many steps."""
-LOOK_AHEAD = 64
-"""How many waiting requests are looked at beyond the first, per step and per re-tagging."""
 
 
 class Prefill:
@@ -73,6 +68,8 @@ class AgentScheduler(Scheduler):
         limits = BudgetLimits(**{name: getattr(options, name) for name in BudgetLimits.__dataclass_fields__})
         self._controller = BudgetController(limits, pipeline_depth=self.parallel_config.pipeline_parallel_size)
         self._stats = StatsCollector(self._controller)
+        self.counts = self._stats.counts
+        """What `/metrics` counts, since the start."""
         self._sessions = SessionTable()
         self._prefills: dict[str, Prefill] = {}
         self._budget: StepBudget | None = None
@@ -103,16 +100,11 @@ class AgentScheduler(Scheduler):
             options, self._lane is not None, isinstance(self, AsyncScheduler), budget_obstacle, order_obstacle
         )
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """What `/metrics` counts, since the start."""
-        return dict(self._stats.counts)
-
     # -- a step ---------------------------------------------------------------------------------------------------------
 
     def schedule(self, throttle_prefills: bool = False) -> "SchedulerOutput":
         started = perf_counter()
-        if not self._prefills and not self.waiting and not self.kv_holding_waiting:
+        if not self._prefills and not len(self.waiting) and not self.kv_holding_waiting:
             output = super().schedule(throttle_prefills)
             sequences = len(output.num_scheduled_tokens)
             context = self._decode_context() if sequences and self._log.wants_context() else 0
@@ -128,6 +120,8 @@ class AgentScheduler(Scheduler):
         context = self._decode_context() if decodes else 0
         if self._lane is not None:
             self._lane.decodes, self._lane.context = decodes, context
+            if self._queue is not None and self._queue.parked:
+                self._queue.release(self._lane.room, self._lane.filling)
         if self._queue is not None:
             self._queue.step = self.current_step
             self._stats.counts["overdue_requests"] += self._queue.promote_overdue()
@@ -140,6 +134,9 @@ class AgentScheduler(Scheduler):
             output = super().schedule(throttle_prefills)
         finally:
             del self._reserve_prefill_lookahead
+        held = self._lane.take_held() if self._lane is not None else None
+        if held and self._queue is not None:
+            self._queue.park(held)
         chunks, admitted = self._take_chunks(output)
         sequences = len(output.num_scheduled_tokens) - len(chunks)
         self._log.scheduled(Step(output, started, sequences, context, chunks or None, admitted, self._beside_lane()))
