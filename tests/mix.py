@@ -45,7 +45,7 @@ def mixed_jobs(seed: int = 1) -> list[Job]:
         tail = [rng.randrange(3, 4000) for _ in range(rng.randint(5, 300))]
         prompt = shared[: rng.choice((0, 0, 260, 900))] + tail
         given: dict[str, Any] = {
-            "max_tokens": rng.randint(10, 60),
+            "max_tokens": rng.randint(20, 120),
             "ignore_eos": True,
             "temperature": 0.0,
             "logprobs": 1,
@@ -68,7 +68,7 @@ def mixed_jobs(seed: int = 1) -> list[Job]:
             case 7:
                 given |= {"stop": ["e", "a"], "repetition_penalty": 1.3, "max_tokens": 40}
         abort_after = rng.choice((0, 0, 1, 4, 9)) if number % 8 == 5 and number > 8 else None
-        jobs.append(Job(f"job-{number}", 2 * number, prompt, SamplingParams(**given), abort_after))
+        jobs.append(Job(f"job-{number}", number, prompt, SamplingParams(**given), abort_after))
     return jobs
 
 

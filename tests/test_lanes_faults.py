@@ -124,8 +124,9 @@ def test_blocks_published_before_they_are_written_would_be_noticed(
 @lanes_run_here
 def test_blocks_freed_while_they_are_written_would_be_noticed(lanes: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """An aborted job's blocks are given back at once, and the lane writes on into what others have in them by then."""
-    parameters = SamplingParams(max_tokens=40, ignore_eos=True, temperature=0, logprobs=1)
-    stream = Job("stream", 0, [11] * 40, SamplingParams(max_tokens=150, ignore_eos=True, temperature=0))
+    # They last for as long as the lane writes on, so that it comes upon their blocks.
+    parameters = SamplingParams(max_tokens=200, ignore_eos=True, temperature=0, logprobs=1)
+    stream = Job("stream", 0, [11] * 40, SamplingParams(max_tokens=210, ignore_eos=True, temperature=0))
     aborted = Job("aborted", 2, long_prompt(5, 3900), parameters, abort_after=0)
     # Short enough for vLLM's own steps, and so many that they get the blocks that were given back.
     others = [Job(f"other-{n}", 4, long_prompt(20 + n, 47), parameters) for n in range(14)]
