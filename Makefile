@@ -40,7 +40,7 @@ bench-lanes: setup
 
 # A quarter of an hour: the lane is killed fifty times under load, and every answer compared with stock's.
 torture: setup
-	@AGENTSERVE_LANE_KILLS=50 $(RUN)/python -m pytest tests/test_lanes_faults.py -k "again_and_again"
+	@AGENTSERVE_LANE_KILLS=50 $(RUN)/python -m pytest --timeout 3600 tests/test_lanes_faults.py -k "again_and_again"
 
 # Eight minutes on a machine with one NVIDIA GPU; into bench-results/gpu-check.
 gpu-check: setup
