@@ -5,8 +5,9 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+from vllm_agentserve.vllm_compat.chunks import scheduled
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -51,48 +52,16 @@ class SecondWorker:
 
     def compute(self, chunk: "Chunk") -> None:
         """Fills the KV of the chunk's tokens; returns when it is written."""
-        self._runner.execute_model(self._step(chunk))
+        from vllm.sampling_params import SamplingParams
+
+        # The V1 runner wants parameters of every request, also where nothing is sampled.
+        finished, self._finished = self._finished, set()
+        self._runner.execute_model(scheduled(chunk, finished, SamplingParams()))
         self._runner.execute_model_state = None
 
     def forget(self, request_id: str) -> None:
         """Drops what is kept of a request of which a chunk was computed."""
         self._finished.add(request_id)
-
-    def _step(self, chunk: "Chunk") -> Any:
-        from vllm.sampling_params import SamplingParams
-        from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
-
-        output, job = SchedulerOutput.make_empty(), chunk.job
-        if chunk.first:
-            output.scheduled_new_reqs = [
-                NewRequestData(
-                    req_id=job.request_id,
-                    prompt_token_ids=job.token_ids,
-                    mm_features=[],
-                    sampling_params=SamplingParams(),
-                    pooling_params=None,
-                    block_ids=job.block_ids,
-                    num_computed_tokens=chunk.position,
-                    lora_request=None,
-                )
-            ]
-        else:
-            output.scheduled_cached_reqs = CachedRequestData(
-                req_ids=[job.request_id],
-                resumed_req_ids=set(),
-                new_token_ids=[],
-                all_token_ids={},
-                new_block_ids=[None],
-                num_computed_tokens=[chunk.position],
-                num_output_tokens=[0],
-            )
-        finished, self._finished = self._finished, set()
-        return replace(
-            output,
-            num_scheduled_tokens={job.request_id: chunk.tokens},
-            total_num_scheduled_tokens=chunk.tokens,
-            finished_req_ids=finished,
-        )
 
 
 def second_worker_config(vllm_config: "VllmConfig") -> Any:

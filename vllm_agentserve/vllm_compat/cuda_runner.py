@@ -4,11 +4,11 @@ import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from typing import Any
 
 from vllm_agentserve.lanes.chunks import Chunk
 from vllm_agentserve.lanes.lane import Job, LaneError
+from vllm_agentserve.vllm_compat.chunks import scheduled
 from vllm_agentserve.vllm_compat.cuda import WORKSPACE_LANE
 from vllm_agentserve.vllm_compat.cuda_graphs import SlotGraphs
 
@@ -173,9 +173,10 @@ class LaneModelRunner:
         from vllm.v1.worker.workspace import use_workspace_lane
 
         second = self._second
+        finished, self._finished = self._finished, set()
         try:
             with use_workspace_lane(WORKSPACE_LANE), connector_hidden():
-                second.execute_model(self._scheduled(chunk))
+                second.execute_model(scheduled(chunk, finished))
                 state = second.execute_model_state
                 second.postprocess_num_computed_tokens(state.input_batch)
         except Exception:
@@ -186,43 +187,6 @@ class LaneModelRunner:
         finally:
             second.execute_model_state = None
         return state
-
-    def _scheduled(self, chunk: Chunk) -> Any:
-        from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
-
-        job = chunk.job
-        output = SchedulerOutput.make_empty()
-        if chunk.first:
-            output.scheduled_new_reqs = [
-                NewRequestData(
-                    req_id=job.request_id,
-                    prompt_token_ids=job.token_ids,
-                    mm_features=[],
-                    sampling_params=None,
-                    pooling_params=None,
-                    block_ids=job.block_ids,
-                    num_computed_tokens=chunk.position,
-                    lora_request=None,
-                    prefill_token_ids=job.token_ids,
-                )
-            ]
-        else:
-            output.scheduled_cached_reqs = CachedRequestData(
-                req_ids=[job.request_id],
-                resumed_req_ids=set(),
-                new_token_ids=[],
-                all_token_ids={},
-                new_block_ids=[None],
-                num_computed_tokens=[chunk.position],
-                num_output_tokens=[0],
-            )
-        finished, self._finished = self._finished, set()
-        return replace(
-            output,
-            num_scheduled_tokens={job.request_id: chunk.tokens},
-            total_num_scheduled_tokens=chunk.tokens,
-            finished_req_ids=finished,
-        )
 
     def forget(self, request_id: str) -> None:
         self._finished.add(request_id)
