@@ -126,6 +126,14 @@ def test_the_oldest_are_forgotten() -> None:
     assert known.program_of([*contexts[4], *SYSTEM]) == "p4"
 
 
+def test_the_same_answer_again_and_again_is_remembered_so_often_and_no_more() -> None:
+    known = Known(capacity=10_000)
+    for n in range(300):
+        context = known.finished(f"p{n}", SYSTEM + tokens_of("task", 40), tokens_of("answer", 10))
+    assert len(known.lineage) <= 2 * known.lineage.ALIKE
+    assert known.program_of([*context, *SYSTEM]) is not None
+
+
 # Drawn agents
 
 

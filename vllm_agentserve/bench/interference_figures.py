@@ -6,15 +6,11 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_agentserve.bench.measure import quantiles
+from vllm_agentserve.bench.summary import DECISIONS
+from vllm_agentserve.config import SERIES
 
-DECISIONS = (
-    "lane_asked_requests",
-    "tight_target_requests",
-    "loose_target_requests",
-    "unknown_requests",
-    "lane_down_requests",
-)
-"""Counters that say where a long prompt went beside streams, and why."""
+ELSEWHERE = ("step_idle", "step_unfit")
+"""Decisions that are none between lane and steps: nobody decoded, or the lane could not."""
 
 if TYPE_CHECKING:
     from vllm_agentserve.bench.interference import Run
@@ -47,13 +43,9 @@ def summary(runs: Sequence["Run"]) -> dict[str, Any]:
 
 def decisions(runs: Sequence["Run"]) -> dict[str, float]:
     """How many long prompts of all rounds went to the lane and to steps, by reason."""
-    total: dict[str, float] = {}
-    for run in runs:
-        for name, count in run.counts.items():
-            if name.endswith(DECISIONS):
-                short = name.rpartition("agentserve_")[2]
-                total[short] = total.get(short, 0.0) + count
-    return total
+    names = [f"{key}_requests" for key in DECISIONS if key not in ELSEWHERE]
+    total = {name: sum(run.counts.get(f"{SERIES}{name}", 0.0) for run in runs) for name in names}
+    return {name: count for name, count in total.items() if count}
 
 
 def alone_summary(runs: Sequence["Run"]) -> dict[str, Any]:

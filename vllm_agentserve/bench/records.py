@@ -1,12 +1,19 @@
 """What is kept of every request, and the files it is kept in: one JSON object a line, every token's time included."""
 
 import gzip
+import hashlib
 import json
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
+
+
+def digest(token_ids: Sequence[int]) -> str:
+    """Tells prompts apart, in few characters."""
+    return hashlib.sha256(array("i", token_ids).tobytes()).hexdigest()[:12]
 
 
 class Record(msgspec.Struct, kw_only=True):

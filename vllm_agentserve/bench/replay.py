@@ -2,15 +2,13 @@
 
 import asyncio
 import gc
-import hashlib
 import os
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from time import perf_counter
 
 from vllm_agentserve.bench.client import Stream, StreamError, StreamingClient
-from vllm_agentserve.bench.records import Record
+from vllm_agentserve.bench.records import Record, digest
 from vllm_agentserve.bench.sessions import Session, pinned_token
 
 LATENESS_PERIOD_S = 0.05
@@ -152,7 +150,7 @@ class Replay:
                 kind=session.kind,
                 phase=session.phase(turn),
                 turn=turn,
-                prompt=hashlib.sha256(array("i", context).tobytes()).hexdigest()[:12],
+                prompt=digest(context),
                 prompt_tokens=len(context),
                 wanted_tokens=session.turns[turn].answer,
                 cached_tokens=stream.cached_tokens,

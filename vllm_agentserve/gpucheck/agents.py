@@ -1,10 +1,8 @@
 """Agents against an engine in this process, closed-loop: a turn is due when the answer before and its tool are done."""
 
 import gc
-import hashlib
 import heapq
 import itertools
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter, sleep
@@ -12,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_agentserve.bench.records import Record
+from vllm_agentserve.bench.records import Record, digest
 from vllm_agentserve.bench.sessions import Session, warm_up_of
 from vllm_agentserve.bench.workloads import REACT, Shape, draw_sessions
 from vllm_agentserve.gpucheck.engines import Setting, counters, make_engine
@@ -123,7 +121,7 @@ class ClosedLoop:
             kind=turn.session.kind,
             phase=turn.session.phase(turn.number),
             turn=turn.number,
-            prompt=hashlib.sha256(array("i", turn.prompt).tobytes()).hexdigest()[:12],
+            prompt=digest(turn.prompt),
             prompt_tokens=len(turn.prompt),
             wanted_tokens=turn.session.turns[turn.number].answer,
             cached_tokens=turn.cached,

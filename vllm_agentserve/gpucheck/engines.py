@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_agentserve.config import SERIES
 from vllm_agentserve.toy import make_toy_model
 from vllm_agentserve.vllm_compat import SCHEDULER_NAME
 
-PREFIX = "vllm:agentserve_"
 OURS = ("time-sliced", "lanes")
 STOCK = ("stock", "stock-chunk")
 GRAPH_SIZES = (1, 2, 4, 8)
@@ -165,7 +165,7 @@ def counters(llm: Any) -> dict[str, int]:
     from vllm.v1.metrics.reader import Counter
 
     return {
-        metric.name.removeprefix(PREFIX): metric.value
+        metric.name.removeprefix(SERIES): metric.value
         for metric in llm.get_metrics()
-        if isinstance(metric, Counter) and metric.name.startswith(PREFIX)
+        if isinstance(metric, Counter) and metric.name.startswith(SERIES)
     }

@@ -73,7 +73,7 @@ class LaneSpy:
 
 
 def scenarios(options: Mapping[str, Any]) -> dict[str, Any]:
-    """All of them with one engine, in a child process. The abort comes first: after a failure the lane rests for a while."""
+    """All of them with one engine, in a child process. The abort comes first: a failure leaves no lane for a while."""
     setting = Setting(**options["setting"])
     spy = LaneSpy(setting.device)
     spy.attach()

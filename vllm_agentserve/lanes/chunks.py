@@ -1,6 +1,5 @@
 """The jobs of a lane, cut into chunks: which one runs next, and how far each has come."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vllm_agentserve.lanes.lane import Job
@@ -19,14 +18,9 @@ class Chunk:
 
 
 class ChunkQueue:
-    """Every provider of a lane has one: order is decided anew for every chunk.
+    """Every provider of a lane has one: order is decided anew for every chunk, by `policy.slots.next_job`."""
 
-    Args:
-        choose: the policy; see `policy.slots.next_job`.
-    """
-
-    def __init__(self, choose: Callable[[Sequence[Waiting]], str] = next_job) -> None:
-        self._choose = choose
+    def __init__(self) -> None:
         self._jobs: dict[str, Job] = {}
         self._position: dict[str, int] = {}
         self._taken = 0
@@ -51,7 +45,7 @@ class ChunkQueue:
             Waiting(name, job.resume, job.end - self._position.get(name, job.start), self._taken - self._came[name])
             for name, job in self._jobs.items()
         ]
-        name = self._choose(waiting)
+        name = next_job(waiting)
         job = self._jobs[name]
         position = self._position.get(name, job.start)
         length = min(tokens, job.end - position)

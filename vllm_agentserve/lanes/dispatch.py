@@ -121,14 +121,13 @@ class LaneDispatch:
         Raises:
             RuntimeError: the worker is in another process and cannot be waited for here.
         """
-        unsent = {job.request_id for job in self.take_new()}
         worker = local_worker_half()
         if worker is None:
             raise RuntimeError(
                 f"{len(self._in_flight)} prompts are in the prefill lane of a worker in another process: call again when they "
                 "are through, or serve in mode 'time-sliced'"
             )
-        return unsent | worker.drain()
+        return set(worker.drain())
 
     def take_held(self) -> dict[str, Any]:
         """The requests held back since the last call, and what each waits for: the hash of a block, None for room."""

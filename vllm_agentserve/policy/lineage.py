@@ -38,6 +38,9 @@ class Lineage:
         capacity: sequences remembered, the oldest are forgotten first.
     """
 
+    ALIKE = 64
+    """Sequences remembered that differ in their tails only: the same prompt sent for ever must not make look-ups long."""
+
     def __init__(self, block_size: int, capacity: int = 16_384) -> None:
         self._block_size = block_size
         self._capacity = capacity
@@ -62,13 +65,17 @@ class Lineage:
         answered = len(tokens) - prompt_tokens
         for length in {len(tokens), prompt_tokens + min(answered, WEAK_OUTPUT_TOKENS)}:
             blocks = min(len(hashes), length // self._block_size)
-            # A tail of more than a block would mean that hashes are missing: nothing to find it by.
+            # A tail of two blocks would mean that hashes are missing: nothing to find it by.
             if not answered or not blocks or length - blocks * self._block_size >= 2 * self._block_size:
                 continue
             tail = tuple(tokens[blocks * self._block_size : length])
-            self._by_hash.setdefault(hashes[blocks - 1], []).append(Remembered(program, path_ms, tail))
+            same = self._by_hash.setdefault(hashes[blocks - 1], [])
+            same.append(Remembered(program, path_ms, tail))
             self._by_hash.move_to_end(hashes[blocks - 1])
             self._count += 1
+            if len(same) > self.ALIKE:
+                del same[0]
+                self._count -= 1
         while self._count > self._capacity:
             _, forgotten = self._by_hash.popitem(last=False)
             self._count -= len(forgotten)

@@ -53,7 +53,7 @@ class LaneLedger:
         self._stats.counts["lane_tokens"] += uncached - 1
         self.admitted(request.request_id)
         if self._programs is not None:
-            self._programs.computes(request.request_id, Phase.COLD_PREFILL, uncached - 1, start)
+            self._programs.computes(request.request_id, uncached - 1, start)
 
     def failed(self) -> None:
         self._stats.counts["lane_failed_requests"] += 1

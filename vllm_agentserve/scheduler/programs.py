@@ -23,7 +23,7 @@ class ProgramTracker:
     Args:
         options: policy, levels, and when a call is promoted.
         controller: prices prompts.
-        stats: counts programs told and inferred, and promotions.
+        stats: counts programs told and inferred.
         block_size: tokens per KV block.
     """
 
@@ -60,14 +60,11 @@ class ProgramTracker:
         self.table.arrive(request.request_id, key, path, monotonic())
 
     def level(self, request_id: str) -> int:
-        level = self.table.level(request_id, monotonic())
-        self._stats.counts["program_promotions"] = self.table.promotions
-        return level
+        return self.table.level(request_id, monotonic())
 
-    def computes(self, request_id: str, phase: Phase, tokens: int, context: int) -> None:
+    def computes(self, request_id: str, tokens: int, context: int) -> None:
         """A chunk of the prompt is scheduled: tokens over `context` computed ones."""
-        if phase is not Phase.DECODE:
-            self.table.charge(request_id, self._controller.whole.model.chunk_ms(tokens, context, first=False))
+        self.table.charge(request_id, self._controller.whole.model.chunk_ms(tokens, context, first=False))
 
     def stepped(self, sequences: int, step_ms: float, chunks: list[tuple[Phase, int, int]] | None) -> None:
         """A step with so many decodes took so long; what its chunks took of it is charged to them already."""

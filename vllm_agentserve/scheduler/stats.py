@@ -1,10 +1,10 @@
 """What the engine reports: plain figures, collected between two reports and sent as one flat dictionary."""
 
-from collections.abc import Sized
 from typing import Protocol
 
 from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.phase import Phase
+from vllm_agentserve.policy.programs import ProgramTable
 
 COUNTERS = {
     "cold_prefill_requests": "Requests admitted as cold prefill.",
@@ -74,7 +74,7 @@ class StatsCollector:
         self._last_chunk = 0
         self.lane: LaneGauges | None = None
         """Set where there are lanes."""
-        self.programs: Sized | None = None
+        self.programs: ProgramTable | None = None
         """Set where programs are told apart."""
 
     def admitted(self, phase: Phase) -> None:
@@ -104,6 +104,8 @@ class StatsCollector:
         controller = self._controller
         counts, before = self.counts, self._reported
         counts["slow_steps"] = controller.slow_steps
+        if self.programs is not None:
+            counts["program_promotions"] = self.programs.promotions
         report: dict[str, float] = {
             name: count - before[name] for name, count in counts.items() if count > before[name]
         }
