@@ -86,7 +86,12 @@ _numbers = count()
 
 
 def make_request(
-    name: str, prompt: int | list[int], max_tokens: int = 1000, session: str | None = None, **options: Any
+    name: str,
+    prompt: int | list[int],
+    max_tokens: int = 1000,
+    session: str | None = None,
+    hints: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Request:
     """A request whose prompt is given, or is `prompt` tokens like no other's."""
     if isinstance(prompt, int):
@@ -95,7 +100,7 @@ def make_request(
     return Request(
         request_id=name,
         prompt_token_ids=prompt,
-        sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+        sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=hints),
         pooling_params=None,
         block_hasher=HASHER,
         session_id=session,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_agentserve.policy.order import AdmissionKey, Patience, Urgency, admission_key
+from vllm_agentserve.policy.order import AdmissionKey, Patience, Urgency, admission_key, overdue_key, preempted_key
 from vllm_agentserve.policy.phase import Phase, SessionTable, classify
 
 COLD, RESUME, DECODE = Phase.COLD_PREFILL, Phase.RESUME_PREFILL, Phase.DECODE
@@ -39,23 +39,36 @@ def test_sessions_are_forgotten_oldest_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("phase", "uncached", "arrival", "preempted", "key"),
+    ("phase", "uncached", "given", "key"),
     [
-        (COLD, 4000, 7, False, AdmissionKey(Urgency.NORMAL, 3, True, 0, 7)),
-        (RESUME, 100, 7, False, AdmissionKey(Urgency.NORMAL, 3, False, 100, 7)),
-        (RESUME, 256, 7, False, AdmissionKey(Urgency.NORMAL, 3, False, 256, 7)),
-        (
-            RESUME,
-            257,
-            7,
-            False,
-            AdmissionKey(Urgency.NORMAL, 3, True, 0, 7),
-        ),  # longer than the budget: in line with the cold ones
-        (COLD, 4000, 7, True, AdmissionKey(Urgency.PREEMPTED, 0, False, 0, 7)),
+        (COLD, 4000, {}, AdmissionKey(Urgency.NORMAL, cold=True, arrival=7)),
+        (RESUME, 100, {}, AdmissionKey(Urgency.NORMAL, uncached=100, arrival=7)),
+        (RESUME, 256, {}, AdmissionKey(Urgency.NORMAL, uncached=256, arrival=7)),
+        # Longer than the budget: in line with the cold ones.
+        (RESUME, 257, {}, AdmissionKey(Urgency.NORMAL, cold=True, arrival=7)),
+        (COLD, 9, {"level": 3, "batch": True}, AdmissionKey(Urgency.NORMAL, True, 3, cold=True, arrival=7)),
+        (RESUME, 9, {"due": 5.0}, AdmissionKey(Urgency.NORMAL, due=5.0, uncached=9, arrival=7)),
     ],
 )
-def test_admission_key(phase: Phase, uncached: int, arrival: int, preempted: bool, key: tuple) -> None:
-    assert admission_key(phase, uncached, arrival, preempted, resume_budget=256, level=3) == key
+def test_admission_key(phase: Phase, uncached: int, given: dict, key: AdmissionKey) -> None:
+    assert admission_key(phase, uncached, 7, resume_budget=256, **given) == key
+
+
+def test_the_order_of_keys() -> None:
+    """Every line goes before the next, whatever follows in the key."""
+    rising = [
+        preempted_key(99),
+        overdue_key(98),
+        admission_key(RESUME, 256, 97, 256, due=1.0),
+        admission_key(COLD, 9, 96, 256, due=2.0),
+        admission_key(RESUME, 8, 95, 256),
+        admission_key(RESUME, 9, 1, 256),
+        admission_key(COLD, 9, 2, 256),
+        admission_key(COLD, 9, 3, 256),
+        admission_key(RESUME, 1, 0, 256, level=1, due=0.0),
+        admission_key(RESUME, 1, 0, 256, batch=True, due=0.0),
+    ]
+    assert sorted(reversed(rising)) == rising
 
 
 def test_patience_names_each_request_once_and_in_order() -> None:

@@ -341,7 +341,7 @@ def test_a_user_threshold_of_vllm_stays_in_force() -> None:
 
 
 def test_queue_answers_like_a_queue() -> None:
-    queue = AgentQueue(lambda request, number: AdmissionKey(Urgency.NORMAL, 0, True, 0, number), patience=5)
+    queue = AgentQueue(lambda request, number: AdmissionKey(Urgency.NORMAL, cold=True, arrival=number), patience=5)
     first, second = make_request("first", 10), make_request("second", 10)
     with pytest.raises(IndexError):
         queue.peek_request()
@@ -359,7 +359,7 @@ def test_queue_answers_like_a_queue() -> None:
 
 
 def test_parked_requests_wait_unseen() -> None:
-    queue = AgentQueue(lambda request, number: AdmissionKey(Urgency.NORMAL, 0, True, 0, number), patience=5)
+    queue = AgentQueue(lambda request, number: AdmissionKey(Urgency.NORMAL, cold=True, arrival=number), patience=5)
     requests = {name: make_request(name, 10) for name in "abcdef"}
     for request in requests.values():
         queue.add_request(request)
@@ -384,7 +384,7 @@ def test_parked_requests_wait_unseen() -> None:
 
 
 def test_a_parked_request_that_is_overdue_is_first_when_it_is_back() -> None:
-    queue = AgentQueue(lambda request, number: AdmissionKey(Urgency.NORMAL, 0, True, 0, number), patience=5)
+    queue = AgentQueue(lambda request, number: AdmissionKey(Urgency.NORMAL, cold=True, arrival=number), patience=5)
     for name in ("early", "late"):
         queue.add_request(make_request(name, 10))
     queue.park({"late": None})

@@ -10,24 +10,19 @@ The option table of the documentation is generated from the fields below (`pytho
 
 import dataclasses
 import difflib
-import math
-import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
-KEY = "agentserve"
+from vllm_agentserve.options import KEY, OptionError, checked, option, table_of
+
+__all__ = ["KEY", "SERIES", "AgentServeConfig", "OptionError", "option_table"]
+
 SERIES = "vllm:agentserve_"
 """What our series on `/metrics` begin with."""
-
-
-class OptionError(ValueError):
-    """An option has a wrong name, type or value; the message names the option, the value and what is allowed."""
-
-
-def option(default: Any, unit: str, help: str, *, low: float | None = None, high: float | None = None) -> Any:
-    """Declares one option: `low` and `high` are inclusive bounds in `unit`."""
-    return dataclasses.field(default=default, metadata={"unit": unit, "help": help, "low": low, "high": high})
+BYPASS_STEPS = 64
+PATIENT_BYPASS_STEPS = 4096
+"""Defaults of `max_bypass_steps`: the second where requests are to wait for each other longer than for a step or two."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +99,20 @@ class AgentServeConfig:
         low=1,
         high=4096,
     )
-    max_bypass_steps: int = option(
-        64,
+    max_bypass_steps: int | None = option(
+        None,
         "steps",
-        "A waiting request that others have overtaken for this many engine steps goes to the front of the queue.",
+        "A waiting request that others have overtaken for this many engine steps goes to the front of the queue. Not set: 64; "
+        "4096 with policy `plas` or `atlas`, whose levels order requests that wait for seconds, and for requests of class "
+        "`batch`.",
         low=1,
         high=1_000_000,
+    )
+    strict_hints: bool = option(
+        False,
+        "",
+        "A request with a wrong hint (`agent_parent`, `agent_thread`, `agent_deadline_ms`, `agent_class` in `vllm_xargs`) is "
+        "refused with status 400. Off: the hint is ignored and counted.",
     )
     policy: typing.Literal["fcfs", "plas", "atlas"] = option(
         "fcfs",
@@ -139,6 +142,14 @@ class AgentServeConfig:
         "level.",
         low=0.1,
         high=100_000.0,
+    )
+    program_preempt_share: float = option(
+        0.0,
+        "of service",
+        "With `plas` or `atlas`, a running call gives up its place to one of a better level when there is none left, as long as "
+        "what has to be computed again stays below this share of all service. 0: never.",
+        low=0.0,
+        high=0.5,
     )
     program_ttl_s: float = option(
         3600.0, "s", "A program that nothing was heard of for so long is forgotten.", low=1.0, high=1_000_000.0
@@ -198,12 +209,21 @@ class AgentServeConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+            object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
         if self.lower_threshold > self.upper_threshold:
             raise OptionError(
                 f"{KEY} option 'lower_threshold' = {self.lower_threshold:g} is not allowed: it must be at most "
                 f"'upper_threshold' = {self.upper_threshold:g}."
             )
+
+    @property
+    def bypass_steps(self) -> int:
+        """`max_bypass_steps`, or its default under this policy."""
+        return self.max_bypass_steps or (BYPASS_STEPS if self.policy == "fcfs" else PATIENT_BYPASS_STEPS)
+
+    @property
+    def batch_bypass_steps(self) -> int:
+        return self.max_bypass_steps or PATIENT_BYPASS_STEPS
 
     @classmethod
     def from_mapping(cls, given: Any) -> "AgentServeConfig":
@@ -229,57 +249,9 @@ class AgentServeConfig:
         return cls.from_mapping(additional_config.get(KEY, {}))
 
 
-def _allowed(field: "dataclasses.Field[Any]") -> str:
-    choices = _choices(field)
-    if choices:
-        return "one of " + ", ".join(repr(choice) for choice in choices)
-    kind = "a whole number" if _whole(field) else "a number"
-    unit = f" {field.metadata['unit']}" if field.metadata["unit"] else ""
-    none = ", or null" if _optional(field) else ""
-    return f"{kind} from {field.metadata['low']:.10g} to {field.metadata['high']:.10g}{unit}{none}"
-
-
-def _choices(field: "dataclasses.Field[Any]") -> tuple[Any, ...]:
-    return typing.get_args(field.type) if typing.get_origin(field.type) is typing.Literal else ()
-
-
-def _optional(field: "dataclasses.Field[Any]") -> bool:
-    return isinstance(field.type, types.UnionType) and type(None) in typing.get_args(field.type)
-
-
-def _whole(field: "dataclasses.Field[Any]") -> bool:
-    return field.type is int or int in typing.get_args(field.type)
-
-
-def _checked(field: "dataclasses.Field[Any]", value: Any) -> Any:
-    """Returns the value in its declared type, or raises `OptionError`."""
-    wrong = OptionError(f"{KEY} option {field.name!r} = {value!r} is not allowed: it must be {_allowed(field)}.")
-    choices = _choices(field)
-    if choices:
-        if not isinstance(value, str) or value not in choices:
-            raise wrong
-        return value
-    if value is None:
-        if _optional(field):
-            return None
-        raise wrong
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise wrong
-    if _whole(field) and value != int(value):
-        raise wrong
-    if not field.metadata["low"] <= value <= field.metadata["high"]:
-        raise wrong
-    return int(value) if _whole(field) else float(value)
-
-
 def option_table() -> str:
     """The options as a Markdown table; the documentation holds exactly this text, and a test compares the two."""
-    lines = ["| option | default | allowed | meaning |", "|---|---|---|---|"]
-    for field in dataclasses.fields(AgentServeConfig):
-        default = "not set" if field.default is None else field.default
-        unit = f" {field.metadata['unit']}" if field.metadata["unit"] and field.default is not None else ""
-        lines.append(f"| `{field.name}` | {default}{unit} | {_allowed(field)} | {field.metadata['help']} |")
-    return "\n".join(lines)
+    return table_of(AgentServeConfig)
 
 
 if __name__ == "__main__":

@@ -19,4 +19,5 @@ def register() -> None:
         return
     hooks.add_stats_field()
     hooks.check_options_early()
+    hooks.refuse_wrong_hints()
     hooks.add_stat_logger()

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes.lane import Job, LaneReport, Slot
+from vllm_agentserve.policy.preemption import Rank
 from vllm_agentserve.policy.routes import LanePolicy, Prompt, Reason, Route
 from vllm_agentserve.policy.slots import LaneRate, SlotChooser
 from vllm_agentserve.vllm_compat.lanes import lane_obstacle, local_worker_half
@@ -41,6 +42,7 @@ class LaneDispatch:
         self.decodes = 0
         self.context = 0
         self.on_dispatch: Callable[[Any, int], None] = lambda request, start: None
+        self.rank_of: Callable[[str], Rank] = lambda request_id: Rank(False, 0)
         self.on_failure: Callable[[], None] = lambda: None
         self.reasons: dict[str, Reason] = {}
         """Why each prompt that was asked about goes where it goes; taken out when it is admitted."""
@@ -104,6 +106,7 @@ class LaneDispatch:
                 block_ids,
                 start,
                 resume=start > request.num_tokens // 2,
+                rank=self.rank_of(request.request_id),
             )
         )
         # Whole blocks only: the last one gets its last token in vLLM's own step.

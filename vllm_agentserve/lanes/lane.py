@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from vllm_agentserve.policy.preemption import Rank
+
 
 @dataclass(frozen=True)
 class Job:
@@ -14,6 +16,7 @@ class Job:
         block_ids: the KV blocks of the whole prompt, per KV cache group.
         start: first token the lane computes; everything before is in the blocks already.
         resume: whether the prompt continues a cached context, which goes before those that begin one.
+        rank: class and level of the call, which goes before that.
     """
 
     request_id: str
@@ -21,6 +24,7 @@ class Job:
     block_ids: tuple[list[int], ...]
     start: int
     resume: bool = False
+    rank: Rank = Rank(False, 0)
 
     @property
     def end(self) -> int:

@@ -1,13 +1,15 @@
 """Who is admitted first: the key by which waiting requests are sorted, and the bound on being overtaken.
 
-First preempted requests (they had a place already), then overdue ones, then all others by the level of their program (one
-level for all where programs are not told apart). Within a level come resume prefills, the shortest first, then cold prefills
-by arrival. Shortest first minimises the mean time to the next token of agents that wait for a tool result to be read; the
-overdue class keeps it, and the levels, from starving anybody.
+First preempted requests (they had a place already), then overdue ones, then all others: interactive ones before batch, by the
+level of their program (one level for all where programs are not told apart), by deadline where a client named one. Among
+equals come resume prefills, the shortest first, then cold prefills by arrival. Shortest first minimises the mean time to the
+next token of agents that wait for a tool result to be read; the overdue class keeps it, the levels and the hints of clients
+from starving anybody.
 """
 
 import enum
 from collections import deque
+from math import inf
 from typing import NamedTuple
 
 from vllm_agentserve.policy.phase import Phase
@@ -24,37 +26,56 @@ class AdmissionKey(NamedTuple):
 
     Args:
         urgency: of the request.
+        batch: whether its client said that nobody waits for it.
         level: of its program.
+        due: when its client wants it through, in the unit of `arrival`'s clock or any other that all share; infinite where
+            it did not say.
         cold: whether it stands in line with the cold prefills.
         uncached: tokens of a resume prefill; 0 for others, among which arrival decides.
         arrival: when it came, in any unit that grows with time.
     """
 
     urgency: int
-    level: int
-    cold: bool
-    uncached: int
-    arrival: float
+    batch: bool = False
+    level: int = 0
+    due: float = inf
+    cold: bool = False
+    uncached: int = 0
+    arrival: float = 0.0
 
 
 def admission_key(
-    phase: Phase, uncached_tokens: int, arrival: float, preempted: bool, resume_budget: int, level: int = 0
+    phase: Phase,
+    uncached_tokens: int,
+    arrival: float,
+    resume_budget: int,
+    level: int = 0,
+    batch: bool = False,
+    due: float = inf,
 ) -> AdmissionKey:
-    """The sort key of a waiting request.
+    """The sort key of a waiting request that has not run yet.
 
     Args:
         phase: what the request is, were it admitted now.
         uncached_tokens: prompt tokens it would have to compute.
         arrival: when it came, in any unit that grows with time.
-        preempted: it ran before and lost its blocks.
         resume_budget: a resume prefill with more uncached tokens than this stands in line with the cold ones.
         level: of its program, 0 is the first.
+        batch: nobody waits for it.
+        due: when it should be through; earlier ones go first among those of one class and level.
     """
-    if preempted:
-        return AdmissionKey(Urgency.PREEMPTED, 0, False, 0, arrival)
-    if phase is Phase.RESUME_PREFILL and uncached_tokens <= resume_budget:
-        return AdmissionKey(Urgency.NORMAL, level, False, uncached_tokens, arrival)
-    return AdmissionKey(Urgency.NORMAL, level, True, 0, arrival)
+    cold = phase is not Phase.RESUME_PREFILL or uncached_tokens > resume_budget
+    return AdmissionKey(Urgency.NORMAL, batch, level, due, cold, 0 if cold else uncached_tokens, arrival)
+
+
+def preempted_key(arrival: float) -> AdmissionKey:
+    """Of a request that ran before and lost its blocks: it had a place already."""
+    return AdmissionKey(Urgency.PREEMPTED, arrival=arrival)
+
+
+def overdue_key(arrival: float) -> AdmissionKey:
+    """Of a request that others have overtaken for too long."""
+    return AdmissionKey(Urgency.OVERDUE, arrival=arrival)
 
 
 class Patience:

@@ -5,11 +5,13 @@ behind long ones at every turn; least attained service first does not, and needs
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import log2
 from typing import Literal
 
 Policy = Literal["plas", "atlas"]
+THREADS = 64
+"""Named threads remembered of a program."""
 
 
 @dataclass(slots=True)
@@ -25,6 +27,8 @@ class Program:
     began_ms: float = 0.0
     """Sum of the clock at which its decoding calls began to decode."""
     seen: float = 0.0
+    threads: OrderedDict[str, float] = field(default_factory=OrderedDict)
+    """Path to the end of the last finished call of each named thread."""
 
 
 @dataclass(slots=True)
@@ -35,6 +39,7 @@ class Call:
     program: Program
     arrived: float
     path_ms: float
+    thread: str | None = None
     service_ms: float = 0.0
     decodes_since_ms: float | None = None
     promoted: bool = False
@@ -84,7 +89,7 @@ class ProgramTable:
     def __contains__(self, call_id: str) -> bool:
         return call_id in self._calls
 
-    def arrive(self, call_id: str, key: str, path_ms: float | None, now: float) -> None:
+    def arrive(self, call_id: str, key: str, path_ms: float | None, now: float, thread: str | None = None) -> None:
         """A call came.
 
         Args:
@@ -92,13 +97,15 @@ class ProgramTable:
             key: its program's.
             path_ms: length of the path to it; None where its parent is not known: the program's longest.
             now: time in s.
+            thread: which of the program's threads it continues; the path is then the thread's, where that has one.
         """
         self._forget_old(now)
         program = self._programs.setdefault(key, Program())
         self._programs.move_to_end(key)
         program.calls += 1
         program.seen = now
-        self._calls[call_id] = Call(key, program, now, program.path_ms if path_ms is None else path_ms)
+        path_ms = program.threads.get(thread, path_ms) if thread is not None else path_ms
+        self._calls[call_id] = Call(key, program, now, program.path_ms if path_ms is None else path_ms, thread)
 
     def charge(self, call_id: str, ms: float) -> None:
         """The call received so much service for its prompt."""
@@ -140,6 +147,11 @@ class ProgramTable:
         program.calls -= 1
         program.seen = now
         program.path_ms = max(program.path_ms, path_ms)
+        if call.thread is not None:
+            program.threads[call.thread] = path_ms
+            program.threads.move_to_end(call.thread)
+            if len(program.threads) > THREADS:
+                program.threads.popitem(last=False)
         return call.key, path_ms
 
     def service_ms(self, call_id: str) -> float:
@@ -157,8 +169,20 @@ class ProgramTable:
             call.promoted = True
             self.promotions += 1
             return 0
-        value = attained if self._policy == "plas" else call.path_ms
-        return min(int(log2(max(value, 0.0) / self._quantum_ms + 1)), self._levels - 1)
+        return self._level(attained if self._policy == "plas" else call.path_ms)
+
+    def standing(self, call_id: str) -> int:
+        """The level of a call that runs; with `atlas` what it has received itself counts too, 0 for a promoted one."""
+        call = self._calls.get(call_id)
+        if call is None or call.promoted:
+            return 0
+        if self._policy == "plas":
+            return self._level(self.service_ms(call_id))
+        received = self._clock_ms - call.decodes_since_ms if call.decodes_since_ms is not None else 0.0
+        return self._level(call.path_ms + call.service_ms + received)
+
+    def _level(self, ms: float) -> int:
+        return min(int(log2(max(ms, 0.0) / self._quantum_ms + 1)), self._levels - 1)
 
     def _forget_old(self, now: float) -> None:
         """Looks at the two longest unseen programs: with one arrival at a time that is enough to keep the bound."""

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vllm_agentserve.policy.preemption import Rank
+
 PATIENCE_CHUNKS = 64
 """A job that others have overtaken for so many chunks goes first."""
 
@@ -114,23 +116,26 @@ class Waiting:
         resume: whether it continues a cached context.
         left: tokens to compute, at least 1.
         passed: chunks of others that ran since it came or had one itself.
+        rank: class and level of the call when it came.
     """
 
     request_id: str
     resume: bool
     left: int
     passed: int = 0
+    rank: Rank = Rank(False, 0)
 
 
 def next_job(waiting: Sequence[Waiting]) -> str:
-    """Which job gets the next chunk: overdue ones, then resume prefills, then the one with the least left, then the first.
+    """Which job gets the next chunk: overdue ones, then by class and level of their calls, then resume prefills, then the one
+    with the least left, then the first.
 
     Least left first (SRPT) minimises the mean time to the first token.
 
     Raises:
         ValueError: nobody waits.
     """
-    return min(waiting, key=lambda one: (one.passed < PATIENCE_CHUNKS, not one.resume, one.left)).request_id
+    return min(waiting, key=lambda one: (one.passed < PATIENCE_CHUNKS, one.rank, not one.resume, one.left)).request_id
 
 
 def chunk_length(base: int, units: int, smallest: int) -> int:

@@ -3,6 +3,7 @@
 from logging import Logger
 
 from vllm_agentserve.config import AgentServeConfig
+from vllm_agentserve.policy.hints import KNOWN, HintError
 
 MODES = {
     (True, True, True): "auto (lanes and steps, whichever reads a prompt faster)",
@@ -19,6 +20,7 @@ class Announcer:
     def __init__(self, logger: Logger) -> None:
         self._logger = logger
         self._uncut: set[str] = set()
+        self._wrong: set[str] = set()
 
     def what_runs(
         self,
@@ -46,3 +48,10 @@ class Announcer:
         if obstacle not in self._uncut:
             self._uncut.add(obstacle)
             self._logger.warning("agentserve: a prompt is not cut to the TPOT target because %s.", obstacle)
+
+    def wrong_hint(self, error: HintError) -> None:
+        """Says, once per hint, that it is ignored; all unknown ones are one kind."""
+        kind = error.name if error.name in KNOWN else ""
+        if kind not in self._wrong:
+            self._wrong.add(kind)
+            self._logger.warning("agentserve: a hint is ignored: %s. Further ones of this kind are only counted.", error)

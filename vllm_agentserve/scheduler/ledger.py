@@ -4,12 +4,13 @@ from typing import TYPE_CHECKING
 
 from vllm_agentserve.lanes.dispatch import LaneDispatch
 from vllm_agentserve.policy.controller import BudgetController
-from vllm_agentserve.policy.phase import Phase, SessionTable, classify
+from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.scheduler.stats import StatsCollector
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+    from vllm_agentserve.scheduler.admission import Admission
     from vllm_agentserve.scheduler.programs import ProgramTracker
 
 
@@ -20,7 +21,7 @@ class LaneLedger:
         lane: the scheduler's half of the connector; gets the rates it decides by.
         controller: knows them.
         stats: counts prompts, tokens, failures and reasons.
-        sessions: the ones seen lately, for the phase of a prompt.
+        admission: tells the phase of a prompt, and where it stands.
         programs: charged for what the lane computes; None where programs are not told apart.
     """
 
@@ -29,17 +30,18 @@ class LaneLedger:
         lane: LaneDispatch,
         controller: BudgetController,
         stats: StatsCollector,
-        sessions: SessionTable,
+        admission: "Admission",
         programs: "ProgramTracker | None",
     ) -> None:
         self._lane = lane
         self._stats = stats
-        self._sessions = sessions
+        self._admission = admission
         self._programs = programs
         self._phases: dict[str, Phase] = {}
         lane.rates = controller
         lane.on_dispatch = self.dispatched
         lane.on_failure = self.failed
+        lane.rank_of = admission.rank
         stats.lane = lane
 
     def __len__(self) -> int:
@@ -48,11 +50,12 @@ class LaneLedger:
     def dispatched(self, request: "Request", start: int) -> None:
         """A prompt goes to the lane, which computes everything from `start` to its last token."""
         uncached = request.num_tokens - start
-        self._phases[request.request_id] = classify(start, uncached, request.session_id in self._sessions)
+        self._phases[request.request_id] = self._admission.phase(request, start)
         self._stats.counts["lane_requests"] += 1
         self._stats.counts["lane_tokens"] += uncached - 1
         self.admitted(request.request_id)
         if self._programs is not None:
+            self._programs.runs(request, start)
             self._programs.computes(request.request_id, uncached - 1, start)
 
     def failed(self) -> None:

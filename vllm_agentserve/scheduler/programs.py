@@ -5,8 +5,11 @@ from typing import TYPE_CHECKING
 
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.policy.controller import BudgetController
+from vllm_agentserve.policy.families import Families
+from vllm_agentserve.policy.hints import Hints
 from vllm_agentserve.policy.lineage import Lineage
 from vllm_agentserve.policy.phase import Phase
+from vllm_agentserve.policy.preemption import PreemptionAccount
 from vllm_agentserve.policy.programs import ProgramTable
 from vllm_agentserve.scheduler.stats import StatsCollector
 
@@ -17,7 +20,8 @@ if TYPE_CHECKING:
 class ProgramTracker:
     """Told of every request from its arrival to its end.
 
-    A request with a session id belongs to the program of that name. Without one it belongs to the program of the request
+    A request with a session id belongs to the program of that name, or to that of the session that its client says started it
+    (`agent_parent`). Without one it belongs to the program of the request
     whose prompt and answer its own prompt begins with (`Lineage`), and else is the first of a new program.
 
     Args:
@@ -39,15 +43,21 @@ class ProgramTracker:
             options.program_ttl_s,
         )
         self._lineage = Lineage(block_size)
+        self._families = Families()
+        self.account: PreemptionAccount | None = None
+        """Set where calls may be preempted: it counts all service."""
         self._controller = controller
         self._stats = stats
 
-    def arrives(self, request: "Request") -> None:
-        if request.request_id in self.table:
-            return  # another part of a prompt that is streamed
+    def arrives(self, request: "Request", hints: Hints) -> None:
         found = self._lineage.find(request.block_hashes, request.prompt_token_ids or ())
-        if request.session_id is not None:
-            key, path = f"session {request.session_id}", None
+        thread = hints.thread
+        if request.session_id is not None or hints.parent is not None:
+            # Who only names its parent is one of its threads, like a sub-agent with a session of its own.
+            session = request.session_id if request.session_id is not None else hints.parent
+            root = self._families.root(session or "", hints.parent)
+            thread = thread or (session if root != session else None)
+            key, path = f"session {root}", None
             self._stats.counts["program_told_requests"] += 1
         elif found is not None:
             key, path = found.program, found.path_ms
@@ -57,26 +67,43 @@ class ProgramTracker:
             self._stats.counts["program_first_requests"] += 1
         if found is not None and found.program == key:
             path = found.path_ms
-        self.table.arrive(request.request_id, key, path, monotonic())
+        self.table.arrive(request.request_id, key, path, monotonic(), thread)
 
     def level(self, request_id: str) -> int:
         return self.table.level(request_id, monotonic())
 
+    def yielded(self, request_id: str) -> bool:
+        """Whether a request gave up its place to another: it waits at its level, not in front as other preempted ones."""
+        return self.account is not None and request_id in self.account
+
+    def runs(self, request: "Request", computed: int) -> None:
+        """A request is admitted with so many of its tokens computed; one that had given up its place lost the others."""
+        tokens = request.num_tokens - computed
+        if self.account is not None and self.account.settle(request.request_id, self.prompt_ms(tokens, computed)):
+            self._stats.counts["program_preempted_tokens"] += tokens
+
+    def prompt_ms(self, tokens: int, context: int) -> float:
+        """What so many tokens over `context` computed ones cost."""
+        return self._controller.whole.model.chunk_ms(tokens, context, first=False)
+
     def computes(self, request_id: str, tokens: int, context: int) -> None:
         """A chunk of the prompt is scheduled: tokens over `context` computed ones."""
-        self.table.charge(request_id, self._controller.whole.model.chunk_ms(tokens, context, first=False))
+        self.table.charge(request_id, self.prompt_ms(tokens, context))
 
     def stepped(self, sequences: int, step_ms: float, chunks: list[tuple[Phase, int, int]] | None) -> None:
         """A step with so many decodes took so long; what its chunks took of it is charged to them already."""
+        if self.account is not None:
+            self.account.serve(step_ms)
         if not sequences:
             return
-        model = self._controller.whole.model
         for _, tokens, context in chunks or ():
-            step_ms -= model.chunk_ms(tokens, context, first=False)
+            step_ms -= self.prompt_ms(tokens, context)
         self.table.advance(max(step_ms, 0.0) / sequences)
 
     def ends(self, request: "Request") -> None:
         """The request is finished or aborted; its answer may be gone on from."""
+        if self.account is not None:
+            self.account.settle(request.request_id, 0.0)
         ended = self.table.finish(request.request_id, monotonic())
         if ended is not None and request.num_output_tokens:
             key, path_ms = ended

@@ -8,7 +8,7 @@ from itertools import islice
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request
 
-from vllm_agentserve.policy.order import AdmissionKey, Patience, Urgency
+from vllm_agentserve.policy.order import AdmissionKey, Patience, Urgency, overdue_key
 
 DECIDE_STEPS = 16
 """Levels of waiting requests are looked at once per so many steps."""
@@ -33,6 +33,7 @@ class AgentQueue(RequestQueue):
         key_of: gives the sort key of a request and its number in order of arrival; asked when the request comes in and
             when `retag()` is called.
         patience: engine steps a request may be overtaken before it moves to the front.
+        batch_patience: the same for requests that nobody waits for.
 
     Requests held back for the prefill lane are parked: they count as waiting, but nobody looks at them until what they wait
     for has happened, since a look costs a search through the prefix cache per request and step.
@@ -40,9 +41,10 @@ class AgentQueue(RequestQueue):
     A request that the scheduler takes out, skips and puts back keeps its place: its key decides, not the way it came in.
     """
 
-    def __init__(self, key_of: Callable[[Request, int], AdmissionKey], patience: int) -> None:
+    def __init__(self, key_of: Callable[[Request, int], AdmissionKey], patience: int, batch_patience: int | None = None) -> None:
         self._key_of = key_of
         self._patience = Patience(patience)
+        self._batch_patience = Patience(batch_patience or patience)
         self._order: list[tuple[AdmissionKey, int, str]] = []
         self._places: dict[str, _Place] = {}
         self._parked: list[tuple[AdmissionKey, int, str]] = []
@@ -57,11 +59,13 @@ class AgentQueue(RequestQueue):
 
     def add_request(self, request: Request) -> None:
         place = self._places.get(request.request_id)
-        if place is None:
-            place = self._places[request.request_id] = _Place(request, self._arrivals)
-            self._arrivals += 1
-            self._patience.enter(request.request_id, self.step)
-        self._insert(place)
+        if place is not None:
+            self._insert(place)
+            return
+        place = self._places[request.request_id] = _Place(request, self._arrivals)
+        self._arrivals += 1
+        key = self._insert(place)
+        (self._batch_patience if key.batch else self._patience).enter(request.request_id, self.step)
 
     def pop_request(self) -> Request:
         request = self.peek_request()
@@ -106,6 +110,13 @@ class AgentQueue(RequestQueue):
 
     def __getitem__(self, index: int) -> Request:
         return self._places[self._order[index][2]].request
+
+    def key(self, request_id: str) -> AdmissionKey:
+        """By which a queued request is sorted; raises `KeyError` for others."""
+        key = self._places[request_id].key
+        if key is None:
+            raise KeyError(request_id)
+        return key
 
     def forget(self, request_id: str) -> None:
         """Drops what is known of a finished request; one that is still queued is taken out."""
@@ -160,7 +171,7 @@ class AgentQueue(RequestQueue):
     def promote_overdue(self) -> int:
         """Moves requests that were overtaken for too long to the front; returns how many."""
         promoted = 0
-        for request_id in self._patience.overdue(self.step):
+        for request_id in (*self._patience.overdue(self.step), *self._batch_patience.overdue(self.step)):
             place = self._places.get(request_id)
             if place is None or place.key is None or place.key.urgency <= Urgency.OVERDUE:
                 continue
@@ -190,13 +201,14 @@ class AgentQueue(RequestQueue):
             self._take(place)
             self._insert(place)
 
-    def _insert(self, place: _Place) -> None:
+    def _insert(self, place: _Place) -> AdmissionKey:
         key = self._key_of(place.request, place.number)
         if place.overdue and key.urgency > Urgency.OVERDUE:
-            key = AdmissionKey(Urgency.OVERDUE, 0, False, 0, place.number)
+            key = overdue_key(place.number)
         place.key = key
         self._colds += key.cold
         insort(self._order, (key, place.number, place.request.request_id))
+        return key
 
     def _out(self, place: _Place) -> None:
         """Takes a request out, parked or not."""

@@ -17,10 +17,11 @@ from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes.dispatch import LaneDispatch
 from vllm_agentserve.policy.budget import StepBudget
 from vllm_agentserve.policy.controller import BudgetController, BudgetLimits
-from vllm_agentserve.policy.order import AdmissionKey, admission_key
-from vllm_agentserve.policy.phase import Phase, SessionTable, classify
+from vllm_agentserve.policy.phase import Phase
+from vllm_agentserve.scheduler.admission import Admission
 from vllm_agentserve.scheduler.announcer import Announcer
 from vllm_agentserve.scheduler.ledger import LaneLedger
+from vllm_agentserve.scheduler.preempter import Preempter
 from vllm_agentserve.scheduler.programs import ProgramTracker
 from vllm_agentserve.scheduler.queues import DECIDE_STEPS, LOOK_AHEAD, AgentQueue
 from vllm_agentserve.scheduler.stats import StatsCollector
@@ -70,7 +71,6 @@ class AgentScheduler(Scheduler):
         self._stats = StatsCollector(self._controller)
         self.counts = self._stats.counts
         """What `/metrics` counts, since the start."""
-        self._sessions = SessionTable()
         self._prefills: dict[str, Prefill] = {}
         self._budget: StepBudget | None = None
         self._decode_width = 1 + self.num_spec_tokens
@@ -81,21 +81,27 @@ class AgentScheduler(Scheduler):
         budget_obstacle = "mode is 'stock'" if stock else compat.budget_obstacle(self)
         order_obstacle = "mode is 'stock'" if stock else compat.order_obstacle(self)
         self._cuts_prefills = budget_obstacle is None
-        self._queue: AgentQueue | None = None
-        if order_obstacle is None:
-            self._queue = self.waiting = AgentQueue(self._admission_key, options.max_bypass_steps)
+        self._said = Announcer(logger)
         self._lane: LaneDispatch | None = compat.lane_of(self)
         self._log = StepLog(self._controller, self._stats, self._lane.decoded if self._lane is not None else None)
         self._programs: ProgramTracker | None = None
-        if options.policy != "fcfs" and self._queue is not None:
+        if options.policy != "fcfs" and order_obstacle is None:
             block_size = int(self.cache_config.block_size)
             self._programs = ProgramTracker(options, self._controller, self._stats, block_size)
             self._stats.programs = self._programs.table
             self._log.stepped = self._programs.stepped
+        self._admission = Admission(self, self._controller, self._stats, self._programs, self._said)
+        self._queue: AgentQueue | None = None
+        self._preempter: Preempter | None = None
+        if order_obstacle is None:
+            self._queue = AgentQueue(self._admission.key, options.bypass_steps, options.batch_bypass_steps)
+            self.waiting = self._queue
+            if self._programs is not None and options.program_preempt_share > 0:
+                share = options.program_preempt_share
+                self._preempter = Preempter(share, self, self._queue, self._admission, self._programs, self._stats)
         self._to_lane: LaneLedger | None = None
         if self._lane is not None:
-            self._to_lane = LaneLedger(self._lane, self._controller, self._stats, self._sessions, self._programs)
-        self._said = Announcer(logger)
+            self._to_lane = LaneLedger(self._lane, self._controller, self._stats, self._admission, self._programs)
         self._said.what_runs(
             options, self._lane is not None, isinstance(self, AsyncScheduler), budget_obstacle, order_obstacle
         )
@@ -127,6 +133,8 @@ class AgentScheduler(Scheduler):
             self._stats.counts["overdue_requests"] += self._queue.promote_overdue()
             if self._programs is not None and self.current_step % DECIDE_STEPS == 0:
                 self._queue.relevel(LOOK_AHEAD)
+        if self._preempter is not None:
+            self._preempter.before_step(self._prefills)
         self._budget = self._plan(decodes, context) if self._cuts_prefills else None
         # vLLM asks the attribute of the instance: so the question costs nothing in steps without prefill.
         self._reserve_prefill_lookahead = self._grant
@@ -134,6 +142,8 @@ class AgentScheduler(Scheduler):
             output = super().schedule(throttle_prefills)
         finally:
             del self._reserve_prefill_lookahead
+            if self._preempter is not None:
+                self._preempter.after_step()
         held = self._lane.take_held() if self._lane is not None else None
         if held and self._queue is not None:
             self._queue.park(held)
@@ -182,7 +192,9 @@ class AgentScheduler(Scheduler):
         uncached = request.num_tokens - computed
         phase = self._to_lane.phase_of(request.request_id) if self._to_lane is not None else None
         if phase is None:
-            phase = classify(computed, uncached, known_session=request.session_id in self._sessions)
+            phase = self._admission.phase(request, computed)
+        if self._programs is not None:
+            self._programs.runs(request, computed)
         short = phase is Phase.RESUME_PREFILL and uncached <= self._controller.resume_tokens
         prefill = Prefill(request, phase, Phase.RESUME_PREFILL if short else Phase.COLD_PREFILL)
         self._prefills[request.request_id] = prefill
@@ -263,8 +275,7 @@ class AgentScheduler(Scheduler):
     # -- waiting requests -----------------------------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
-        if self._programs is not None:
-            self._programs.arrives(request)
+        self._admission.arrives(request)
         super().add_request(request)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
@@ -272,20 +283,8 @@ class AgentScheduler(Scheduler):
             self._programs.table.pauses(request.request_id)
         super()._preempt_request(request, *args, **kwargs)
 
-    def _admission_key(self, request: Request, number: int) -> AdmissionKey:
-        if request.status == RequestStatus.PREEMPTED:
-            return admission_key(Phase.COLD_PREFILL, 0, number, preempted=True, resume_budget=0)
-        cached = compat.cached_prefix_tokens(self, request)
-        uncached = request.num_tokens - cached
-        phase = classify(cached, uncached, known_session=request.session_id in self._sessions)
-        level = self._programs.level(request.request_id) if self._programs is not None else 0
-        return admission_key(phase, uncached, number, False, self._controller.resume_tokens, level)
-
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        if request.num_computed_tokens > 0:
-            self._sessions.touch(request.session_id)
-        if self._programs is not None:
-            self._programs.ends(request)
+        self._admission.forget(request)
         self._prefills.pop(request.request_id, None)
         if self._to_lane is not None:
             self._to_lane.forget(request.request_id)

@@ -33,6 +33,9 @@ COUNTERS = {
     "program_inferred_requests": "Requests that go on from an earlier answer, and so belong to its program.",
     "program_first_requests": "Requests without session id that go on from nothing known: the first of a program.",
     "program_promotions": "Calls moved to the first level because they had waited too long for what they had received.",
+    "program_preemptions": "Running calls that gave up their place to one of a better level.",
+    "program_preempted_tokens": "Tokens computed again for calls that had given up their place.",
+    "wrong_hints": "Hints of clients that were wrong, and so ignored.",
     "overdue_requests": "Requests moved to the front of the queue because others had overtaken them for too long.",
     "slow_steps": "Decode steps that took longer than the upper threshold of the target.",
 }

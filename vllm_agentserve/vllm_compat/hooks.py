@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 from vllm_agentserve.config import AgentServeConfig
+from vllm_agentserve.policy.hints import read_hints
 from vllm_agentserve.vllm_compat import STATS_FIELD, chooses_our_scheduler, is_our_scheduler
 from vllm_agentserve.vllm_compat.lanes import choose_lanes
 
@@ -52,6 +53,37 @@ def check_options_early() -> None:
 
     create_engine_config.agentserve = True  # type: ignore[attr-defined]
     EngineArgs.create_engine_config = create_engine_config
+
+
+def refuse_wrong_hints() -> None:
+    """Makes `InputProcessor.process_inputs` refuse requests with wrong hints, in engines with option `strict_hints`.
+
+    It runs where requests come in, so the client gets status 400 and the engine never hears of the request.
+    Retired by: patches/*/scheduler-cls-check-request.patch.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    stock = InputProcessor.process_inputs
+    if getattr(stock, "agentserve", False):
+        return
+
+    def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        strict = self.__dict__.get("agentserve_strict")
+        if strict is None:
+            config = self.vllm_config
+            strict = self.agentserve_strict = (
+                chooses_our_scheduler(config)
+                and AgentServeConfig.from_additional_config(config.additional_config).strict_hints
+            )
+        if strict:
+            _, errors = read_hints(getattr(params, "extra_args", None))
+            if errors:
+                raise VLLMValidationError(f"{errors[0]}.", parameter=f"vllm_xargs.{errors[0].name}")
+        return stock(self, request_id, prompt, params, *args, **kwargs)
+
+    process_inputs.agentserve = True  # type: ignore[attr-defined]
+    InputProcessor.process_inputs = process_inputs
 
 
 def add_stat_logger() -> None:

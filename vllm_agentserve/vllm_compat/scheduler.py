@@ -1,5 +1,6 @@
 """What the scheduler asks of vLLM's own beyond its public interface."""
 
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -94,3 +95,30 @@ def take_back(scheduler: "Scheduler", request_ids: set[str]) -> None:
         scheduler._handle_failed_recving({request.request_id})
         request.num_computed_tokens = 0
         scheduler._handle_blocked_waiting_request(request)
+
+
+def is_full(scheduler: "Scheduler", waiting: "Request") -> bool:
+    """Whether a waiting request finds no place: as many run as may, or its blocks are not there."""
+    if len(scheduler.running) >= scheduler.max_num_running_reqs:
+        return True
+    uncached = waiting.num_tokens - cached_prefix_tokens(scheduler, waiting)
+    return uncached > scheduler.kv_cache_manager.block_pool.get_num_free_blocks() * scheduler.block_size
+
+
+def may_be_preempted(scheduler: "Scheduler", request: "Request") -> bool:
+    """Whether a running request can lose its place now: it has generated something, and nobody writes its blocks."""
+    return (
+        request.num_output_tokens > 0
+        and not request.num_stale_output_tokens
+        and not scheduler.requires_kv_delivery
+        and scheduler._request_blocks_can_be_freed(request)
+    )
+
+
+def preempt(scheduler: "Scheduler", request: "Request") -> None:
+    """Takes its place from a running request, as vLLM does when blocks run out.
+
+    Retired by: a public way to preempt a request between two steps.
+    """
+    scheduler.running.remove(request)
+    scheduler._preempt_request(request, monotonic())

@@ -1,0 +1,61 @@
+"""Whose place may be taken, and that lost work stays below its share."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_agentserve.policy.preemption import PreemptionAccount, Rank, victim
+
+I0, I1, I2, B0, B3 = Rank(False, 0), Rank(False, 1), Rank(False, 2), Rank(True, 0), Rank(True, 3)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "running", "chosen"),
+    [
+        (I0, [], None),
+        (I0, [(I0, "a")], None),
+        (I1, [(I0, "a"), (I1, "b")], None),
+        (I0, [(I1, "a"), (I2, "b"), (I1, "c")], "b"),
+        (I0, [(I2, "a"), (I2, "b")], "b"),
+        (I2, [(I0, "a"), (B0, "b")], "b"),
+        (I0, [(B3, "a"), (B0, "b"), (I2, "c")], "a"),
+        (B0, [(I2, "a")], None),
+        (B0, [(I2, "a"), (B3, "b")], "b"),
+    ],
+)
+def test_victims(waiting: Rank, running: list[tuple[Rank, str]], chosen: str | None) -> None:
+    assert victim(waiting, running) == chosen
+
+
+def test_an_account_is_settled_with_what_was_really_lost() -> None:
+    account = PreemptionAccount(0.1)
+    account.serve(1000.0)
+    assert account.allows(100.0)
+    assert not account.allows(100.1)
+    account.preempt("a", 90.0)
+    assert not account.allows(20.0)
+    assert account.settle("a", 5.0)
+    assert not account.settle("a", 5.0)
+    assert account.lost_ms == 5.0
+    assert account.allows(95.0)
+
+
+@given(
+    st.floats(0.01, 0.5),
+    st.lists(st.tuples(st.integers(0, 5), st.floats(0.1, 500.0), st.floats(0.0, 1.0)), max_size=100),
+)
+def test_lost_work_stays_below_its_share(share: float, history: list[tuple[int, float, float]]) -> None:
+    account = PreemptionAccount(share)
+    out: dict[str, float] = {}
+    for which, ms, part in history:
+        call = f"c{which}"
+        account.serve(ms)
+        if call in out:
+            account.settle(call, part * out.pop(call))
+        elif account.allows(ms):
+            account.preempt(call, ms)
+            out[call] = ms
+        assert account.lost_ms <= share * account.service_ms + 1e-9
+    for call, ms in out.items():
+        account.settle(call, ms)
+    assert account.lost_ms <= share * account.service_ms + 1e-6

@@ -1,0 +1,96 @@
+"""Places taken from running calls, on vLLM's real scheduler without a model."""
+
+from typing import Any
+
+import pytest
+from schedulers import Driver, make_request
+from test_programs_steps import served, started
+
+from vllm_agentserve.scheduler.queues import DECIDE_STEPS
+
+
+def with_share(share: float, asynchronous: bool = False, **given: Any) -> tuple[Any, Driver]:
+    options = {"program_preempt_share": share, "program_promote_ratio": 100_000}
+    scheduler, driver = started("plas", asynchronous, options=options, **given)
+    return scheduler, driver
+
+
+def run_long(scheduler: Any, driver: Driver, steps: int = 400) -> None:
+    """A call that has received much, and goes on."""
+    scheduler.add_request(make_request("long", 64, max_tokens=1000, session="long"))
+    for _ in range(steps):
+        driver.step()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_a_new_program_takes_the_place_of_one_that_has_had_much(asynchronous: bool) -> None:
+    scheduler, driver = with_share(0.5, asynchronous)
+    run_long(scheduler, driver)
+    long = scheduler.requests["long"]
+    scheduler.add_request(make_request("new", 30, max_tokens=8, session="new"))
+    order = []
+    for _ in range(2 * DECIDE_STEPS):
+        order += [name for name in driver.step() if name not in order]
+    assert order == ["long", "new"]
+    assert scheduler.counts["program_preemptions"] == 1
+    served(scheduler, driver)
+    assert long.num_output_tokens == 1000
+    # Its blocks were still there: what was computed again is less than a block.
+    assert 0 < scheduler.counts["program_preempted_tokens"] <= 16
+    account = scheduler._preempter.account
+    assert 0 < account.lost_ms <= 0.5 * account.service_ms
+
+
+def test_without_a_share_nobody_is_preempted() -> None:
+    scheduler, driver = started("plas")
+    assert scheduler._preempter is None
+    run_long(scheduler, driver)
+    scheduler.add_request(make_request("new", 30, max_tokens=8, session="new"))
+    assert served(scheduler, driver) == ["long", "new"]
+    assert scheduler.counts["program_preemptions"] == 0
+
+
+def test_a_better_place_is_not_taken() -> None:
+    scheduler, driver = with_share(0.5)
+    run_long(scheduler, driver)
+    scheduler.add_request(make_request("same", 30, max_tokens=8, session="long"))
+    for _ in range(2 * DECIDE_STEPS):
+        assert "same" not in driver.step()
+    assert scheduler.counts["program_preemptions"] == 0
+
+
+def test_a_small_share_is_kept() -> None:
+    """The call that would be preempted has more to lose than the share of all service allows."""
+    scheduler, driver = with_share(1e-9)
+    run_long(scheduler, driver)
+    scheduler.add_request(make_request("new", 30, max_tokens=8, session="new"))
+    for _ in range(2 * DECIDE_STEPS):
+        assert "new" not in driver.step()
+    assert scheduler.counts["program_preemptions"] == 0
+
+
+def test_batch_gives_way_even_at_the_first_level() -> None:
+    scheduler, driver = with_share(0.5)
+    hints = {"agent_class": "batch"}
+    scheduler.add_request(make_request("batch", 64, max_tokens=1000, session="batch", hints=hints))
+    for _ in range(400):
+        driver.step()
+    scheduler.add_request(make_request("new", 30, max_tokens=8, session="new"))
+    order = []
+    for _ in range(2 * DECIDE_STEPS):
+        order += [name for name in driver.step() if name not in order]
+    assert order == ["batch", "new"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_an_aborted_one_leaves_nothing(asynchronous: bool) -> None:
+    from vllm.v1.request import RequestStatus
+
+    scheduler, driver = with_share(0.5, asynchronous)
+    run_long(scheduler, driver)
+    scheduler.add_request(make_request("new", 30, max_tokens=100, session="new"))
+    while not scheduler.counts["program_preemptions"]:
+        driver.step()
+    scheduler.finish_requests(["long"], RequestStatus.FINISHED_ABORTED)
+    assert "new" in served(scheduler, driver)
+    assert not scheduler._preempter.account._pending

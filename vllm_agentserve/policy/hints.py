@@ -1,0 +1,113 @@
+"""What a client may say of a request beside its session: optional, checked, bounded, and never more than a hint.
+
+Hints travel in vLLM's own `vllm_xargs`. Each is checked by itself: a wrong one is ignored, the others hold. A hint can only
+order a client's request among those of its class and the level of its program; who waits too long goes first whatever
+others say, so a client that lies delays others by no more than `max_bypass_steps`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+LONGEST_NAME = 256
+"""Characters of a name at most."""
+LONGEST_DEADLINE_MS = 86_400_000.0
+"""A day."""
+MOST_ERRORS = 8
+"""After so many wrong ones the others are not read."""
+LONGEST_SHOWN = 40
+"""Characters of a wrong value that a message repeats."""
+CLASSES = ("interactive", "batch")
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What was said, as far as it is right.
+
+    Args:
+        parent: session id of the program that started this one.
+        thread: which of the program's threads the call continues.
+        deadline_ms: the call should be through so long after it came.
+        batch: whether nobody waits for the answer: every interactive call goes first.
+    """
+
+    parent: str | None = None
+    thread: str | None = None
+    deadline_ms: float | None = None
+    batch: bool = False
+
+
+@dataclass(frozen=True)
+class HintError:
+    """A hint that cannot be used: its name, what was given (shortened), and what is allowed."""
+
+    name: str
+    given: str
+    allowed: str
+
+    def __str__(self) -> str:
+        return f"vllm_xargs[{self.name!r}] = {self.given} is not allowed: it must be {self.allowed}"
+
+
+def name(value: Any) -> str | None:
+    fits = isinstance(value, str) and 0 < len(value) <= LONGEST_NAME and value.isprintable()
+    return value if fits else None
+
+
+def deadline(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) and 0 < value <= LONGEST_DEADLINE_MS else None
+
+
+def is_batch(value: Any) -> bool | None:
+    return CLASSES.index(value) == 1 if isinstance(value, str) and value in CLASSES else None
+
+
+NAME = f"a string of 1 to {LONGEST_NAME} printable characters"
+KNOWN: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+    "agent_parent": ("parent", name, NAME),
+    "agent_thread": ("thread", name, NAME),
+    "agent_deadline_ms": ("deadline_ms", deadline, f"a number above 0, at most {LONGEST_DEADLINE_MS:.0f}"),
+    "agent_class": ("batch", is_batch, " or ".join(repr(one) for one in CLASSES)),
+}
+"""By name in `vllm_xargs`: the field, what reads it (None where it is wrong), and what is allowed."""
+PREFIX = "agent_"
+NONE = Hints()
+
+
+def read_hints(given: Mapping[str, Any] | None) -> tuple[Hints, list[HintError]]:
+    """The hints among a request's extra arguments, and what is wrong with the others.
+
+    A name that begins with `agent_` and is none of ours is wrong too: it is a misspelt hint. All other arguments are somebody
+    else's.
+    """
+    if not given:
+        return NONE, []
+    found: dict[str, Any] = {}
+    errors: list[HintError] = []
+    for key, value in given.items():
+        if not isinstance(key, str) or not key.startswith(PREFIX):
+            continue
+        if len(errors) == MOST_ERRORS:
+            break
+        if key not in KNOWN:
+            errors.append(HintError(key[:LONGEST_SHOWN], shortened(value), f"named {', '.join(KNOWN)}"))
+            continue
+        field, read, allowed = KNOWN[key]
+        right = read(value)
+        if right is None:
+            errors.append(HintError(key, shortened(value), allowed))
+        else:
+            found[field] = right
+    return (Hints(**found) if found else NONE), errors
+
+
+def shortened(value: Any) -> str:
+    """A value as it may stand in a message: on one line, and bounded however large it is."""
+    if isinstance(value, str):
+        return repr(value) if len(value) <= LONGEST_SHOWN else repr(value[:LONGEST_SHOWN]) + "..."
+    if isinstance(value, int) and abs(value) >= 1 << 64:
+        return "a huge number"
+    return repr(value) if isinstance(value, (bool, int, float, type(None))) else f"a {type(value).__name__}"

@@ -1,0 +1,73 @@
+"""Whose place a waiting call may take, and how much work may be lost to that (Autellix, arXiv 2502.13965, section 4.2)."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Rank(NamedTuple):
+    """Where a call stands; smaller is better.
+
+    Args:
+        batch: whether nobody waits for it.
+        level: of its program.
+    """
+
+    batch: bool
+    level: int
+
+
+def victim(waiting: Rank, running: Iterable[tuple[Rank, str]]) -> str | None:
+    """Who gives up its place: the worst of the running calls, the latest among equals, if it is worse than the one that waits.
+
+    A call that got its place this way is at a better level than the other until it has received twice as much or more, so two
+    calls take turns at most once per level.
+    """
+    worst: tuple[Rank, str] | None = None
+    for rank, call in running:
+        if rank > waiting and (worst is None or rank >= worst[0]):
+            worst = rank, call
+    return worst[1] if worst is not None else None
+
+
+class PreemptionAccount:
+    """Keeps lost work below a share of all service. All in ms of the engine's time.
+
+    A preempted call is charged with all it would have to compute, and with what it really had to when it runs again: most of
+    it is still in the prefix cache then.
+
+    Args:
+        share: of service that may be lost.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._pending: dict[str, float] = {}
+        self._pending_ms = 0.0
+        self.service_ms = 0.0
+        self.lost_ms = 0.0
+
+    def __contains__(self, call: str) -> bool:
+        """Whether the call was preempted and has not run again."""
+        return call in self._pending
+
+    def serve(self, ms: float) -> None:
+        """The engine worked so long."""
+        self.service_ms += ms
+
+    def allows(self, worst_ms: float) -> bool:
+        """Whether a call that would lose this much may be preempted."""
+        return self.lost_ms + self._pending_ms + worst_ms <= self._share * self.service_ms
+
+    def preempt(self, call: str, worst_ms: float) -> None:
+        self.settle(call, 0.0)
+        self._pending[call] = worst_ms
+        self._pending_ms += worst_ms
+
+    def settle(self, call: str, ms: float) -> bool:
+        """The call runs again, or never will: it lost so much. Returns whether it had been preempted."""
+        worst_ms = self._pending.pop(call, None)
+        if worst_ms is None:
+            return False
+        self._pending_ms = self._pending_ms - worst_ms if self._pending else 0.0
+        self.lost_ms += ms
+        return True
