@@ -2,9 +2,11 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +62,58 @@ def test_an_example_without_a_server_says_so() -> None:
     done = subprocess.run(command, text=True, capture_output=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "error: http://127.0.0.1:9" in done.stderr
+
+
+def test_hostile_hints_harm_nobody(server: VllmServer) -> None:
+    """Any JSON in the place of hints: the request is served, or refused by vLLM itself; others notice nothing."""
+    rng = random.Random(8)
+    before = metrics(server)["wrong_hints_total"]
+    plain = {"prompt": list(range(5, 60)), "max_tokens": 8, "temperature": 0}
+    expected = post(server, "/v1/completions", plain)["choices"][0]["text"]
+    names = [
+        "agent_parent",
+        "agent_thread",
+        "agent_deadline_ms",
+        "agent_class",
+        "agent_",
+        "agent_\x00",
+        "agent_" + "x" * 9999,
+    ]
+    values = [
+        *(
+            "",
+            "x" * 100_000,
+            "\u202e\n\x1b[31m",
+            "batch",
+            "'; DROP TABLE",
+            "\ud83d\ude00",
+            -1,
+            0,
+            1e308,
+            2**63,
+            10**30,
+            0.5,
+        ),
+        *(True, None, [], ["a"] * 1000, [[1]], {}, {"a": {"b": 1}}),
+    ]
+    served = 0
+    for _ in range(40):
+        hints = {rng.choice(names): rng.choice(values) for _ in range(rng.randint(1, 5))}
+        try:
+            answer = post(
+                server, "/v1/completions", plain | {"vllm_xargs": hints, "session_id": rng.choice(["a", None])}
+            )
+            assert answer["choices"][0]["text"] == expected
+            served += 1
+        except urllib.error.HTTPError as error:
+            assert error.code in (400, 422), error.read()
+    assert served > 10
+    assert post(server, "/v1/completions", plain)["choices"][0]["text"] == expected
+    time.sleep(0.2)
+    assert metrics(server)["wrong_hints_total"] > before
+    log = server.log.read_text(errors="replace")
+    assert log.count("a hint is ignored") <= 5
+    assert "x" * 100 not in log
 
 
 def test_metrics_show_what_happened(server: VllmServer) -> None:

@@ -31,7 +31,11 @@ def test_right_hints_are_taken(given_: dict[str, Any] | None, hints: Hints) -> N
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("agent_parent", "", "vllm_xargs['agent_parent'] = '' is not allowed: it must be a string of 1 to 256 printable"),
+        (
+            "agent_parent",
+            "",
+            "vllm_xargs['agent_parent'] = '' is not allowed: it must be a string of 1 to 256 printable",
+        ),
         ("agent_parent", 7, "= 7 is not allowed: it must be a string of 1 to 256 printable characters"),
         ("agent_thread", "x" * 257, f"= '{'x' * 40}'... is not allowed"),
         ("agent_thread", "a\nb", "= 'a\\nb' is not allowed"),

@@ -42,7 +42,13 @@ class ChunkQueue:
         if not self._jobs:
             raise LookupError("the lane has no job")
         waiting = [
-            Waiting(name, job.resume, job.end - self._position.get(name, job.start), self._taken - self._came[name], job.rank)
+            Waiting(
+                name,
+                job.resume,
+                job.end - self._position.get(name, job.start),
+                self._taken - self._came[name],
+                job.rank,
+            )
             for name, job in self._jobs.items()
         ]
         name = next_job(waiting)

@@ -54,4 +54,6 @@ class Announcer:
         kind = error.name if error.name in KNOWN else ""
         if kind not in self._wrong:
             self._wrong.add(kind)
-            self._logger.warning("agentserve: a hint is ignored: %s. Further ones of this kind are only counted.", error)
+            self._logger.warning(
+                "agentserve: a hint is ignored: %s. Further ones of this kind are only counted.", error
+            )

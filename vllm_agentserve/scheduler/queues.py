@@ -41,7 +41,9 @@ class AgentQueue(RequestQueue):
     A request that the scheduler takes out, skips and puts back keeps its place: its key decides, not the way it came in.
     """
 
-    def __init__(self, key_of: Callable[[Request, int], AdmissionKey], patience: int, batch_patience: int | None = None) -> None:
+    def __init__(
+        self, key_of: Callable[[Request, int], AdmissionKey], patience: int, batch_patience: int | None = None
+    ) -> None:
         self._key_of = key_of
         self._patience = Patience(patience)
         self._batch_patience = Patience(batch_patience or patience)

@@ -1,0 +1,39 @@
+"""Programs first in a real engine, in float32: whatever the order, and whoever gives up a place, answers are stock's."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mix import Answers, close, differences, make_llm, mixed_jobs, run_jobs, scheduler_of
+from vllm import LLM
+
+
+@pytest.fixture(scope="module", params=["plas", "atlas"])
+def ours(request: pytest.FixtureRequest, toy_model: Path, stock: Answers) -> Iterator[LLM]:
+    """Short quanta and a large share: places change hands as often as they can."""
+    llm = make_llm(
+        toy_model,
+        {
+            "mode": "time-sliced",
+            "tpot_slo_ms": 15,
+            "policy": request.param,
+            "program_quantum_ms": 1,
+            "program_preempt_share": 0.5,
+        },
+    )
+    yield llm
+    close(llm)
+
+
+def test_answers_equal_stock_under_every_policy(ours: LLM, stock: Answers) -> None:
+    answers = run_jobs(ours, mixed_jobs())
+    assert differences(mixed_jobs(), stock, answers) == []
+    scheduler = scheduler_of(ours)
+    counts, account = scheduler.counts, scheduler._preempter.account
+    assert counts["program_preemptions"] > 5
+    assert counts["program_preempted_tokens"] > 0
+    assert account.lost_ms <= 0.5 * account.service_ms
+    assert not scheduler.requests
+    assert not account._pending
+    assert not scheduler._queue._places
+    assert scheduler.kv_cache_manager.usage == 0.0
