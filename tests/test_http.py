@@ -96,7 +96,8 @@ def test_hostile_hints_harm_nobody(server: VllmServer) -> None:
         ),
         *(True, None, [], ["a"] * 1000, [[1]], {}, {"a": {"b": 1}}),
     ]
-    served = 0
+    answered: list[str] = []
+    refused: list[int] = []
     for _ in range(40):
         hints = {rng.choice(names): rng.choice(values) for _ in range(rng.randint(1, 5))}
         try:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes.lane import Job, LaneReport, Slot
-from vllm_agentserve.policy.preemption import Rank
+from vllm_agentserve.policy.preemption import FIRST, Rank
 from vllm_agentserve.policy.routes import LanePolicy, Prompt, Reason, Route
 from vllm_agentserve.policy.slots import LaneRate, SlotChooser
 from vllm_agentserve.vllm_compat.lanes import lane_obstacle, local_worker_half
@@ -42,7 +42,7 @@ class LaneDispatch:
         self.decodes = 0
         self.context = 0
         self.on_dispatch: Callable[[Any, int], None] = lambda request, start: None
-        self.rank_of: Callable[[str], Rank] = lambda request_id: Rank(False, 0)
+        self.rank_of: Callable[[str], Rank] = lambda request_id: FIRST
         self.on_failure: Callable[[], None] = lambda: None
         self.reasons: dict[str, Reason] = {}
         """Why each prompt that was asked about goes where it goes; taken out when it is admitted."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from vllm_agentserve.policy.preemption import Rank
+from vllm_agentserve.policy.preemption import FIRST, Rank
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Job:
     block_ids: tuple[list[int], ...]
     start: int
     resume: bool = False
-    rank: Rank = Rank(False, 0)
+    rank: Rank = FIRST
 
     @property
     def end(self) -> int:

@@ -16,6 +16,9 @@ class Rank(NamedTuple):
     level: int
 
 
+FIRST = Rank(False, 0)
+
+
 def victim(waiting: Rank, running: Iterable[tuple[Rank, str]]) -> str | None:
     """Who gives up its place: the worst of the running calls, the latest among equals, if it is worse than the one that waits.
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_agentserve.policy.preemption import Rank
+from vllm_agentserve.policy.preemption import FIRST, Rank
 
 PATIENCE_CHUNKS = 64
 """A job that others have overtaken for so many chunks goes first."""
@@ -123,7 +123,7 @@ class Waiting:
     resume: bool
     left: int
     passed: int = 0
-    rank: Rank = Rank(False, 0)
+    rank: Rank = FIRST
 
 
 def next_job(waiting: Sequence[Waiting]) -> str:
