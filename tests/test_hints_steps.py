@@ -1,6 +1,6 @@
 """Hints on vLLM's real scheduler without a model: they order requests, and a client that lies starves nobody."""
 
-import logging
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -98,7 +98,7 @@ def test_threads_have_paths_of_their_own() -> None:
         scheduler._admission.arrives(make_request(f"warm-{thread}", 30, session="s", hints=hints))
         scheduler._programs.table.charge(f"warm-{thread}", float(tokens))
     for thread in ("long", "short"):
-        scheduler._programs.table.finish(f"warm-{thread}", 0.0)
+        scheduler._programs.table.finish(f"warm-{thread}", monotonic())
     scheduler.add_request(make_request("running", 20, max_tokens=5))
     driver.step()
     for thread in ("long", "short"):
@@ -108,12 +108,10 @@ def test_threads_have_paths_of_their_own() -> None:
 
 def test_wrong_hints_are_counted_and_said_once_per_kind(caplog: pytest.LogCaptureFixture) -> None:
     scheduler, driver = started("fcfs")
-    logging.getLogger("vllm.agentserve").addHandler(caplog.handler)
     for number in range(5):
         hints = {"agent_class": "urgent", "agent_deadline_ms": -number, f"agent_{number}": 1}
         scheduler.add_request(make_request(f"r{number}", 30, max_tokens=2, hints=hints))
     assert len(served(scheduler, driver)) == 5
-    logging.getLogger("vllm.agentserve").removeHandler(caplog.handler)
     assert scheduler.counts["wrong_hints"] == 15
     said = [record.getMessage() for record in caplog.records if "hint" in record.getMessage()]
     assert len(said) == 3

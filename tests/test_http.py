@@ -100,15 +100,14 @@ def test_hostile_hints_harm_nobody(server: VllmServer) -> None:
     refused: list[int] = []
     for _ in range(40):
         hints = {rng.choice(names): rng.choice(values) for _ in range(rng.randint(1, 5))}
+        body = plain | {"vllm_xargs": hints, "session_id": rng.choice(["a", None])}
         try:
-            answer = post(
-                server, "/v1/completions", plain | {"vllm_xargs": hints, "session_id": rng.choice(["a", None])}
-            )
-            assert answer["choices"][0]["text"] == expected
-            served += 1
+            answered.append(post(server, "/v1/completions", body)["choices"][0]["text"])
         except urllib.error.HTTPError as error:
-            assert error.code in (400, 422), error.read()
-    assert served > 10
+            refused.append(error.code)
+    assert len(answered) > 10
+    assert set(answered) == {expected}
+    assert set(refused) <= {400, 422}
     assert post(server, "/v1/completions", plain)["choices"][0]["text"] == expected
     time.sleep(0.2)
     assert metrics(server)["wrong_hints_total"] > before

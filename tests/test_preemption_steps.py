@@ -15,10 +15,10 @@ def with_share(share: float, asynchronous: bool = False, **given: Any) -> tuple[
     return scheduler, driver
 
 
-def run_long(scheduler: Any, driver: Driver, steps: int = 400) -> None:
+def run_long(scheduler: Any, driver: Driver, hints: dict[str, Any] | None = None) -> None:
     """A call that has received much, and goes on."""
-    scheduler.add_request(make_request("long", 64, max_tokens=1000, session="long"))
-    for _ in range(steps):
+    scheduler.add_request(make_request("long", 64, max_tokens=1000, session="long", hints=hints))
+    for _ in range(25 * DECIDE_STEPS + 3):
         driver.step()
 
 
@@ -71,15 +71,12 @@ def test_a_small_share_is_kept() -> None:
 
 def test_batch_gives_way_even_at_the_first_level() -> None:
     scheduler, driver = with_share(0.5)
-    hints = {"agent_class": "batch"}
-    scheduler.add_request(make_request("batch", 64, max_tokens=1000, session="batch", hints=hints))
-    for _ in range(400):
-        driver.step()
+    run_long(scheduler, driver, {"agent_class": "batch"})
     scheduler.add_request(make_request("new", 30, max_tokens=8, session="new"))
     order = []
     for _ in range(2 * DECIDE_STEPS):
         order += [name for name in driver.step() if name not in order]
-    assert order == ["batch", "new"]
+    assert order == ["long", "new"]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])

@@ -19,6 +19,7 @@ def ours(request: pytest.FixtureRequest, toy_model: Path, stock: Answers) -> Ite
             "policy": request.param,
             "program_quantum_ms": 1,
             "program_preempt_share": 0.5,
+            "program_promote_ratio": 100_000,
         },
     )
     yield llm

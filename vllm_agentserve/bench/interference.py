@@ -6,7 +6,8 @@
 Four streams decode; prompts of 4k, 6k and 8k fresh tokens arrive every six seconds; afterwards such prompts come alone,
 twice, and the second time counts: arms have met other chunk sizes until then, and kernels prepare themselves for each.
 Every arm of every round is a fresh engine, so the first cold prompt after start is in the figures. `--path alone` leaves
-the streams and the first part out.
+the streams and the first part out. With `--resumes` one more agent takes short turns all the while, each 48 new tokens on a
+cached context, and the time to their first token beside a cold prompt is measured too (over HTTP only).
 """
 
 import argparse
@@ -38,6 +39,8 @@ STREAMS = 4
 STREAM_PROMPT = 64
 PROMPTS = (4096, 6144, 8192)
 EVERY_S = 6.0
+CONTEXT, RESULT, PAUSE_S = 1024, 48, 0.15
+"""Of the agent that takes short turns: first context, tokens of a turn, time between two."""
 MAX_MODEL_LEN = 12288
 ENGINE_OPTIONS = {
     "dtype": "bfloat16",
@@ -72,6 +75,8 @@ class Run:
     quiet_ms: list[float] = field(default_factory=list)
     cold_ttft_s: list[tuple[int, float]] = field(default_factory=list)
     alone_ttft_s: list[tuple[int, float]] = field(default_factory=list)
+    resume_ttft_s: list[float] = field(default_factory=list)
+    """Of short turns that met a cold prompt."""
     decode_tokens: int = 0
     decode_s: float = 0.0
     counts: dict[str, float] = field(default_factory=dict)
@@ -85,7 +90,17 @@ def prompts(seed: int) -> Iterable[list[int]]:
         yield [rng.randrange(3, 4000) for _ in range(length)]
 
 
-async def run_http(url: str, seed: int) -> Run:
+async def take_turns(client: StreamingClient, seed: int, turns: list[Stream]) -> None:
+    """One more agent, until it is cancelled."""
+    rng = random.Random(f"turns {seed}")
+    context = [rng.randrange(3, 4000) for _ in range(CONTEXT)]
+    while True:
+        turns.append(await client.generate("turn", context, 2))
+        context += [rng.randrange(3, 4000) for _ in range(RESULT)]
+        await asyncio.sleep(PAUSE_S)
+
+
+async def run_http(url: str, seed: int, resumes: bool = False) -> Run:
     """Runs the workload against a server."""
     drawn = iter(prompts(seed))
     run = Run()
@@ -96,6 +111,8 @@ async def run_http(url: str, seed: int) -> Run:
             asyncio.create_task(client.generate("stream", next(drawn), MAX_MODEL_LEN - 2 * STREAM_PROMPT, into=stream))
             for stream in streams
         ]
+        turns: list[Stream] = []
+        agent = asyncio.create_task(take_turns(client, seed, turns)) if resumes else None
         await asyncio.sleep(2.0)
         begin = time.perf_counter()
         colds: list[Stream] = []
@@ -107,14 +124,22 @@ async def run_http(url: str, seed: int) -> Run:
         end = time.perf_counter()
         if any(task.done() for task in tasks):
             raise RuntimeError("a stream ended before the cold prompts: raise max_model_len")
-        for task in tasks:
+        if agent is not None and agent.done():
+            raise RuntimeError("the agent that takes turns stopped") from agent.exception()
+        stopped = [*tasks, agent] if agent is not None else tasks
+        for task in stopped:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*stopped, return_exceptions=True)
         for stream in streams:
             stream.stamps = [stamp for stamp in stream.stamps if begin <= stamp <= end]
         gaps = split_gaps(streams, [(cold.sent, cold.stamps[0]) for cold in colds])
         first = split_gaps(streams, [(colds[0].sent, colds[0].stamps[0])])
         run.during_ms, run.quiet_ms, run.first_during_ms = gaps.during, gaps.quiet, first.during
+        run.resume_ttft_s = [
+            turn.ttft
+            for turn in turns
+            if any(turn.sent < cold.stamps[0] and cold.sent < turn.stamps[0] for cold in colds)
+        ]
         run.decode_tokens = sum(len(stream.stamps) for stream in streams)
         run.decode_s = end - begin
         await asyncio.sleep(1.0)
@@ -188,12 +213,12 @@ def run_engine(arm: str, seed: int, only_alone: bool = False) -> Run:
     return run
 
 
-def run_arm(path: str, arm: str, seed: int) -> Run:
+def run_arm(path: str, arm: str, seed: int, resumes: bool = False) -> Run:
     """Runs one arm in processes of its own and returns what it gave."""
     if path == "http":
         options = [text for key, value in {**ENGINE_OPTIONS, **ARMS[arm]}.items() for text in serve_option(key, value)]
         with VllmServer(make_toy_model(), options) as server:
-            return asyncio.run(run_http(server.url, seed))
+            return asyncio.run(run_http(server.url, seed, resumes))
     environment = serving_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
     command = [sys.executable, "-m", __spec__.name, "--worker", arm, "--seed", str(seed), "--path", path]
     done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
@@ -215,12 +240,17 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resumes", action="store_true", help="one more agent takes short turns; with --path http")
     parser.add_argument("--output", type=Path, help="where the raw intervals and the summary go, as JSON")
     parser.add_argument("--worker", choices=list(ARMS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         print(json.dumps(asdict(run_engine(arguments.worker, arguments.seed, only_alone=arguments.path == "alone"))))
         return 0
+    if arguments.resumes and arguments.path != "http":
+        parser.error(
+            f"--resumes is measured over HTTP, not with --path {arguments.path}: leave it out, or say --path http"
+        )
     # A plain `kill` unwinds like Ctrl-C, so that no server is left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     make_toy_model()
@@ -228,7 +258,7 @@ def main() -> int:
     for number in range(arguments.rounds):
         # Every other round runs backwards, so that no arm always follows the same one.
         for arm in arguments.arms if number % 2 == 0 else reversed(arguments.arms):
-            run = run_arm(arguments.path, arm, arguments.seed + number)
+            run = run_arm(arguments.path, arm, arguments.seed + number, arguments.resumes)
             runs[arm].append(run)
             if arguments.path == "alone":
                 print(

@@ -28,7 +28,9 @@ def summary(runs: Sequence["Run"]) -> dict[str, Any]:
     def together(intervals: Iterable[list[float]]) -> dict[str, float]:
         return {name: round(q, 2) for name, q in quantiles(list(itertools.chain(*intervals))).items()}
 
+    resumed = [seconds * 1000 for run in runs for seconds in run.resume_ttft_s]
     return {
+        "resume_ttft_during_ms": {"turns": len(resumed), **together([resumed])} if resumed else {},
         "itl_during_ms": together(run.during_ms for run in runs),
         "itl_during_p99_ms_each_round": [round(quantiles(run.during_ms)["p99"], 1) for run in runs],
         "itl_first_cold_ms": together(run.first_during_ms for run in runs),
@@ -62,12 +64,21 @@ def ratios(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
             "itl_during_p99_stock_over_arm": round(stock["itl_during_ms"]["p99"] / arm["itl_during_ms"]["p99"], 2),
             "cold_ttft_arm_over_stock": round(arm["cold_ttft_mean_s"] / stock["cold_ttft_mean_s"], 3),
             "alone_ttft_arm_over_stock": round(arm["alone_ttft_mean_s"] / stock["alone_ttft_mean_s"], 3),
+            **resumed_ratio(stock, arm),
             "quiet_itl_p50_arm_over_stock": round(arm["itl_quiet_p50_ms"] / stock["itl_quiet_p50_ms"], 3),
             "decode_tokens_arm_over_stock": round(arm["decode_tokens_per_s"] / stock["decode_tokens_per_s"], 3),
         }
         for name, arm in arms.items()
         if name != "stock"
     }
+
+
+def resumed_ratio(stock: dict[str, Any], arm: dict[str, Any]) -> dict[str, float]:
+    """Times to the first token of short turns beside a cold prompt, where they were measured."""
+    theirs, ours = stock.get("resume_ttft_during_ms"), arm.get("resume_ttft_during_ms")
+    if not theirs or not ours:
+        return {}
+    return {f"resume_ttft_{q}_arm_over_stock": round(ours[q] / theirs[q], 3) for q in ("p50", "p95")}
 
 
 def table(arms: dict[str, dict[str, Any]]) -> str:

@@ -5,7 +5,6 @@ order a client's request among those of its class and the level of its program; 
 others say, so a client that lies delays others by no more than `max_bypass_steps`.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +57,7 @@ def name(value: Any) -> str | None:
 def deadline(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if math.isfinite(value) and 0 < value <= LONGEST_DEADLINE_MS else None
+    return float(value) if 0 < value <= LONGEST_DEADLINE_MS else None
 
 
 def is_batch(value: Any) -> bool | None:
