@@ -1,10 +1,12 @@
 """What the engine reports: plain figures, collected between two reports and sent as one flat dictionary."""
 
+from time import monotonic
 from typing import Protocol
 
 from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.policy.programs import ProgramTable
+from vllm_agentserve.scheduler.program_series import program_report
 
 COUNTERS = {
     "cold_prefill_requests": "Requests admitted as cold prefill.",
@@ -118,7 +120,7 @@ class StatsCollector:
         report["budget_gain"] = controller.gain
         report["step_prediction_error_ratio"] = controller.whole.model.error
         if self.programs is not None:
-            report["programs_live"] = len(self.programs)
+            report |= program_report(self.programs, monotonic())
         if self.lane is not None:
             report["lane_tokens_per_second"] = self.lane.tokens_per_s
             report["lane_slot"] = self.lane.slot
