@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from vllm_agentserve.bench.server import ServerError, VllmServer, serving_environment
+from vllm_agentserve.policy.program import identifier
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVE = [
@@ -28,7 +29,8 @@ SERVE = [
 def server(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     os.environ["VLLM_LOG_STATS_INTERVAL"] = "1"
     os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
-    options = [*SERVE, "--additional-config", json.dumps({"agentserve": {"tpot_slo_ms": 40, "stats_interval_ms": 50}})]
+    settings = {"tpot_slo_ms": 40, "stats_interval_ms": 50, "policy": "plas"}
+    options = [*SERVE, "--additional-config", json.dumps({"agentserve": settings})]
     with VllmServer(toy_model, options, log=tmp_path_factory.mktemp("server") / "log") as running:
         yield running
 
@@ -138,6 +140,20 @@ def test_metrics_show_what_happened(server: VllmServer) -> None:
         "step_prediction_error_ratio",
         "last_prefill_chunk_tokens",
     }
+
+
+def test_top_shows_the_program_of_a_session(server: VllmServer) -> None:
+    session = "nobody-may-read-this"
+    body = {"prompt": [(i * 31) % 4000 for i in range(100)], "max_tokens": 20, "ignore_eos": True}
+    for _ in range(2):
+        post(server, "/v1/completions", body | {"session_id": session})
+    command = [sys.executable, "-m", "vllm_agentserve.cli", "top", "--url", server.url, "--interval", "0.1"]
+    done = subprocess.run([*command, "--session", session], text=True, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"{identifier(session):06x} <")]
+    assert line.split()[2:4] == ["2", "tool"]
+    with urllib.request.urlopen(server.url + "/metrics", timeout=30) as answer:
+        assert session not in answer.read().decode()
 
 
 def test_the_periodic_log_line_has_our_part(server: VllmServer) -> None:

@@ -248,6 +248,7 @@ def test_toy_model_is_made_once(toy_model: Path) -> None:
 
 
 def test_the_operations_page_explains_every_series() -> None:
+    from vllm_agentserve.scheduler.program_series import LABELLED
     from vllm_agentserve.scheduler.stats import COUNTERS, GAUGES
 
     page = (ROOT / "docs" / "operations.md").read_text()
@@ -255,3 +256,5 @@ def test_the_operations_page_explains_every_series() -> None:
         assert f"| `vllm:agentserve_{name}_total` | counter | {text} |" in page
     for name, text in GAUGES.items():
         assert f"| `vllm:agentserve_{name}` | gauge | {text} |" in page
+    for name, (label, text) in LABELLED.items():
+        assert f"| `vllm:agentserve_{name}{{{label}}}` | gauge | {text} |" in page

@@ -1,4 +1,4 @@
-"""The command `agentserve`: demo, bench, doctor, toy-model."""
+"""The command `agentserve`: demo, bench, top, doctor, toy-model."""
 
 import argparse
 import json
@@ -47,6 +47,18 @@ def make_parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure stock vLLM, agentserve and other servers on agent traffic")
     add_bench_arguments(bench)
 
+    top = commands.add_parser("top", help="the programs of a running server, live")
+    top.add_argument("--url", default="http://127.0.0.1:8000", help="its address (default: %(default)s)")
+    top.add_argument(
+        "--interval",
+        type=number_from(0.1, 3600, whole=False),
+        default=1.0,
+        metavar="S",
+        help="seconds between two looks (default: %(default)s)",
+    )
+    top.add_argument("--session", metavar="ID", help="the session id whose program is marked")
+    top.add_argument("--once", action="store_true", help="print one table and end; so does output to a file or a pipe")
+
     doctor = commands.add_parser("doctor", help="what will run on this machine and why, with a remedy per finding")
     doctor.add_argument("--options", default="{}", help=f'options of "{KEY}" to check, as a JSON object')
 
@@ -85,6 +97,12 @@ def bench(arguments: argparse.Namespace) -> int:
     return execute(arguments)
 
 
+def top(arguments: argparse.Namespace) -> int:
+    from vllm_agentserve.top import execute
+
+    return execute(arguments)
+
+
 def doctor(arguments: argparse.Namespace) -> int:
     from vllm_agentserve.doctor import examine, print_findings
 
@@ -102,11 +120,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     # A plain `kill` unwinds like Ctrl-C, so that no server is left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    commands = {"demo": demo, "bench": bench, "doctor": doctor, "toy-model": toy_model}
+    commands = {"demo": demo, "bench": bench, "top": top, "doctor": doctor, "toy-model": toy_model}
     try:
         return commands[arguments.command](arguments)
     except ModuleNotFoundError as error:
-        if arguments.command not in ("demo", "bench"):
+        if arguments.command not in ("demo", "bench", "top"):
             raise
         print(
             f"error: agentserve {arguments.command} needs {error.name}: pip install 'vllm-agentserve[bench]'",

@@ -5,44 +5,14 @@ behind long ones at every turn; least attained service first does not, and needs
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from math import log2
 from typing import Literal
 
+from vllm_agentserve.policy.census import Census, Stage
+from vllm_agentserve.policy.program import Call, Program
+
 Policy = Literal["plas", "atlas"]
-THREADS = 64
-"""Named threads remembered of a program."""
-
-
-@dataclass(slots=True)
-class Program:
-    """Its attained service is `service_ms`, and what its decoding calls have received since they began."""
-
-    service_ms: float = 0.0
-    path_ms: float = 0.0
-    """Longest path to the end of a finished call."""
-    calls: int = 0
-    """Waiting and running ones."""
-    decoding: int = 0
-    began_ms: float = 0.0
-    """Sum of the clock at which its decoding calls began to decode."""
-    seen: float = 0.0
-    threads: OrderedDict[str, float] = field(default_factory=OrderedDict)
-    """Path to the end of the last finished call of each named thread."""
-
-
-@dataclass(slots=True)
-class Call:
-    """One request of a program: when it came (s), the path to it, what its prompt took, and since when it decodes."""
-
-    key: str
-    program: Program
-    arrived: float
-    path_ms: float
-    thread: str | None = None
-    service_ms: float = 0.0
-    decodes_since_ms: float | None = None
-    promoted: bool = False
 
 
 class ProgramTable:
@@ -79,7 +49,14 @@ class ProgramTable:
         self._capacity = capacity
         self._programs: OrderedDict[str, Program] = OrderedDict()
         self._calls: dict[str, Call] = {}
+        self._decoding: OrderedDict[str, Program] = OrderedDict()
+        """Those with decoding calls, in turns."""
         self._clock_ms = 0.0
+        self._now = 0.0
+        self.census = Census(levels)
+        """Where the calls are."""
+        self.by_service = [0] * levels
+        """Programs by the level of what they had received when that was last looked at."""
         self.promotions = 0
         """Calls moved to level 0 because they had waited too long."""
 
@@ -99,13 +76,22 @@ class ProgramTable:
             now: time in s.
             thread: which of the program's threads it continues; the path is then the thread's, where that has one.
         """
+        self._now = now
         self._forget_old(now)
-        program = self._programs.setdefault(key, Program())
+        program = self._programs.get(key)
+        if program is None:
+            program = self._programs[key] = Program()
+            self.by_service[0] += 1
         self._programs.move_to_end(key)
         program.calls += 1
         program.seen = now
-        path_ms = program.threads.get(thread, path_ms) if thread is not None else path_ms
-        self._calls[call_id] = Call(key, program, now, program.path_ms if path_ms is None else path_ms, thread)
+        if thread is not None:
+            path_ms = program.threads.get(thread, path_ms)
+        if path_ms is None:
+            path_ms = program.path_ms
+        level = self.level_of(self.attained_ms(program) if self._policy == "plas" else path_ms)
+        presence = self.census.arrives(call_id, key, program.tally, level, now)
+        self._calls[call_id] = Call(key, program, now, path_ms, presence, thread)
 
     def charge(self, call_id: str, ms: float) -> None:
         """The call received so much service for its prompt."""
@@ -113,10 +99,28 @@ class ProgramTable:
         if call is not None:
             call.service_ms += ms
             call.program.service_ms += ms
+            self._look_at(call.program)
 
-    def advance(self, ms: float) -> None:
-        """Every decoding call received so much service."""
+    def prefills(self, call_id: str, resume: bool, prompt_tokens: int, before: int, tokens: int) -> None:
+        """A chunk of the call's prompt is scheduled.
+
+        Args:
+            call_id: its call.
+            resume: whether it is a resume prefill, else a cold one.
+            prompt_tokens: length of the whole prompt.
+            before: tokens computed before the chunk; before the first one, those that were cached.
+            tokens: in the chunk.
+        """
+        call = self._calls.get(call_id)
+        if call is not None:
+            self._stops_decoding(call)
+            stage = Stage.RESUME if resume else Stage.COLD
+            self.census.prefills(call.presence, stage, prompt_tokens, before, tokens)
+
+    def advance(self, ms: float, step_ms: float = 0.0) -> None:
+        """Every decoding call received so much service, and a token, in a step that took `step_ms`."""
         self._clock_ms += ms
+        self.census.advance(step_ms)
 
     def decodes(self, call_id: str) -> None:
         """The call decodes from now on."""
@@ -125,51 +129,92 @@ class ProgramTable:
             call.decodes_since_ms = self._clock_ms
             call.program.decoding += 1
             call.program.began_ms += self._clock_ms
+            self._decoding[call.key] = call.program
+            self.census.decodes(call.presence)
 
     def pauses(self, call_id: str) -> None:
-        """The call decodes no more: it was preempted, or is through."""
+        """The call was preempted, and waits again."""
         call = self._calls.get(call_id)
-        if call is not None and call.decodes_since_ms is not None:
-            program, received = call.program, self._clock_ms - call.decodes_since_ms
-            program.decoding -= 1
-            program.began_ms -= call.decodes_since_ms
-            call.decodes_since_ms = None
-            call.service_ms += received
-            program.service_ms += received
+        if call is not None:
+            self._stops_decoding(call)
+            if call.presence.stage is not Stage.WAITING:
+                self.census.pauses(call.presence, self._now)
 
     def finish(self, call_id: str, now: float) -> tuple[str, float] | None:
         """The call is through: returns its program's key and the length of the path to its end; None if it is not known."""
-        self.pauses(call_id)
+        self._now = now
         call = self._calls.pop(call_id, None)
         if call is None:
             return None
+        self._stops_decoding(call)
+        self.census.ends(call.presence, call.key)
         program, path_ms = call.program, call.path_ms + call.service_ms
         program.calls -= 1
         program.seen = now
         program.path_ms = max(program.path_ms, path_ms)
         if call.thread is not None:
-            program.threads[call.thread] = path_ms
-            program.threads.move_to_end(call.thread)
-            if len(program.threads) > THREADS:
-                program.threads.popitem(last=False)
+            program.ends(call.thread, path_ms)
         return call.key, path_ms
 
     def service_ms(self, call_id: str) -> float:
         """Attained service of the call's program."""
-        program = self._calls[call_id].program
+        return self.attained_ms(self._calls[call_id].program)
+
+    def attained_ms(self, program: Program) -> float:
+        """Attained service of the program."""
         return program.service_ms + program.decoding * self._clock_ms - program.began_ms
 
     def level(self, call_id: str, now: float) -> int:
         """The level at which the call waits, 0 is the first; 0 too for a call that is not known."""
+        self._now = now
         call = self._calls.get(call_id)
-        if call is None or call.promoted:
+        if call is None:
             return 0
-        attained = self.service_ms(call_id)
+        level = self._level(call, now)
+        self.census.moves(call.presence, level)
+        return level
+
+    def level_of(self, ms: float) -> int:
+        """The level of so much service, or of a path of that length."""
+        return min(int(log2(max(ms, 0.0) / self._quantum_ms + 1)), self._levels - 1)
+
+    def next_level(self, program: Program) -> int:
+        """The level at which its next call would wait."""
+        return self.level_of(self.attained_ms(program) if self._policy == "plas" else program.path_ms)
+
+    def service_bounds_ms(self) -> list[float]:
+        """The most service of every level but the last, which has no bound."""
+        return [self._quantum_ms * (2.0 ** (level + 1) - 1) for level in range(self._levels - 1)]
+
+    def look_again(self, limit: int, now: float) -> None:
+        """Sorts the next `limit` programs with decoding calls, in turns, into `by_service`: no event says that they moved up."""
+        self._now = now
+        for _ in range(min(limit, len(self._decoding))):
+            key, program = self._decoding.popitem(last=False)
+            self._look_at(program)
+            self._decoding[key] = program
+
+    def shown(self, limit: int) -> Iterator[tuple[str, Program]]:
+        """At most `limit` programs with their keys, the latest first: those with calls under way, then others; O(limit)."""
+        active = self.census.active(limit)
+        yield from ((key, self._programs[key]) for key in active)
+        left = limit - len(active)
+        for key, program in reversed(self._programs.items()):
+            if not left:
+                return
+            if not program.calls:
+                left -= 1
+                yield key, program
+
+    def _level(self, call: Call, now: float) -> int:
+        if call.promoted:
+            return 0
+        attained = self.attained_ms(call.program)
         if (now - call.arrived) * 1000 > self._promote_ratio * max(attained, self._quantum_ms):
             call.promoted = True
             self.promotions += 1
             return 0
-        return self._level(attained if self._policy == "plas" else call.path_ms)
+        return self.level_of(attained if self._policy == "plas" else call.path_ms)
 
     def standing(self, call_id: str) -> int:
         """The level of a call that runs; with `atlas` what it has received itself counts too, 0 for a promoted one."""
@@ -177,12 +222,29 @@ class ProgramTable:
         if call is None or call.promoted:
             return 0
         if self._policy == "plas":
-            return self._level(self.service_ms(call_id))
+            return self.level_of(self.service_ms(call_id))
         received = self._clock_ms - call.decodes_since_ms if call.decodes_since_ms is not None else 0.0
-        return self._level(call.path_ms + call.service_ms + received)
+        return self.level_of(call.path_ms + call.service_ms + received)
 
-    def _level(self, ms: float) -> int:
-        return min(int(log2(max(ms, 0.0) / self._quantum_ms + 1)), self._levels - 1)
+    def _look_at(self, program: Program) -> None:
+        level = self.level_of(self.attained_ms(program))
+        if level != program.service_level:
+            self.by_service[program.service_level] -= 1
+            self.by_service[level] += 1
+            program.service_level = level
+
+    def _stops_decoding(self, call: Call) -> None:
+        if call.decodes_since_ms is None:
+            return
+        program, received = call.program, self._clock_ms - call.decodes_since_ms
+        program.decoding -= 1
+        program.began_ms -= call.decodes_since_ms
+        call.decodes_since_ms = None
+        call.service_ms += received
+        program.service_ms += received
+        if not program.decoding:
+            del self._decoding[call.key]
+        self._look_at(program)
 
     def _forget_old(self, now: float) -> None:
         """Looks at the two longest unseen programs: with one arrival at a time that is enough to keep the bound."""
@@ -197,3 +259,4 @@ class ProgramTable:
             if now - program.seen <= self._ttl_s and len(self._programs) <= self._capacity:
                 return
             del self._programs[key]
+            self.by_service[program.service_level] -= 1

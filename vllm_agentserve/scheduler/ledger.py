@@ -50,13 +50,14 @@ class LaneLedger:
     def dispatched(self, request: "Request", start: int) -> None:
         """A prompt goes to the lane, which computes everything from `start` to its last token."""
         uncached = request.num_tokens - start
-        self._phases[request.request_id] = self._admission.phase(request, start)
+        phase = self._admission.phase(request, start)
+        self._phases[request.request_id] = phase
         self._stats.counts["lane_requests"] += 1
         self._stats.counts["lane_tokens"] += uncached - 1
         self.admitted(request.request_id)
         if self._programs is not None:
             self._programs.runs(request, start)
-            self._programs.computes(request.request_id, uncached - 1, start)
+            self._programs.computes(request, phase, uncached - 1, start)
 
     def failed(self) -> None:
         self._stats.counts["lane_failed_requests"] += 1

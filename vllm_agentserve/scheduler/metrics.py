@@ -1,5 +1,7 @@
 """The API server's side of the report: Prometheus series on vLLM's own `/metrics`, and a line in vLLM's periodic log."""
 
+import math
+import os
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import Counter, Gauge
@@ -8,6 +10,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.utils import create_metric_per_engine
 
 from vllm_agentserve.config import SERIES
+from vllm_agentserve.scheduler.program_series import LABELLED, ROW_KEYS
 from vllm_agentserve.scheduler.stats import COUNTERS, GAUGES
 from vllm_agentserve.vllm_compat import STATS_FIELD
 
@@ -47,6 +50,13 @@ class AgentStatLogger(AggregateStatLoggerBase):
             )
             for name, text in GAUGES.items()
         }
+        self._engines = values
+        self._labelled: dict[str, Any] = {
+            name: Gauge(SERIES + name, text, labelnames=[*names, label], multiprocess_mode="mostrecent")
+            for name, (label, text) in LABELLED.items()
+        }
+        self._children: dict[int, dict[str, Any]] = {index: {} for index in engine_indexes}
+        """By engine: what is on the page of `_labelled`, by the key it has in reports."""
 
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
@@ -61,7 +71,35 @@ class AgentStatLogger(AggregateStatLoggerBase):
                 since[name] = since.get(name, 0.0) + value
             elif name in self._gauges:
                 self._gauges[name][engine_idx].set(value)
+            elif ":" in name:
+                self._labelled_gauge(name, engine_idx).set(value)
+        if "programs_live" in report:
+            self._clear_rows(report, engine_idx)
         self._latest[engine_idx] = report
+
+    def _labelled_gauge(self, key: str, engine_idx: int) -> Any:
+        """The gauge of a report's key of the form `name:label value`."""
+        children = self._children[engine_idx]
+        if key not in children:
+            name, _, value = key.partition(":")
+            children[key] = self._labelled[name].labels(*self._engines[engine_idx], value)
+        return children[key]
+
+    def _clear_rows(self, report: dict[str, float], engine_idx: int) -> None:
+        """Takes rows whose program is gone off the page.
+
+        With several API servers their common registry forgets no series, and another one may have written the row: there it
+        gets the value NaN.
+        """
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+            for key in ROW_KEYS - report.keys():
+                self._labelled_gauge(key, engine_idx).set(math.nan)
+            return
+        children = self._children[engine_idx]
+        for key in [key for key in children if key in ROW_KEYS and key not in report]:
+            name, _, row = key.partition(":")
+            self._labelled[name].remove(*self._engines[engine_idx], row)
+            del children[key]
 
     def log_engine_initialized(self) -> None:
         return

@@ -86,9 +86,11 @@ class ProgramTracker:
         """What so many tokens over `context` computed ones cost."""
         return self._controller.whole.model.chunk_ms(tokens, context, first=False)
 
-    def computes(self, request_id: str, tokens: int, context: int) -> None:
+    def computes(self, request: "Request", phase: Phase, tokens: int, context: int) -> None:
         """A chunk of the prompt is scheduled: tokens over `context` computed ones."""
-        self.table.charge(request_id, self.prompt_ms(tokens, context))
+        table, request_id = self.table, request.request_id
+        table.prefills(request_id, phase is Phase.RESUME_PREFILL, request.num_prompt_tokens, context, tokens)
+        table.charge(request_id, self.prompt_ms(tokens, context))
 
     def stepped(self, sequences: int, step_ms: float, chunks: list[tuple[Phase, int, int]] | None) -> None:
         """A step with so many decodes took so long; what its chunks took of it is charged to them already."""
@@ -96,9 +98,10 @@ class ProgramTracker:
             self.account.serve(step_ms)
         if not sequences:
             return
+        rest_ms = step_ms
         for _, tokens, context in chunks or ():
-            step_ms -= self.prompt_ms(tokens, context)
-        self.table.advance(max(step_ms, 0.0) / sequences)
+            rest_ms -= self.prompt_ms(tokens, context)
+        self.table.advance(max(rest_ms, 0.0) / sequences, step_ms)
 
     def ends(self, request: "Request") -> None:
         """The request is finished or aborted; its answer may be gone on from."""

@@ -221,7 +221,7 @@ class AgentScheduler(Scheduler):
                 before = request.num_computed_tokens - tokens
                 chunks.append((prefill.phase, tokens, before))
                 if self._programs is not None:
-                    self._programs.computes(request_id, tokens, before)
+                    self._programs.computes(request, prefill.phase, tokens, before)
                 if not request.is_prefill_chunk:
                     del self._prefills[request_id]
                     if self._programs is not None:

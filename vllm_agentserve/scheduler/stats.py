@@ -1,10 +1,12 @@
 """What the engine reports: plain figures, collected between two reports and sent as one flat dictionary."""
 
+from time import monotonic
 from typing import Protocol
 
 from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.policy.programs import ProgramTable
+from vllm_agentserve.scheduler.program_series import program_report
 
 COUNTERS = {
     "cold_prefill_requests": "Requests admitted as cold prefill.",
@@ -29,7 +31,7 @@ COUNTERS = {
     "step_unknown_requests": "Long prompts computed in steps because nothing had been measured yet.",
     "steps_beside_lane": "Engine steps with decodes only, beside a prefill lane that worked.",
     "lane_failed_requests": "Prompts the prefill lane failed on, which were computed again.",
-    "program_told_requests": "Requests whose session id names their program; with a policy of programs only, as the next four.",
+    "program_told_requests": "Requests whose session id names their program; this and the next five with plas or atlas only.",
     "program_inferred_requests": "Requests that go on from an earlier answer, and so belong to its program.",
     "program_first_requests": "Requests without session id that go on from nothing known: the first of a program.",
     "program_promotions": "Calls moved to the first level because they had waited too long for what they had received.",
@@ -121,7 +123,7 @@ class StatsCollector:
         report["budget_gain"] = controller.gain
         report["step_prediction_error_ratio"] = controller.whole.model.error
         if self.programs is not None:
-            report["programs_live"] = len(self.programs)
+            report |= program_report(self.programs, monotonic())
         if self.lane is not None:
             report["lane_tokens_per_second"] = self.lane.tokens_per_s
             report["lane_slot"] = self.lane.slot

@@ -1,0 +1,66 @@
+"""`agentserve top`: the programs of a running server, live, from its public `/metrics` alone."""
+
+import argparse
+import sys
+import time
+from typing import NoReturn
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from vllm_agentserve.top_scrape import Reading, ScrapeError, page_of, scrape
+from vllm_agentserve.top_table import picture
+
+INTERRUPTED = 130
+PLAIN_WIDTH = 120
+"""Columns where the output is no terminal."""
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Shows the table until Ctrl-C; once where `--once` is given or the output is no terminal.
+
+    Returns the exit code: 0; 1 when it is to be shown once and there is nothing; 130 when that was interrupted.
+    """
+    console = Console()
+    page = page_of(arguments.url)
+    if arguments.once or not console.is_terminal:
+        if not console.is_terminal:
+            console = Console(width=PLAIN_WIDTH)
+        try:
+            return show_once(page, arguments.interval, arguments.session, console)
+        except KeyboardInterrupt:
+            return INTERRUPTED
+    try:
+        watch(page, arguments.interval, arguments.session, console)
+    except KeyboardInterrupt:
+        return 0
+
+
+def show_once(page: str, interval_s: float, session: str | None, console: Console) -> int:
+    """Reads the page twice, `interval_s` apart, and prints what it says; returns the exit code."""
+    try:
+        before = scrape(page)
+        time.sleep(interval_s)
+        console.print(picture(scrape(page), before, session))
+    except ScrapeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def watch(page: str, interval_s: float, session: str | None, console: Console) -> NoReturn:
+    """Shows what the page says, anew every `interval_s`; while there is nothing, says so and keeps trying. Never returns."""
+    before: dict[str, Reading] | None = None
+    shown: RenderableType = Text()
+    with Live(console=console, screen=True, auto_refresh=False) as live:
+        while True:
+            try:
+                now = scrape(page)
+            except ScrapeError as error:
+                words = f"error: {error}\ntrying again every {interval_s:g} s; Ctrl-C ends."
+                live.update(Group(Text(words, style="red"), Text(), shown), refresh=True)
+            else:
+                before, shown = now, picture(now, before, session)
+                live.update(shown, refresh=True)
+            time.sleep(interval_s)

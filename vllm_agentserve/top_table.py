@@ -1,0 +1,141 @@
+"""The picture of `agentserve top`: what an engine does in a few lines, and its programs in a table."""
+
+from collections.abc import Mapping
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from vllm_agentserve.policy.program import identifier
+from vllm_agentserve.top_scrape import Reading
+
+STAGES = {"decoding": "decoding", "resume_prefill": "resume", "cold_prefill": "cold", "waiting": "waiting"}
+NEAR = 1.2
+"""Times the target up to which a TPOT is yellow."""
+UNKNOWN = "-"
+
+
+def picture(
+    engines: Mapping[str, Reading], before: Mapping[str, Reading] | None = None, session: str | None = None
+) -> RenderableType:
+    """All engines, one below the other.
+
+    Args:
+        engines: what they say now.
+        before: what they said at the refresh before; without it there are no rates.
+        session: the session id whose program is marked.
+    """
+    parts: list[RenderableType] = []
+    for name, reading in engines.items():
+        earlier = (before or {}).get(name)
+        parts += [*header(name, reading, earlier), *programs(reading, earlier, session), Text()]
+    return Group(*parts[:-1])
+
+
+def header(name: str, reading: Reading, before: Reading | None) -> list[Text]:
+    """The lines above the table: pace, requests, memory, programs, lane."""
+    figures = reading.figures
+    target_s = figures.get("tpot_target_seconds") or None
+    pace = Text("TPOT ")
+    if "tpot_seconds" in figures:
+        pace += Text.assemble(
+            tpot(figures["tpot_seconds"], target_s), "  p95 ", tpot(figures["tpot_p95_seconds"], target_s)
+        )
+        pace += Text(f"  target {milliseconds(target_s)}")
+    else:
+        pace += Text(milliseconds(reading.rate(before, "itl_sum", "itl_count")))
+    pace += Text(f"  generated {number(reading.rate(before, 'generated'))} tokens/s")
+    requests = (
+        f"requests: {number(figures.get('running'))} running, {number(figures.get('waiting'))} waiting"
+        f"  KV cache {percent(figures.get('kv_usage'))}"
+    )
+    lines = [Text.assemble((f"engine {name}  ", "bold"), pace), Text(requests)]
+    levels = reading.labelled.get("program_waiting_requests")
+    if levels is not None:
+        waiting = [f"{level}: {levels[level]:.0f}" for level in sorted(levels, key=int) if levels[level]]
+        lines.append(
+            Text(
+                f"programs: {number(figures.get('programs_live'))} live  waiting by level: {', '.join(waiting) or 'none'}"
+            )
+        )
+    if figures.get("lane_requests_total") or figures.get("lane_tokens_per_second"):
+        lines.append(
+            Text(
+                f"prefill lane: {number(figures.get('lane_tokens_per_second'))} tokens/s beside decodes, "
+                f"{number(figures.get('lane_requests_total'))} prompts, slot {number(figures.get('lane_slot'))}"
+            )
+        )
+    return lines
+
+
+def programs(reading: Reading, before: Reading | None, session: str | None) -> list[RenderableType]:
+    """The table, or why there is none, and whether the session asked for is in it."""
+    if reading.lack is not None:
+        return [Text(reading.lack, style="yellow")]
+    rows, earlier = reading.rows(), before.rows() if before is not None else {}
+    marked = None if session is None else identifier(session)
+    target_s = reading.figures.get("tpot_target_seconds") or None
+    table = Table(box=None, pad_edge=False)
+    for title in ("id", "turns", "phase", "level", "TPOT", "cached", "waiting", "service", "KV tokens"):
+        table.add_column(title, justify="left" if title in ("id", "phase") else "right", no_wrap=title != "phase")
+    for key in sorted(rows, key=lambda key: (not under_way(rows[key]), -rows[key].get("service_seconds", 0.0), key)):
+        row = rows[key]
+        table.add_row(
+            f"{key:06x}{' <' if key == marked else ''}",
+            number(row.get("turns")),
+            under_way(row) or "tool",
+            number(row.get("level")),
+            tpot(program_tpot(row, earlier.get(key)), target_s),
+            percent(row.get("cached_ratio")),
+            seconds(row.get("waiting_seconds") if row.get("waiting") else None),
+            seconds(row.get("service_seconds")),
+            number(row.get("kv_tokens")),
+            style="bold reverse" if key == marked else None,
+        )
+    said: list[RenderableType] = [table]
+    if not rows:
+        said = [Text("no programs.")]
+    if marked is not None and marked not in rows:
+        said.append(Text(f"the program of this session ({marked:06x}) is not among those shown.", style="yellow"))
+    return said
+
+
+def under_way(row: Mapping[str, float]) -> str:
+    """What the program's calls do; empty when it has none, and so runs a tool or is through."""
+    counts = {word: row.get(name, 0.0) for name, word in STAGES.items()}
+    calls = sum(counts.values())
+    return ", ".join(f"{count:.0f} {word}" if calls > 1 else word for word, count in counts.items() if count)
+
+
+def program_tpot(row: Mapping[str, float], before: Mapping[str, float] | None) -> float | None:
+    """Seconds per token over what the program decoded since the refresh before; None where it decoded nothing."""
+    if before is None:
+        return None
+    tokens = row.get("decode_tokens", 0.0) - before.get("decode_tokens", 0.0)
+    took_s = row.get("decode_seconds", 0.0) - before.get("decode_seconds", 0.0)
+    return took_s / tokens if tokens > 0 and took_s >= 0 else None
+
+
+def tpot(value_s: float | None, target_s: float | None) -> Text:
+    """Green within the target, yellow near it, red above."""
+    if value_s is None or target_s is None:
+        return Text(milliseconds(value_s))
+    return Text(
+        milliseconds(value_s), "green" if value_s <= target_s else "yellow" if value_s <= NEAR * target_s else "red"
+    )
+
+
+def milliseconds(value_s: float | None) -> str:
+    return UNKNOWN if value_s is None else f"{value_s * 1000:.1f} ms"
+
+
+def seconds(value_s: float | None) -> str:
+    return UNKNOWN if value_s is None else f"{value_s:.1f} s"
+
+
+def percent(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value * 100:.0f} %"
+
+
+def number(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.0f}"
