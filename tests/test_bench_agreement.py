@@ -25,6 +25,7 @@ GIVEN = {
     "seed": 0,
     "slots": 4,
     "block_size": 32,
+    "quantum_ms": 100.0,
     "anonymous": False,
     "model": None,
     "cost": asdict(COST),

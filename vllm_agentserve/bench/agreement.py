@@ -40,7 +40,7 @@ def engine_options(given: Mapping[str, Any], policy: str, tokens: int) -> dict[s
     """Arguments of `LLM` for a policy, or for `calibration`, with room for sequences of so many tokens."""
     own: dict[str, Any] = {"mode": "stock"} if policy == "calibration" else {"mode": "time-sliced", "policy": policy}
     if policy in ("plas", "atlas"):
-        own["max_bypass_steps"] = PATIENCE[policy]
+        own |= {"max_bypass_steps": PATIENCE[policy], "program_quantum_ms": given["quantum_ms"]}
     ours = {"scheduler_cls": SCHEDULER_NAME, "additional_config": {"agentserve": own}}
     return {
         "dtype": "bfloat16",
@@ -133,7 +133,8 @@ def simulated(
         programs,
         StepCost(**given["cost"]),
         given["slots"],
-        step_tokens=step_tokens,
+        given["quantum_ms"],
+        step_tokens,
         told=not given["anonymous"],
     )
     return summary([one.per_token_s * 1000 for one in ended], max(one.ended_s for one in ended))
@@ -200,6 +201,7 @@ def main() -> int:
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=["fcfs", "plas", "atlas"])
     parser.add_argument("--slots", type=int, default=4)
     parser.add_argument("--block-size", type=int, default=32)
+    parser.add_argument("--quantum-ms", type=float, default=100.0, help="of plas and atlas; scaled programs are short")
     parser.add_argument("--model", help="model folder or name (default: the toy model)")
     parser.add_argument("--anonymous", action="store_true", help="send neither session ids nor hints")
     parser.add_argument("--cost", type=Path, help="file with the step's cost: read where it exists, else written")
