@@ -5,8 +5,11 @@ from typing import get_args
 
 import pytest
 
-from vllm_agentserve.bench.programs import COST, SHAPES, draw_programs, figures, simulate
-from vllm_agentserve.bench.simulator import CallShape, Order, ProgramShape, Simulator, StepCost, tool_chain_s
+from vllm_agentserve.bench.calls import CallShape, ProgramShape, forks, in_blocks, origin, scaled, tool_chain_s
+from vllm_agentserve.bench.cost import SERVER_GPU as COST
+from vllm_agentserve.bench.cost import StepCost
+from vllm_agentserve.bench.programs import SHAPES, draw_programs, figures, simulate
+from vllm_agentserve.bench.simulator import Order, Simulator
 from vllm_agentserve.policy.programs import ProgramTable
 
 ORDERS = get_args(Order)
@@ -124,3 +127,79 @@ def test_the_tools_on_the_critical_path() -> None:
         CallShape(1, 0, 1, 0.25, (1, 2)),
     )
     assert tool_chain_s(one("p", *calls)) == 2.75
+
+
+# What the simulator takes from the scheduler
+
+
+def test_resume_prefills_go_before_cold_ones_but_not_in_stock() -> None:
+    """One slot: while the first program decodes, a cold prompt and then the next turn of another program come."""
+    programs = [
+        one("first", CallShape(500, 0, 20)),
+        one("cold", CallShape(500, 0, 20), at=0.02),
+        one("resumed", CallShape(100, 800, 20), at=0.04),
+    ]
+    stock, ours = run("stock", programs), run("fcfs", programs)
+    assert stock["cold"] < stock["resumed"]
+    assert ours["resumed"] < ours["cold"]
+
+
+def test_nobody_is_overtaken_for_ever() -> None:
+    """One slot, resumed turns all the time: the cold prompt goes first once it has waited for so many steps."""
+    stream = [one(f"resumed-{n}", CallShape(50, 800, 10), at=0.05 * n) for n in range(100)]
+    programs = [*stream, one("cold", CallShape(500, 0, 5), at=0.2)]
+    soon, late = (
+        {ended.name: ended.seconds for ended in Simulator("fcfs", FLAT, 1, 1000, patience=steps).run(programs)}["cold"]
+        for steps in (20, 100_000)
+    )
+    assert soon < 1.0 < late
+
+
+def test_chunks_beside_decodes_are_cut_but_not_in_stock() -> None:
+    """A stream of 10 ms a step; a prompt of 900 tokens would make one step of 100 ms, the target is 50 ms."""
+    programs = [one("stream", CallShape(10, 0, 60)), one("prompt", CallShape(900, 0, 1), at=0.2)]
+    stock, ours = run("stock", programs, slots=2), run("fcfs", programs, slots=2)
+    assert ours["prompt"] > stock["prompt"] + 0.01
+    assert stock["prompt"] == pytest.approx(0.1, abs=0.011)
+
+
+def test_the_cache_keeps_full_blocks() -> None:
+    calls = (CallShape(100, 0, 10), CallShape(50, 110, 10, 0.5, (0,)), CallShape(5, 33, 1, 0.0, (1,)))
+    found = [(call.uncached, call.context) for call in in_blocks(calls, 32)]
+    assert found == [(100, 0), (50 + 110 - 96, 96), (5 + 1, 32)]
+    assert [(call.uncached, call.context) for call in in_blocks(calls, 1)] == [(100, 0), (51, 109), (6, 32)]
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_scaled_programs_have_contexts_that_fit(shape: str) -> None:
+    """Every prompt begins with the prompt and the answer of the call it goes on from, whatever the scale."""
+    for scale in (1.0, 0.2, 0.01):
+        for program in draw_programs(shape, 20, 0.9, COST, 4, seed=3, scale=scale):
+            for index, call in enumerate(program.calls):
+                before = origin(program.calls, index)
+                if before is None:
+                    assert (index, call.context) == (0, 0)
+                else:
+                    parent = program.calls[before]
+                    assert call.context == parent.context + parent.uncached + parent.output
+
+
+def test_scale_shrinks_lengths_and_tools() -> None:
+    calls = SHAPES["tools"](random.Random(1))
+    small = scaled(calls, 0.5)
+    assert [call.parents for call in small] == [call.parents for call in calls]
+    assert [call.tool_s for call in small] == [call.tool_s / 2 for call in calls]
+    assert all(abs(one.uncached - other.uncached / 2) <= 0.5 for one, other in zip(small, calls, strict=True))
+
+
+def test_forks_are_told_from_turns() -> None:
+    calls = SHAPES["search"](random.Random(0))
+    assert [forks(calls, index) for index in range(8)] == [False, *[True] * 5, False, True]
+    assert [origin(calls, index) for index in range(8)] == [None, 0, 0, 0, 0, 0, 0, 6]
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_another_load_is_the_same_programs_sooner_or_later(shape: str) -> None:
+    slow, fast = (draw_programs(shape, 30, load, COST, 4, seed=1) for load in (0.4, 0.8))
+    assert [one.calls for one in slow] == [one.calls for one in fast]
+    assert [one.arrival_s for one in slow] == pytest.approx([2 * one.arrival_s for one in fast])

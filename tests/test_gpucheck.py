@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from vllm_agentserve.bench.closed_loop import ClosedLoop
 from vllm_agentserve.bench.server import has_nvidia_driver, serving_environment
 from vllm_agentserve.bench.sessions import Session, Turn
 from vllm_agentserve.gpucheck import command, environment, faults, place, probe, shares, summary
-from vllm_agentserve.gpucheck.agents import ClosedLoop
 from vllm_agentserve.gpucheck.compare import ROUNDING, Comparison, Difference, compare, wrong
 from vllm_agentserve.gpucheck.contest import setting as agents_setting
 from vllm_agentserve.gpucheck.engines import Setting, engine_arguments, kv_cache_bytes, shape_for

@@ -66,6 +66,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pinned: of planned length, one allowed token, so that every prompt is the same in every arm; fixed: of planned "
         "length, whatever the model says; real: until the model ends, at most that long (default: %(default)s)",
     )
+    traffic.add_argument(
+        "--anonymous",
+        action="store_true",
+        help="send neither session ids nor hints: who belongs together must be inferred",
+    )
+    programs = run.add_argument_group("workloads of programs")
+    programs.add_argument("--programs", type=number_from(1, 100_000), help="how many (default: the workload's own)")
+    programs.add_argument(
+        "--load",
+        type=number_from(0.01, 10, whole=False),
+        help="share of the time in which an engine whose batches are always full would have work (default: 0.9)",
+    )
+    programs.add_argument(
+        "--step-cost",
+        type=Path,
+        metavar="FILE",
+        help="what steps cost here, as python -m vllm_agentserve.bench.agreement writes it (default: known for the toy model "
+        "without a GPU, otherwise a guess)",
+    )
     replayed = run.add_argument_group("traces")
     replayed.add_argument(
         "--pace",

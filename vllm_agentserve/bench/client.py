@@ -11,6 +11,8 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from vllm_agentserve.bench.sessions import PARENT_HINT
+
 SILENCE_S = 300.0
 """A stream that says nothing for so long is given up."""
 
@@ -112,7 +114,7 @@ class StreamingClient:
     Args:
         url: the server, without a path.
         model: the name it serves.
-        extensions: whether the server knows vLLM's own fields (`return_token_ids`, `session_id`).
+        extensions: whether the server knows vLLM's own fields (`return_token_ids`, `session_id`, `vllm_xargs`).
     """
 
     def __init__(self, url: str, model: str = "model", extensions: bool = True) -> None:
@@ -134,7 +136,13 @@ class StreamingClient:
             await self._session.close()
 
     def body(
-        self, prompt: list[int], max_tokens: int, session_id: str | None, fixed: bool, pinned: int | None = None
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        session_id: str | None,
+        fixed: bool,
+        pinned: int | None = None,
+        parent: str | None = None,
     ) -> bytes:
         """The request as it goes over the wire."""
         fields: dict[str, Any] = {
@@ -152,6 +160,8 @@ class StreamingClient:
                 fields["allowed_token_ids"] = [pinned]
             if session_id is not None:
                 fields["session_id"] = session_id
+            if parent is not None:
+                fields["vllm_xargs"] = {PARENT_HINT: parent}
         return msgspec.json.encode(fields)
 
     async def generate(
@@ -163,6 +173,7 @@ class StreamingClient:
         into: Stream | None = None,
         fixed: bool = True,
         pinned: int | None = None,
+        parent: str | None = None,
     ) -> Stream:
         """Streams greedy tokens.
 
@@ -171,13 +182,14 @@ class StreamingClient:
             into: a stream to fill; after an error or a cancellation it holds what came until then.
             fixed: exactly `max_tokens`, end-of-sequence ignored, so that every arm does the same work; otherwise at most.
             pinned: the only token the server may sample, where it knows vLLM's fields.
+            parent: the session that spawned this one, where it knows vLLM's fields.
 
         Raises:
             StreamError: the server cannot be reached, refuses the request, or breaks the stream off.
         """
         if self._session is None:
             raise RuntimeError("use `async with` to open the client first")
-        body = self.body(prompt, max_tokens, session_id, fixed, pinned)
+        body = self.body(prompt, max_tokens, session_id, fixed, pinned, parent)
         stream = into or Stream()
         stream.kind, stream.sent = kind, perf_counter()
         try:

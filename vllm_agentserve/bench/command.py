@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from rich.table import Table
 
 from vllm_agentserve.bench.arms import parse_arms, split_options
 from vllm_agentserve.bench.experiment import Experiment, Plan
+from vllm_agentserve.bench.program_traffic import PROGRAM_WORKLOADS, Traffic, program_options, program_traffic
 from vllm_agentserve.bench.progress import Progress
 from vllm_agentserve.bench.records import Results
 from vllm_agentserve.bench.report import PAGE, TABLE, describe_workload, rows, write_report
@@ -25,20 +26,22 @@ from vllm_agentserve.bench.workloads import WORKLOADS, Shape, Workload, draw_ses
 DEFAULT_ARMS = ("stock", "agentserve")
 CPU_SERVE = ("--dtype", "bfloat16", "--max-num-seqs", "32", "--enforce-eager")
 CPU_KV_GIB = 2.0
+ONLY_OF_PROGRAMS = ("programs", "load", "step_cost")
+NOT_OF_PROGRAMS = ("agents", "sessions", "turns", "shared")
 TRACE_WORDS = """[bold]--trace FILE[/bold]
   Recorded traffic in the Mooncake project's JSONL form, as aiperf reads and writes it; `--trace sample` ships with us.
 
 Lengths in tokens, times in seconds. --agents, --sessions, --turns, --shared and --scale change them; --scale is a factor on \
-all lengths."""
+all lengths. Programs have --programs, --load and --step-cost instead of the first four."""
 
 
 def execute(arguments: argparse.Namespace) -> int:
     console = Console()
     if arguments.bench == "workloads":
-        for workload in WORKLOADS.values():
-            console.print(
-                f"[bold]{workload.name}[/bold]", *explain(workload), sep="\n  ", highlight=False, soft_wrap=True
-            )
+        explained = {name: explain(workload) for name, workload in WORKLOADS.items()}
+        explained |= {name: workload.explain() for name, workload in PROGRAM_WORKLOADS.items()}
+        for name, lines in explained.items():
+            console.print(f"[bold]{name}[/bold]", *lines, sep="\n  ", highlight=False, soft_wrap=True)
         console.print(TRACE_WORDS, highlight=False, soft_wrap=True)
         return 0
     if arguments.bench == "report":
@@ -74,19 +77,21 @@ def make_plan(arguments: argparse.Namespace, console: Console) -> Plan:
 
         console.print("The model is a toy with random weights: its answers mean nothing, its timing does.")
         model = str(make_toy_model())
-    sessions, workload = traffic(arguments)
+    serve = serve_options(arguments)
+    sessions, workload = traffic(arguments, serve)
     plan = Plan(
         arms=arms,
         sessions=sessions,
         workload=workload,
         model=model,
-        serve=(*base_options(arguments.model is None), *split_options(arguments.serve)),
+        serve=serve,
         kv_bytes=kv_bytes(arguments.kv_gib),
         port=arguments.port,
         rounds=arguments.rounds,
         seed=arguments.seed,
         answers=arguments.answers,
         slo_factor=arguments.slo_factor,
+        anonymous=arguments.anonymous,
         command=("agentserve", *sys.argv[1:]),
     )
     if ours:
@@ -99,6 +104,16 @@ def base_options(toy: bool) -> tuple[str, ...]:
     return CPU_SERVE if toy and not has_nvidia_driver() else ()
 
 
+def serve_options(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Options of vllm serve for all arms. Of an option that is given twice vLLM takes the last one: the user's own is last.
+
+    Workloads of programs bring defaults of their own.
+    """
+    programs = arguments.trace is None and arguments.workload in PROGRAM_WORKLOADS
+    own = program_options(has_nvidia_driver()) if programs else ()
+    return (*base_options(arguments.model is None), *own, *split_options(arguments.serve))
+
+
 def kv_bytes(gib: float | None) -> int | None:
     """Size of the KV cache; None where a first start has to find it."""
     gib = gib if gib is not None or has_nvidia_driver() else CPU_KV_GIB
@@ -109,8 +124,12 @@ def scale_of(workload: Workload) -> float:
     return 1.0 if has_nvidia_driver() else workload.cpu_scale
 
 
-def traffic(arguments: argparse.Namespace) -> tuple[Callable[[int], list[Session]], dict[str, Any]]:
+def traffic(arguments: argparse.Namespace, serve: Sequence[str]) -> Traffic:
     """The sessions of every round, and their description; each round has a seed of its own, the same for all arms."""
+    programs = arguments.trace is None and arguments.workload in PROGRAM_WORKLOADS
+    refuse(arguments, NOT_OF_PROGRAMS if programs else ONLY_OF_PROGRAMS)
+    if programs:
+        return program_traffic(arguments, serve, has_nvidia_driver())
     if arguments.trace is not None:
         scale = arguments.scale or 1.0
         reading = Reading(
@@ -125,7 +144,7 @@ def traffic(arguments: argparse.Namespace) -> tuple[Callable[[int], list[Session
 
         replayed(0)
         return replayed, described
-    workload = find_workload(arguments.workload)
+    workload = find_workload(arguments.workload, PROGRAM_WORKLOADS)
     scale = arguments.scale or scale_of(workload)
     shape = Shape(arguments.agents, arguments.sessions, arguments.turns, arguments.shared, scale)
 
@@ -140,6 +159,18 @@ def traffic(arguments: argparse.Namespace) -> tuple[Callable[[int], list[Session
     if shape.shared is not None:
         described["shared"] = f"{shape.shared:g}"
     return drawn, described | {"summary": workload.summary, "source": workload.source}
+
+
+def refuse(arguments: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raises `WorkloadError` for options that the workload would ignore."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None:
+            what = f"workload {arguments.workload!r}" if arguments.trace is None else "a trace"
+            instead = f"choose one of {', '.join(PROGRAM_WORKLOADS)}" if name in ONLY_OF_PROGRAMS else "use --programs"
+            raise WorkloadError(
+                f"--{name.replace('_', '-')} {value} means nothing to {what}: leave it out, or {instead}"
+            )
 
 
 def check_model(model: str, plan: Plan) -> None:

@@ -4,13 +4,14 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from scipy import stats
 
 from vllm_agentserve.bench.measure import RoundFigures, SessionFigures
 from vllm_agentserve.bench.metrics import Metric
+from vllm_agentserve.bench.program_figures import ProgramFigures
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
@@ -47,7 +48,8 @@ def compare(metric: Metric, base: Sequence[RoundFigures], arm: Sequence[RoundFig
     """Compares two arms in the rounds both have.
 
     The interval is the wider of two. Requests of one session depend on each other, so sessions are resampled, not requests,
-    and the same ones for both arms (paired cluster bootstrap, percentile interval). And sessions of one round share one
+    and the same ones for both arms (paired cluster bootstrap, percentile interval); figures of programs resample programs.
+    And sessions of one round share one
     start of the server, so Student's interval over the ratios of the rounds (of their logarithms) is taken too; what only a
     whole round has is compared by this one alone. A difference counts if the interval excludes 1.
     """
@@ -59,9 +61,11 @@ def compare(metric: Metric, base: Sequence[RoundFigures], arm: Sequence[RoundFig
         warnings.simplefilter("ignore")
         ratio = divided(of_rounds(b), of_rounds(a))
         each = [divided(of_rounds([second]), of_rounds([first])) for first, second in zip(a, b, strict=True)]
-        bounds = [round_interval(each)] if len(each) >= ROUNDS_NEEDED or metric.of_sessions is None else []
+        bounds = [round_interval(each)] if len(each) >= ROUNDS_NEEDED or metric.of_rounds is not None else []
         if metric.of_sessions is not None:
-            bounds.append(session_interval(metric.of_sessions, a, b, seed))
+            bounds.append(unit_interval(metric.of_sessions, sessions_of, a, b, seed))
+        if metric.of_programs is not None:
+            bounds.append(unit_interval(metric.of_programs, programs_of, a, b, seed))
     low, high = float(np.min(bounds)), float(np.max(bounds))
     return Comparison(ratio, low, high, verdict(metric, ratio, low, high, len(each)))
 
@@ -75,23 +79,37 @@ def verdict(metric: Metric, ratio: float, low: float, high: float, rounds: int) 
 
 
 def round_statistic(metric: Metric) -> Callable[[Sequence[RoundFigures]], float]:
-    """The metric as a function of rounds, also where it is computed from sessions."""
-    of_rounds, of_sessions = metric.of_rounds, metric.of_sessions
+    """The metric as a function of rounds, also where it is computed from sessions or programs."""
+    of_rounds, of_sessions, of_programs = metric.of_rounds, metric.of_sessions, metric.of_programs
     if of_rounds is not None:
         return lambda rounds: of_rounds(rounds) if rounds else math.nan
+    if of_programs is not None:
+        return lambda rounds: of_programs([program for one in rounds for program in one.programs])
     assert of_sessions is not None
     return lambda rounds: of_sessions([session for one in rounds for session in one.sessions])
 
 
-def session_interval(
-    statistic: Callable[[Sequence[SessionFigures]], float],
+def sessions_of(one: RoundFigures) -> Sequence[SessionFigures]:
+    return one.sessions
+
+
+def programs_of(one: RoundFigures) -> Sequence[ProgramFigures]:
+    return one.programs
+
+
+Unit = TypeVar("Unit", SessionFigures, ProgramFigures)
+
+
+def unit_interval(
+    statistic: Callable[[Sequence[Unit]], float],
+    units: Callable[[RoundFigures], Sequence[Unit]],
     base: Sequence[RoundFigures],
     arm: Sequence[RoundFigures],
     seed: int,
 ) -> tuple[float, float]:
-    """Bounds of the ratio over resampled pairs of sessions; batch sessions carry no latencies and are left out."""
-    ours = {(one.round, session.name): session for one in arm for session in one.sessions if session.kind != "batch"}
-    theirs = {(one.round, session.name): session for one in base for session in one.sessions if session.kind != "batch"}
+    """Bounds of the ratio over resampled pairs of sessions or programs; those of batches carry no latencies and are left out."""
+    ours = {(one.round, unit.name): unit for one in arm for unit in units(one) if unit.kind != "batch"}
+    theirs = {(one.round, unit.name): unit for one in base for unit in units(one) if unit.kind != "batch"}
     keys = sorted(ours.keys() & theirs.keys())
     if len(keys) < 3:
         return math.nan, math.nan

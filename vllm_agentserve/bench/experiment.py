@@ -46,6 +46,7 @@ class Plan:
         kv_bytes: size of the KV cache of every arm; None lets a first start find it.
         answers: see `Replay`.
         slo_factor: thresholds are the isolated run times this; 0 leaves the isolated run out.
+        anonymous: see `Replay`.
     """
 
     arms: Sequence[Arm]
@@ -59,6 +60,7 @@ class Plan:
     seed: int = 0
     answers: str = "pinned"
     slo_factor: float = 3.0
+    anonymous: bool = False
     command: Sequence[str] = field(default_factory=tuple)
 
     @cached_property
@@ -120,6 +122,7 @@ class Experiment:
             "rounds": plan.rounds,
             "seed": plan.seed,
             "answers": plan.answers,
+            "anonymous": plan.anonymous,
             "slo_factor": plan.slo_factor,
             "isolated_arm": self.isolated.name if plan.slo_factor else None,
             "requests_per_round": count_requests(plan.sessions(0)),
@@ -193,7 +196,9 @@ class Experiment:
             parts["alone"] = alone_of(sessions, f"{self.plan.seed} {number}")
         for part, planned in parts.items():
             on_turn = self.progress.advance if part != "warm-up" else lambda: None
-            replay = Replay(client, planned, arm.name, number, part, self.plan.answers, on_turn)
+            replay = Replay(
+                client, planned, arm.name, number, part, self.plan.answers, on_turn, anonymous=self.plan.anonymous
+            )
             counted = read_counters(url)
             with Conditions() as conditions:
                 try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_agentserve.bench.program_figures import ProgramFigures, program_figures
 from vllm_agentserve.bench.records import Record
 
 if TYPE_CHECKING:
@@ -114,10 +115,19 @@ class RoundFigures:
     seconds: float
     sessions: list[SessionFigures] = field(default_factory=list)
     gpu: Mapping[str, float] = field(default_factory=dict)
+    programs: list[ProgramFigures] = field(default_factory=list)
+    """Empty where the workload does not consist of programs."""
 
     @property
     def tokens_per_s(self) -> float:
         return sum(session.tokens for session in self.sessions) / self.seconds
+
+    @property
+    def programs_per_min(self) -> float:
+        """Programs completed per minute; NaN where there are none at all."""
+        if not self.programs:
+            return float("nan")
+        return 60 * sum(not program.failed for program in self.programs) / self.seconds
 
     @property
     def goodput(self) -> float:
@@ -154,7 +164,7 @@ def round_figures(number: int, seconds: float, records: Sequence[Record], gpu: M
     by_session: dict[str, list[Record]] = {}
     for record in records:
         by_session.setdefault(record.session, []).append(record)
-    figures = RoundFigures(number, seconds, gpu=gpu)
+    figures = RoundFigures(number, seconds, gpu=gpu, programs=program_figures(number, records))
     for name, own in by_session.items():
         own.sort(key=lambda record: record.turn)
         good = [record for record in own if record.error is None]

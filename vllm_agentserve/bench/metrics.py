@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_agentserve.bench.measure import QUANTILES, RoundFigures, SessionFigures, pool, quantile
+from vllm_agentserve.bench.program_figures import ProgramFigures
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,7 @@ class Metric:
 
     Args:
         of_sessions: computes it from sessions; or
+        of_programs: from programs; or
         of_rounds: from whole rounds, for what no single session has.
         less_is_better: direction of improvement.
     """
@@ -24,6 +26,7 @@ class Metric:
     of_sessions: Callable[[Sequence[SessionFigures]], float] | None = None
     of_rounds: Callable[[Sequence[RoundFigures]], float] | None = None
     less_is_better: bool = True
+    of_programs: Callable[[Sequence[ProgramFigures]], float] | None = None
 
 
 def pooled(name: str, q: float | None) -> Callable[[Sequence[SessionFigures]], float]:
@@ -45,6 +48,22 @@ def mean_of(value: Callable[[SessionFigures], float | None]) -> Callable[[Sequen
         return float(np.mean(known)) if known else float("nan")
 
     return figure
+
+
+def per_token(q: float | None) -> Callable[[Sequence[ProgramFigures]], float]:
+    """A quantile (None: the mean) of the completion times per token of all completed programs."""
+
+    def figure(programs: Sequence[ProgramFigures]) -> float:
+        times = np.asarray([ms for program in programs if (ms := program.per_token_ms) is not None])
+        if q is None:
+            return float(times.mean()) if len(times) else float("nan")
+        return quantile(times, q)
+
+    return figure
+
+
+def longest(programs: Sequence[ProgramFigures]) -> float:
+    return max((program.seconds for program in programs if not program.failed), default=float("nan"))
 
 
 def mean_round(value: Callable[[RoundFigures], float]) -> Callable[[Sequence[RoundFigures]], float]:
@@ -78,6 +97,18 @@ METRICS = (
     Metric("tpot_p95_ms", "TPOT per request, p95", "ms", pooled("tpot", 0.95)),
     Metric("session_mean_s", "session from first request to last token, mean", "s", mean_of(lambda one: one.seconds)),
     Metric("waiting_mean_s", "of which waiting for the server, mean", "s", mean_of(lambda one: one.served_s)),
+    *(
+        Metric(f"program_{name}_ms", f"program, time per generated token, {name}", "ms", of_programs=per_token(q))
+        for name, q in (("mean", None), ("p50", 0.5), ("p95", 0.95), ("p99", 0.99))
+    ),
+    Metric("program_longest_s", "program that took longest", "s", of_programs=longest),
+    Metric(
+        "programs_per_min",
+        "programs completed per minute",
+        "",
+        of_rounds=mean_round(lambda one: one.programs_per_min),
+        less_is_better=False,
+    ),
     Metric(
         "attained_percent", "sessions within their thresholds", "%", mean_of(percent_attained), less_is_better=False
     ),

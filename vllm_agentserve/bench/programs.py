@@ -1,4 +1,4 @@
-"""Programs for the simulator, drawn from a seed, and policies side by side on them.
+"""Programs drawn from a seed, for the simulator and for engines, and policies side by side in the simulator.
 
     python -m vllm_agentserve.bench.programs --shape mixed --programs 2000 --load 0.5 0.8 0.95
 
@@ -12,12 +12,12 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
+from vllm_agentserve.bench.calls import CallShape, ProgramShape, in_blocks, scaled
+from vllm_agentserve.bench.cost import SERVER_GPU, StepCost
 from vllm_agentserve.bench.measure import quantiles
-from vllm_agentserve.bench.simulator import CallShape, Ended, Order, ProgramShape, Simulator, StepCost
+from vllm_agentserve.bench.simulator import Ended, Order, Simulator
 from vllm_agentserve.policy.programs import ProgramTable
 
-COST = StepCost(base=12.0, sequence=0.15, context=0.02, tokens=60.0, attended=1.5)
-"""About an 8B model on one server GPU: 12 ms a step, 60 ms per thousand prompt tokens. Options set another one."""
 SLOTS = 32
 STEP_TOKENS = 2048
 
@@ -75,11 +75,30 @@ SHAPES: dict[str, Callable[[random.Random], tuple[CallShape, ...]]] = {
 }
 
 
-def draw_programs(shape: str, number: int, load: float, cost: StepCost, slots: int, seed: int) -> list[ProgramShape]:
-    """So many programs that arrive at random, as fast as the load says; the same ones for every load, sooner or later."""
+def draw_programs(
+    shape: str,
+    number: int,
+    load: float,
+    cost: StepCost,
+    slots: int,
+    seed: int,
+    scale: float = 1.0,
+    block: int = 1,
+) -> list[ProgramShape]:
+    """So many programs that arrive at random, as fast as the load says; the same ones for every load, sooner or later.
+
+    Args:
+        shape: one of `SHAPES`.
+        load: share of the time in which an engine of this cost, its slots always full, would have work.
+        scale: factor on lengths and tool times.
+        block: tokens per block of the prefix cache; only the load depends on it, `in_blocks` does the rest.
+    """
     rng = random.Random(f"{shape} {seed}")
     drawn = [SHAPES[shape](rng) for _ in range(number)]
-    work_s = statistics.fmean(sum(cost.call_ms(call, slots) for call in calls) for calls in drawn) / 1000
+    if scale != 1.0:
+        drawn = [scaled(calls, scale) for calls in drawn]
+    work_ms = [sum(cost.call_ms(call, slots) for call in in_blocks(calls, block)) for calls in drawn]
+    work_s = statistics.fmean(work_ms) / 1000
     arrival, programs = 0.0, []
     for index, calls in enumerate(drawn):
         arrival += rng.expovariate(load / work_s)
@@ -88,15 +107,22 @@ def draw_programs(shape: str, number: int, load: float, cost: StepCost, slots: i
 
 
 def simulate(
-    order: Order, programs: Sequence[ProgramShape], cost: StepCost, slots: int = SLOTS, quantum_ms: float = 500.0
+    order: Order,
+    programs: Sequence[ProgramShape],
+    cost: StepCost,
+    slots: int = SLOTS,
+    quantum_ms: float = 500.0,
+    step_tokens: int = STEP_TOKENS,
+    told: bool = True,
 ) -> list[Ended]:
-    """One policy on these programs."""
+    """One policy on these programs; see `Simulator`."""
     table = ProgramTable(order, quantum_ms=quantum_ms) if order in ("plas", "atlas") else None
-    return Simulator(order, cost, slots, STEP_TOKENS, table).run(programs)
+    return Simulator(order, cost, slots, step_tokens, table, told).run(programs)
 
 
 def figures(ended: Sequence[Ended]) -> dict[str, float]:
-    """Completion time per token of programs in ms, as Autellix counts it: mean and quantiles; and decoded tokens per s."""
+    """Completion time per token of programs in ms, as Autellix counts it: mean and quantiles; the longest program and the
+    time until all were through in s."""
     per_token = [one.per_token_s * 1000 for one in ended]
     shares = quantiles(per_token)
     last = max(one.seconds for one in ended)
@@ -104,6 +130,7 @@ def figures(ended: Sequence[Ended]) -> dict[str, float]:
         "mean": statistics.fmean(per_token),
         **{name: shares[name] for name in ("p50", "p95", "p99")},
         "longest s": last,
+        "makespan s": max(one.ended_s for one in ended),
     }
 
 
@@ -119,8 +146,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cost", type=json.loads, default={}, help="coefficients of StepCost that differ, as JSON")
     given = parser.parse_args()
-    cost = StepCost(**{**vars(COST), **given.cost})
-    print("| load | policy | mean ms/token | p50 | p95 | p99 | longest program s | mean against fcfs |")
+    cost = StepCost(**{**vars(SERVER_GPU), **given.cost})
+    print("| load | policy | mean ms/token | p50 | p95 | p99 | longest program s | mean, stock over policy |")
     print("|---" * 8 + "|")
     for load in given.load:
         programs = draw_programs(given.shape, given.programs, load, cost, given.slots, given.seed)
@@ -128,7 +155,7 @@ def main() -> int:
         for order in get_args(Order):
             found[order] = figures(simulate(order, programs, cost, given.slots, given.quantum_ms))
             cells = [f"{found[order][key]:.1f}" for key in ("mean", "p50", "p95", "p99", "longest s")]
-            ratio = found["fcfs"]["mean"] / found[order]["mean"]
+            ratio = found["stock"]["mean"] / found[order]["mean"]
             print(f"| {load:g} | {order} | " + " | ".join(cells) + f" | x{ratio:.2f} |", flush=True)
     return 0
 

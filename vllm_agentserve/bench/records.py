@@ -25,6 +25,7 @@ class Record(msgspec.Struct, kw_only=True):
         prompt: digest of the prompt's token ids, to see whether two arms got the same.
         cached_tokens: prompt tokens found in the prefix cache, where the server tells.
         stamps_us: arrival of every token.
+        program: the program it is part of, where the workload consists of programs.
     """
 
     arm: str
@@ -43,6 +44,7 @@ class Record(msgspec.Struct, kw_only=True):
     ended_us: int
     stamps_us: list[int]
     error: str | None = None
+    program: str = ""
 
     @property
     def ttft_ms(self) -> float:

@@ -46,6 +46,7 @@ class Replay:
         answers: "pinned" (the planned number of one planned token), "fixed" (the planned number of whatever the model says)
             or "real" (as the model likes, up to that number).
         on_turn: called after every request.
+        anonymous: requests say neither which session they belong to nor which one spawned it.
     """
 
     def __init__(
@@ -57,12 +58,14 @@ class Replay:
         part: str = "measured",
         answers: str = "pinned",
         on_turn: Callable[[], None] = lambda: None,
+        anonymous: bool = False,
     ) -> None:
         self.client = client
         self.sessions = {session.name: session for session in sessions}
         self.labels = (arm, round_number, part)
         self.answers = answers
         self.on_turn = on_turn
+        self.anonymous = anonymous
         self.records: list[Record] = []
         self.lateness_ms: list[float] = []
         self.began = 0.0
@@ -101,7 +104,8 @@ class Replay:
         await asyncio.sleep(session.start_s)
         await self._run(session, [])
 
-    async def _run(self, session: Session, context: list[int]) -> None:
+    async def _run(self, session: Session, context: list[int], parent: str | None = None) -> None:
+        named = not self.anonymous
         try:
             for number, turn in enumerate(session.turns):
                 if turn.tool_s:
@@ -116,10 +120,11 @@ class Replay:
                         session.phase(number),
                         context,
                         turn.answer,
-                        session.name,
+                        session.name if named else None,
                         stream,
                         fixed=self.answers != "real",
                         pinned=pinned if self.answers == "pinned" else None,
+                        parent=parent if named else None,
                     )
                 except StreamError as error:
                     self._keep(session, number, context, stream, str(error))
@@ -130,7 +135,7 @@ class Replay:
                 if turn.spawns:
                     async with asyncio.TaskGroup() as group:
                         for name in turn.spawns:
-                            group.create_task(self._run(self.sessions[name], list(context)))
+                            group.create_task(self._run(self.sessions[name], list(context), session.name))
         finally:
             self._ended[session.name].set()
 
@@ -158,6 +163,7 @@ class Replay:
                 ended_us=micros(stream.finished),
                 stamps_us=[micros(stamp) for stamp in stream.stamps],
                 error=error,
+                program=session.program,
             )
         )
         self.on_turn()

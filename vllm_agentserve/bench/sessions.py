@@ -7,6 +7,10 @@ from dataclasses import dataclass
 TOKEN_IDS = (100, 4000)
 """Prompts are drawn from these ids, low included, high not: ordinary tokens of every vocabulary of 4096 and more."""
 
+PARENT_HINT = "agent_parent"
+"""Key of vLLM's `vllm_xargs` under which a forked session names the session that spawned it; stock vLLM ignores it."""
+WARM_UP_PROGRAMS = 16
+
 
 class WorkloadError(ValueError):
     """A workload, its options or a trace cannot be used; the message names what, the value and the remedy."""
@@ -43,6 +47,7 @@ class Session:
         after: the session that has to end before this one starts.
         forked: the context is a copy of another session's; that one starts it.
         cached: most of the first prompt has been sent by an earlier session.
+        program: name of the program it is part of, where the workload consists of programs.
     """
 
     name: str
@@ -53,6 +58,7 @@ class Session:
     after: str | None = None
     forked: bool = False
     cached: bool = False
+    program: str = ""
 
     def phase(self, turn: int) -> str:
         """ "cold" for a prompt without a cached context, otherwise "resume"."""
@@ -93,13 +99,16 @@ def count_requests(sessions: Iterable[Session]) -> int:
 
 
 def warm_up_of(sessions: Sequence[Session], seed: str, turns: int = 2) -> list[Session]:
-    """A short stand-in for the same work with other token ids: every agent's first session, `turns` turns, short tools."""
+    """A short stand-in for the same work with other token ids: every agent's first session, `turns` turns, short tools; of
+    programs only the first `WARM_UP_PROGRAMS`."""
     rng = random.Random(f"warm-up {seed}")
     seen: set[str] = set()
     short: list[Session] = []
     for session in sessions:
         if session.agent in seen or session.forked or session.after is not None:
             continue
+        if session.program and len(short) == WARM_UP_PROGRAMS:
+            break
         seen.add(session.agent)
         cut = tuple(Turn(draw_tokens(rng, _fresh(turn)), min(turn.answer, 16), 0.05) for turn in session.turns[:turns])
         short.append(Session(f"warm-up-{session.name}", session.agent, cut, session.kind, 0.2 * len(short)))

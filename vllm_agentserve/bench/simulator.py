@@ -1,7 +1,9 @@
 """A discrete-event simulator of one engine around the policy objects of the scheduler: thousands of programs in seconds.
 
 It knows slots, steps and prompts, not KV memory: contexts are cached, a call computes its uncached tokens and decodes its
-answer. Steps cost what the step-time model says. Steps that only decode are taken together until something can change.
+answer. Steps cost what the step-time model says. Who is admitted and how long chunks are is decided by the scheduler's own
+key, patience and controller, which knows the cost instead of learning it. Steps that only decode are taken together until
+something can change.
 """
 
 import heapq
@@ -10,60 +12,18 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal
 
+from vllm_agentserve.bench.calls import CallShape, ProgramShape, forks, origin, tool_chain_s
+from vllm_agentserve.bench.cost import KnownModel, StepCost
+from vllm_agentserve.bench.simulated_queue import SimulatedQueue
+from vllm_agentserve.policy.budget import StepBudget
+from vllm_agentserve.policy.controller import BudgetController, BudgetLimits
+from vllm_agentserve.policy.order import AdmissionKey, Urgency, admission_key
+from vllm_agentserve.policy.phase import Phase, classify
 from vllm_agentserve.policy.programs import ProgramTable
 
-Order = Literal["fcfs", "plas", "atlas", "sjf-oracle", "round-robin"]
-RELEVEL = 64
-"""Waiting calls are put in order anew after so many admissions."""
-
-
-@dataclass(frozen=True)
-class CallShape:
-    """One call: what it computes, and what has to end before it.
-
-    Args:
-        uncached: prompt tokens to compute.
-        context: tokens before them.
-        output: tokens to decode, at least 1.
-        tool_s: time between the end of the last parent and this call.
-        parents: indices of earlier calls of the program; empty for the first ones.
-    """
-
-    uncached: int
-    context: int
-    output: int
-    tool_s: float = 0.0
-    parents: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class ProgramShape:
-    name: str
-    arrival_s: float
-    calls: tuple[CallShape, ...]
-
-
-@dataclass(frozen=True)
-class StepCost:
-    """Durations in ms, as `StepModel` has them: a step, plus per sequence, per thousand tokens of context; a chunk per thousand
-    tokens and per thousand tokens times thousand tokens attended to."""
-
-    base: float
-    sequence: float
-    context: float
-    tokens: float
-    attended: float
-
-    def decode_ms(self, sequences: int, context: float) -> float:
-        return self.base + self.sequence * sequences + self.context * context / 1000 if sequences else 0.0
-
-    def chunk_ms(self, tokens: int, before: int) -> float:
-        return (self.tokens + self.attended * (before + tokens / 2) / 1000) * tokens / 1000
-
-    def call_ms(self, call: CallShape, sequences: int) -> float:
-        """Engine time of a call in a batch of so many sequences."""
-        each = self.decode_ms(sequences, sequences * (call.context + call.uncached)) / sequences
-        return self.chunk_ms(call.uncached, call.context) + call.output * each
+Order = Literal["stock", "fcfs", "plas", "atlas", "sjf-oracle", "round-robin"]
+PATIENCE = {"fcfs": 64, "plas": 4096, "atlas": 4096}
+"""Steps after which the scheduler lets a waiting call go first, by policy."""
 
 
 @dataclass
@@ -74,12 +34,14 @@ class Ended:
         seconds: from its arrival to the end of its last call.
         tokens: decoded.
         tools_s: longest chain of its tool times, which no scheduler can shorten.
+        ended_s: when it ended.
     """
 
     name: str
     seconds: float
     tokens: int
     tools_s: float
+    ended_s: float = 0.0
 
     @property
     def per_token_s(self) -> float:
@@ -101,10 +63,11 @@ class _Live:
 class _Call:
     live: _Live
     index: int
-    arrived: float
     number: int
     prefill: int
     output: int
+    phase: Phase = Phase.COLD_PREFILL
+    served_as: Phase = Phase.COLD_PREFILL
 
     @property
     def shape(self) -> CallShape:
@@ -114,21 +77,36 @@ class _Call:
     def name(self) -> str:
         return f"{self.live.shape.name}/{self.index}"
 
+    @property
+    def computed(self) -> int:
+        """Tokens of the prompt that are there."""
+        return self.shape.context + self.shape.uncached - self.prefill
+
 
 class Simulator:
     """One engine.
 
     Args:
-        order: of waiting calls; `plas` and `atlas` are the scheduler's own, `sjf-oracle` knows what is left of every program,
-            `round-robin` takes the program with the fewest calls served.
+        order: of waiting calls; `fcfs`, `plas` and `atlas` are the scheduler's own, with its chunks. `stock` is vLLM's: by
+            arrival, whole prompts. `sjf-oracle` knows what is left of every program and `round-robin` takes the program with
+            the fewest calls served; they have the scheduler's chunks.
         cost: of steps.
         slots: sequences at once.
         step_tokens: tokens of a step at most.
         table: of `plas` and `atlas`.
+        told: whether requests carry session ids, by which the scheduler knows that a session has run before.
+        patience: steps a call may be overtaken before it goes first; None takes the scheduler's bound for this order.
     """
 
     def __init__(
-        self, order: Order, cost: StepCost, slots: int, step_tokens: int, table: ProgramTable | None = None
+        self,
+        order: Order,
+        cost: StepCost,
+        slots: int,
+        step_tokens: int,
+        table: ProgramTable | None = None,
+        told: bool = True,
+        patience: int | None = None,
     ) -> None:
         if (table is not None) != (order in ("plas", "atlas")):
             raise ValueError(f"order {order!r} goes {'with' if table is None else 'without'} a program table")
@@ -137,13 +115,17 @@ class Simulator:
         self._slots = slots
         self._step_tokens = step_tokens
         self._table = table
+        self._told = told
+        self._controller = BudgetController(BudgetLimits())
+        self._controller.whole.model = KnownModel(cost)
         self._now = 0.0
-        self._numbers = count()
+        self._numbers, self._arrived = count(), count()
         self._events: list[tuple[float, int, _Live, int]] = []
-        self._waiting: list[tuple[float, float, int, _Call]] = []
+        relevels = order not in ("stock", "fcfs")
+        bound = patience if patience is not None else PATIENCE.get(order)
+        self._waiting: SimulatedQueue[_Call] = SimulatedQueue(self._key, bound, relevels)
         self._prefilling: list[_Call] = []
         self._decoding: list[_Call] = []
-        self._admissions = 0
         self.ended: list[Ended] = []
 
     def run(self, programs: Sequence[ProgramShape]) -> list[Ended]:
@@ -155,8 +137,7 @@ class Simulator:
                     self._at(shape.arrival_s + call.tool_s, live, index)
         while self._events or self._waiting or self._prefilling or self._decoding:
             self._arrivals()
-            self._admit()
-            if self._prefilling:
+            if self._prefilling or (self._waiting and len(self._decoding) < self._slots):
                 self._mixed_step()
             elif self._decoding:
                 self._decode_steps()
@@ -169,54 +150,79 @@ class Simulator:
 
     def _arrivals(self) -> None:
         while self._events and self._events[0][0] <= self._now:
-            when, number, live, index = heapq.heappop(self._events)
-            shape = live.shape.calls[index]
-            call = _Call(live, index, when, number, shape.uncached, shape.output)
+            when, _, live, index = heapq.heappop(self._events)
+            calls = live.shape.calls
+            shape, before = calls[index], origin(calls, index)
+            call = _Call(live, index, next(self._arrived), shape.uncached, shape.output)
+            known = self._told and before is not None and not forks(calls, index)
+            call.phase = classify(shape.context, shape.uncached, known)
             if self._table is not None:
-                paths = [path for parent in shape.parents if (path := live.ends[parent][1]) is not None]
-                self._table.arrive(call.name, live.shape.name, max(paths, default=0.0), when)
-            self._push(call)
+                # The scheduler sees which call a prompt goes on from; what a join waited for it does not see.
+                path = live.ends[before][1] if before is not None else None
+                self._table.arrive(call.name, live.shape.name, path or 0.0, when)
+            self._waiting.add(call.name, call)
 
-    def _push(self, call: _Call) -> None:
-        heapq.heappush(self._waiting, (self._urgency(call), call.arrived, call.number, call))
-
-    def _urgency(self, call: _Call) -> float:
+    def _key(self, call: _Call) -> AdmissionKey:
+        if self._order == "stock":
+            return AdmissionKey(Urgency.NORMAL, 0, True, 0, call.number)
+        shape, resume_budget = call.shape, self._controller.resume_tokens
+        key = admission_key(call.phase, shape.uncached, call.number, False, resume_budget)
         if self._table is not None:
-            return float(self._table.level(call.name, self._now))
+            return key._replace(level=self._table.level(call.name, self._now))
         if self._order == "sjf-oracle":
-            return call.live.left_ms
-        return float(call.live.served) if self._order == "round-robin" else 0.0
+            return key._replace(level=round(call.live.left_ms * 1000))
+        return key._replace(level=call.live.served) if self._order == "round-robin" else key
 
-    def _admit(self) -> None:
-        while self._waiting and len(self._prefilling) + len(self._decoding) < self._slots:
-            self._admissions += 1
-            if self._order != "fcfs" and self._admissions % RELEVEL == 0:
-                calls = [entry[-1] for entry in self._waiting]
-                self._waiting = [(self._urgency(call), call.arrived, call.number, call) for call in calls]
-                heapq.heapify(self._waiting)
-            call = heapq.heappop(self._waiting)[-1]
-            call.live.served += 1
-            self._prefilling.append(call)
+    def _context(self) -> int:
+        return sum(
+            call.shape.context + call.shape.uncached + call.shape.output - call.output for call in self._decoding
+        )
 
-    def _decode_ms(self) -> float:
-        context = sum(call.shape.context + call.shape.uncached for call in self._decoding)
-        return self._cost.decode_ms(len(self._decoding), context)
+    def _budget(self, context: int) -> StepBudget:
+        decodes = len(self._decoding)
+        room = max(self._step_tokens - decodes, 1)
+        phases = {call.served_as for call in self._prefilling}
+        waiting_resumes = self._waiting.waiting_resume_tokens()
+        return self._controller.plan(
+            decodes,
+            context,
+            room,
+            resumes=waiting_resumes > 0 or Phase.RESUME_PREFILL in phases,
+            colds=Phase.COLD_PREFILL in phases or self._waiting.has_cold(),
+            waiting_resume_tokens=waiting_resumes,
+            admits=bool(self._waiting) and not self._prefilling,
+        )
 
     def _mixed_step(self) -> None:
+        """A step with prompts: those that are being read go on, then others are admitted while there is room."""
+        context = self._context()
+        budget = None if self._order == "stock" else self._budget(context)
         room = max(self._step_tokens - len(self._decoding), 1)
-        decode_ms = self._decode_ms()
-        took_ms = decode_ms or self._cost.base
+        chunks: list[tuple[_Call, int]] = []
+
+        def grant(call: _Call) -> int:
+            wanted = min(call.prefill, room)
+            if budget is None or not wanted:
+                return wanted
+            return budget.grant(call.served_as, wanted, call.computed)
+
         for call in self._prefilling:
-            tokens = min(call.prefill, room)
+            if tokens := grant(call):
+                chunks.append((call, tokens))
+                room -= tokens
+        while self._waiting and room and len(self._prefilling) + len(self._decoding) < self._slots:
+            call = self._waiting.first()
+            short = call.phase is Phase.RESUME_PREFILL and call.prefill <= self._controller.resume_tokens
+            call.served_as = Phase.RESUME_PREFILL if short else Phase.COLD_PREFILL
+            tokens = grant(call)
             if not tokens:
                 break
+            self._waiting.pop()
+            call.live.served += 1
+            self._prefilling.append(call)
+            chunks.append((call, tokens))
             room -= tokens
-            ms = self._cost.chunk_ms(tokens, call.shape.context + call.shape.uncached - call.prefill)
-            call.prefill -= tokens
-            took_ms += ms
-            if self._table is not None:
-                self._table.charge(call.name, ms)
-        self._step(took_ms, decode_ms, 1)
+        self._compute(chunks, context)
         done = [call for call in self._prefilling if not call.prefill]
         self._prefilling = [call for call in self._prefilling if call.prefill]
         for call in done:
@@ -227,17 +233,37 @@ class Simulator:
             self._decoding.append(call)
         self._finish()
 
+    def _compute(self, chunks: Sequence[tuple[_Call, int]], context: int) -> None:
+        decodes = len(self._decoding)
+        granted = [(call.phase, tokens, call.computed) for call, tokens in chunks]
+        took_ms = self._cost.step_ms(decodes, context, [chunk[1:] for chunk in granted])
+        left_ms = took_ms
+        for call, tokens in chunks:
+            ms = self._cost.chunk_ms(tokens, call.computed)
+            call.prefill -= tokens
+            left_ms -= ms
+            if self._table is not None:
+                self._table.charge(call.name, ms)
+        # What the chunks do not account for is charged to the decodes, as the scheduler does.
+        self._step(took_ms, left_ms, 1)
+        self._controller.observe(took_ms, took_ms if decodes else None, decodes, context, granted)
+
     def _decode_steps(self) -> None:
-        each_ms = self._decode_ms()
+        context = self._context()
+        each_ms = self._cost.decode_ms(len(self._decoding), context)
         steps = min(call.output for call in self._decoding)
         if self._events and len(self._decoding) < self._slots:
             until = (self._events[0][0] - self._now) * 1000
             steps = min(steps, int(until / each_ms) + 1)
-        self._step(steps * each_ms, steps * each_ms, steps)
+        self._controller.observe(each_ms, each_ms, len(self._decoding), context, None)
+        # Contexts grow by a token a step.
+        took_ms = steps * (each_ms + self._cost.context * len(self._decoding) * (steps - 1) / 2000)
+        self._step(took_ms, took_ms, steps)
         self._finish()
 
     def _step(self, took_ms: float, decode_ms: float, steps: int) -> None:
         self._now += took_ms / 1000
+        self._waiting.passed(steps)
         for call in self._decoding:
             call.output -= steps
         if self._table is not None and self._decoding:
@@ -261,13 +287,6 @@ class Simulator:
                         self._now - live.shape.arrival_s,
                         sum(one.output for one in live.shape.calls),
                         tool_chain_s(live.shape),
+                        self._now,
                     )
                 )
-
-
-def tool_chain_s(shape: ProgramShape) -> float:
-    """The longest sum of tool times along a path through the program's calls."""
-    longest: list[float] = []
-    for call in shape.calls:
-        longest.append(call.tool_s + max((longest[parent] for parent in call.parents), default=0.0))
-    return max(longest)

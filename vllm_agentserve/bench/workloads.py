@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from vllm_agentserve.bench.sessions import Session, Turn, WorkloadError, draw_tokens
@@ -199,10 +199,10 @@ class Shape:
     scale: float = 1.0
 
 
-def find_workload(name: str) -> Workload:
-    """Raises `WorkloadError` for a name that is not in the table."""
+def find_workload(name: str, others: Iterable[str] = ()) -> Workload:
+    """Raises `WorkloadError` for a name that is not in the table; it also names `others` to choose from."""
     if name not in WORKLOADS:
-        raise WorkloadError(f"workload {name!r} is unknown: choose one of {', '.join(WORKLOADS)}")
+        raise WorkloadError(f"workload {name!r} is unknown: choose one of {', '.join((*WORKLOADS, *others))}")
     return WORKLOADS[name]
 
 

@@ -1,0 +1,89 @@
+"""The waiting calls of the simulator, in the order the scheduler's queue would give them."""
+
+from bisect import bisect_left, insort
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from vllm_agentserve.policy.order import AdmissionKey, Patience, Urgency
+
+DECIDE_STEPS = 16
+LOOK_AHEAD = 64
+"""Keys of so many waiting calls are asked for again per so many steps, as the scheduler does."""
+Item = TypeVar("Item")
+
+
+class SimulatedQueue(Generic[Item]):
+    """Waiting calls in admission order; steps pass in bulk.
+
+    Args:
+        key_of: gives the sort key of a call; asked when it comes in and when it is looked at again.
+        patience: steps a call may be overtaken before it moves to the front; None for no bound.
+        relevels: whether keys change while calls wait.
+    """
+
+    def __init__(self, key_of: Callable[[Item], AdmissionKey], patience: int | None, relevels: bool) -> None:
+        self._key_of = key_of
+        self._patience = None if patience is None else Patience(patience)
+        self._relevels = relevels
+        self._order: list[tuple[AdmissionKey, int, str]] = []
+        self._places: dict[str, tuple[AdmissionKey, int, Item]] = {}
+        self._numbers = 0
+        self._turn = 0
+        self._step = 0
+        self.overdue = 0
+        """Calls that were overtaken for too long."""
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def add(self, name: str, item: Item) -> None:
+        self._insert(name, self._numbers, item, self._key_of(item))
+        self._numbers += 1
+        if self._patience is not None:
+            self._patience.enter(name, self._step)
+
+    def pop(self) -> Item:
+        return self._places.pop(self._order.pop(0)[2])[2]
+
+    def first(self) -> Item:
+        return self._places[self._order[0][2]][2]
+
+    def has_cold(self) -> bool:
+        return any(key.cold for key, _, _ in self._order)
+
+    def waiting_resume_tokens(self) -> int:
+        """Uncached tokens of the resume prefills among the first ones."""
+        return sum(key.uncached for key, _, _ in self._order[:LOOK_AHEAD])
+
+    def passed(self, steps: int) -> None:
+        """So many steps were run."""
+        decisions = (self._step + steps) // DECIDE_STEPS - self._step // DECIDE_STEPS
+        self._step += steps
+        if self._patience is not None:
+            for name in self._patience.overdue(self._step):
+                if name in self._places:
+                    _, number, item = self._take(name)
+                    self._insert(name, number, item, AdmissionKey(Urgency.OVERDUE, 0, False, 0, number))
+                    self.overdue += 1
+        if self._relevels:
+            # More often than once around changes nothing.
+            for _ in range(min(decisions, len(self._order) // LOOK_AHEAD + 1)):
+                self._look_again()
+
+    def _look_again(self) -> None:
+        if self._turn >= len(self._order):
+            self._turn = 0
+        names = [name for _, _, name in self._order[self._turn : self._turn + LOOK_AHEAD]]
+        self._turn += LOOK_AHEAD
+        for name in names:
+            key, number, item = self._take(name)
+            self._insert(name, number, item, self._key_of(item) if key.urgency == Urgency.NORMAL else key)
+
+    def _insert(self, name: str, number: int, item: Item, key: AdmissionKey) -> None:
+        self._places[name] = key, number, item
+        insort(self._order, (key, number, name))
+
+    def _take(self, name: str) -> tuple[AdmissionKey, int, Item]:
+        place = self._places.pop(name)
+        del self._order[bisect_left(self._order, (*place[:2], name))]
+        return place
