@@ -6,7 +6,7 @@ import pytest
 from schedulers import Driver, make_request
 from test_programs_steps import served, started
 
-from vllm_agentserve.scheduler.queues import DECIDE_STEPS
+from vllm_agentserve.policy.order import DECIDE_STEPS
 
 
 def with_share(share: float, asynchronous: bool = False, **given: Any) -> tuple[Any, Driver]:

@@ -99,3 +99,17 @@ def test_nothing_is_left_behind() -> None:
 def test_vllms_own_priorities_stay_in_force() -> None:
     scheduler: Any = make_scheduler(policy="priority", options={"policy": "plas"})
     assert scheduler._programs is None
+
+
+def test_who_comes_after_many_quiet_steps_has_waited_for_none_of_them() -> None:
+    scheduler, driver = started("fcfs", options={"max_bypass_steps": 20})
+    scheduler.add_request(make_request("running", 20, max_tokens=200))
+    for _ in range(100):
+        driver.step()
+    scheduler.add_request(make_request("new", 30, max_tokens=2))
+    for _ in range(10):
+        driver.step()
+    assert scheduler.counts["overdue_requests"] == 0
+    for _ in range(15):
+        driver.step()
+    assert scheduler.counts["overdue_requests"] == 1

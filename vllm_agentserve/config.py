@@ -15,14 +15,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_agentserve.options import KEY, OptionError, checked, option, table_of
+from vllm_agentserve.policy.order import BYPASS_STEPS, PATIENT_BYPASS_STEPS
 
 __all__ = ["KEY", "SERIES", "AgentServeConfig", "OptionError", "option_table"]
 
 SERIES = "vllm:agentserve_"
 """What our series on `/metrics` begin with."""
-BYPASS_STEPS = 64
-PATIENT_BYPASS_STEPS = 4096
-"""Defaults of `max_bypass_steps`: the second where requests are to wait for each other longer than for a step or two."""
 
 
 @dataclasses.dataclass(frozen=True)

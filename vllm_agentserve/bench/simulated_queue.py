@@ -4,11 +4,8 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from vllm_agentserve.policy.order import AdmissionKey, Patience, Urgency
+from vllm_agentserve.policy.order import DECIDE_STEPS, LOOK_AHEAD, AdmissionKey, Patience, Urgency, overdue_key
 
-DECIDE_STEPS = 16
-LOOK_AHEAD = 64
-"""Keys of so many waiting calls are asked for again per so many steps, as the scheduler does."""
 Item = TypeVar("Item")
 
 
@@ -63,7 +60,7 @@ class SimulatedQueue(Generic[Item]):
             for name in self._patience.overdue(self._step):
                 if name in self._places:
                     _, number, item = self._take(name)
-                    self._insert(name, number, item, AdmissionKey(Urgency.OVERDUE, 0, False, 0, number))
+                    self._insert(name, number, item, overdue_key(number))
                     self.overdue += 1
         if self._relevels:
             # More often than once around changes nothing.

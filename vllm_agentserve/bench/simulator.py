@@ -17,12 +17,12 @@ from vllm_agentserve.bench.cost import KnownModel, StepCost
 from vllm_agentserve.bench.simulated_queue import SimulatedQueue
 from vllm_agentserve.policy.budget import StepBudget
 from vllm_agentserve.policy.controller import BudgetController, BudgetLimits
-from vllm_agentserve.policy.order import AdmissionKey, Urgency, admission_key
+from vllm_agentserve.policy.order import BYPASS_STEPS, PATIENT_BYPASS_STEPS, AdmissionKey, Urgency, admission_key
 from vllm_agentserve.policy.phase import Phase, classify
 from vllm_agentserve.policy.programs import ProgramTable
 
 Order = Literal["stock", "fcfs", "plas", "atlas", "sjf-oracle", "round-robin"]
-PATIENCE = {"fcfs": 64, "plas": 4096, "atlas": 4096}
+PATIENCE = {"fcfs": BYPASS_STEPS, "plas": PATIENT_BYPASS_STEPS, "atlas": PATIENT_BYPASS_STEPS}
 """Steps after which the scheduler lets a waiting call go first, by policy."""
 
 
@@ -164,9 +164,9 @@ class Simulator:
 
     def _key(self, call: _Call) -> AdmissionKey:
         if self._order == "stock":
-            return AdmissionKey(Urgency.NORMAL, 0, True, 0, call.number)
+            return AdmissionKey(Urgency.NORMAL, cold=True, arrival=call.number)
         shape, resume_budget = call.shape, self._controller.resume_tokens
-        key = admission_key(call.phase, shape.uncached, call.number, False, resume_budget)
+        key = admission_key(call.phase, shape.uncached, call.number, resume_budget)
         if self._table is not None:
             return key._replace(level=self._table.level(call.name, self._now))
         if self._order == "sjf-oracle":

@@ -14,6 +14,15 @@ from typing import NamedTuple
 
 from vllm_agentserve.policy.phase import Phase
 
+DECIDE_STEPS = 16
+"""Levels of waiting requests are looked at once per so many steps, and places change hands."""
+LOOK_AHEAD = 64
+"""How many waiting requests are looked at beyond the first, per step and per re-tagging."""
+BYPASS_STEPS = 64
+PATIENT_BYPASS_STEPS = 4096
+"""After how many steps a request goes first whatever its key: the second where requests are to wait for each other longer than
+for a step or two, with levels of programs and for batch work."""
+
 
 class Urgency(enum.IntEnum):
     PREEMPTED = 0

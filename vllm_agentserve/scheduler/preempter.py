@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from vllm_agentserve.policy.order import Urgency
+from vllm_agentserve.policy.order import DECIDE_STEPS, Urgency
 from vllm_agentserve.policy.preemption import PreemptionAccount, victim
 from vllm_agentserve.scheduler.admission import Admission
 from vllm_agentserve.scheduler.programs import ProgramTracker
-from vllm_agentserve.scheduler.queues import DECIDE_STEPS, AgentQueue
+from vllm_agentserve.scheduler.queues import AgentQueue
 from vllm_agentserve.scheduler.stats import StatsCollector
 from vllm_agentserve.vllm_compat import scheduler as compat
 

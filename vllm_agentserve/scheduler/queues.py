@@ -10,11 +10,6 @@ from vllm.v1.request import Request
 
 from vllm_agentserve.policy.order import AdmissionKey, Patience, Urgency, overdue_key
 
-DECIDE_STEPS = 16
-"""Levels of waiting requests are looked at once per so many steps."""
-LOOK_AHEAD = 64
-"""How many waiting requests are looked at beyond the first, per step and per re-tagging."""
-
 
 @dataclass(slots=True)
 class _Place:

@@ -17,13 +17,14 @@ from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes.dispatch import LaneDispatch
 from vllm_agentserve.policy.budget import StepBudget
 from vllm_agentserve.policy.controller import BudgetController, BudgetLimits
+from vllm_agentserve.policy.order import DECIDE_STEPS, LOOK_AHEAD
 from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.scheduler.admission import Admission
 from vllm_agentserve.scheduler.announcer import Announcer
 from vllm_agentserve.scheduler.ledger import LaneLedger
 from vllm_agentserve.scheduler.preempter import Preempter
 from vllm_agentserve.scheduler.programs import ProgramTracker
-from vllm_agentserve.scheduler.queues import DECIDE_STEPS, LOOK_AHEAD, AgentQueue
+from vllm_agentserve.scheduler.queues import AgentQueue
 from vllm_agentserve.scheduler.stats import StatsCollector
 from vllm_agentserve.scheduler.steps import Step, StepLog
 from vllm_agentserve.vllm_compat import STATS_FIELD
@@ -276,6 +277,8 @@ class AgentScheduler(Scheduler):
 
     def add_request(self, request: Request) -> None:
         self._admission.arrives(request)
+        if self._queue is not None:
+            self._queue.step = self.current_step  # quiet steps do not tell it
         super().add_request(request)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
