@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test setup lint doctor bench bench-interference bench-lanes bench-cost gpu-check torture clean
+.PHONY: demo test setup lint doctor bench bench-interference bench-lanes bench-programs bench-cost gpu-check torture clean
 
 demo: setup
 	@$(RUN)/agentserve demo
@@ -37,6 +37,14 @@ bench-cost: setup
 bench-lanes: setup
 	@$(RUN)/python -m vllm_agentserve.bench.interference --path engine --rounds 3 --output docs/results/lanes-engine.json \
 	  --arms stock stock-chunk=256 time-sliced-40ms lanes auto-40ms auto-20ms auto-12ms
+
+# An hour: programs on the engine at three loads, then the simulator against the engine.
+PLAS := program_quantum_ms=100
+bench-programs: setup
+	@for load in 0.5 0.8 0.95; do $(RUN)/agentserve bench run --workload programs --programs 48 --load $$load --slo-factor 0 --rounds 3 \
+	  --arms agentserve-time-sliced agentserve-time-sliced:policy=plas,$(PLAS) agentserve-time-sliced:policy=atlas,$(PLAS) || exit 1; done
+	@$(RUN)/python -m vllm_agentserve.bench.agreement --programs 32 --load 0.9 --rounds 2 --anonymous \
+	  --policies stock fcfs plas atlas --output docs/results/agreement.json
 
 # A quarter of an hour: the lane is killed fifty times under load, and every answer compared with stock's.
 torture: setup

@@ -7,6 +7,8 @@ medians. pytest-benchmark prints each arm's own distribution.
 """
 
 import statistics
+from time import monotonic
+from typing import Any
 
 import pytest
 from schedulers import Driver, make_request, make_scheduler
@@ -14,13 +16,16 @@ from schedulers import Driver, make_request, make_scheduler
 STEPS = 3000
 
 
-def steady(ours: bool, running: int, asynchronous: bool) -> Driver:
-    """An engine with that many decodes and nothing else."""
+PROGRAMS = 10_000
+
+
+def steady(ours: bool, running: int, asynchronous: bool, waiting: int = 0, **options: Any) -> Driver:
+    """An engine with that many decodes, that many requests that wait for a place, and nothing else."""
     scheduler = make_scheduler(
-        ours, asynchronous, max_num_seqs=max(running, 8), max_num_batched_tokens=8192, num_blocks=200_000
+        ours, asynchronous, options, max_num_seqs=max(running, 8), max_num_batched_tokens=8192, num_blocks=200_000
     )
-    for number in range(running):
-        scheduler.add_request(make_request(f"r{number}", 64, max_tokens=16_000))
+    for number in range(running + waiting):
+        scheduler.add_request(make_request(f"r{number}", 64, max_tokens=16_000, session=f"s{number}"))
     driver = Driver(scheduler, depth=2 if asynchronous else 1)
     while any(request.num_output_tokens < 8 for request in scheduler.running) or not scheduler.running:
         driver.step()
@@ -42,6 +47,32 @@ def test_added_cost(running: int, asynchronous: bool, record_property) -> None:
         f"added {ours - stock:5.1f} us = {(ours / stock - 1) * 100:+.1f} %"
     )
     record_property("added_percent", (ours / stock - 1) * 100)
+
+
+@pytest.mark.parametrize("waiting", [0, PROGRAMS - 64], ids=["remembered", "waiting"])
+def test_cost_of_programs(waiting: int, record_property) -> None:
+    """10,000 live programs, 64 of them running: the others are remembered, or wait with a call each."""
+    arms = {
+        "fcfs": steady(True, 64, False, waiting, max_bypass_steps=1_000_000),
+        "plas": steady(True, 64, False, waiting, max_bypass_steps=1_000_000, policy="plas"),
+    }
+    if not waiting:
+        tracker: Any = arms["plas"].scheduler
+        for number in range(PROGRAMS - 64):
+            tracker._programs.table.arrive(f"old-{number}", f"session old-{number}", None, monotonic())
+            tracker._programs.table.finish(f"old-{number}", monotonic())
+    for driver in arms.values():
+        driver.took.clear()
+    for step in range(STEPS):
+        for name in ("fcfs", "plas") if step % 2 else ("plas", "fcfs"):
+            arms[name].step()
+    median = {name: statistics.median(driver.took) * 1e6 for name, driver in arms.items()}
+    mean = {name: statistics.fmean(driver.took) * 1e6 for name, driver in arms.items()}
+    print(
+        f"\n{PROGRAMS} programs, 64 running, {waiting} waiting: fcfs {median['fcfs']:.1f} us, plas {median['plas']:.1f} us, "
+        f"added {median['plas'] - median['fcfs']:.1f} us; mean added {mean['plas'] - mean['fcfs']:.1f} us"
+    )
+    record_property("added_us", median["plas"] - median["fcfs"])
 
 
 @pytest.mark.parametrize("running", [8, 64, 256])
