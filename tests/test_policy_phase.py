@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_agentserve.policy.order import AdmissionKey, Patience, Urgency, admission_key, overdue_key, preempted_key
+from vllm_agentserve.policy.order import AdmissionKey, Patience, Urgency, admission_key, ahead
 from vllm_agentserve.policy.phase import Phase, SessionTable, classify
 
 COLD, RESUME, DECODE = Phase.COLD_PREFILL, Phase.RESUME_PREFILL, Phase.DECODE
@@ -57,8 +57,10 @@ def test_admission_key(phase: Phase, uncached: int, given: dict, key: AdmissionK
 def test_the_order_of_keys() -> None:
     """Every line goes before the next, whatever follows in the key."""
     rising = [
-        preempted_key(99),
-        overdue_key(98),
+        ahead(admission_key(COLD, 9, 98, 256, level=3, batch=True), Urgency.PREEMPTED, 98),
+        ahead(admission_key(RESUME, 9, 99, 256), Urgency.PREEMPTED, 99),
+        ahead(admission_key(COLD, 9, 97, 256, due=5.0), Urgency.OVERDUE, 97),
+        ahead(admission_key(RESUME, 1, 98, 256, due=0.0), Urgency.OVERDUE, 98),
         admission_key(RESUME, 256, 97, 256, due=1.0),
         admission_key(COLD, 9, 96, 256, due=2.0),
         admission_key(RESUME, 8, 95, 256),

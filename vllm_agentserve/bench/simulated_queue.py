@@ -4,7 +4,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from vllm_agentserve.policy.order import DECIDE_STEPS, LOOK_AHEAD, AdmissionKey, Patience, Urgency, overdue_key
+from vllm_agentserve.policy.order import DECIDE_STEPS, LOOK_AHEAD, AdmissionKey, Patience, Urgency, ahead
 
 Item = TypeVar("Item")
 
@@ -59,8 +59,8 @@ class SimulatedQueue(Generic[Item]):
         if self._patience is not None:
             for name in self._patience.overdue(self._step):
                 if name in self._places:
-                    _, number, item = self._take(name)
-                    self._insert(name, number, item, overdue_key(number))
+                    key, number, item = self._take(name)
+                    self._insert(name, number, item, ahead(key, Urgency.OVERDUE, number))
                     self.overdue += 1
         if self._relevels:
             # More often than once around changes nothing.

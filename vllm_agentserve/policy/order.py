@@ -77,14 +77,9 @@ def admission_key(
     return AdmissionKey(Urgency.NORMAL, batch, level, due, cold, 0 if cold else uncached_tokens, arrival)
 
 
-def preempted_key(arrival: float) -> AdmissionKey:
-    """Of a request that ran before and lost its blocks: it had a place already."""
-    return AdmissionKey(Urgency.PREEMPTED, arrival=arrival)
-
-
-def overdue_key(arrival: float) -> AdmissionKey:
-    """Of a request that others have overtaken for too long."""
-    return AdmissionKey(Urgency.OVERDUE, arrival=arrival)
+def ahead(key: AdmissionKey, urgency: Urgency, arrival: float) -> AdmissionKey:
+    """The key of a request that goes before its class and level: in order of arrival, but still known for what it is."""
+    return key._replace(urgency=urgency, batch=False, level=0, due=arrival)
 
 
 class Patience:

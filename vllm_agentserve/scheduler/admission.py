@@ -8,7 +8,7 @@ from vllm.v1.request import RequestStatus
 
 from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.hints import NONE, Hints, read_hints
-from vllm_agentserve.policy.order import AdmissionKey, admission_key, preempted_key
+from vllm_agentserve.policy.order import AdmissionKey, Urgency, admission_key, ahead
 from vllm_agentserve.policy.phase import Phase, SessionTable, classify
 from vllm_agentserve.policy.preemption import Rank
 from vllm_agentserve.scheduler.announcer import Announcer
@@ -65,13 +65,15 @@ class Admission:
     def key(self, request: "Request", number: int) -> AdmissionKey:
         """The sort key of a waiting request; `number` counts arrivals."""
         request_id = request.request_id
-        if request.status == RequestStatus.PREEMPTED and not (self._programs and self._programs.yielded(request_id)):
-            return preempted_key(number)
         hints, due = self._hints.get(request_id, (NONE, inf))
         cached = compat.cached_prefix_tokens(self._scheduler, request)
-        level = self._programs.level(request_id) if self._programs is not None else 0
+        programs = self._programs
+        level = programs.level(request_id) if programs is not None else 0
         phase, uncached = self.phase(request, cached), request.num_tokens - cached
-        return admission_key(phase, uncached, number, self._controller.resume_tokens, level, hints.batch, due)
+        key = admission_key(phase, uncached, number, self._controller.resume_tokens, level, hints.batch, due)
+        if request.status == RequestStatus.PREEMPTED and not (programs is not None and programs.yielded(request_id)):
+            return ahead(key, Urgency.PREEMPTED, number)
+        return key
 
     def phase(self, request: "Request", computed: int) -> Phase:
         """What a request is that has so many tokens computed or cached."""

@@ -8,7 +8,7 @@ from itertools import islice
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request
 
-from vllm_agentserve.policy.order import AdmissionKey, Patience, Urgency, overdue_key
+from vllm_agentserve.policy.order import AdmissionKey, Patience, Urgency, ahead
 
 
 @dataclass(slots=True)
@@ -201,7 +201,7 @@ class AgentQueue(RequestQueue):
     def _insert(self, place: _Place) -> AdmissionKey:
         key = self._key_of(place.request, place.number)
         if place.overdue and key.urgency > Urgency.OVERDUE:
-            key = overdue_key(place.number)
+            key = ahead(key, Urgency.OVERDUE, place.number)
         place.key = key
         self._colds += key.cold
         insort(self._order, (key, place.number, place.request.request_id))
