@@ -48,9 +48,9 @@ class SimulatedQueue(Generic[Item]):
     def has_cold(self) -> bool:
         return any(key.cold for key, _, _ in self._order)
 
-    def waiting_resume_tokens(self) -> int:
-        """Uncached tokens of the resume prefills among the first ones."""
-        return sum(key.uncached for key, _, _ in self._order[:LOOK_AHEAD])
+    def waiting_resume_tokens(self, limit: int) -> int:
+        """Uncached tokens of the resume prefills among the first `limit` calls."""
+        return sum(key.uncached for key, _, _ in self._order[: min(limit, LOOK_AHEAD)])
 
     def passed(self, steps: int) -> None:
         """So many steps were run."""

@@ -182,7 +182,7 @@ class Simulator:
         decodes = len(self._decoding)
         room = max(self._step_tokens - decodes, 1)
         phases = {call.served_as for call in self._prefilling}
-        waiting_resumes = self._waiting.waiting_resume_tokens()
+        waiting_resumes = self._waiting.waiting_resume_tokens(self._slots - decodes - len(self._prefilling))
         return self._controller.plan(
             decodes,
             context,

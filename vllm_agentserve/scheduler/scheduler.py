@@ -160,7 +160,8 @@ class AgentScheduler(Scheduler):
     def _plan(self, decodes: int, context: int) -> StepBudget:
         queue = self._queue
         phases = {prefill.served_as for prefill in self._prefills.values()}
-        waiting_resumes = queue.waiting_resume_tokens(LOOK_AHEAD) if queue is not None else 0
+        places = min(self.max_num_running_reqs - len(self.running), LOOK_AHEAD)
+        waiting_resumes = queue.waiting_resume_tokens(places) if queue is not None and places > 0 else 0
         return self._controller.plan(
             decodes,
             context,
@@ -190,13 +191,12 @@ class AgentScheduler(Scheduler):
         return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
 
     def _admit(self, request: Request, computed: int) -> Prefill:
-        uncached = request.num_tokens - computed
         phase = self._to_lane.phase_of(request.request_id) if self._to_lane is not None else None
         if phase is None:
             phase = self._admission.phase(request, computed)
         if self._programs is not None:
             self._programs.runs(request, computed)
-        short = phase is Phase.RESUME_PREFILL and uncached <= self._controller.resume_tokens
+        short = phase is Phase.RESUME_PREFILL and request.num_tokens - computed <= self._controller.resume_tokens
         prefill = Prefill(request, phase, Phase.RESUME_PREFILL if short else Phase.COLD_PREFILL)
         self._prefills[request.request_id] = prefill
         return prefill
