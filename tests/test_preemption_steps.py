@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from schedulers import Driver, make_request
 from test_programs_steps import served, started
+from vllm.v1.request import RequestStatus
 
 from vllm_agentserve.policy.order import DECIDE_STEPS
 
@@ -81,8 +82,6 @@ def test_batch_gives_way_even_at_the_first_level() -> None:
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_an_aborted_one_leaves_nothing(asynchronous: bool) -> None:
-    from vllm.v1.request import RequestStatus
-
     scheduler, driver = with_share(0.5, asynchronous)
     run_long(scheduler, driver)
     scheduler.add_request(make_request("new", 30, max_tokens=100, session="new"))
@@ -91,3 +90,14 @@ def test_an_aborted_one_leaves_nothing(asynchronous: bool) -> None:
     scheduler.finish_requests(["long"], RequestStatus.FINISHED_ABORTED)
     assert "new" in served(scheduler, driver)
     assert not scheduler._preempter.account._pending
+
+
+def test_nobody_gives_way_to_a_request_that_cannot_run_yet() -> None:
+    scheduler, driver = with_share(0.5)
+    run_long(scheduler, driver)
+    grammar = make_request("new", 30, max_tokens=8, session="new")
+    scheduler.add_request(grammar)
+    grammar.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+    for _ in range(2 * DECIDE_STEPS):
+        driver.step()
+    assert scheduler.counts["program_preemptions"] == 0

@@ -52,10 +52,10 @@ class Preempter:
     def before_step(self, prefilling: "Container[str]") -> None:
         """Makes room for the first waiting request, if that is to be; those that compute a prompt keep their places."""
         scheduler, queue = self._scheduler, self._queue
-        if not queue or scheduler.current_step % DECIDE_STEPS or not compat.is_full(scheduler, queue.peek_request()):
+        if not queue or scheduler.current_step % DECIDE_STEPS:
             return
         first = queue.peek_request()
-        if queue.key(first.request_id).urgency == Urgency.PREEMPTED:
+        if queue.key(first.request_id).urgency == Urgency.PREEMPTED or not compat.finds_no_place(scheduler, first):
             return
         running = {
             request.request_id: request

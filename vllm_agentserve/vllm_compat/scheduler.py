@@ -97,8 +97,12 @@ def take_back(scheduler: "Scheduler", request_ids: set[str]) -> None:
         scheduler._handle_blocked_waiting_request(request)
 
 
-def is_full(scheduler: "Scheduler", waiting: "Request") -> bool:
-    """Whether a waiting request finds no place: as many run as may, or its blocks are not there."""
+def finds_no_place(scheduler: "Scheduler", waiting: "Request") -> bool:
+    """Whether a request that could run waits for a place: as many run as may, or its blocks are not there."""
+    from vllm.v1.request import RequestStatus
+
+    if waiting.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
+        return False
     if len(scheduler.running) >= scheduler.max_num_running_reqs:
         return True
     uncached = waiting.num_tokens - cached_prefix_tokens(scheduler, waiting)
