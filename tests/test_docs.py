@@ -1,4 +1,4 @@
-"""The documents say what is there: links lead somewhere, paths exist, every decision is in the index, every command is explained."""
+"""The documents say what is there: links, paths, the index of decisions, the commands, the version."""
 
 import re
 import tomllib
