@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test setup lint doctor bench bench-interference bench-lanes bench-programs bench-cost gpu-check torture clean
+.PHONY: demo test setup lint compat doctor bench bench-interference bench-lanes bench-programs bench-cost gpu-check torture clean
 
 demo: setup
 	@$(RUN)/agentserve demo
@@ -17,6 +17,10 @@ doctor: setup
 
 lint: setup
 	@$(RUN)/ruff check . && $(RUN)/ruff format --check . && $(RUN)/mypy
+
+# What the code relies on in vLLM, looked up in its sources: of the installed one, or of VLLM=0.33.0, fetched once (340 MB).
+compat: setup
+	@$(RUN)/python tools/compat.py $(if $(VLLM),--version $(VLLM))
 
 # 23 minutes on an otherwise idle machine; into bench-results/.
 bench: setup

@@ -220,26 +220,6 @@ def test_the_architecture_page_names_every_module() -> None:
             assert f"`{name}`" in page, relative
 
 
-def test_patches_apply_to_the_installed_vllm(tmp_path: Path) -> None:
-    """Every patch for the installed minor version applies cleanly to the installed sources."""
-    import shutil
-
-    import vllm
-
-    minor = ".".join(str(vllm_compat.installed_vllm()).split(".")[:2])
-    patches = sorted((ROOT / "patches" / minor).glob("*.patch"))
-    assert len(patches) >= 3
-    site = Path(vllm.__file__).resolve().parent.parent
-    for patch in patches:
-        for name in [line[6:].split("\t")[0] for line in patch.read_text().splitlines() if line.startswith("+++ b/")]:
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(site / name, tmp_path / name)
-        done = subprocess.run(
-            ["git", "apply", "--check", str(patch)], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{patch.name}: {done.stderr}"
-
-
 def test_toy_model_is_made_once(toy_model: Path) -> None:
     from vllm_agentserve.toy import make_toy_model
 

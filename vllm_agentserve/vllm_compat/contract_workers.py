@@ -1,0 +1,144 @@
+"""The part of the contract that the workers of two lanes rely on, and the engines that benchmark and GPU kit make."""
+
+from vllm_agentserve.vllm_compat.symbols import calls, exports, overrides, reads, says
+
+CUDA, CPU = "vllm_compat/cuda.py", "vllm_compat/cpu.py"
+RUNNER, GRAPHS, WORKER = "vllm_compat/cuda_runner.py", "vllm_compat/cuda_graphs.py", "vllm_compat/cuda_worker.py"
+CONNECTOR = "lanes/connector.py"
+SAMPLING = "vllm.sampling_params:SamplingParams"
+GPU = "vllm.v1.worker.gpu.model_runner"
+GPU_GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
+GPU_WORKER = "vllm.v1.worker.gpu_worker:Worker"
+GPU_CONNECTOR = "vllm.v1.worker.gpu.kv_connector:ActiveKVConnector"
+SPACE = "vllm.v1.worker.workspace"
+
+WORKERS = (
+    # A second CPU worker.
+    *calls("vllm.v1.worker.worker_base", CPU, WorkerWrapperBase=""),
+    *calls("vllm.v1.worker.worker_base:WorkerWrapperBase", CPU, init_worker="all_kwargs", init_device=""),
+    *reads("vllm.v1.worker.worker_base:WorkerWrapperBase", CPU, "worker"),
+    *calls(
+        "vllm.v1.worker.cpu_worker",
+        CPU,
+        CPUWorker="vllm_config= local_rank= rank= distributed_init_method= is_driver_worker=",
+    ),
+    *calls("vllm.v1.worker.cpu_worker:CPUWorker", CPU, load_model="", initialize_from_config="kv_cache_config"),
+    *reads("vllm.v1.worker.cpu_worker:CPUWorker", CPU, "model_runner"),
+    *calls("vllm.v1.worker.cpu_model_runner:CPUModelRunner", CPU, execute_model="scheduler_output"),
+    *reads("vllm.v1.worker.cpu_model_runner:CPUModelRunner", CPU, "execute_model_state"),
+    *says("vllm.v1.worker.utils:allocate_kv_cache", CPU, "torch.zeros(buf_size, dtype=torch.int8"),
+    # A second GPU worker. `init_kv_cache` is replaced meanwhile, so it must be looked up in the module.
+    *exports(GPU, RUNNER, "GPUModelRunner init_kv_cache"),
+    *calls(
+        f"{GPU}:GPUModelRunner",
+        RUNNER,
+        __init__="vllm_config device",
+        load_model="model=",
+        get_model="",
+        initialize_kv_cache="kv_cache_config is_profiling=",
+        execute_model="scheduler_output",
+        postprocess_num_computed_tokens="input_batch",
+        _dummy_run="num_tokens uniform_decode= skip_eplb= is_profile=",
+    ),
+    *overrides(f"{GPU}:GPUModelRunner", RUNNER, execute_model="scheduler_output dummy_run= ...", sample_tokens="..."),
+    *reads(f"{GPU}:GPUModelRunner", RUNNER, "block_tables cudagraph_manager device execute_model_state kv_caches"),
+    *reads(f"{GPU}:GPUModelRunner", RUNNER, "main_stream req_states"),
+    *reads(f"{GPU}:GPUModelRunner", f"{RUNNER} lanes/parts.py", "max_model_len"),
+    *reads(f"{GPU}:GPUModelRunner", "lanes/parts.py", "max_num_tokens"),
+    *reads(f"{GPU}:GPUModelRunner", CUDA, "attn_groups"),
+    *reads(f"{GPU}:ExecuteModelState", RUNNER, "input_batch"),
+    *calls("vllm.v1.worker.gpu.states:RequestState", RUNNER, apply_staged_writes=""),
+    *calls("vllm.v1.worker.gpu.block_table:BlockTables", RUNNER, apply_staged_writes=""),
+    *reads("vllm.v1.worker.gpu.block_table:BlockTables", RUNNER, "block_sizes"),
+    *reads("vllm.v1.worker.utils:AttentionGroup", CUDA, "backend"),
+    *calls("vllm.v1.attention.backend:AttentionBackend", CUDA, get_name=""),
+    *calls("vllm.model_executor.offloader", RUNNER, get_offloader="", set_offloader="instance"),
+    *says(
+        f"{GPU}:GPUModelRunner.initialize_kv_cache",
+        RUNNER,
+        "kv_caches_dict = init_kv_cache(",
+        "self.kv_connector = NO_OP_KV_CONNECTOR",
+    ),
+    # The connector makes the lane: by then there are KV caches and a graph manager, and nothing is captured yet.
+    *says(
+        f"{GPU}:GPUModelRunner.initialize_kv_cache",
+        "lanes/parts.py",
+        "self.cudagraph_manager =\nget_kv_connector(",
+        "self.kv_caches =\nget_kv_connector(",
+    ),
+    *says(f"{GPU}:GPUModelRunner.main_stream", RUNNER, "functools.cached_property"),
+    *says(f"{GPU}:GPUModelRunner.load_model", RUNNER, "self.model = model or "),
+    *says(f"{GPU}:GPUModelRunner.__init__", RUNNER, "set_offloader(create_offloader("),
+    # `main_stream` may be set, and decides where results are copied from and which stream is current then.
+    *says(f"{GPU}:GPUModelRunner.sample_tokens", RUNNER, "main_stream=self.main_stream"),
+    *says(
+        f"{GPU}:GPUModelRunner.execute_model",
+        GRAPHS,
+        "self.cudagraph_manager.run_fullgraph(batch_desc)",
+        "need_eager=is_profile",
+    ),
+    *overrides(f"{GPU_GRAPHS}:CudaGraphManager", GRAPHS, capture="...", _capture_stream="desc"),
+    *overrides(f"{GPU_GRAPHS}:CudaGraphManager", GRAPHS, dispatch="num_reqs num_tokens ..."),
+    *reads(f"{GPU_GRAPHS}:CudaGraphManager", GRAPHS, "_capture_descs graphs"),
+    *reads(f"{GPU_GRAPHS}:BatchExecutionDescriptor", GRAPHS, "cg_mode max_query_len num_reqs num_tokens num_ubatches"),
+    *reads(f"{GPU_GRAPHS}:BatchExecutionDescriptor", GRAPHS, "uniform_token_count"),
+    *says(
+        f"{GPU_GRAPHS}:CudaGraphManager.capture",
+        GRAPHS,
+        "stream=self._capture_stream(desc)",
+        "self.graphs[desc] = graph",
+        "self._capture_descs[mode]",
+    ),
+    *says(f"{GPU_GRAPHS}:CudaGraphManager.run_fullgraph", GRAPHS, "self.graphs[desc].replay()"),
+    # The slots' graphs write where the others do, not to memory that the first capture allocated for itself.
+    *says(f"{GPU_GRAPHS}:ModelCudaGraphManager.capture.store_capture_output", GRAPHS, "if self.hidden_states is None:"),
+    *overrides(GPU_WORKER, WORKER, init_device="", _make_model_runner="", determine_available_memory=""),
+    *reads(GPU_WORKER, WORKER, "cache_config peak_activation_memory"),
+    *says(
+        f"{GPU_WORKER}._init_workspace_and_model_runner",
+        WORKER,
+        "init_workspace_manager(\nself._make_model_runner()",
+    ),
+    *says(f"{GPU_WORKER}.determine_available_memory", WORKER, "self.peak_activation_memory ="),
+    *calls(SPACE, f"{WORKER} {CUDA}", current_workspace_manager=""),
+    *calls(SPACE, WORKER, WorkspaceManager="device num_ubatches num_lanes alloc_context"),
+    *calls(SPACE, RUNNER, use_workspace_lane="lane"),
+    *exports(SPACE, WORKER, "_manager"),
+    *reads(f"{SPACE}:WorkspaceManager", f"{WORKER} {CUDA}", "_num_lanes"),
+    *reads(f"{SPACE}:WorkspaceManager", WORKER, "_alloc_context _device _num_ubatches"),
+    # Jobs start behind the step: `start_load_kv` comes after it, and before the outcomes are asked for.
+    *says(f"{GPU_CONNECTOR}.pre_forward", CONNECTOR, "handle_preemptions("),
+    *says(f"{GPU_CONNECTOR}.post_forward", CONNECTOR, "self._start_load_kv()"),
+    *says(f"{GPU_CONNECTOR}.no_forward", CONNECTOR, "self.post_forward("),
+    *says(
+        "vllm.model_executor.layers.attention.kv_transfer_utils:maybe_transfer_kv_layer",
+        RUNNER,
+        "not has_kv_transfer_group()",
+    ),
+    # Benchmark and GPU kit: engines in their own process.
+    *exports("vllm", "bench/agreement.py bench/interference.py gpucheck/engines.py", "LLM"),
+    *exports(
+        "vllm", "bench/calibration.py bench/closed_loop.py bench/interference.py gpucheck/jobs.py", "SamplingParams"
+    ),
+    *reads(SAMPLING, "gpucheck/jobs.py", "detokenize ignore_eos logprobs max_tokens temperature"),
+    *reads("vllm.entrypoints.llm:LLM", "bench/agreement.py bench/interference.py gpucheck/faults.py", "llm_engine"),
+    *calls("vllm.entrypoints.llm:LLM", "gpucheck/engines.py", get_metrics=""),
+    *calls("vllm.entrypoints.llm:LLM", "gpucheck/faults.py", reset_prefix_cache=""),
+    *calls(
+        "vllm.v1.engine.llm_engine:LLMEngine",
+        "bench/closed_loop.py bench/calibration.py bench/interference.py gpucheck/jobs.py",
+        add_request="request_id prompt params session_id=",
+        step="",
+    ),
+    *calls("vllm.v1.engine.llm_engine:LLMEngine", "bench/calibration.py gpucheck/jobs.py", abort_request="request_ids"),
+    *calls("vllm.v1.engine.llm_engine:LLMEngine", "bench/calibration.py", has_unfinished_requests=""),
+    *reads("vllm.v1.engine.llm_engine:LLMEngine", "bench/agreement.py bench/interference.py", "engine_core"),
+    *reads("vllm.v1.engine.core_client:InprocClient", "bench/agreement.py bench/interference.py", "engine_core"),
+    *reads("vllm.v1.engine.core:EngineCore", "bench/agreement.py bench/interference.py", "scheduler"),
+    *reads("vllm.outputs:RequestOutput", "bench/closed_loop.py", "num_cached_tokens outputs request_id"),
+    *reads("vllm.outputs:RequestOutput", "gpucheck/jobs.py", "finished"),
+    *reads("vllm.outputs:CompletionOutput", "bench/closed_loop.py gpucheck/jobs.py", "token_ids"),
+    *reads("vllm.outputs:CompletionOutput", "gpucheck/jobs.py", "logprobs"),
+    *exports("vllm.v1.metrics.reader", "gpucheck/engines.py", "Counter"),
+    *reads("vllm.v1.metrics.reader:Counter", "gpucheck/engines.py", "name value"),
+)
