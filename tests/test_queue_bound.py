@@ -1,10 +1,12 @@
 """The bound on waiting, for any sequence of arrivals: levels, classes, deadlines and lengths as a client likes."""
 
 from math import inf
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedulers import make_request
+from test_scheduler_steps import pinned
 
 from vllm_agentserve.policy.order import AdmissionKey, admission_key
 from vllm_agentserve.policy.phase import Phase
@@ -55,3 +57,37 @@ def test_everybody_is_served_within_the_bound(arrivals: list[list[AdmissionKey]]
             del came[served]
         step += 1
         assert step < 1000
+
+
+def test_a_closed_queue_has_nobody_to_look_at_and_loses_nobody() -> None:
+    queue = AgentQueue(lambda request, number: AdmissionKey(2, arrival=number), STEPS)
+    for request in REQUESTS[:3]:
+        queue.add_request(request)
+    queue.closed = True
+    assert (bool(queue), len(queue), list(queue)) == (False, 3, REQUESTS[:3])
+    queue.closed = False
+    assert [queue.pop_request() for _ in range(3)] == REQUESTS[:3]
+
+
+def test_when_the_budget_is_spent_nobody_else_is_asked_for() -> None:
+    """Four cold prompts behind one that takes the whole step: vLLM 0.33 would ask the budget for each of them."""
+    scheduler, driver = pinned()
+    scheduler.add_request(make_request("stream", 20))
+    for _ in range(30):
+        driver.step()
+    for number in range(5):
+        scheduler.add_request(make_request(f"cold-{number}", 500))
+    closed: list[bool] = []
+    grant = scheduler._grant
+
+    def watched(*given: Any) -> int:
+        granted = grant(*given)
+        closed.append(scheduler._queue.closed)
+        return granted
+
+    scheduler._grant = watched
+    driver.step()
+    assert closed[-1]
+    assert not any(closed[:-1])
+    assert not scheduler._queue.closed
+    assert len(scheduler._queue) == 4

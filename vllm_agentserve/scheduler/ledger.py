@@ -54,7 +54,7 @@ class LaneLedger:
         self._phases[request.request_id] = phase
         self._stats.counts["lane_requests"] += 1
         self._stats.counts["lane_tokens"] += uncached - 1
-        self.admitted(request.request_id)
+        self._decided(request.request_id)
         if self._programs is not None:
             self._programs.runs(request, start)
             self._programs.computes(request, phase, uncached - 1, start)
@@ -63,10 +63,15 @@ class LaneLedger:
         self._stats.counts["lane_failed_requests"] += 1
 
     def phase_of(self, request_id: str) -> Phase | None:
-        """The phase of a prompt that comes back, forgotten here; None for one that was not in the lane."""
-        return self._phases.pop(request_id, None)
+        """The phase of a prompt that comes back; None for one that was not in the lane."""
+        return self._phases.get(request_id)
 
     def admitted(self, request_id: str) -> None:
+        """A step computes the prompt, or what the lane left of it."""
+        self._phases.pop(request_id, None)
+        self._decided(request_id)
+
+    def _decided(self, request_id: str) -> None:
         """Counts why a prompt goes where it goes, once; one that nobody asked about resumes after a preemption."""
         reason = self._lane.reasons.pop(request_id, None)
         if reason is not None:

@@ -51,6 +51,8 @@ class AgentQueue(RequestQueue):
         self._colds = 0
         self._turn = 0
         """Where the next `relevel` begins."""
+        self.closed = False
+        """Set by the scheduler for the rest of a step in which nobody else can be admitted."""
         self.step = 0
         """The engine's step counter, set by the scheduler."""
 
@@ -96,8 +98,8 @@ class AgentQueue(RequestQueue):
         return place is not None and place.key is not None
 
     def __bool__(self) -> bool:
-        """Whether there is somebody to look at; `len()` counts parked requests too."""
-        return bool(self._order)
+        """Whether there is somebody to look at; `len()` counts all who wait."""
+        return bool(self._order) and not self.closed
 
     def __len__(self) -> int:
         return len(self._order) + len(self._parked)

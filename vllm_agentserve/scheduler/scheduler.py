@@ -26,7 +26,7 @@ from vllm_agentserve.scheduler.preempter import Preempter
 from vllm_agentserve.scheduler.programs import ProgramTracker
 from vllm_agentserve.scheduler.queues import AgentQueue
 from vllm_agentserve.scheduler.stats import StatsCollector
-from vllm_agentserve.scheduler.steps import Step, StepLog
+from vllm_agentserve.scheduler.steps import Prefill, Step, StepLog
 from vllm_agentserve.vllm_compat import STATS_FIELD
 from vllm_agentserve.vllm_compat import scheduler as compat
 
@@ -35,17 +35,6 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import ModelRunnerOutput
 
 logger = init_logger("vllm.agentserve")
-
-
-class Prefill:
-    """A sequence that computes its prompt: its phase, and whether it stands in line with the cold ones."""
-
-    __slots__ = ("phase", "request", "served_as")
-
-    def __init__(self, request: Request, phase: Phase, served_as: Phase) -> None:
-        self.request = request
-        self.phase = phase
-        self.served_as = served_as
 
 
 class AgentScheduler(Scheduler):
@@ -143,6 +132,8 @@ class AgentScheduler(Scheduler):
             output = super().schedule(throttle_prefills)
         finally:
             del self._reserve_prefill_lookahead
+            if self._queue is not None:
+                self._queue.closed = False
             if self._preempter is not None:
                 self._preempter.after_step()
         held = self._lane.take_held() if self._lane is not None else None
@@ -188,14 +179,15 @@ class AgentScheduler(Scheduler):
                 budget.charge(prefill.served_as, num_new_tokens, num_computed_tokens)
             else:
                 num_new_tokens = budget.grant(prefill.served_as, num_new_tokens, num_computed_tokens)
+                if not num_new_tokens and self._queue is not None and request.status != RequestStatus.RUNNING:
+                    # Nothing is left for those behind it, whom vLLM 0.33 would ask for one by one.
+                    self._queue.closed = True
         return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
 
     def _admit(self, request: Request, computed: int) -> Prefill:
         phase = self._to_lane.phase_of(request.request_id) if self._to_lane is not None else None
         if phase is None:
             phase = self._admission.phase(request, computed)
-        if self._programs is not None:
-            self._programs.runs(request, computed)
         short = phase is Phase.RESUME_PREFILL and request.num_tokens - computed <= self._controller.resume_tokens
         prefill = Prefill(request, phase, Phase.RESUME_PREFILL if short else Phase.COLD_PREFILL)
         self._prefills[request.request_id] = prefill
@@ -220,6 +212,8 @@ class AgentScheduler(Scheduler):
                     self._to_lane.admitted(request.request_id)
             if tokens:
                 before = request.num_computed_tokens - tokens
+                if self._programs is not None and request_id in new:
+                    self._programs.runs(request, before)
                 chunks.append((prefill.phase, tokens, before))
                 if self._programs is not None:
                     self._programs.computes(request, prefill.phase, tokens, before)

@@ -3,15 +3,29 @@
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.scheduler.stats import StatsCollector
 
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
 IDLE_GAP_S = 0.25
 """Decode steps further apart than this were not waiting for each other: the engine was paused or driven by hand."""
 Chunks = list[tuple[Phase, int, int]]
+
+
+class Prefill:
+    """A sequence that computes its prompt: its phase, and whether it stands in line with the cold ones."""
+
+    __slots__ = ("phase", "request", "served_as")
+
+    def __init__(self, request: "Request", phase: Phase, served_as: Phase) -> None:
+        self.request = request
+        self.phase = phase
+        self.served_as = served_as
 
 
 @dataclass(slots=True)
