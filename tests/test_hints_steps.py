@@ -152,5 +152,6 @@ def test_stock_servers_take_no_notice() -> None:
     processor = InputProcessor.__new__(InputProcessor)
     processor.vllm_config = scheduler.vllm_config
     processor.vllm_config.scheduler_config.scheduler_cls = None
+    parameters = make_request("r", 3, hints={"agent_class": "urgent"}).sampling_params
     with pytest.raises(AttributeError):
-        processor.process_inputs("r", {"prompt_token_ids": [1]}, make_request("r", 3).sampling_params, ("generate",))
+        processor.process_inputs("r", {"prompt_token_ids": [1]}, parameters, ("generate",))

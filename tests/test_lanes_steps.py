@@ -58,6 +58,15 @@ def test_a_resume_begins_where_the_cache_ends(asynchronous: bool) -> None:
 
 
 @both
+def test_a_job_carries_the_rank_of_its_call(asynchronous: bool) -> None:
+    scheduler, driver = started(asynchronous)
+    scheduler.add_request(make_request("batch", list(range(40 * BLOCK)), hints={"agent_class": "batch"}))
+    driver.step()
+    driver.step()
+    assert driver.jobs["batch"].rank == (True, 0)
+
+
+@both
 def test_a_full_lane_holds_others_back(asynchronous: bool) -> None:
     scheduler, driver = started(asynchronous, options={"lane_jobs": 1})
     for name in ("a", "b", "c"):

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from vllm_agentserve.lanes.chunks import ChunkQueue
 from vllm_agentserve.lanes.lane import Job
+from vllm_agentserve.policy.preemption import Rank
 from vllm_agentserve.policy.routes import LanePolicy, Prompt, Reason, Route, lanes_may_pay
 from vllm_agentserve.policy.slots import (
     PATIENCE_CHUNKS,
@@ -176,6 +177,10 @@ def test_the_rate_of_the_lane_is_a_share_of_the_device_until_it_is_measured() ->
         ([Waiting("a", False, 500), Waiting("b", False, 500)], "a"),
         ([Waiting("a", False, 9000, PATIENCE_CHUNKS), Waiting("b", True, 10)], "a"),
         ([Waiting("a", False, 9000, PATIENCE_CHUNKS - 1), Waiting("b", True, 10)], "b"),
+        # Class and level of the call go before that, but not before one that was overtaken for too long.
+        ([Waiting("a", True, 100, rank=Rank(False, 1)), Waiting("b", False, 900)], "b"),
+        ([Waiting("a", True, 100, rank=Rank(True, 0)), Waiting("b", False, 900, rank=Rank(False, 7))], "b"),
+        ([Waiting("a", False, 900, 64, Rank(True, 7)), Waiting("b", True, 100)], "a"),
     ],
 )
 def test_next_job(waiting: list[Waiting], chosen: str) -> None:
