@@ -27,7 +27,7 @@ from vllm_agentserve.bench.program_traffic import PROGRAM_WORKLOADS, Programs, s
 from vllm_agentserve.bench.programs import simulate
 from vllm_agentserve.bench.server import has_nvidia_driver, serving_environment
 from vllm_agentserve.bench.sessions import longest_context, warm_up_of
-from vllm_agentserve.bench.simulator import PATIENCE, Order
+from vllm_agentserve.bench.simulator import Order
 from vllm_agentserve.toy import make_toy_model
 from vllm_agentserve.vllm_compat import SCHEDULER_NAME, installed_vllm
 
@@ -40,7 +40,7 @@ def engine_options(given: Mapping[str, Any], policy: str, tokens: int) -> dict[s
     """Arguments of `LLM` for a policy, or for `calibration`, with room for sequences of so many tokens."""
     own: dict[str, Any] = {"mode": "stock"} if policy == "calibration" else {"mode": "time-sliced", "policy": policy}
     if policy in ("plas", "atlas"):
-        own |= {"max_bypass_steps": PATIENCE[policy], "program_quantum_ms": given["quantum_ms"]}
+        own |= {"program_quantum_ms": given["quantum_ms"]}
     ours = {"scheduler_cls": SCHEDULER_NAME, "additional_config": {"agentserve": own}}
     return {
         "dtype": "bfloat16",
