@@ -42,7 +42,7 @@ bench-lanes: setup
 	@$(RUN)/python -m vllm_agentserve.bench.interference --path engine --rounds 3 --output docs/results/lanes-engine.json \
 	  --arms stock stock-chunk=256 time-sliced-40ms lanes auto-40ms auto-20ms auto-12ms
 
-# An hour: programs on the engine at three loads, then the simulator against the engine.
+# Programs on the engine at three loads, then the simulator against the engine: 27 servers, then 8 engines, two minutes each.
 PLAS := program_quantum_ms=100
 bench-programs: setup
 	@for load in 0.5 0.8 0.95; do $(RUN)/agentserve bench run --workload programs --programs 48 --load $$load --slo-factor 0 --rounds 3 \
@@ -50,7 +50,7 @@ bench-programs: setup
 	@$(RUN)/python -m vllm_agentserve.bench.agreement --programs 32 --load 0.9 --rounds 2 --anonymous \
 	  --policies stock fcfs plas atlas --output docs/results/agreement.json
 
-# A quarter of an hour: the lane is killed fifty times under load, and every answer compared with stock's.
+# The lane is killed fifty times under load, and every answer compared with stock's; an hour at most.
 torture: setup
 	@AGENTSERVE_LANE_KILLS=50 $(RUN)/python -m pytest --timeout 3600 tests/test_lanes_faults.py -k "again_and_again"
 

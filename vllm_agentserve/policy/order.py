@@ -37,8 +37,8 @@ class AdmissionKey(NamedTuple):
         urgency: of the request.
         batch: whether its client said that nobody waits for it.
         level: of its program.
-        due: when its client wants it through, in the unit of `arrival`'s clock or any other that all share; infinite where
-            it did not say.
+        due: when its client wants it through, on one clock for all; infinite where it did not say. For requests that go ahead
+            of their class and level (`ahead`): when they came.
         cold: whether it stands in line with the cold prefills.
         uncached: tokens of a resume prefill; 0 for others, among which arrival decides.
         arrival: when it came, in any unit that grows with time.
