@@ -30,6 +30,7 @@ from vllm_agentserve.bench.client import Stream, StreamingClient
 from vllm_agentserve.bench.endpoint import read_counters
 from vllm_agentserve.bench.interference_figures import alone_summary, ratios, rounded, summary, table
 from vllm_agentserve.bench.measure import quantiles, split_gaps
+from vllm_agentserve.bench.replay import undisturbed
 from vllm_agentserve.bench.server import VllmServer, serving_environment
 from vllm_agentserve.config import SERIES
 from vllm_agentserve.toy import make_toy_model
@@ -217,7 +218,7 @@ def run_arm(path: str, arm: str, seed: int, resumes: bool = False) -> Run:
     """Runs one arm in processes of its own and returns what it gave."""
     if path == "http":
         options = [text for key, value in {**ENGINE_OPTIONS, **ARMS[arm]}.items() for text in serve_option(key, value)]
-        with VllmServer(make_toy_model(), options) as server:
+        with VllmServer(make_toy_model(), options) as server, undisturbed():
             return asyncio.run(run_http(server.url, seed, resumes))
     environment = serving_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
     command = [sys.executable, "-m", __spec__.name, "--worker", arm, "--seed", str(seed), "--path", path]
