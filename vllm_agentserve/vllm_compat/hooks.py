@@ -1,15 +1,21 @@
-"""What the plugin sets in every process: a field for our figures, an early check of our options, our logger."""
+"""What the plugin sets in every process: a field for our figures, an early check of our options, our logger.
+
+Each does nothing where vLLM asks the scheduler class itself (`upstream.py`), as it does with our patches.
+"""
 
 import dataclasses
-import logging
 from typing import Any
 
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.policy.hints import read_hints
 from vllm_agentserve.vllm_compat import STATS_FIELD, chooses_our_scheduler, is_our_scheduler
-from vllm_agentserve.vllm_compat.lanes import choose_lanes
+from vllm_agentserve.vllm_compat.upstream import UpstreamHooks
 
-logger = logging.getLogger("vllm.agentserve")
+
+def asked_upstream(name: str) -> bool:
+    """Whether this vLLM calls that class method of custom schedulers by itself."""
+    from vllm.v1.core.sched.interface import SchedulerInterface
+
+    return hasattr(SchedulerInterface, name)
 
 
 def add_stats_field() -> None:
@@ -35,20 +41,19 @@ def check_options_early() -> None:
 
     It also adds the connector where lanes are to run.
 
-    Retired by: patches/*/scheduler-cls-check-config.patch.
+    Retired by: patches/*/scheduler-cls-check-engine-args.patch.
     """
     from vllm.engine.arg_utils import EngineArgs
 
+    if asked_upstream("check_engine_args"):
+        return
     stock = EngineArgs.create_engine_config
     if getattr(stock, "agentserve", False):
         return
 
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         if is_our_scheduler(self.scheduler_cls):
-            options = AgentServeConfig.from_additional_config(self.additional_config)
-            obstacle = choose_lanes(self, options)
-            if obstacle is not None:
-                logger.info("agentserve: mode auto runs time-sliced: %s.", obstacle)
+            UpstreamHooks.check_engine_args(self)
         return stock(self, *args, **kwargs)
 
     create_engine_config.agentserve = True  # type: ignore[attr-defined]
@@ -61,9 +66,10 @@ def refuse_wrong_hints() -> None:
     It runs where requests come in, so the client gets status 400 and the engine never hears of the request.
     Retired by: patches/*/scheduler-cls-check-request.patch.
     """
-    from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
+    if asked_upstream("check_request"):
+        return
     stock = InputProcessor.process_inputs
     if getattr(stock, "agentserve", False):
         return
@@ -77,9 +83,7 @@ def refuse_wrong_hints() -> None:
                 and AgentServeConfig.from_additional_config(config.additional_config).strict_hints
             )
         if strict:
-            _, errors = read_hints(getattr(params, "extra_args", None))
-            if errors:
-                raise VLLMValidationError(f"{errors[0]}.", parameter=f"vllm_xargs.{errors[0].name}")
+            UpstreamHooks.check_request(params, self.vllm_config)
         return stock(self, request_id, prompt, params, *args, **kwargs)
 
     process_inputs.agentserve = True  # type: ignore[attr-defined]
@@ -91,10 +95,12 @@ def add_stat_logger() -> None:
 
     The entry point group `vllm.stat_logger_plugins` is not used: a logger found there turns statistics on in every engine
     of the machine, also where the user has turned them off and has not chosen our scheduler.
-    Retired by: patches/*/stat-logger-plugin-config.patch.
+    Retired by: patches/*/scheduler-cls-stat-loggers.patch.
     """
     from vllm.v1.metrics.loggers import StatLoggerManager
 
+    if asked_upstream("make_stat_loggers"):
+        return
     stock = StatLoggerManager.__init__
     if getattr(stock, "agentserve", False):
         return
@@ -102,11 +108,9 @@ def add_stat_logger() -> None:
     def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         stock(self, vllm_config, *args, **kwargs)
         if chooses_our_scheduler(vllm_config):
-            from vllm_agentserve.scheduler.metrics import AgentStatLogger
-
             # vLLM writes no log lines where several API servers share an engine: each would know only its part.
             quiet = kwargs.get("client_count", 1) > 1 or not kwargs.get("enable_default_loggers", True)
-            self.stat_loggers.append(AgentStatLogger(vllm_config, self.engine_indexes, log_lines=not quiet))
+            self.stat_loggers += UpstreamHooks.make_stat_loggers(vllm_config, self.engine_indexes, log_lines=not quiet)
 
     init.agentserve = True  # type: ignore[attr-defined]
     StatLoggerManager.__init__ = init

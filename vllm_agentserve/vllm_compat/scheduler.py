@@ -3,6 +3,14 @@
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from vllm.v1.core.sched.scheduler import Scheduler as StockScheduler
+
+CHUNK_LIMIT = "limit_prefill_chunk" if hasattr(StockScheduler, "limit_prefill_chunk") else "_reserve_prefill_lookahead"
+"""The method vLLM asks for every sequence, right before it allocates blocks, how many prompt tokens run.
+
+The first is public, where patches/*/scheduler-limit-prefill-chunk.patch is in; the second is there for another purpose.
+"""
+
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request

@@ -1,0 +1,51 @@
+"""What vLLM would ask a custom scheduler class by itself if our patches were in; until then `hooks.py` asks in its place."""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from vllm_agentserve.config import AgentServeConfig
+from vllm_agentserve.policy.hints import read_hints
+from vllm_agentserve.vllm_compat.lanes import choose_lanes
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.agentserve")
+
+
+class UpstreamHooks:
+    """Class methods of `AgentScheduler`, each the subject of one patch (patches/README.md)."""
+
+    @classmethod
+    def check_engine_args(cls, engine_args: Any) -> None:
+        """Checks our options, and adds the connector where lanes are to run.
+
+        Raises:
+            OptionError: an option is wrong, or lanes were asked for and cannot run.
+        """
+        options = AgentServeConfig.from_additional_config(engine_args.additional_config)
+        obstacle = choose_lanes(engine_args, options)
+        if obstacle is not None:
+            logger.info("agentserve: mode auto runs time-sliced: %s.", obstacle)
+
+    @classmethod
+    def check_request(cls, params: Any, vllm_config: "VllmConfig") -> None:
+        """Checks the hints of a request, in engines with option `strict_hints`.
+
+        Raises:
+            VLLMValidationError: one is wrong; the client gets status 400.
+        """
+        from vllm.exceptions import VLLMValidationError
+
+        if not AgentServeConfig.from_additional_config(vllm_config.additional_config).strict_hints:
+            return
+        _, errors = read_hints(getattr(params, "extra_args", None))
+        if errors:
+            raise VLLMValidationError(f"{errors[0]}.", parameter=f"vllm_xargs.{errors[0].name}")
+
+    @classmethod
+    def make_stat_loggers(cls, vllm_config: "VllmConfig", engine_indexes: list[int], log_lines: bool) -> list[Any]:
+        """The logger that puts our figures on `/metrics`, and in the log where lines are wanted."""
+        from vllm_agentserve.scheduler.metrics import AgentStatLogger
+
+        return [AgentStatLogger(vllm_config, engine_indexes, log_lines=log_lines)]
