@@ -5,8 +5,8 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pinned import pinned
 from schedulers import make_request
-from test_scheduler_steps import pinned
 
 from vllm_agentserve.policy.order import AdmissionKey, admission_key
 from vllm_agentserve.policy.phase import Phase
