@@ -50,10 +50,12 @@ class Announcer:
             self._logger.warning("agentserve: a prompt is not cut to the TPOT target because %s.", obstacle)
 
     def wrong_hint(self, error: HintError) -> None:
-        """Says, once per hint, that it is ignored; all unknown ones are one kind."""
+        """Says, once per hint, that it is ignored; all unknown ones are one kind. What the client sent stays out of the log."""
         kind = error.name if error.name in KNOWN else ""
         if kind not in self._wrong:
             self._wrong.add(kind)
             self._logger.warning(
-                "agentserve: a hint is ignored: %s. Further ones of this kind are only counted.", error
+                "agentserve: a hint is ignored: vllm_xargs[%s] must be %s. Further ones of this kind are only counted.",
+                repr(kind) if kind else "'agent_...'",
+                error.allowed,
             )
