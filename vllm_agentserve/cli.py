@@ -1,6 +1,7 @@
 """The command `agentserve`: demo, bench, top, doctor, toy-model."""
 
 import argparse
+import errno
 import json
 import signal
 import sys
@@ -14,6 +15,8 @@ from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
 from vllm_agentserve.vllm_compat import UnsupportedVllmError
 
 INTERRUPTED = 130
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
+"""A disk that is full, a quota or limit that is reached, a place that is not ours."""
 
 
 def options_argument(text: str) -> dict[str, Any]:
@@ -133,6 +136,15 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except UnsupportedVllmError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        print(
+            f"error: {error.filename or 'a file'} cannot be written: {error.strerror}. What was measured until then is kept; "
+            "make room there, or name another place with --output.",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("\nstopped; no server is left running", file=sys.stderr)
