@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test setup lint compat doctor bench bench-interference bench-lanes bench-programs bench-cost gpu-check torture clean
+.PHONY: demo test setup lint compat doctor bench bench-interference bench-lanes bench-programs bench-cost gpu-check torture soak clean
 
 demo: setup
 	@$(RUN)/agentserve demo
@@ -50,9 +50,14 @@ bench-programs: setup
 	@$(RUN)/python -m vllm_agentserve.bench.agreement --programs 32 --load 0.9 --rounds 2 --anonymous \
 	  --policies stock fcfs plas atlas --output docs/results/agreement.json
 
-# The lane is killed fifty times under load, and every answer compared with stock's; an hour at most.
+# Random episodes in every mode and order, every answer compared with stock's; then the lane is killed fifty times under load.
 torture: setup
+	@$(RUN)/python tests/torture/run.py --episodes 4 --output docs/results/torture.json
 	@AGENTSERVE_LANE_KILLS=50 $(RUN)/python -m pytest --timeout 3600 tests/test_lanes_faults.py -k "again_and_again"
+
+# Episodes for an hour, and a picture of the memory they took.
+soak: setup
+	@$(RUN)/python tests/torture/run.py --minutes 60 --output docs/results/soak.json
 
 # Eight minutes on a machine with one NVIDIA GPU; into bench-results/gpu-check.
 gpu-check: setup

@@ -197,6 +197,14 @@ class AgentServeConfig:
         low=0,
         high=1000,
     )
+    integrity_check_s: float | None = option(
+        None,
+        "s",
+        "An engine that has no request left checks its books, at most this often: KV blocks, queue, programs, lane. Faults are "
+        "logged and counted (`integrity_faults`). It takes about a millisecond per thousand KV blocks. Not set: never.",
+        low=0.0,
+        high=86_400.0,
+    )
     stats_interval_ms: float = option(
         250.0,
         "ms",

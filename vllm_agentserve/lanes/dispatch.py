@@ -1,6 +1,6 @@
 """The scheduler's half of the connector: who goes to the lane, which blocks it fills, and how the device is divided."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_agentserve.config import AgentServeConfig
@@ -60,6 +60,11 @@ class LaneDispatch:
     def busy(self) -> bool:
         """Whether jobs are on their way or under way."""
         return bool(self._in_flight)
+
+    @property
+    def in_flight(self) -> Collection[str]:
+        """The requests whose prompts are on their way or under way."""
+        return self._in_flight.keys()
 
     @property
     def slot(self) -> int:

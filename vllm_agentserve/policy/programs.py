@@ -4,8 +4,8 @@ A program is one run of an agent: many calls with tools between them. First come
 behind long ones at every turn; least attained service first does not, and needs no knowledge of the future.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Container, Iterator
 from math import log2
 from typing import Literal
 
@@ -205,6 +205,26 @@ class ProgramTable:
             if not program.calls:
                 left -= 1
                 yield key, program
+
+    def faults(self, known: Container[str]) -> list[str]:
+        """What does not balance, `known` being the calls there are; O(programs + calls)."""
+        found = [f"the call {name!r} of a program is gone" for name in self._calls if name not in known]
+        calls = Counter(id(call.program) for call in self._calls.values())
+        decoding = Counter(id(call.program) for call in self._calls.values() if call.decodes_since_ms is not None)
+        for key, program in self._programs.items():
+            if program.calls != calls[id(program)] or program.tally.calls != calls[id(program)]:
+                found.append(f"{key!r} counts {program.calls} calls under way, and has {calls[id(program)]}")
+            if program.decoding != decoding[id(program)] or (key in self._decoding) != bool(program.decoding):
+                found.append(f"{key!r} counts {program.decoding} decoding calls, and has {decoding[id(program)]}")
+            if not program.calls and program.tally.kv_tokens:
+                found.append(f"{key!r} has no calls, and holds {program.tally.kv_tokens} tokens")
+        levels = Counter(program.service_level for program in self._programs.values())
+        if self.by_service != [levels[level] for level in range(self._levels)]:
+            found.append("programs are not at the levels that are counted")
+        waiting = Counter(c.presence.level for c in self._calls.values() if c.presence.stage is Stage.WAITING)
+        if self.census.waiting != [waiting[level] for level in range(self._levels)]:
+            found.append("calls do not wait at the levels that are counted")
+        return found
 
     def _level(self, call: Call, now: float) -> int:
         if call.promoted:

@@ -123,6 +123,26 @@ class AgentQueue(RequestQueue):
         if place is not None and place.key is not None:
             self._out(place)
 
+    def faults(self, known: Container[str]) -> list[str]:
+        """What does not balance, `known` being the requests there are; O(n)."""
+        found = [f"the queue remembers {name!r}, which is gone" for name in self._places if name not in known]
+        entries = [*self._order, *self._parked]
+        listed = {name: (key, number) for key, number, name in entries}
+        if len(listed) != len(entries):
+            found.append("a request is in the queue twice")
+        for part in (self._order, self._parked):
+            if part != sorted(part):
+                found.append("the queue is not in order")
+        for name, place in self._places.items():
+            if listed.get(name) != (None if place.key is None else (place.key, place.number)):
+                found.append(f"{name!r} is not in the queue where its key says")
+        found += [f"{name!r} is in the queue without a place" for name in listed if name not in self._places]
+        if self._awaited.keys() != {name for _, _, name in self._parked}:
+            found.append("not the same requests are parked and wait for something")
+        if self._colds != sum(key.cold for key, _, _ in self._order):
+            found.append(f"the queue counts {self._colds} cold requests, and has others")
+        return found
+
     @property
     def parked(self) -> int:
         return len(self._parked)

@@ -21,6 +21,7 @@ from vllm_agentserve.policy.order import DECIDE_STEPS, LOOK_AHEAD
 from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.scheduler.admission import Admission
 from vllm_agentserve.scheduler.announcer import Announcer
+from vllm_agentserve.scheduler.integrity import Integrity
 from vllm_agentserve.scheduler.ledger import LaneLedger
 from vllm_agentserve.scheduler.preempter import Preempter
 from vllm_agentserve.scheduler.programs import ProgramTracker
@@ -29,6 +30,7 @@ from vllm_agentserve.scheduler.stats import StatsCollector
 from vllm_agentserve.scheduler.steps import Prefill, Step, StepLog
 from vllm_agentserve.vllm_compat import STATS_FIELD
 from vllm_agentserve.vllm_compat import scheduler as compat
+from vllm_agentserve.vllm_compat.upstream import UpstreamHooks
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.agentserve")
 
 
-class AgentScheduler(Scheduler):
+class AgentScheduler(UpstreamHooks, Scheduler):
     """The scheduler to name in `--scheduler-cls`; it is asynchronous where vLLM's own would be.
 
     Raises:
@@ -71,6 +73,7 @@ class AgentScheduler(Scheduler):
         budget_obstacle = "mode is 'stock'" if stock else compat.budget_obstacle(self)
         order_obstacle = "mode is 'stock'" if stock else compat.order_obstacle(self)
         self._cuts_prefills = budget_obstacle is None
+        self._stock_limit = getattr(super(), compat.CHUNK_LIMIT)
         self._said = Announcer(logger)
         self._lane: LaneDispatch | None = compat.lane_of(self)
         self._log = StepLog(self._controller, self._stats, self._lane.decoded if self._lane is not None else None)
@@ -92,6 +95,8 @@ class AgentScheduler(Scheduler):
         self._to_lane: LaneLedger | None = None
         if self._lane is not None:
             self._to_lane = LaneLedger(self._lane, self._controller, self._stats, self._admission, self._programs)
+        every_s = options.integrity_check_s
+        self.integrity = Integrity(self, lambda: self._prefills, self._queue, self._programs, self._lane, every_s)
         self._said.what_runs(
             options, self._lane is not None, isinstance(self, AsyncScheduler), budget_obstacle, order_obstacle
         )
@@ -127,11 +132,11 @@ class AgentScheduler(Scheduler):
             self._preempter.before_step(self._prefills)
         self._budget = self._plan(decodes, context) if self._cuts_prefills else None
         # vLLM asks the attribute of the instance: so the question costs nothing in steps without prefill.
-        self._reserve_prefill_lookahead = self._grant
+        setattr(self, compat.CHUNK_LIMIT, self._grant)
         try:
             output = super().schedule(throttle_prefills)
         finally:
-            del self._reserve_prefill_lookahead
+            delattr(self, compat.CHUNK_LIMIT)
             if self._queue is not None:
                 self._queue.closed = False
             if self._preempter is not None:
@@ -165,11 +170,11 @@ class AgentScheduler(Scheduler):
         )
 
     def _grant(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """Stands in for `Scheduler._reserve_prefill_lookahead`: how many of these tokens run in this step."""
+        """Stands in for vLLM's own `CHUNK_LIMIT`: how many of these tokens run in this step."""
         prefill = self._prefills.get(request.request_id)
         if prefill is None:
             if request.status == RequestStatus.RUNNING:
-                return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+                return self._stock_limit(request, num_computed_tokens, num_new_tokens)
             prefill = self._admit(request, num_computed_tokens)
         budget = self._budget
         if budget is not None and num_new_tokens > self._decode_width:
@@ -182,7 +187,7 @@ class AgentScheduler(Scheduler):
                 if not num_new_tokens and self._queue is not None and request.status != RequestStatus.RUNNING:
                     # Nothing is left for those behind it, whom vLLM 0.33 would ask for one by one.
                     self._queue.closed = True
-        return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        return self._stock_limit(request, num_computed_tokens, num_new_tokens)
 
     def _admit(self, request: Request, computed: int) -> Prefill:
         phase = self._to_lane.phase_of(request.request_id) if self._to_lane is not None else None
@@ -246,6 +251,7 @@ class AgentScheduler(Scheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self.log_stats and (now >= self._next_report or not self.running):
             self._report(outputs, now)
+        self.integrity.when_idle(self._stats, logger)
         return outputs
 
     def _report(self, outputs: dict[int, Any], now: float) -> None:

@@ -38,6 +38,7 @@ COUNTERS = {
     "program_preemptions": "Running calls that gave up their place to one of a better level.",
     "program_preempted_tokens": "Tokens computed again for calls that had given up their place.",
     "wrong_hints": "Hints of clients that were wrong, and so ignored.",
+    "integrity_faults": "Faults found in the scheduler's own books; with the option integrity_check_s only.",
     "overdue_requests": "Requests moved to the front of the queue because others had overtaken them for too long.",
     "slow_steps": "Decode steps that took longer than the upper threshold of the target.",
 }

@@ -11,7 +11,8 @@ SCHED, COMPAT, DISPATCH = "scheduler/scheduler.py", "vllm_compat/scheduler.py", 
 HOOKS, LANES, CUDA, CPU = "vllm_compat/hooks.py", "vllm_compat/lanes.py", "vllm_compat/cuda.py", "vllm_compat/cpu.py"
 RUNNER, GRAPHS, WORKER = "vllm_compat/cuda_runner.py", "vllm_compat/cuda_graphs.py", "vllm_compat/cuda_worker.py"
 CHUNKS, QUEUES, METRICS = "vllm_compat/chunks.py", "scheduler/queues.py", "scheduler/metrics.py"
-CONNECTOR = "lanes/connector.py"
+CONNECTOR, UPSTREAM = "lanes/connector.py", "vllm_compat/upstream.py"
+BOOKS, BALANCE = "vllm_compat/integrity.py", "scheduler/integrity.py"
 
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 REQUEST = "vllm.v1.request:Request"
@@ -25,7 +26,7 @@ CONFIG = "vllm.config:VllmConfig"
 SAMPLING = "vllm.sampling_params:SamplingParams"
 
 CONTRACT = (
-    *exports("vllm.v1.core.sched.scheduler", SCHED, "Scheduler"),
+    *exports("vllm.v1.core.sched.scheduler", f"{SCHED} {COMPAT}", "Scheduler"),
     *exports("vllm.v1.core.sched.async_scheduler", SCHED, "AsyncScheduler"),
     *overrides(
         SCHEDULER,
@@ -36,7 +37,6 @@ CONTRACT = (
         make_stats="...",
         reset_prefix_cache="reset_running_requests reset_connector",
         add_request="request",
-        _reserve_prefill_lookahead="request num_computed_tokens num_new_tokens",
         _preempt_request="request ...",
         _free_request="request ...",
     ),
@@ -49,27 +49,37 @@ CONTRACT = (
         _handle_failed_recving="failed_req_ids",
         _handle_blocked_waiting_request="request",
     ),
+    *overrides(SCHEDULER, COMPAT, _reserve_prefill_lookahead="request num_computed_tokens num_new_tokens"),
     # The two seams: vLLM asks the attribute of the instance, and everything that waits is in `waiting`.
-    *says(f"{SCHEDULER}.schedule", SCHED, "self._reserve_prefill_lookahead(", "self.waiting"),
+    *says(f"{SCHEDULER}.schedule", f"{SCHED} {COMPAT}", "self._reserve_prefill_lookahead(", "self.waiting"),
     *says(f"{SCHEDULER}._preempt_request", "scheduler/preempter.py", "self.waiting.prepend_request(request)"),
     *reads(SCHEDULER, SCHED, "cache_config kv_holding_waiting log_stats max_num_scheduled_tokens num_spec_tokens"),
-    *reads(SCHEDULER, SCHED, "parallel_config vllm_config waiting"),
+    *reads(SCHEDULER, SCHED, "parallel_config vllm_config"),
+    *reads(SCHEDULER, f"{SCHED} {BALANCE}", "waiting"),
+    *reads(SCHEDULER, BOOKS, "deferred_frees"),
     *reads(SCHEDULER, f"{SCHED} scheduler/preempter.py", "current_step"),
-    *reads(SCHEDULER, f"{SCHED} {COMPAT} scheduler/preempter.py", "running"),
-    *reads(SCHEDULER, f"{COMPAT} scheduler/admission.py", "requests"),
-    *reads(SCHEDULER, COMPAT, "block_size connector connector_prefix_cache_stats is_encoder_decoder kv_cache_manager"),
+    *reads(SCHEDULER, f"{SCHED} {COMPAT} {BALANCE} scheduler/preempter.py", "running"),
+    *reads(SCHEDULER, f"{COMPAT} {BOOKS} {BALANCE} scheduler/admission.py", "requests"),
+    *reads(SCHEDULER, COMPAT, "block_size connector connector_prefix_cache_stats is_encoder_decoder"),
+    *reads(SCHEDULER, f"{COMPAT} {BOOKS}", "kv_cache_manager"),
     *reads(SCHEDULER, COMPAT, "max_num_running_reqs need_mamba_block_aligned_split num_sampled_tokens_per_step"),
     *reads(SCHEDULER, COMPAT, "requires_kv_delivery scheduler_config"),
     *calls("vllm.v1.core.kv_cache_manager:KVCacheManager", COMPAT, prefix_cache_lookup_enabled="request"),
-    *reads("vllm.v1.core.kv_cache_manager:KVCacheManager", COMPAT, "block_pool coordinator"),
+    *reads("vllm.v1.core.kv_cache_manager:KVCacheManager", f"{COMPAT} {BOOKS}", "block_pool coordinator"),
     *calls(
         "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator",
         COMPAT,
         find_longest_cache_hit="block_hashes max_cache_hit_length",
     ),
-    *calls("vllm.v1.core.block_pool:BlockPool", COMPAT, get_num_free_blocks=""),
+    *calls("vllm.v1.core.block_pool:BlockPool", f"{COMPAT} {BOOKS}", get_num_free_blocks=""),
+    *reads("vllm.v1.core.block_pool:BlockPool", BOOKS, "blocks cached_block_hash_to_block free_block_queue"),
+    *calls("vllm.v1.core.block_pool:BlockHashToBlockMap", BOOKS, contain="key block_id"),
+    *calls("vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue", BOOKS, get_all_free_blocks=""),
+    *reads("vllm.v1.core.kv_cache_utils:KVCacheBlock", BOOKS, "block_hash block_id is_null ref_cnt"),
+    *reads("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator", BOOKS, "single_type_managers"),
+    *reads("vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager", BOOKS, "req_to_blocks"),
     *exports("vllm.v1.request", f"{QUEUES} {SCHED}", "Request"),
-    *reads(REQUEST, f"{SCHED} {COMPAT} {QUEUES} {DISPATCH} scheduler/admission.py", "request_id"),
+    *reads(REQUEST, f"{SCHED} {COMPAT} {QUEUES} {DISPATCH} {BALANCE} scheduler/admission.py", "request_id"),
     *reads(REQUEST, f"{SCHED} {COMPAT} scheduler/admission.py", "num_computed_tokens status"),
     *reads(REQUEST, f"{SCHED} {COMPAT} {DISPATCH} scheduler/admission.py scheduler/programs.py", "num_tokens"),
     *reads(REQUEST, f"{COMPAT} {LANES} scheduler/admission.py", "sampling_params"),
@@ -172,7 +182,9 @@ CONTRACT = (
     # What the plugin wraps in every process.
     *exports("vllm.engine.arg_utils", HOOKS, "EngineArgs"),
     *overrides(f"{ARGS}", HOOKS, create_engine_config="..."),
-    *reads(ARGS, HOOKS, "additional_config scheduler_cls"),
+    *reads(ARGS, HOOKS, "scheduler_cls"),
+    *reads(ARGS, UPSTREAM, "additional_config"),
+    *exports("vllm.v1.core.sched.interface", HOOKS, "SchedulerInterface"),
     *reads(
         ARGS, LANES, "data_parallel_size enable_chunked_prefill enable_lora enable_prefix_caching kv_transfer_config"
     ),
@@ -183,7 +195,7 @@ CONTRACT = (
     *exports("vllm.v1.engine.input_processor", HOOKS, "InputProcessor"),
     *overrides("vllm.v1.engine.input_processor:InputProcessor", HOOKS, process_inputs="request_id prompt params ..."),
     *reads("vllm.v1.engine.input_processor:InputProcessor", HOOKS, "vllm_config"),
-    *calls("vllm.exceptions", HOOKS, VLLMValidationError="message parameter="),
+    *calls("vllm.exceptions", UPSTREAM, VLLMValidationError="message parameter="),
     *exports("vllm.v1.metrics.stats", HOOKS, "SchedulerStats"),
     *exports(LOGGERS, HOOKS, "StatLoggerManager"),
     *overrides(f"{LOGGERS}:StatLoggerManager", HOOKS, __init__="vllm_config client_count= enable_default_loggers= ..."),
@@ -200,7 +212,7 @@ CONTRACT = (
     *calls("vllm.v1.metrics.utils", METRICS, create_metric_per_engine="metric per_engine_labelvalues"),
     # Configuration, platform, parameters of requests.
     *exports("vllm.config", f"vllm_compat/__init__.py {LANES} {CUDA} {CPU} {METRICS}", "ModelConfig VllmConfig"),
-    *reads(CONFIG, f"{SCHED} {CONNECTOR} {HOOKS}", "additional_config"),
+    *reads(CONFIG, f"{SCHED} {CONNECTOR} {HOOKS} {UPSTREAM}", "additional_config"),
     *reads(CONFIG, f"{CONNECTOR} {CUDA}", "cache_config"),
     *reads(CONFIG, f"{CUDA} {CPU} {RUNNER}", "compilation_config"),
     *reads(CONFIG, f"vllm_compat/__init__.py {SCHED} {RUNNER}", "scheduler_config"),
@@ -243,7 +255,7 @@ CONTRACT = (
     *exports("vllm", CUDA, "envs"),
     *exports("vllm.envs", CUDA, "VLLM_USE_V2_MODEL_RUNNER"),
     *calls("vllm.sampling_params", CPU, SamplingParams=""),
-    *reads(SAMPLING, f"{HOOKS} scheduler/admission.py", "extra_args"),
+    *reads(SAMPLING, f"{UPSTREAM} scheduler/admission.py", "extra_args"),
     *reads(SAMPLING, COMPAT, "seed"),
     *reads(SAMPLING, LANES, "prompt_logprobs"),
     *WORKERS,

@@ -1,0 +1,205 @@
+"""Runs episodes on a real engine in float32, and says what is not as it must be."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from lane_engine import worker
+from mix import LOGPROB_TOLERANCE, Answers, Completion, Job, differences, scheduler_of
+from vllm import LLM
+
+from torture.episode import Episode, Event, Request, prompt_of
+
+LOOK_EVERY_STEPS = 16
+"""So often the books are checked while requests run."""
+LIMIT_STEPS = 20_000
+"""An episode that takes more is stuck."""
+
+
+@dataclass
+class Outcome:
+    """What became of an episode."""
+
+    answers: Answers = field(default_factory=dict)
+    prompts: dict[str, list[int]] = field(default_factory=dict)
+    requests: int = 0
+    aborts: int = 0
+    preemptions: int = 0
+    faults: int = 0
+    """Lanes killed, caches reset, pauses."""
+    wrong: list[str] = field(default_factory=list)
+    """Books that do not balance, requests without an end."""
+
+
+class Rig:
+    """Args: llm: an engine in this process, with our scheduler or without."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        self.engine = llm.llm_engine
+        self.scheduler = scheduler_of(llm)
+        self._preempted = 0
+        preempt = self.scheduler._preempt_request
+
+        def counted(request: Any, *args: Any, **kwargs: Any) -> None:
+            self._preempted += 1
+            preempt(request, *args, **kwargs)
+
+        self.scheduler._preempt_request = counted
+
+    def run(self, episode: Episode) -> Outcome:
+        """Runs an episode from an empty prefix cache to its end."""
+        outcome = Outcome()
+        self._preempted = 0
+        self.lane_is_up()
+        self.scheduler.reset_prefix_cache()
+        waiting = sorted((one for one in episode.requests if one.follows is None), key=lambda one: one.step)
+        due = [(one.step, one) for one in waiting]
+        behind: dict[str, list[Request]] = {}
+        for one in episode.requests:
+            if one.follows is not None:
+                behind.setdefault(one.follows, []).append(one)
+        by_name = {one.name: one for one in episode.requests}
+        open_completions: dict[str, int] = {}
+        events = list(episode.events)
+        resume_at: int | None = None
+        step = 0
+        while due or events or resume_at is not None or self.engine.has_unfinished_requests():
+            if step > LIMIT_STEPS:
+                outcome.wrong.append(f"after {step} steps these have no end: {sorted(open_completions)}")
+                self.engine.abort_request(list(open_completions))
+                break
+            while events and events[0].step <= step:
+                event = events.pop(0)
+                outcome.faults += event.kind != "burst"
+                resume_at = self.happen(event, step, resume_at)
+            if resume_at is not None and step >= resume_at:
+                self.core.resume_scheduler()
+                resume_at = None
+            leaving = []
+            for request in [one for at, one in due if at <= step]:
+                parent = request.follows
+                context = outcome.prompts[parent] + outcome.answers[parent][0].tokens if parent is not None else []
+                prompt = outcome.prompts[request.name] = prompt_of(episode, request, context)
+                outcome.answers[request.name] = {}
+                outcome.requests += 1
+                parameters = request.parameters()
+                open_completions[request.name] = parameters.n
+                self.engine.add_request(
+                    request.name, {"prompt_token_ids": prompt}, parameters, session_id=request.session
+                )
+                if request.abort_after == 0:
+                    leaving.append(request.name)
+            due = [(at, one) for at, one in due if at > step]
+            for output in self.engine.step():
+                request = by_name[output.request_id]
+                for one in output.outputs:
+                    logprobs = [{token: entry.logprob for token, entry in at.items()} for at in one.logprobs or []]
+                    outcome.answers[request.name][one.index] = Completion(
+                        list(one.token_ids), one.text, logprobs, one.stop_reason
+                    )
+                if output.finished:
+                    open_completions.pop(request.name, None)
+                    due += [(step + child.step, child) for child in behind.get(request.name, [])]
+                elif request.abort_after and len(output.outputs[0].token_ids) >= request.abort_after:
+                    leaving.append(request.name)
+            leaving = [name for name in dict.fromkeys(leaving) if name in open_completions]
+            if leaving:
+                self.engine.abort_request(leaving)
+                outcome.aborts += len(leaving)
+                for name in leaving:
+                    del open_completions[name]
+            if step % LOOK_EVERY_STEPS == 0:
+                outcome.wrong += self.faults()
+            step += 1
+        self.settle(outcome)
+        outcome.preemptions = self._preempted
+        return outcome
+
+    @property
+    def core(self) -> Any:
+        return self.engine.engine_core.engine_core
+
+    def happen(self, event: Event, step: int, resume_at: int | None) -> int | None:
+        """Does what the event says; returns at which step the engine goes on, if it is paused."""
+        match event.kind:
+            case "reset":
+                self.scheduler.reset_prefix_cache()
+            case "reset_running":
+                self.scheduler.reset_prefix_cache(reset_running_requests=True)
+            case "pause" if resume_at is None:
+                self.core.pause_scheduler(mode="keep", clear_cache=False)
+                return step + event.length
+            case "kill_lane" if self.lane is not None:
+                os.kill(self.lane.pid, signal.SIGKILL)
+        return resume_at
+
+    @property
+    def lane(self) -> Any:
+        """The lane's process as the worker sees it; None where there is none."""
+        return worker()._lane if getattr(self.scheduler, "_lane", None) is not None else None
+
+    def lane_is_up(self) -> None:
+        """Waits for a lane that was killed, so that every episode has one."""
+        if self.lane is None:
+            return
+        for _ in range(3):  # the death may be noticed without a job, when the engine next looks
+            self.engine.step()
+        if not self.lane.ready:
+            self.lane.wait_until_ready()
+        self.scheduler._lane.policy.started()
+
+    def settle(self, outcome: Outcome) -> None:
+        """Steps an engine without requests until nothing is on its way any more, and looks at what is left."""
+        deadline = time.monotonic() + 30
+        while self.scheduler.requests and time.monotonic() < deadline:
+            self.engine.step()
+        if self.scheduler.requests:
+            outcome.wrong.append(f"these were never let go: {sorted(self.scheduler.requests)}")
+        outcome.wrong += self.faults()
+        if not outcome.wrong and self.scheduler.kv_cache_manager.usage:
+            outcome.wrong.append(f"KV blocks are in use without a request: {self.scheduler.kv_cache_manager.usage:.3f}")
+
+    def faults(self) -> list[str]:
+        books = getattr(self.scheduler, "integrity", None)
+        return books.faults() if books is not None else []
+
+
+def compare(episode: Episode, stock: Outcome, ours: Outcome) -> tuple[list[str], list[str]]:
+    """What differs from stock vLLM, and apart from that the answers in which two tokens were as likely (ties)."""
+    wrong, ties = list(ours.wrong), []
+    tied: set[str] = set()
+    for request in episode.requests:
+        if request.name not in ours.answers:
+            if request.follows not in tied:
+                wrong.append(f"{request.name}: was never sent")
+            continue
+        if request.follows in tied:
+            tied.add(request.name)
+            continue
+        parameters = request.parameters()
+        job = Job(request.name, 0, [], parameters, request.abort_after)
+        if found := differences([job], stock.answers, ours.answers):
+            if is_tie(stock.answers[request.name], ours.answers[request.name]):
+                tied.add(request.name)
+                ties.append(request.name)
+            else:
+                wrong += found
+    return wrong, ties
+
+
+def is_tie(stock: dict[int, Completion], ours: dict[int, Completion]) -> bool:
+    """Whether every difference begins where stock found both tokens as likely, as near as float32 tells."""
+    for index in stock.keys() & ours.keys():
+        a, b = stock[index], ours[index]
+        at = next((n for n, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=False)) if x != y), None)
+        if at is None:
+            continue
+        if at >= len(a.logprobs):
+            return False
+        x, y = a.logprobs[at].get(a.tokens[at]), a.logprobs[at].get(b.tokens[at])
+        if x is None or y is None or abs(x - y) > LOGPROB_TOLERANCE:
+            return False
+    return any(stock[index].tokens != ours[index].tokens for index in stock.keys() & ours.keys())

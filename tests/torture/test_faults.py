@@ -1,0 +1,114 @@
+"""Faults that need no server: queues of ten thousand, clocks that leap, a full disk. Nothing is lost."""
+
+import ast
+import itertools
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from schedulers import Driver, make_request, make_scheduler
+
+from vllm_agentserve.scheduler import admission, programs, queues, scheduler, steps
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "vllm_agentserve"
+
+
+def finish_all(driver: Driver, limit: int) -> int:
+    """Steps until nobody is left; returns how many steps that took."""
+    for step in range(limit):
+        if not driver.scheduler.requests and not driver.in_flight:
+            return step
+        driver.step()
+    raise AssertionError(f"{len(driver.scheduler.requests)} requests are left after {limit} steps")
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "plas", "atlas"])
+def test_ten_thousand_queued_requests_are_all_served(policy: str) -> None:
+    engine = make_scheduler(options={"mode": "time-sliced", "tpot_slo_ms": 40, "policy": policy}, max_num_seqs=64)
+    for number in range(10_000):
+        engine.add_request(make_request(f"r{number}", 20 + number % 7, max_tokens=2, session=f"s{number % 900}"))
+    assert engine.integrity.faults() == []
+    driver = Driver(engine)
+    for _ in range(40):
+        driver.step()
+    assert engine.integrity.faults() == []
+    finish_all(driver, 60_000)
+    assert engine.integrity.faults() == []
+    assert engine.get_num_unfinished_requests() == 0
+
+
+@pytest.mark.parametrize("leap_s", [3600.0 * 24 * 30, -5.0, 0.0])
+@pytest.mark.parametrize("policy", ["fcfs", "plas"])
+def test_a_clock_that_leaps_or_stands_still_stops_nobody(
+    leap_s: float, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every clock of ours leaps at every look: forward as after a suspension, backward as none should, or not at all."""
+    ticks = itertools.count(1)
+
+    def clock() -> float:
+        return 1e6 + next(ticks) * leap_s
+
+    for module, name in [
+        (scheduler, "perf_counter"),
+        (steps, "perf_counter"),
+        (admission, "monotonic"),
+        (programs, "monotonic"),
+    ]:
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, clock)
+    engine = make_scheduler(options={"mode": "time-sliced", "tpot_slo_ms": 40, "policy": policy}, max_num_seqs=4)
+    for number in range(24):
+        hints = {"agent_deadline_ms": 100} if number % 3 else None
+        engine.add_request(make_request(f"r{number}", 30 * (1 + number % 9), max_tokens=5, hints=hints))
+    finish_all(Driver(engine), 5000)
+    assert engine.integrity.faults() == []
+
+
+def test_the_wall_clock_decides_nothing() -> None:
+    """An administrator, or NTP, sets it; only clocks that run on are asked where something is decided."""
+    for path in [
+        file for part in ("policy", "scheduler", "lanes", "vllm_compat") for file in (PACKAGE / part).glob("*.py")
+    ]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                assert ast.unparse(node) not in ("time.time", "datetime.now", "datetime.utcnow"), (
+                    f"{path}:{node.lineno}"
+                )
+            if isinstance(node, ast.ImportFrom) and node.module == "time":
+                assert "time" not in [alias.name for alias in node.names], f"{path}:{node.lineno}"
+
+
+def test_a_full_disk_is_said_and_costs_nothing_that_was_measured(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(ROOT / "docs" / "results" / "bench-react-plas", folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".gz", ".jsonl")}
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_agentserve.cli", "bench", "report", str(folder)],
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
+    )
+    assert done.returncode == 1
+    assert "cannot be written: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert before == {name: (folder / name).read_bytes() for name in before}
+
+
+def test_a_queue_that_lost_its_order_is_found() -> None:
+    """The check above has teeth."""
+    engine: Any = make_scheduler(options={"mode": "time-sliced"})
+    for number in range(3):
+        engine.add_request(make_request(f"r{number}", 600))
+    queue: queues.AgentQueue = engine.waiting
+    queue._order.reverse()
+    queue._places["ghost"] = queue._places["r0"]
+    found = engine.integrity.faults()
+    assert "the queue is not in order" in found
+    assert "the queue remembers 'ghost', which is gone" in found

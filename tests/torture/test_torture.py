@@ -1,0 +1,100 @@
+"""The torture rig's short form: an episode each on two engines; and the rig itself finds what is planted."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lane_engine import lanes_run_here
+from mix import close, make_llm
+
+from torture.episode import Episode, Event, Request, draw
+from torture.rig import Rig, compare
+from torture.run import COMMON, POLICIES, references
+from torture.shrink import shrink
+
+SHORT = {
+    "time-sliced": draw(11, COMMON | POLICIES["atlas"] | {"mode": "time-sliced", "policy": "atlas"}),
+    "lanes": draw(12, COMMON | POLICIES["plas"] | {"mode": "lanes", "policy": "plas"}),
+}
+
+
+@pytest.fixture(scope="module")
+def stock(toy_model: Path) -> dict[int, Any]:
+    return references(list(SHORT.values()))
+
+
+@pytest.fixture(scope="module", params=["time-sliced", pytest.param("lanes", marks=lanes_run_here)])
+def rig(request: pytest.FixtureRequest, toy_model: Path, stock: dict[int, Any]) -> Iterator[tuple[Episode, Rig]]:
+    episode = SHORT[request.param]
+    llm = make_llm(toy_model, episode.options)
+    yield episode, Rig(llm)
+    close(llm)
+
+
+def test_an_episode_leaves_stocks_answers_and_balanced_books(rig: tuple[Episode, Rig], stock: dict[int, Any]) -> None:
+    episode, engine = rig
+    ours = engine.run(episode)
+    assert compare(episode, stock[episode.seed], ours)[0] == []
+    assert ours.aborts > 2
+    assert ours.preemptions > 0
+
+
+def test_a_leaked_block_is_found(rig: tuple[Episode, Rig], monkeypatch: pytest.MonkeyPatch) -> None:
+    episode, engine = rig
+    pool = engine.scheduler.kv_cache_manager.block_pool
+    block = pool.get_new_blocks(1)[0]
+    assert any("is counted as held 1 times, and is held 0 times" in fault for fault in engine.faults())
+    pool.free_blocks([block])
+    assert engine.faults() == []
+
+
+def test_a_forgotten_call_is_found(rig: tuple[Episode, Rig]) -> None:
+    _, engine = rig
+    table = engine.scheduler._programs.table
+    table.arrive("nobody", "p", None, 0.0)
+    assert engine.faults() == ["the call 'nobody' of a program is gone"]
+    table.finish("nobody", 0.0)
+    assert engine.faults() == []
+
+
+def test_episodes_are_drawn_from_their_seed_alone_and_survive_a_file() -> None:
+    episode = draw(5, {"mode": "auto"})
+    assert draw(5, {"mode": "auto"}) == episode
+    assert Episode.read(episode.write()) == episode
+    assert draw(6, {"mode": "auto"}) != episode
+
+
+def test_every_kind_of_request_and_event_is_drawn() -> None:
+    episodes = [draw(seed, {}) for seed in range(60)]
+    assert {event.kind for one in episodes for event in one.events} == {
+        "reset",
+        "reset_running",
+        "pause",
+        "kill_lane",
+        "burst",
+    }
+    requests = [request for one in episodes for request in one.requests]
+    assert {request.kind for request in requests} == {
+        "greedy", "logprobs", "seeded", "penalties", "structured", "twice", "stop",
+    }  # fmt: skip
+    assert any(request.cut and request.follows for request in requests)
+    assert any(request.edited for request in requests)
+
+
+def test_a_failing_episode_is_cut_down_to_what_it_takes() -> None:
+    """It fails when `b` follows `a` and the cache is reset; nothing else of forty requests matters."""
+    a = Request("a", 3, "greedy", 5)
+    b = replace(a, name="b", follows="a")
+    others = tuple(replace(a, name=f"other-{n}") for n in range(38))
+    episode = Episode(
+        1, {}, (*others[:20], a, *others[20:], b), (Event(1, "pause", 2), Event(4, "reset"), Event(9, "pause", 2))
+    )
+
+    def fails(one: Episode) -> bool:
+        return {"a", "b"} <= {request.name for request in one.requests} and any(e.kind == "reset" for e in one.events)
+
+    small = shrink(episode, fails, tries=60)
+    assert [request.name for request in small.requests] == ["a", "b"]
+    assert small.events == (Event(4, "reset"),)

@@ -1,0 +1,44 @@
+"""Whether vLLM's books of KV blocks balance: nothing leaked, nothing freed twice, nothing cached under a wrong name."""
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+
+def block_faults(scheduler: "Scheduler") -> list[str]:
+    """What is wrong with the blocks of a scheduler between two steps; O(blocks).
+
+    A block is held as often as requests have it in their tables, or is free exactly once; the null block belongs to nobody.
+    A request that nobody knows any more holds nothing.
+    """
+    manager = scheduler.kv_cache_manager
+    pool = manager.block_pool
+    held: Counter[int] = Counter()
+    found = []
+    for one in manager.coordinator.single_type_managers:
+        for request_id, blocks in one.req_to_blocks.items():
+            if blocks and request_id not in scheduler.requests:
+                found.append(f"{len(blocks)} KV blocks are held by the request {request_id!r}, which is gone")
+            held.update(block.block_id for block in blocks if not block.is_null)
+    for _, blocks in scheduler.deferred_frees:
+        held.update(block.block_id for block in blocks if not block.is_null)
+    free = Counter(block.block_id for block in pool.free_block_queue.get_all_free_blocks())
+    if pool.get_num_free_blocks() != free.total():
+        found.append(f"the pool counts {pool.get_num_free_blocks()} free KV blocks and lists {free.total()}")
+    for block in pool.blocks:
+        if block.is_null:
+            continue
+        number = block.block_id
+        if block.ref_cnt != held[number]:
+            found.append(
+                f"KV block {number} is counted as held {block.ref_cnt} times, and is held {held[number]} times"
+            )
+        if free[number] != (0 if held[number] else 1):
+            found.append(
+                f"KV block {number} is held {held[number]} times, and is {free[number]} times among the free ones"
+            )
+        if block.block_hash is not None and not pool.cached_block_hash_to_block.contain(block.block_hash, number):
+            found.append(f"KV block {number} has the hash of a prefix, and is not in the prefix cache")
+    return found
