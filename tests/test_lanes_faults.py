@@ -47,6 +47,14 @@ def test_a_lane_that_dies_or_hangs_costs_nothing_but_time(
     assert wrong(stock, run_cold(lanes)) == []
     assert counts(lanes)["lane_requests"] - before["lane_requests"] == 4
 
+    def reset(step: int) -> None:
+        """A lane that was started inside a step is waited for outside of one."""
+        if step == 7:
+            assert scheduler_of(lanes)._lane.busy
+            assert scheduler_of(lanes).reset_prefix_cache(reset_running_requests=True)
+
+    assert wrong(stock, run_cold(lanes, reset)) == []
+
 
 @lanes_run_here
 def test_a_chunk_that_fails_costs_its_prompt_nothing_but_time(

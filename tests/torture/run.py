@@ -90,9 +90,20 @@ def torture(
     rig = Rig(llm)
     failed = []
     for episode in episodes:
-        ours = rig.run(episode)
-        wrong, ties = compare(episode, stock[episode.seed], ours)
         tally.episodes += 1
+        try:
+            ours = rig.run(episode)
+        except Exception as error:
+            # The engine is not to be trusted any more; the episode is kept as it is.
+            print(f"{options['mode']} {options['policy']} seed {episode.seed}: {error!r}", flush=True)
+            tally.failures.append(f"{options['mode']} {options['policy']} seed {episode.seed}: {error!r}")
+            tally.mismatches += 1
+            failed.append(episode)
+            close(llm)
+            llm = make_llm(make_toy_model(), options)
+            rig = Rig(llm)
+            continue
+        wrong, ties = compare(episode, stock[episode.seed], ours)
         tally.requests += ours.requests
         tally.aborts += ours.aborts
         tally.preemptions += ours.preemptions

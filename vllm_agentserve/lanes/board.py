@@ -1,7 +1,5 @@
 """What the worker and its lane's process tell each other without a message: a few numbers in shared memory."""
 
-import torch
-
 from vllm_agentserve.lanes.memory import SharedMemory
 
 PLACES = ("decoding", "beat", "slot", "tokens", "seconds")
@@ -22,7 +20,8 @@ class Board:
 
     def __init__(self, descriptor: int | None = None) -> None:
         self._memory = SharedMemory(self.BYTES, descriptor)
-        self._numbers: torch.Tensor = self._memory.tensor(torch.float64)
+        # No tensor: one that is made inside a step could not be written outside of one.
+        self._numbers = self._memory.numbers()
 
     @property
     def descriptor(self) -> int:
@@ -32,7 +31,7 @@ class Board:
         self._memory.close()
 
     def __getitem__(self, name: str) -> float:
-        return float(self._numbers[PLACES.index(name)])
+        return self._numbers[PLACES.index(name)]
 
     def __setitem__(self, name: str, value: float) -> None:
         self._numbers[PLACES.index(name)] = value

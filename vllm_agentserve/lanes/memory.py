@@ -32,6 +32,10 @@ class SharedMemory:
         """All of it, shape (size / itemsize,)."""
         return torch.frombuffer(self._map, dtype=dtype)
 
+    def numbers(self) -> "memoryview[float]":
+        """All of it, as numbers of eight bytes."""
+        return memoryview(self._map).cast("d")
+
 
 class KvMemory:
     """The KV cache of a worker and its lane.
