@@ -118,7 +118,7 @@ def torture(
             tally.failures += [f"{name}: {line}" for line in wrong[:10]]
             # Stock's answers to the rest do not depend on what is left out.
             whole = stock[episode.seed]
-            failed.append(shrink(episode, lambda one, whole=whole: bool(compare(one, whole, rig.run(one))[0])))
+            failed.append(shrink(episode, lambda one, whole=whole, rig=rig: bool(compare(one, whole, rig.run(one))[0])))
     close(llm)
     gc.collect()
     return failed
