@@ -141,8 +141,8 @@ def main(argv: list[str] | None = None) -> int:
         if error.errno not in UNWRITABLE:
             raise
         print(
-            f"error: {error.filename or 'a file'} cannot be written: {error.strerror}. What was measured until then is kept; "
-            "make room there, or name another place with --output.",
+            f"error: {error.filename or 'a file'}: {error.strerror}. What was measured until then is kept; make room there, or "
+            "name another place.",
             file=sys.stderr,
         )
         return 1
