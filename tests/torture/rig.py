@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from lane_engine import worker
+from lane_engine import lane_is_up, worker
 from mix import LOGPROB_TOLERANCE, Answers, Completion, Job, differences, scheduler_of
 from vllm import LLM
 
@@ -62,14 +62,14 @@ class Rig:
             if one.follows is not None:
                 behind.setdefault(one.follows, []).append(one)
         by_name = {one.name: one for one in episode.requests}
-        open_completions: dict[str, int] = {}
+        unanswered: set[str] = set()
         events = list(episode.events)
         resume_at: int | None = None
         step = 0
         while due or events or resume_at is not None or self.engine.has_unfinished_requests():
             if step > LIMIT_STEPS:
-                outcome.wrong.append(f"after {step} steps these have no end: {sorted(open_completions)}")
-                self.engine.abort_request(list(open_completions))
+                outcome.wrong.append(f"after {step} steps these have no end: {sorted(unanswered)}")
+                self.engine.abort_request(list(unanswered))
                 break
             while events and events[0].step <= step:
                 event = events.pop(0)
@@ -85,10 +85,9 @@ class Rig:
                 prompt = outcome.prompts[request.name] = prompt_of(episode, request, context)
                 outcome.answers[request.name] = {}
                 outcome.requests += 1
-                parameters = request.parameters()
-                open_completions[request.name] = parameters.n
+                unanswered.add(request.name)
                 self.engine.add_request(
-                    request.name, {"prompt_token_ids": prompt}, parameters, session_id=request.session
+                    request.name, {"prompt_token_ids": prompt}, request.parameters(), session_id=request.session
                 )
                 if request.abort_after == 0:
                     leaving.append(request.name)
@@ -101,16 +100,15 @@ class Rig:
                         list(one.token_ids), one.text, logprobs, one.stop_reason
                     )
                 if output.finished:
-                    open_completions.pop(request.name, None)
+                    unanswered.discard(request.name)
                     due += [(step + child.step, child) for child in behind.get(request.name, [])]
                 elif request.abort_after and len(output.outputs[0].token_ids) >= request.abort_after:
                     leaving.append(request.name)
-            leaving = [name for name in dict.fromkeys(leaving) if name in open_completions]
+            leaving = [name for name in dict.fromkeys(leaving) if name in unanswered]
             if leaving:
                 self.engine.abort_request(leaving)
                 outcome.aborts += len(leaving)
-                for name in leaving:
-                    del open_completions[name]
+                unanswered -= set(leaving)
             if step % LOOK_EVERY_STEPS == 0:
                 outcome.wrong += self.faults()
             step += 1
@@ -147,9 +145,7 @@ class Rig:
             return
         for _ in range(3):  # the death may be noticed without a job, when the engine next looks
             self.engine.step()
-        if not self.lane.ready:
-            self.lane.wait_until_ready()
-        self.scheduler._lane.policy.started()
+        lane_is_up(self.llm)
 
     def settle(self, outcome: Outcome) -> None:
         """Steps an engine without requests until nothing is on its way any more, and looks at what is left."""

@@ -1,6 +1,6 @@
 """The torture rig's command: random episodes in every mode and order, each compared with stock vLLM.
 
-    python tests/torture/run.py --episodes 4                 # per configuration; about ten minutes
+    python tests/torture/run.py --episodes 1                 # per configuration; four minutes
     python tests/torture/run.py --minutes 60                 # rounds with new seeds until then: a soak
     python tests/torture/run.py --replay FILE                # a failing episode that an earlier run has written
 
@@ -91,12 +91,13 @@ def torture(
     failed = []
     for episode in episodes:
         tally.episodes += 1
+        name = f"{options['mode']} {options['policy']} seed {episode.seed}"
         try:
             ours = rig.run(episode)
         except Exception as error:
             # The engine is not to be trusted any more; the episode is kept as it is.
-            print(f"{options['mode']} {options['policy']} seed {episode.seed}: {error!r}", flush=True)
-            tally.failures.append(f"{options['mode']} {options['policy']} seed {episode.seed}: {error!r}")
+            print(f"{name}: {error!r}", flush=True)
+            tally.failures.append(f"{name}: {error!r}")
             tally.mismatches += 1
             failed.append(episode)
             close(llm)
@@ -111,7 +112,6 @@ def torture(
         tally.mismatches += len(wrong)
         tally.ties += len(ties)
         tally.rss_mib.append((round((time.monotonic() - began) / 3600, 4), round(resident_mib(), 1)))
-        name = f"{options['mode']} {options['policy']} seed {episode.seed}"
         print(f"{name}: {ours.requests} requests, {len(wrong)} wrong, {len(ties)} ties", flush=True)
         if wrong:
             print("\n".join(f"  {line}" for line in wrong[:10]), flush=True)
