@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,34 +52,66 @@ def run_replay(url: str, sessions: list[Session], **more) -> Replay:
     return replay
 
 
+def bare_intervals(url: str, tokens: int, streams: int) -> np.ndarray:
+    """Of as many streams, read by as little code as there can be: a socket, and a clock beside it. Milliseconds."""
+    body = json.dumps({"max_tokens": tokens}).encode()
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: bare\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    )
+
+    async def stream(start_s: float) -> list[float]:
+        await asyncio.sleep(start_s)
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        writer.write(head % len(body) + body)
+        stamps = []
+        while data := await reader.read(1 << 16):
+            stamps += [time.perf_counter()] * data.count(b'"token_ids"')
+        writer.close()
+        return stamps
+
+    async def all_streams() -> list[list[float]]:
+        return await asyncio.gather(*(stream(index * INTERVAL_S / streams) for index in range(streams)))
+
+    return np.concatenate([np.diff(one) * 1000 for one in uvloop.run(all_streams())])
+
+
 @pytest.mark.parametrize("streams", [1, 16, 64])
 def test_the_client_adds_no_delay(tmp_path: Path, streams: int) -> None:
-    """Percentiles of the intervals as the client stamps them against those at which the server wrote the tokens.
+    """Percentiles of the intervals as the client stamps them against those at which the server wrote the tokens, and how
+    far off a bare socket is beside it: what a busy machine adds, it adds to both.
 
-    The progress bar is at work, as in a measurement. A busy machine may spoil an attempt, not three.
+    The progress bar is at work, as in a measurement. Of several attempts one has to be undisturbed; a client that delays does
+    so in all.
     """
+    tokens = 150
 
-    def error_ms() -> dict[str, float]:
+    def error_ms(bare: bool) -> dict[str, float]:
         log = tmp_path / "stamps"
         log.write_text("")
-        sessions = [
-            Session(f"s{index}", f"a{index}", (Turn((1,) * 100, 150),), start_s=index * INTERVAL_S / streams)
-            for index in range(streams)
-        ]
         options = ("--interval-s", str(INTERVAL_S), "--stamps", str(log))
         with token_server(*options) as url, Progress(Console(quiet=True)) as progress:
-            progress.begin(streams)
-            replay = run_replay(url, sessions, on_turn=progress.advance)
-        seen = np.concatenate([np.diff(one.stamps_us) / 1000 for one in replay.records])
+            if bare:
+                seen = bare_intervals(url, tokens, streams)
+            else:
+                sessions = [
+                    Session(f"s{index}", f"a{index}", (Turn((1,) * 100, tokens),), start_s=index * INTERVAL_S / streams)
+                    for index in range(streams)
+                ]
+                progress.begin(streams)
+                replay = run_replay(url, sessions, on_turn=progress.advance)
+                seen = np.concatenate([np.diff(one.stamps_us) / 1000 for one in replay.records])
         written = np.concatenate([np.diff(json.loads(line)) * 1000 for line in log.read_text().splitlines()])
-        assert len(seen) == len(written) == streams * 149
+        assert len(seen) == len(written) == streams * (tokens - 1)
         quantiles = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
         return {name: abs(np.quantile(seen, q) - np.quantile(written, q)) for name, q in quantiles.items()}
 
-    errors = [error_ms()]
-    while max(errors[-1].values()) >= 1.0 and len(errors) < 3:
-        errors.append(error_ms())
-    assert max(errors[-1].values()) < 1.0, errors
+    attempts = []
+    while len(attempts) < 5:
+        errors, bare = error_ms(bare=False), error_ms(bare=True)
+        attempts.append((errors, bare))
+        if all(errors[name] < bare[name] + 1.0 for name in errors):
+            return
+    pytest.fail(f"client and bare socket, ms: {attempts}")
 
 
 def test_stamps_and_tokens() -> None:
