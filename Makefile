@@ -55,9 +55,9 @@ torture: setup
 	@$(RUN)/python tests/torture/run.py --episodes 4 --output docs/results/torture.json
 	@AGENTSERVE_LANE_KILLS=50 $(RUN)/python -m pytest --timeout 3600 tests/test_lanes_faults.py -k "again_and_again"
 
-# Episodes for an hour, and a picture of the memory they took.
+# One engine under such episodes for an hour, and a picture of its memory.
 soak: setup
-	@$(RUN)/python tests/torture/run.py --minutes 60 --output docs/results/soak.json
+	@$(RUN)/python tests/torture/soak.py --minutes 60 --output docs/results/soak.json --picture docs/results/soak.png
 
 # Eight minutes on a machine with one NVIDIA GPU; into bench-results/gpu-check.
 gpu-check: setup

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from lane_driver import LaneDriver, LaneReport, Slot, both, counts, started
-from schedulers import make_request, make_scheduler
+from lane_driver import PARKED, LaneDriver, LaneReport, Slot, both, counts, started, status
+from schedulers import BLOCK, make_request, make_scheduler
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
@@ -96,6 +96,51 @@ def test_the_cache_is_reset_while_the_lane_works(asynchronous: bool, monkeypatch
     assert set(scheduler.requests) == {"stream", "a"}
     rows = driver.until("a") if "a" not in driver.step() else []
     assert len(rows) < 40
+
+
+@both
+def test_the_cache_is_reset_while_a_prompt_the_lane_has_computed_waits_for_a_place(asynchronous: bool) -> None:
+    """Nothing is under way, but who waits holds the blocks."""
+    scheduler, driver = started(asynchronous, max_num_seqs=2)
+    scheduler.add_request(make_request("cold", 400))
+    driver.step()
+    driver.step()
+    scheduler.add_request(make_request("other", 50))
+    driver.until("other")
+    driver.end("cold")
+    for _ in range(4):
+        driver.step()
+    assert (status(scheduler, "cold"), scheduler._lane.busy) == (PARKED, False)
+    while driver.in_flight:
+        driver.finish()
+    assert scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert scheduler.kv_cache_manager.usage == 0.0
+    scheduler.finish_requests("other", RequestStatus.FINISHED_ABORTED)
+    driver.until("cold")
+    assert scheduler.integrity.faults() == []
+
+
+@both
+def test_the_cache_is_reset_while_a_prompt_the_lane_has_computed_finds_no_room(asynchronous: bool) -> None:
+    """The prompt fills its blocks, and its last token needs one more."""
+    scheduler, driver = started(asynchronous, num_blocks=30)
+    scheduler.add_request(make_request("cold", 24 * BLOCK + 1))
+    driver.step()
+    driver.step()
+    scheduler.add_request(make_request("other", 40))
+    free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks
+    while free():
+        driver.step()
+    driver.end("cold")
+    while status(scheduler, "cold") == PARKED:
+        driver.step()
+    assert (status(scheduler, "cold"), scheduler.requests["cold"].num_computed_tokens) == (RequestStatus.WAITING, 384)
+    while driver.in_flight:
+        driver.finish()
+    assert scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert scheduler.kv_cache_manager.usage == 0.0
+    driver.until("cold")
+    assert scheduler.integrity.faults() == []
 
 
 def test_a_lane_in_another_process_cannot_be_drained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """The torture rig's command: random episodes in every mode and order, each compared with stock vLLM.
 
     python tests/torture/run.py --episodes 1                 # per configuration; four minutes
-    python tests/torture/run.py --minutes 60                 # rounds with new seeds until then: a soak
     python tests/torture/run.py --replay FILE                # a failing episode that an earlier run has written
 
 An episode that fails is cut down and written to `--failures`; the command to run it again is printed, and the exit code is 1.
@@ -20,7 +19,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import conftest  # noqa: F401  the environment of the tests
-import psutil
 from mix import close, make_llm
 
 from torture.episode import Episode, draw
@@ -45,11 +43,16 @@ POLICIES: dict[str, dict[str, Any]] = {
 MODES = ("lanes", "time-sliced", "auto", "stock")
 
 
+def options_of(mode: str, policy: str) -> dict[str, Any]:
+    """Options of the scheduler with which much happens in little time."""
+    return COMMON | POLICIES[policy] | {"mode": mode, "policy": policy}
+
+
 def configurations() -> list[dict[str, Any]]:
     """Every mode with every order, the most different ones first."""
     pairs = sorted(itertools.product(range(len(MODES)), range(len(POLICIES))), key=lambda p: ((p[0] + p[1]) % 3, p))
     policies = list(POLICIES)
-    return [COMMON | POLICIES[policies[p]] | {"mode": MODES[m], "policy": policies[p]} for m, p in pairs]
+    return [options_of(MODES[m], policies[p]) for m, p in pairs]
 
 
 @dataclass
@@ -63,14 +66,21 @@ class Tally:
     faults: int = 0
     mismatches: int = 0
     ties: int = 0
-    rss_mib: list[tuple[float, float]] = field(default_factory=list)
-    """(hours since the start, resident memory of the engine's process and its lane), after every episode."""
     failures: list[str] = field(default_factory=list)
 
-
-def resident_mib() -> float:
-    me = psutil.Process()
-    return sum(one.memory_info().rss for one in (me, *me.children(recursive=True))) / 2**20
+    def add(self, name: str, outcome: Outcome, wrong: list[str], ties: list[str]) -> None:
+        """An episode is over; what it got wrong is printed."""
+        self.episodes += 1
+        self.requests += outcome.requests
+        self.aborts += outcome.aborts
+        self.preemptions += outcome.preemptions
+        self.faults += outcome.faults
+        self.mismatches += len(wrong)
+        self.ties += len(ties)
+        self.failures += [f"{name}: {line}" for line in wrong[:10]]
+        print(f"{name}: {outcome.requests} requests, {len(wrong)} wrong, {len(ties)} ties", flush=True)
+        for line in wrong[:10]:
+            print(f"  {line}", flush=True)
 
 
 def references(episodes: list[Episode]) -> dict[int, Outcome]:
@@ -82,40 +92,26 @@ def references(episodes: list[Episode]) -> dict[int, Outcome]:
     return answers
 
 
-def torture(
-    options: dict[str, Any], episodes: list[Episode], stock: dict[int, Outcome], tally: Tally, began: float
-) -> list[Episode]:
+def torture(options: dict[str, Any], episodes: list[Episode], stock: dict[int, Outcome], tally: Tally) -> list[Episode]:
     """Runs episodes on one engine; returns those that failed, cut down."""
     llm = make_llm(make_toy_model(), options)
     rig = Rig(llm)
     failed = []
     for episode in episodes:
-        tally.episodes += 1
         name = f"{options['mode']} {options['policy']} seed {episode.seed}"
         try:
             ours = rig.run(episode)
         except Exception as error:
             # The engine is not to be trusted any more; the episode is kept as it is.
-            print(f"{name}: {error!r}", flush=True)
-            tally.failures.append(f"{name}: {error!r}")
-            tally.mismatches += 1
+            tally.add(name, Outcome(), [repr(error)], [])
             failed.append(episode)
             close(llm)
             llm = make_llm(make_toy_model(), options)
             rig = Rig(llm)
             continue
         wrong, ties = compare(episode, stock[episode.seed], ours)
-        tally.requests += ours.requests
-        tally.aborts += ours.aborts
-        tally.preemptions += ours.preemptions
-        tally.faults += ours.faults
-        tally.mismatches += len(wrong)
-        tally.ties += len(ties)
-        tally.rss_mib.append((round((time.monotonic() - began) / 3600, 4), round(resident_mib(), 1)))
-        print(f"{name}: {ours.requests} requests, {len(wrong)} wrong, {len(ties)} ties", flush=True)
+        tally.add(name, ours, wrong, ties)
         if wrong:
-            print("\n".join(f"  {line}" for line in wrong[:10]), flush=True)
-            tally.failures += [f"{name}: {line}" for line in wrong[:10]]
             # Stock's answers to the rest do not depend on what is left out.
             whole = stock[episode.seed]
             failed.append(shrink(episode, lambda one, whole=whole, rig=rig: bool(compare(one, whole, rig.run(one))[0])))
@@ -126,10 +122,7 @@ def torture(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--episodes", type=int, default=4, help="per configuration and round (default: 4)")
-    parser.add_argument(
-        "--minutes", type=float, default=0.0, help="rounds until so much time has passed (default: one round)"
-    )
+    parser.add_argument("--episodes", type=int, default=4, help="per configuration (default: 4)")
     parser.add_argument("--configurations", type=int, default=0, help="only the first so many (default: all)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, help="where the figures go, as JSON")
@@ -139,25 +132,22 @@ def main() -> int:
     tally, began = Tally(), time.monotonic()
     if arguments.replay:
         episode = Episode.read(arguments.replay.read_text())
-        return bool(torture(episode.options, [episode], references([episode]), tally, began))
+        return bool(torture(episode.options, [episode], references([episode]), tally))
     chosen = configurations()[: arguments.configurations or None]
     seeds = itertools.count(arguments.seed)
     failed: list[Episode] = []
-    while True:
-        batches = [[draw(next(seeds), options) for _ in range(arguments.episodes)] for options in chosen]
-        stock = references([episode for batch in batches for episode in batch])
-        for options, batch in zip(chosen, batches, strict=True):
-            failed += torture(options, batch, stock, tally, began)
-        if time.monotonic() - began >= arguments.minutes * 60:
-            break
+    batches = [[draw(next(seeds), options) for _ in range(arguments.episodes)] for options in chosen]
+    stock = references([episode for batch in batches for episode in batch])
+    for options, batch in zip(chosen, batches, strict=True):
+        failed += torture(options, batch, stock, tally)
     figures = {
         "command": " ".join(["python", "tests/torture/run.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
-        "hours": round((time.monotonic() - began) / 3600, 3),
+        "minutes": round((time.monotonic() - began) / 60, 1),
         "configurations": len(chosen),
         **vars(tally),
     }
-    print(json.dumps({key: value for key, value in figures.items() if key != "rss_mib"}, indent=1))
+    print(json.dumps(figures, indent=1))
     if arguments.output:
         arguments.output.write_text(json.dumps(figures) + "\n")
     for episode in failed:

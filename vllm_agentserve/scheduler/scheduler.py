@@ -268,9 +268,9 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         return super().make_stats(*args, **kwargs)
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
-        if reset_running_requests and self._lane is not None and self._lane.busy:
+        if reset_running_requests and self._lane is not None:
             # Blocks that the lane fills cannot be freed under it: its prompts wait again, as running ones do.
-            compat.take_back(self, self._lane.drain())
+            compat.take_back(self, self._lane.drain() if self._lane.busy else set())
         return super().reset_prefix_cache(reset_running_requests, reset_connector)
 
     # -- waiting requests -----------------------------------------------------------------------------------------------

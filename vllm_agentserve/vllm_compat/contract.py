@@ -62,9 +62,12 @@ CONTRACT = (
     *reads(SCHEDULER, f"{COMPAT} {BOOKS} {BALANCE} scheduler/admission.py", "requests"),
     *reads(SCHEDULER, COMPAT, "block_size connector connector_prefix_cache_stats is_encoder_decoder"),
     *reads(SCHEDULER, f"{COMPAT} {BOOKS}", "kv_cache_manager"),
+    *reads(SCHEDULER, COMPAT, "finished_recving_kv_req_ids"),
     *reads(SCHEDULER, COMPAT, "max_num_running_reqs need_mamba_block_aligned_split num_sampled_tokens_per_step"),
     *reads(SCHEDULER, COMPAT, "requires_kv_delivery scheduler_config"),
-    *calls("vllm.v1.core.kv_cache_manager:KVCacheManager", COMPAT, prefix_cache_lookup_enabled="request"),
+    *calls(
+        "vllm.v1.core.kv_cache_manager:KVCacheManager", COMPAT, free="request", prefix_cache_lookup_enabled="request"
+    ),
     *reads("vllm.v1.core.kv_cache_manager:KVCacheManager", f"{COMPAT} {BOOKS}", "block_pool coordinator"),
     *calls(
         "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator",
@@ -100,8 +103,8 @@ CONTRACT = (
     ),
     *exports("vllm.v1.request", f"{SCHED} {COMPAT} scheduler/admission.py", "RequestStatus"),
     *reads("vllm.v1.request:RequestStatus", SCHED, "RUNNING"),
-    *reads("vllm.v1.request:RequestStatus", "scheduler/admission.py", "PREEMPTED"),
-    *reads("vllm.v1.request:RequestStatus", COMPAT, "WAITING_FOR_REMOTE_KVS"),
+    *reads("vllm.v1.request:RequestStatus", f"{COMPAT} scheduler/admission.py", "PREEMPTED"),
+    *reads("vllm.v1.request:RequestStatus", COMPAT, "WAITING"),
     *implements(
         QUEUE,
         QUEUES,

@@ -84,25 +84,28 @@ def drop_external_hits(scheduler: "Scheduler") -> None:
         scheduler.connector_prefix_cache_stats = type(statistics)()
 
 
-def take_back(scheduler: "Scheduler", request_ids: set[str]) -> None:
-    """Puts requests whose asynchronous load was cancelled back among the waiting ones, without blocks.
+def take_back(scheduler: "Scheduler", cancelled: set[str]) -> None:
+    """Puts requests whose asynchronous load is over among the waiting ones again, without blocks.
 
-    Retired by: `Scheduler.reset_prefix_cache` cancelling the loads that are under way.
+    Args:
+        scheduler: whose requests.
+        cancelled: loads that were ended; those that had ended by themselves, but whose requests do not run yet, are found.
+
+    Retired by: `Scheduler.reset_prefix_cache` taking back loads that are under way, and loads whose request waits for a place.
     """
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import RequestStatus
 
-    ended = KVConnectorOutput(finished_recving=set(request_ids))
-    waiting = [
-        request
-        for request in map(scheduler.requests.get, request_ids)
-        if request is not None and request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
-    ]
-    scheduler._update_from_kv_xfer_finished(ended)
-    for request in waiting:
-        scheduler._handle_failed_recving({request.request_id})
-        request.num_computed_tokens = 0
-        scheduler._handle_blocked_waiting_request(request)
+    scheduler._update_from_kv_xfer_finished(KVConnectorOutput(finished_recving=set(cancelled)))
+    for request in list(scheduler.requests.values()):
+        if request.request_id in scheduler.finished_recving_kv_req_ids:
+            scheduler._handle_failed_recving({request.request_id})
+            request.num_computed_tokens = 0
+            scheduler._handle_blocked_waiting_request(request)
+        elif request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED) and request.num_computed_tokens:
+            # Its load is taken in already, but it found no room for its first step.
+            scheduler.kv_cache_manager.free(request)
+            request.num_computed_tokens = 0
 
 
 def finds_no_place(scheduler: "Scheduler", waiting: "Request") -> bool:
