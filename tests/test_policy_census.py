@@ -195,3 +195,33 @@ def test_counts_agree_with_the_calls(history: list[tuple[str, int]]) -> None:
     assert sum(programs.census.kv_tokens(tally) for tally in tallies) == sum(held.values())
     assert sum(programs.census.decoded(tally)[0] for tally in tallies) == decoded
     assert set(programs.census.active(10)) == {f"p{int(call[1:]) % 3}" for call in live}
+
+
+def test_a_second_call_of_a_program_is_another_turn() -> None:
+    programs = table()
+    for call in "ab":
+        programs.arrive(call, "p", None, 0.0)
+    assert program(programs, "p").tally.turns == 2
+    assert programs.census.active(10) == ["p"]
+    programs.finish("a", 1.0)
+    assert programs.census.active(10) == ["p"]
+    programs.finish("b", 1.0)
+    assert programs.census.active(10) == []
+
+
+def test_a_call_that_moves_leaves_its_level() -> None:
+    programs = table()
+    for call in "abc":
+        programs.arrive(call, "p", None, 0.0)
+    assert programs.census.waiting == [3, 0, 0, 0]
+    programs.charge("a", 150.0)
+    programs.level("a", 0.0)
+    assert programs.census.waiting == [2, 1, 0, 0]
+
+
+def test_clocks_begin_at_nothing() -> None:
+    programs = table()
+    programs.arrive("a", "p", None, 0.0)
+    programs.decodes("a")
+    tally = program(programs, "p").tally
+    assert (tally.decode_tokens, tally.decode_ms, tally.kv_tokens) == (0, 0.0, 0)

@@ -108,3 +108,12 @@ def test_families_are_bounded() -> None:
     assert len(known) == 10
     assert known.root("child-99", None) == "parent"
     assert known.root("child-1", None) == "child-1"
+
+
+def test_of_families_the_longest_unseen_is_forgotten() -> None:
+    known = Families(capacity=2)
+    known.root("a", "parent")
+    known.root("b", "parent")
+    known.root("a", None)
+    known.root("c", "parent")
+    assert [known.root(name, None) for name in "abc"] == ["parent", "b", "parent"]

@@ -265,3 +265,58 @@ def test_every_token_of_every_job_is_computed_once_and_nobody_starves(jobs: list
             queue.drop(name)
     assert {f"j{number}": tokens for number, (tokens, _) in enumerate(jobs)}.items() <= done.items()
     assert done["cold"] == 3 * chunk
+
+
+def test_the_average_of_a_slot_begins_with_what_is_seen_there() -> None:
+    """The mean of the first ten intervals, then a tenth of each."""
+    chooser = SlotChooser([4, 8])
+    for interval in (10.0, 20.0, 60.0):
+        chooser.observe(interval)
+    assert chooser._average_ms == pytest.approx(30.0)
+    for _ in range(7):
+        chooser.observe(30.0)
+    chooser.observe(130.0)
+    assert chooser._average_ms == pytest.approx(40.0)
+
+
+def test_a_slot_at_its_limit_is_kept_and_one_that_would_be_at_it_is_taken() -> None:
+    chooser = SlotChooser([4, 8, 16])
+    chooser.slot = 1
+    assert settled(chooser, 85.0, 100.0) == 1
+    chooser = SlotChooser([4, 8])
+    assert settled(chooser, 42.5, 100.0) == 0
+
+
+def test_every_slot_is_judged_by_its_own_intervals() -> None:
+    chooser = SlotChooser([4, 8, 16])
+    assert settled(chooser, 10.0, 100.0) == 1
+    for _ in range(7):
+        chooser.observe(10.0)
+        assert chooser.choose(100.0) == 1
+    chooser.observe(10.0)
+    assert chooser.choose(100.0) == 0
+
+
+def test_a_report_of_one_token_counts() -> None:
+    rate = LaneRate(0.5)
+    rate.report(1, 0.5)
+    assert rate.tokens_per_s(None) == 2.0
+    rate.report(6, 0.5)
+    assert rate.tokens_per_s(1000.0) == pytest.approx(2.0 + 0.2 * 10.0)
+
+
+def test_as_fast_as_steps_is_fast_enough() -> None:
+    policy = LanePolicy(10, 2, compares=True)
+    assert policy.route(Prompt(100, step_rate=110.0, lane_rate=100.0), 1, 0)[1] is Reason.TIGHT_TARGET
+    assert policy.route(Prompt(100, step_rate=110.1, lane_rate=100.0), 1, 0)[1] is Reason.LOOSE_TARGET
+
+
+@pytest.mark.parametrize(("units", "smallest", "tokens"), [(4, 4, 100), (3, 4, 100), (5, 4, 100), (6, 4, 128)])
+def test_chunks_of_odd_lengths(units: int, smallest: int, tokens: int) -> None:
+    length = chunk_length(100, units, smallest)
+    assert length == tokens
+    assert isinstance(length, int)
+
+
+def test_ladders_are_whole_cores() -> None:
+    assert all(isinstance(cores, int) for count in range(2, 20) for cores in core_ladder(count))

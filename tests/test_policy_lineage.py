@@ -134,6 +134,82 @@ def test_the_same_answer_again_and_again_is_remembered_so_often_and_no_more() ->
     assert known.program_of([*context, *SYSTEM]) is not None
 
 
+def remembered(
+    lineage: Lineage, program: str, tokens: list[int], hashed: int, prompt_tokens: int, path_ms: float = 1.0
+) -> None:
+    """As `Known.finished`, but only the first blocks have hashes."""
+    lineage.remember(program, path_ms, hashes(tokens)[:hashed], tokens, prompt_tokens)
+
+
+@pytest.mark.parametrize(("length", "kept"), [(16 + 31, 1), (16 + 32, 0), (16 + 40, 0)])
+def test_a_tail_is_shorter_than_two_blocks(length: int, kept: int) -> None:
+    """Where the hash of a block is still to come, its tokens are compared; of two blocks a hash must have been lost."""
+    lineage = Lineage(BLOCK)
+    remembered(lineage, "a", tokens_of("all", length), 1, length - WEAK_OUTPUT_TOKENS)
+    assert len(lineage) == kept
+
+
+def test_where_hashes_are_lost_the_end_of_the_prompt_may_still_be_remembered() -> None:
+    lineage = Lineage(BLOCK)
+    every = tokens_of("all", 40 + 60)
+    remembered(lineage, "a", every, 2, 40, path_ms=7.0)
+    assert len(lineage) == 1
+    found = lineage.find(hashes([*every, 1]), [*every, 1])
+    assert found is not None
+    assert (found.program, found.path_ms, found.continued) == ("a", 7.0, 1)
+
+
+def test_a_prompt_is_longer_than_what_it_goes_on_from() -> None:
+    known = Known()
+    context = known.finished("a", tokens_of("task", 14), tokens_of("answer", WEAK_OUTPUT_TOKENS))
+    assert known.program_of(context) is None
+    assert known.program_of([*context, 7]) == "a"
+
+
+def test_a_prompt_goes_on_from_its_first_block() -> None:
+    known = Known()
+    context = known.finished("a", tokens_of("task", 12), tokens_of("answer", WEAK_OUTPUT_TOKENS))
+    assert known.program_of([*context, 7]) == "a"
+
+
+def test_of_sequences_that_end_in_one_block_the_longest_wins() -> None:
+    lineage = Lineage(BLOCK)
+    every = tokens_of("all", 30)
+    remembered(lineage, "short", every[:20], 1, 16)
+    remembered(lineage, "long", every[:25], 1, 21)
+    found = lineage.find(hashes(every), every)
+    assert found is not None
+    assert found.program == "long"
+
+
+def test_of_those_alike_the_first_are_forgotten() -> None:
+    lineage = Lineage(BLOCK)
+    for number in range(lineage.ALIKE):
+        remembered(lineage, f"p{number}", tokens_of("all", 16), 1, 12)
+    assert len(lineage) == lineage.ALIKE
+    for number in range(3):
+        remembered(lineage, f"more {number}", tokens_of("all", 16), 1, 12)
+    assert len(lineage) == lineage.ALIKE
+    kept = [one.program for one in lineage._by_hash[hashes(tokens_of("all", 16))[0]]]
+    assert (kept[0], kept[-1]) == ("p3", "more 2")
+
+
+def test_no_more_are_remembered_than_may_be_and_no_fewer() -> None:
+    lineage = Lineage(BLOCK, capacity=3)
+    for number in range(3):
+        remembered(lineage, f"p{number}", tokens_of(f"all {number}", 16), 1, 12)
+    remembered(lineage, "p1 again", tokens_of("all 1", 16), 1, 12)
+    # p0 was the oldest
+    assert len(lineage) == 3
+    found = [lineage.find(hashes(every), every) for every in ([*tokens_of(f"all {n}", 16), 7] for n in range(3))]
+    assert [one and one.program for one in found] == [None, "p1", "p2"]
+    remembered(lineage, "new", tokens_of("all 4", 16), 1, 12)
+    # the block of p1 was met again after that of p2
+    found = [lineage.find(hashes(every), every) for every in ([*tokens_of(f"all {n}", 16), 7] for n in range(3))]
+    assert [one is not None for one in found] == [False, True, False]
+    assert len(lineage) == 3
+
+
 # Drawn agents
 
 

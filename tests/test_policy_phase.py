@@ -19,6 +19,9 @@ COLD, RESUME, DECODE = Phase.COLD_PREFILL, Phase.RESUME_PREFILL, Phase.DECODE
         (1600, 3000, False, False, COLD),  # a stranger that shares the smaller part
         (1600, 1600, False, False, RESUME),  # exactly half
         (16, 4000, False, False, COLD),  # a shared chat template is no context
+        (1, 1, False, False, RESUME),
+        (1, 40, True, False, RESUME),
+        (4000, 2, False, True, RESUME),  # two tokens are a prompt's
         (4000, 1, False, False, RESUME),  # all but the last token is cached
         (4000, 1, False, True, DECODE),
         (0, 1, False, False, COLD),  # a prompt of one token
@@ -79,3 +82,28 @@ def test_patience_names_each_request_once_and_in_order() -> None:
     patience.enter("b", 1)
     assert [patience.overdue(step) for step in range(6)] == [[], [], [], ["a"], ["b"], []]
     assert len(patience) == 0
+
+
+def test_a_sequence_is_a_new_one_unless_something_is_known() -> None:
+    assert classify(10, 1) is RESUME
+    assert classify(10, 20) is COLD
+
+
+def test_who_goes_ahead_leaves_class_and_level_behind() -> None:
+    key = ahead(admission_key(RESUME, 9, 98, 256, level=3, batch=True, due=4.0), Urgency.OVERDUE, 98)
+    assert key == AdmissionKey(Urgency.OVERDUE, False, 0, 98, uncached=9, arrival=98)
+    assert isinstance(key.batch, bool)
+
+
+def test_two_that_are_overdue_at_once_keep_their_names() -> None:
+    patience = Patience(3)
+    for name in "abc":
+        patience.enter(name, 0)
+    assert patience.overdue(9) == ["a", "b", "c"]
+
+
+def test_as_many_sessions_are_known_as_may_be() -> None:
+    table = SessionTable()
+    for number in range(65_537):
+        table.touch(str(number))
+    assert (len(table), "0" in table, "1" in table) == (65_536, False, True)

@@ -59,3 +59,32 @@ def test_lost_work_stays_below_its_share(share: float, history: list[tuple[int, 
     for call, ms in out.items():
         account.settle(call, ms)
     assert account.lost_ms <= share * account.service_ms + 1e-6
+
+
+def test_accounts_of_several_calls_add_up() -> None:
+    account = PreemptionAccount(0.5)
+    account.serve(600.0)
+    account.serve(400.0)
+    assert account.service_ms == 1000.0
+    account.preempt("a", 100.0)
+    account.preempt("b", 150.0)
+    assert ("a" in account, "c" in account) == (True, False)
+    assert account.allows(250.0)
+    assert not account.allows(250.1)
+    account.settle("a", 30.0)
+    assert account.allows(500.0 - 30.0 - 150.0)
+    assert not account.allows(500.1 - 30.0 - 150.0)
+    account.settle("b", 20.0)
+    assert account.lost_ms == 50.0
+    assert account._pending_ms == 0.0
+
+
+def test_a_call_that_is_preempted_twice_is_charged_once_at_a_time() -> None:
+    account = PreemptionAccount(0.5)
+    account.serve(1000.0)
+    account.preempt("a", 100.0)
+    account.preempt("b", 50.0)
+    account.preempt("a", 200.0)
+    assert account.lost_ms == 0.0
+    assert account.allows(250.0)
+    assert not account.allows(250.1)

@@ -170,10 +170,6 @@ class BudgetController:
     def _resume_floor(self) -> int:
         return min(self.RESUME_FLOOR, self.limits.resume_budget_max_tokens)
 
-    def quiet_ms(self, sequences: int, context: int) -> float:
-        """A step of these decodes alone on the whole device; 0 before any has been seen."""
-        return self.whole.model.decode_ms(sequences, context) * self._depth
-
     def prefill_rate(self, sequences: int, context: int, tokens: int, before: int) -> float | None:
         """Prompt tokens per second that mixed steps within the target read of a prompt, None before any has been seen.
 

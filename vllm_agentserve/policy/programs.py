@@ -212,8 +212,9 @@ class ProgramTable:
         calls = Counter(id(call.program) for call in self._calls.values())
         decoding = Counter(id(call.program) for call in self._calls.values() if call.decodes_since_ms is not None)
         for key, program in self._programs.items():
-            if program.calls != calls[id(program)] or program.tally.calls != calls[id(program)]:
-                found.append(f"{key!r} counts {program.calls} calls under way, and has {calls[id(program)]}")
+            if not program.calls == program.tally.calls == calls[id(program)]:
+                counted = f"{program.calls} calls under way, {program.tally.calls} by stage"
+                found.append(f"{key!r} counts {counted}, and has {calls[id(program)]}")
             if program.decoding != decoding[id(program)] or (key in self._decoding) != bool(program.decoding):
                 found.append(f"{key!r} counts {program.decoding} decoding calls, and has {decoding[id(program)]}")
             if not program.calls and program.tally.kv_tokens:

@@ -66,7 +66,6 @@ class LanePolicy:
     min_tokens: int
     jobs: int
     compares: bool = False
-    failures: int = 0
     ready: bool = True
 
     def route(self, prompt: Prompt, decodes: int, in_flight: int) -> tuple[Route, Reason]:
@@ -92,7 +91,6 @@ class LanePolicy:
 
     def failed(self) -> None:
         """The lane failed: nothing is sent to it until it is `started` again."""
-        self.failures += 1
         self.ready = False
 
     def started(self) -> None:
