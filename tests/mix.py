@@ -158,11 +158,10 @@ def long_prompt(number: int, tokens: int) -> list[int]:
     return [(number * 977 + i * 31) % 3900 + 5 for i in range(tokens)]
 
 
-def make_llm(toy_model: Path, ours: dict[str, Any] | None, blocks: int = BLOCKS) -> LLM:
+def make_llm(toy_model: Path, ours: dict[str, Any] | None, blocks: int = BLOCKS, **given: Any) -> LLM:
     """An engine in this process, in float32; `ours` are the options of our scheduler, None is stock vLLM."""
-    given: dict[str, Any] = {}
     if ours is not None:
-        given = {"scheduler_cls": "vllm_agentserve.AgentScheduler", "additional_config": {"agentserve": ours}}
+        given |= {"scheduler_cls": "vllm_agentserve.AgentScheduler", "additional_config": {"agentserve": ours}}
     return LLM(
         str(toy_model),
         dtype="float32",

@@ -370,3 +370,28 @@ def test_books_that_do_not_balance_say_where(how: str, said: list[str]) -> None:
 
 def test_calls_that_nobody_knows_are_said() -> None:
     assert busy().faults(set("abc")) == ["the call 'd' of a program is gone"]
+
+
+def test_two_calls_that_stop_decoding_one_after_the_other() -> None:
+    programs = table()
+    for call in "abc":
+        programs.arrive(call, "p", None, 0.0)
+    programs.advance(100.0)
+    programs.decodes("a")
+    programs.advance(10.0)
+    programs.decodes("b")
+    programs.advance(20.0)
+    programs.pauses("a")
+    assert programs.service_ms("c") == 50.0
+    programs.advance(5.0)
+    assert programs.service_ms("c") == 55.0
+    programs.pauses("b")
+    assert programs.service_ms("c") == 55.0
+
+
+@pytest.mark.parametrize(("policy", "waiting"), [("plas", [0, 0, 0, 1]), ("atlas", [0, 1, 0, 0])])
+def test_a_call_is_counted_at_its_level_from_the_start(policy: str, waiting: list[int]) -> None:
+    programs = table(policy)
+    received(programs, "p", 800.0)
+    programs.arrive("call", "p", 150.0, 0.0)
+    assert programs.census.waiting == waiting

@@ -176,3 +176,38 @@ def test_without_programs_nothing_is_said_of_them(page: Page) -> None:
     page.record(scheduler.counts | scheduler._stats.take())
     assert page.reading().labelled == {}
     assert "policy fcfs" in (page.reading().lack or "")
+
+
+def test_rows_another_server_may_have_written_become_nan(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several API servers: their common page forgets no series."""
+    scheduler, driver = started()
+    scheduler.add_request(make_request("first", 64, max_tokens=3, session="s"))
+    run(driver)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/nowhere")
+    page.record(scheduler._stats.take())
+    rows = page.reading().rows()
+    assert [identifier("s") in rows, len(rows)] == [True, 1]
+    assert "NaN" in page.text()
+
+
+def test_the_log_has_a_line_per_engine_that_did_something(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(metrics.logger, "info", lambda text, *values: lines.append(text % values))
+    page.logger.log_engine_initialized()
+    page.logger.log()
+    assert lines == []
+    scheduler, driver = started()
+    scheduler.add_request(make_request("first", 64, max_tokens=3))
+    run(driver)
+    page.record(scheduler._stats.take(), engine=1)
+    page.record({}, engine=0)
+    page.logger.log()
+    assert len(lines) == 1
+    assert lines[0].startswith("Engine 001: agentserve: TPOT ")
+    assert lines[0].endswith("admitted: 1 cold, 0 resume")
+    page.logger.log()
+    assert len(lines) == 1
+    page.record(scheduler._stats.take(), engine=1)
+    page.logger._log_lines = False
+    page.logger.log()
+    assert len(lines) == 1

@@ -45,6 +45,8 @@ class Request:
     """Tokens after which its client goes away; 0: one step after it came."""
     session: str | None = None
     hints: dict[str, Any] = field(default_factory=dict)
+    adapter: int = 0
+    """Which LoRA adapter it is for; 0 is the model itself."""
 
     def parameters(self) -> SamplingParams:
         given: dict[str, Any] = {"max_tokens": self.max_tokens, "ignore_eos": True, "temperature": 0.0, "logprobs": 2}
@@ -79,12 +81,13 @@ class Event:
 
 @dataclass(frozen=True)
 class Episode:
-    """`mode`, `policy` and the rest of `options` are the scheduler's."""
+    """`mode`, `policy` and the rest of `options` are the scheduler's; with `adapters` the engine serves LoRA."""
 
     seed: int
     options: dict[str, Any]
     requests: tuple[Request, ...]
     events: tuple[Event, ...] = ()
+    adapters: int = 0
 
     def write(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -100,9 +103,11 @@ class Episode:
         return replace(self, requests=tuple(replace(one, abort_after=None) for one in self.requests), events=())
 
 
-def draw(seed: int, options: dict[str, Any], requests: int = 28) -> Episode:
-    """An episode of single calls, chains, forks and edited histories with impatient clients, and a few events."""
+def draw(seed: int, options: dict[str, Any], requests: int = 28, adapters: int = 0) -> Episode:
+    """An episode of single calls, chains, forks and edited histories with impatient clients, and a few events; every chain
+    stays with one of so many adapters."""
     rng = random.Random(seed)
+    choice = random.Random(f"{seed} adapters")
     drawn: list[Request] = []
     lengths: dict[str, int] = {}
     step = 0
@@ -124,13 +129,14 @@ def draw(seed: int, options: dict[str, Any], requests: int = 28) -> Episode:
         begin: dict[str, Any] = {
             "shared": rng.choice((0, 0, 300, 700, SHARED_TOKENS)),
             "text": rng.randrange(SHARED_TEXTS),
+            "adapter": choice.randint(1, adapters) if adapters else 0,
         }
         length, at = begin["shared"] + tail, step
         if parents and rng.random() < 0.45:
             parent = rng.choice(parents)
             if lengths[parent.name] + tail <= MAX_PROMPT:
                 cut, edited = rng.choice((0, 0, 0, 2, 90)), rng.random() < 0.15
-                begin = {"follows": parent.name, "cut": cut, "edited": edited}
+                begin = {"follows": parent.name, "cut": cut, "edited": edited, "adapter": parent.adapter}
                 length, at = lengths[parent.name] + tail, rng.randint(0, 9)
         lengths[name] = length + max_tokens
         common = {"tail": tail, "abort_after": abort_after, "session": session, "hints": hints}
@@ -140,7 +146,7 @@ def draw(seed: int, options: dict[str, Any], requests: int = 28) -> Episode:
         at = rng.randint(2, 60)
         drawn = [replace(one, step=at) if one.follows is None and rng.random() < 0.7 else one for one in drawn]
         events.append(Event(at, "burst"))
-    return Episode(seed, options, tuple(drawn), tuple(sorted(events, key=lambda event: event.step)))
+    return Episode(seed, options, tuple(drawn), tuple(sorted(events, key=lambda event: event.step)), adapters)
 
 
 def fresh_tokens(key: str, count: int) -> list[int]:

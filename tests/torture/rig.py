@@ -10,6 +10,7 @@ from lane_engine import lane_is_up, worker
 from mix import LOGPROB_TOLERANCE, Answers, Completion, Job, differences, scheduler_of
 from vllm import LLM
 
+from torture.adapters import adapter
 from torture.episode import Episode, Event, Request, prompt_of
 
 LOOK_EVERY_STEPS = 16
@@ -87,7 +88,11 @@ class Rig:
                 outcome.requests += 1
                 unanswered.add(request.name)
                 self.engine.add_request(
-                    request.name, {"prompt_token_ids": prompt}, request.parameters(), session_id=request.session
+                    request.name,
+                    {"prompt_token_ids": prompt},
+                    request.parameters(),
+                    lora_request=adapter(request.adapter) if request.adapter else None,
+                    session_id=request.session,
                 )
                 if request.abort_after == 0:
                     leaving.append(request.name)

@@ -20,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import conftest  # noqa: F401  the environment of the tests
 from mix import close, make_llm
+from vllm import LLM
 
+from torture.adapters import ENGINE
 from torture.episode import Episode, draw
 from torture.rig import Outcome, Rig, compare
 from torture.shrink import shrink
@@ -40,6 +42,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "plas": {"program_quantum_ms": 1, "program_preempt_share": 0.5, "program_promote_ratio": 1000},
     "atlas": {"program_quantum_ms": 5, "program_ttl_s": 1},
 }
+ADAPTERS = 2
 MODES = ("lanes", "time-sliced", "auto", "stock")
 
 
@@ -48,11 +51,17 @@ def options_of(mode: str, policy: str) -> dict[str, Any]:
     return COMMON | POLICIES[policy] | {"mode": mode, "policy": policy}
 
 
-def configurations() -> list[dict[str, Any]]:
-    """Every mode with every order, the most different ones first."""
+def configurations() -> list[tuple[dict[str, Any], int]]:
+    """Options and adapters: every mode with every order, the most different ones first, then LoRA."""
     pairs = sorted(itertools.product(range(len(MODES)), range(len(POLICIES))), key=lambda p: ((p[0] + p[1]) % 3, p))
     policies = list(POLICIES)
-    return [options_of(MODES[m], policies[p]) for m, p in pairs]
+    chosen = [(options_of(MODES[m], policies[p]), 0) for m, p in pairs]
+    return chosen + [(options_of("auto", policy), ADAPTERS) for policy in ("fcfs", "plas")]
+
+
+def engine(options: dict[str, Any] | None, adapters: int, **given: Any) -> LLM:
+    """Our scheduler with these options, or stock vLLM with None."""
+    return make_llm(make_toy_model(), options, **given, **(ENGINE if adapters else {}))
 
 
 @dataclass
@@ -85,20 +94,23 @@ class Tally:
 
 def references(episodes: list[Episode]) -> dict[int, Outcome]:
     """What stock vLLM answers, with room for all; by seed."""
-    llm = make_llm(make_toy_model(), None, ROOMY_BLOCKS)
-    rig = Rig(llm)
-    answers = {episode.seed: rig.run(episode.undisturbed()) for episode in episodes}
-    close(llm)
+    answers = {}
+    for adapters in sorted({episode.adapters for episode in episodes}):
+        llm = engine(None, adapters, blocks=ROOMY_BLOCKS)
+        rig = Rig(llm)
+        answers |= {one.seed: rig.run(one.undisturbed()) for one in episodes if one.adapters == adapters}
+        close(llm)
     return answers
 
 
-def torture(options: dict[str, Any], episodes: list[Episode], stock: dict[int, Outcome], tally: Tally) -> list[Episode]:
-    """Runs episodes on one engine; returns those that failed, cut down."""
-    llm = make_llm(make_toy_model(), options)
+def torture(episodes: list[Episode], stock: dict[int, Outcome], tally: Tally) -> list[Episode]:
+    """Runs episodes of one configuration on one engine; returns those that failed, cut down."""
+    options, adapters = episodes[0].options, episodes[0].adapters
+    llm = engine(options, adapters)
     rig = Rig(llm)
     failed = []
     for episode in episodes:
-        name = f"{options['mode']} {options['policy']} seed {episode.seed}"
+        name = f"{options['mode']} {options['policy']}{' LoRA' if adapters else ''} seed {episode.seed}"
         try:
             ours = rig.run(episode)
         except Exception as error:
@@ -106,7 +118,7 @@ def torture(options: dict[str, Any], episodes: list[Episode], stock: dict[int, O
             tally.add(name, Outcome(), [repr(error)], [])
             failed.append(episode)
             close(llm)
-            llm = make_llm(make_toy_model(), options)
+            llm = engine(options, adapters)
             rig = Rig(llm)
             continue
         wrong, ties = compare(episode, stock[episode.seed], ours)
@@ -123,7 +135,9 @@ def torture(options: dict[str, Any], episodes: list[Episode], stock: dict[int, O
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--episodes", type=int, default=4, help="per configuration (default: 4)")
-    parser.add_argument("--configurations", type=int, default=0, help="only the first so many (default: all)")
+    parser.add_argument(
+        "--configurations", type=int, default=0, help="only the first so many, or the last with a minus (default: all)"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, help="where the figures go, as JSON")
     parser.add_argument("--failures", type=Path, default=Path("bench-results/torture"))
@@ -132,14 +146,18 @@ def main() -> int:
     tally, began = Tally(), time.monotonic()
     if arguments.replay:
         episode = Episode.read(arguments.replay.read_text())
-        return bool(torture(episode.options, [episode], references([episode]), tally))
-    chosen = configurations()[: arguments.configurations or None]
+        return bool(torture([episode], references([episode]), tally))
+    limit, every = arguments.configurations, configurations()
+    chosen = every[limit:] if limit < 0 else every[: limit or None]
     seeds = itertools.count(arguments.seed)
     failed: list[Episode] = []
-    batches = [[draw(next(seeds), options) for _ in range(arguments.episodes)] for options in chosen]
+    batches = [
+        [draw(next(seeds), options, adapters=adapters) for _ in range(arguments.episodes)]
+        for options, adapters in chosen
+    ]
     stock = references([episode for batch in batches for episode in batch])
-    for options, batch in zip(chosen, batches, strict=True):
-        failed += torture(options, batch, stock, tally)
+    for batch in batches:
+        failed += torture(batch, stock, tally)
     figures = {
         "command": " ".join(["python", "tests/torture/run.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),

@@ -74,8 +74,9 @@ class StepModel:
     """A step this many times slower than predicted is taken in as that slow and no slower: a hiccup is not a trend."""
 
     def __init__(self) -> None:
-        self._decode = RecursiveLeastSquares((100.0, 10.0, 10.0), forgetting=0.995)
-        self._prefill = RecursiveLeastSquares(self._prior(10.0), forgetting=0.999)
+        # Empty: the first step of each kind brings its prior, for what is long depends on model and machine.
+        self._decode = RecursiveLeastSquares((0.0,) * 3, forgetting=1.0)
+        self._prefill = RecursiveLeastSquares((0.0,) * 4, forgetting=1.0)
         self._slowness = 1.0
         self.error = 0.0
         """Mean relative error of the predictions for mixed steps, exponentially weighted (0.1 = 10 %)."""

@@ -31,6 +31,7 @@ class Program:
     began_ms: float = 0.0
     """Sum of the clock at which its decoding calls began to decode."""
     seen: float = 0.0
+    """When a call of it last ended, in s."""
     threads: dict[str, float] = field(default_factory=dict)
     """Path to the end of the last finished call of each named thread."""
     service_level: int = 0

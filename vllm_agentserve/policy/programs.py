@@ -84,7 +84,6 @@ class ProgramTable:
             self.by_service[0] += 1
         self._programs.move_to_end(key)
         program.calls += 1
-        program.seen = now
         if thread is not None:
             path_ms = program.threads.get(thread, path_ms)
         if path_ms is None:

@@ -50,7 +50,14 @@ class Integrity:
         self._next = 0.0
 
     def faults(self) -> list[str]:
-        """What does not balance; empty where all is well. O(blocks + requests + programs)."""
+        """What does not balance; empty where all is well. O(blocks + requests + programs). Raises nothing: books that cannot be
+        read are a fault, and no reason to end an engine."""
+        try:
+            return self._faults()
+        except Exception as error:
+            return [f"they cannot be read ({error!r})"]
+
+    def _faults(self) -> list[str]:
         known = self._scheduler.requests
         running = [request.request_id for request in self._scheduler.running]
         waiting = [request.request_id for request in self._scheduler.waiting]
