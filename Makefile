@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test setup lint compat doctor bench bench-interference bench-lanes bench-programs bench-cost gpu-check torture soak clean
+.PHONY: demo test setup lint compat doctor bench bench-interference bench-lanes bench-programs bench-cost gpu-check torture soak coverage mutants clean
 
 demo: setup
 	@$(RUN)/agentserve demo
@@ -58,6 +58,18 @@ torture: setup
 # One engine under such episodes for an hour, and a picture of its memory.
 soak: setup
 	@$(RUN)/python tests/torture/soak.py --minutes 60 --output docs/results/soak.json --picture docs/results/soak.png
+
+# Lines and branches of policy/ and scheduler/ that the tests without an engine reach: two minutes.
+WITHOUT_ENGINE := $(wildcard tests/test_policy_*.py tests/test_*_steps.py) tests/test_queue_bound.py tests/test_programs_seen.py \
+  tests/test_lanes_decisions.py tests/test_config.py tests/torture/test_books_steps.py
+coverage: setup
+	@$(RUN)/python -m coverage run -m pytest -q $(WITHOUT_ENGINE)
+	@$(RUN)/python -m coverage report | tee docs/results/coverage.txt
+
+# Two thousand small changes in policy/, one at a time: which do its tables notice? Ten minutes.
+mutants: setup
+	@rm -rf mutants && $(RUN)/mutmut run && $(RUN)/mutmut results > docs/results/mutants.txt && $(RUN)/mutmut export-cicd-stats
+	@cp mutants/mutmut-cicd-stats.json docs/results/mutants.json
 
 # Eight minutes on a machine with one NVIDIA GPU; into bench-results/gpu-check.
 gpu-check: setup

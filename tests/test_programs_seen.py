@@ -191,12 +191,12 @@ def test_rows_another_server_may_have_written_become_nan(page: Page, monkeypatch
 
 
 def test_the_log_has_a_line_per_engine_that_did_something(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, driver = started()
     lines: list[str] = []
     monkeypatch.setattr(metrics.logger, "info", lambda text, *values: lines.append(text % values))
     page.logger.log_engine_initialized()
     page.logger.log()
     assert lines == []
-    scheduler, driver = started()
     scheduler.add_request(make_request("first", 64, max_tokens=3))
     run(driver)
     page.record(scheduler._stats.take(), engine=1)
