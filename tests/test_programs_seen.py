@@ -191,23 +191,31 @@ def test_rows_another_server_may_have_written_become_nan(page: Page, monkeypatch
 
 
 def test_the_log_has_a_line_per_engine_that_did_something(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
-    scheduler, driver = started()
     lines: list[str] = []
     monkeypatch.setattr(metrics.logger, "info", lambda text, *values: lines.append(text % values))
     page.logger.log_engine_initialized()
     page.logger.log()
     assert lines == []
-    scheduler.add_request(make_request("first", 64, max_tokens=3))
-    run(driver)
-    page.record(scheduler._stats.take(), engine=1)
+    report = {
+        "tpot_seconds": 0.02,
+        "tpot_p95_seconds": 0.03,
+        "tpot_target_seconds": 0.04,
+        "resume_budget_tokens": 256.0,
+        "mixed_steps": 4.0,
+        "prefill_chunk_tokens": 100.0,
+        "cold_prefill_requests": 1.0,
+    }
+    page.record(report, engine=1)
+    page.record(report, engine=1)
     page.record({}, engine=0)
     page.logger.log()
-    assert len(lines) == 1
-    assert lines[0].startswith("Engine 001: agentserve: TPOT ")
-    assert lines[0].endswith("admitted: 1 cold, 0 resume")
+    assert lines == [
+        "Engine 001: agentserve: TPOT 20.0 ms, p95 30.0 ms (target 40.0 ms), prefill beside decodes 25 tokens per step, "
+        "resume budget 256 tokens, admitted: 2 cold, 0 resume"
+    ]
     page.logger.log()
     assert len(lines) == 1
-    page.record(scheduler._stats.take(), engine=1)
+    page.record(report, engine=1)
     page.logger._log_lines = False
     page.logger.log()
     assert len(lines) == 1
