@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from cuda_fakes import FakeDevice, FakeLadder, FakeRunner, FakeStream, blocks
 
-from vllm_agentserve.lanes.lane import Job, Outcome
+from vllm_agentserve.lanes.lane import Outcome
 from vllm_agentserve.lanes.stream import StreamLane
+from vllm_agentserve.policy.jobs import Job
 
 
 class Bench:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from vllm_agentserve.lanes.chunks import Chunk
 from vllm_agentserve.lanes.green import SlotStreams
-from vllm_agentserve.lanes.lane import Job, Slot
+from vllm_agentserve.lanes.lane import Slot
+from vllm_agentserve.policy.jobs import Chunk, Job
 
 ERRORS = {1: b"CUDA_ERROR_INVALID_VALUE", 2: b"CUDA_ERROR_OUT_OF_MEMORY", 801: b"CUDA_ERROR_NOT_SUPPORTED"}
 

@@ -9,7 +9,8 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import RequestStatus
 
 from vllm_agentserve.lanes.connector import LaneWorkerMetadata
-from vllm_agentserve.lanes.lane import Job, LaneReport, Slot
+from vllm_agentserve.lanes.lane import LaneReport, Slot
+from vllm_agentserve.policy.jobs import Job
 
 PARKED = RequestStatus.WAITING_FOR_REMOTE_KVS
 both = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])

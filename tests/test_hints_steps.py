@@ -7,6 +7,7 @@ import pytest
 from schedulers import Driver, make_request, make_scheduler
 from test_programs_steps import have_run, served, started
 
+from vllm_agentserve.scheduler.upstream import UpstreamHooks
 from vllm_agentserve.vllm_compat import hooks
 
 
@@ -133,7 +134,7 @@ def test_strict_hints_refuse_the_request_where_it_comes_in(strict: bool, refused
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
-    hooks.refuse_wrong_hints()
+    hooks.refuse_wrong_hints(UpstreamHooks)
     scheduler: Any = make_scheduler(options={"strict_hints": strict})
     processor = InputProcessor.__new__(InputProcessor)
     processor.vllm_config = scheduler.vllm_config
@@ -148,7 +149,7 @@ def test_strict_hints_refuse_the_request_where_it_comes_in(strict: bool, refused
 def test_stock_servers_take_no_notice() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
-    hooks.refuse_wrong_hints()
+    hooks.refuse_wrong_hints(UpstreamHooks)
     scheduler: Any = make_scheduler(options={"strict_hints": True})
     processor = InputProcessor.__new__(InputProcessor)
     processor.vllm_config = scheduler.vllm_config

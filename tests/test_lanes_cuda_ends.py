@@ -3,7 +3,8 @@
 import pytest
 from cuda_bench import Bench, job
 
-from vllm_agentserve.lanes.lane import LaneError, Outcome
+from vllm_agentserve.lanes.lane import Outcome
+from vllm_agentserve.vllm_compat import LaneError
 
 # -- cancelling -----------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ import pytest
 from cuda_fakes import FakeDriver
 
 from vllm_agentserve.lanes.green import SHARES, GreenLadder, split_sizes
-from vllm_agentserve.lanes.lane import LaneError, Slot
+from vllm_agentserve.lanes.lane import Slot
+from vllm_agentserve.vllm_compat import LaneError
 
 
 @pytest.mark.parametrize(

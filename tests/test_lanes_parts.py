@@ -9,8 +9,9 @@ from cuda_fakes import FakeDevice, FakeDriver, FakeStream
 
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes import parts
-from vllm_agentserve.lanes.lane import LaneError, Slot
+from vllm_agentserve.lanes.lane import Slot
 from vllm_agentserve.lanes.stream import StreamLane
+from vllm_agentserve.vllm_compat import LaneError
 
 
 class Runner:

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_agentserve.lanes.chunks import ChunkQueue
-from vllm_agentserve.lanes.lane import Job
+from vllm_agentserve.policy.jobs import ChunkQueue, Job
 from vllm_agentserve.policy.preemption import Rank
 from vllm_agentserve.policy.routes import LanePolicy, Prompt, Reason, Route, lanes_may_pay
 from vllm_agentserve.policy.slots import (

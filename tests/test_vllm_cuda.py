@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from vllm_agentserve.lanes.chunks import Chunk
-from vllm_agentserve.lanes.lane import Job, LaneError
-from vllm_agentserve.vllm_compat import cuda
+from vllm_agentserve.policy.jobs import Chunk, Job
+from vllm_agentserve.vllm_compat import LaneError, cuda
 from vllm_agentserve.vllm_compat.cuda_runner import LaneModelRunner
 
 

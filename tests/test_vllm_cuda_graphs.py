@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm_agentserve.lanes.lane import LaneError
+from vllm_agentserve.vllm_compat import LaneError
 from vllm_agentserve.vllm_compat.cuda_graphs import SlotGraphs
 
 

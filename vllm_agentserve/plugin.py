@@ -3,6 +3,7 @@
 import logging
 
 from vllm_agentserve import vllm_compat
+from vllm_agentserve.scheduler.upstream import UpstreamHooks
 from vllm_agentserve.vllm_compat import hooks
 
 logger = logging.getLogger("vllm.agentserve")
@@ -18,6 +19,6 @@ def register() -> None:
         logger.debug("vllm_agentserve stays out: %s", reason)
         return
     hooks.add_stats_field()
-    hooks.check_options_early()
-    hooks.refuse_wrong_hints()
-    hooks.add_stat_logger()
+    hooks.check_options_early(UpstreamHooks)
+    hooks.refuse_wrong_hints(UpstreamHooks)
+    hooks.add_stat_logger(UpstreamHooks)

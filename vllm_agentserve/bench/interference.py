@@ -22,13 +22,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vllm_agentserve.bench.client import Stream, StreamingClient
 from vllm_agentserve.bench.endpoint import read_counters
-from vllm_agentserve.bench.interference_figures import alone_summary, ratios, rounded, summary, table
+from vllm_agentserve.bench.interference_figures import Run, alone_summary, ratios, rounded, summary, table
 from vllm_agentserve.bench.measure import quantiles, split_gaps
 from vllm_agentserve.bench.replay import undisturbed
 from vllm_agentserve.bench.server import VllmServer, serving_environment
@@ -65,23 +65,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "lanes": ours("lanes", 40),
     **{f"{mode}-{target}ms": ours(mode, target) for mode in ("time-sliced", "auto") for target in (40, 20, 12)},
 }
-
-
-@dataclass
-class Run:
-    """What one arm of one round gave: raw intervals in ms, times to the first token in s."""
-
-    during_ms: list[float] = field(default_factory=list)
-    first_during_ms: list[float] = field(default_factory=list)
-    quiet_ms: list[float] = field(default_factory=list)
-    cold_ttft_s: list[tuple[int, float]] = field(default_factory=list)
-    alone_ttft_s: list[tuple[int, float]] = field(default_factory=list)
-    resume_ttft_s: list[float] = field(default_factory=list)
-    """Of short turns that met a cold prompt."""
-    decode_tokens: int = 0
-    decode_s: float = 0.0
-    counts: dict[str, float] = field(default_factory=dict)
-    """Counters of agentserve at the end: what it decided, and why."""
 
 
 def prompts(seed: int) -> Iterable[list[int]]:

@@ -3,7 +3,8 @@
 import itertools
 import statistics
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 from vllm_agentserve.bench.measure import quantiles
 from vllm_agentserve.bench.summary import DECISIONS
@@ -12,11 +13,25 @@ from vllm_agentserve.config import SERIES
 ELSEWHERE = ("step_idle", "step_unfit")
 """Decisions that are none between lane and steps: nobody decoded, or the lane could not."""
 
-if TYPE_CHECKING:
-    from vllm_agentserve.bench.interference import Run
+
+@dataclass
+class Run:
+    """What one arm of one round gave: raw intervals in ms, times to the first token in s."""
+
+    during_ms: list[float] = field(default_factory=list)
+    first_during_ms: list[float] = field(default_factory=list)
+    quiet_ms: list[float] = field(default_factory=list)
+    cold_ttft_s: list[tuple[int, float]] = field(default_factory=list)
+    alone_ttft_s: list[tuple[int, float]] = field(default_factory=list)
+    resume_ttft_s: list[float] = field(default_factory=list)
+    """Of short turns that met a cold prompt."""
+    decode_tokens: int = 0
+    decode_s: float = 0.0
+    counts: dict[str, float] = field(default_factory=dict)
+    """Counters of agentserve at the end: what it decided, and why."""
 
 
-def summary(runs: Sequence["Run"]) -> dict[str, Any]:
+def summary(runs: Sequence[Run]) -> dict[str, Any]:
     """One arm over all rounds: quantiles of the intervals of all rounds together, medians over rounds of the rest."""
 
     def over_rounds(values: Iterable[float]) -> float:
@@ -43,14 +58,14 @@ def summary(runs: Sequence["Run"]) -> dict[str, Any]:
     }
 
 
-def decisions(runs: Sequence["Run"]) -> dict[str, float]:
+def decisions(runs: Sequence[Run]) -> dict[str, float]:
     """How many long prompts of all rounds went to the lane and to steps, by reason."""
     names = [f"{key}_requests" for key in DECISIONS if key not in ELSEWHERE]
     total = {name: sum(run.counts.get(f"{SERIES}{name}", 0.0) for run in runs) for name in names}
     return {name: count for name, count in total.items() if count}
 
 
-def alone_summary(runs: Sequence["Run"]) -> dict[str, Any]:
+def alone_summary(runs: Sequence[Run]) -> dict[str, Any]:
     """One arm of `--path alone`: the median over rounds of the mean over prompts."""
     means = [statistics.fmean(seconds for _, seconds in run.alone_ttft_s) for run in runs]
     return {"alone_ttft_mean_s": round(statistics.median(means), 3)}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vllm_agentserve.gpucheck.stack import Share
+from vllm_agentserve.gpucheck.work import Share
 from vllm_agentserve.lanes.green import SHARES, GreenLadder
 
 FINE_SHARES = tuple(eighth / 8 for eighth in range(1, 8))

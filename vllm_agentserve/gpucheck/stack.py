@@ -3,8 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from vllm_agentserve.gpucheck.engines import Shape
-from vllm_agentserve.gpucheck.work import LAYERS, SMALL_WORKS, WORKS, Work
+from vllm_agentserve.gpucheck.work import LAYERS, SMALL_WORKS, WORKS, Share, Work
 
 REPEAT_S = 0.25
 """Each point is measured for about so long."""
@@ -62,21 +61,6 @@ class Stack:
                 flow = flow + (silu(gate) * rest) @ down
 
         return step
-
-
-@dataclass(frozen=True)
-class Share:
-    """A part of the device.
-
-    Args:
-        units: multiprocessors, or cores.
-        entered: a context in which work runs on them.
-        wait: returns when what was launched in it is done.
-    """
-
-    units: int
-    entered: Callable[[], AbstractContextManager[Any]]
-    wait: Callable[[], None]
 
 
 @contextmanager

@@ -1,6 +1,9 @@
-"""The three kinds of steps whose throughput is measured on shares of the device."""
+"""The three kinds of steps whose throughput is measured, and the shares of the device it is measured on."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 LAYERS = 4
 """Enough that their weights do not stay in a GPU's cache."""
@@ -23,3 +26,18 @@ WORKS = (
 )
 """Lengths as in the workload `react`."""
 SMALL_WORKS = (Work("decode", 4, 1, 300), Work("cold prefill", 1, 256, 0), Work("resume prefill", 1, 32, 300))
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of the device.
+
+    Args:
+        units: multiprocessors, or cores.
+        entered: a context in which work runs on them.
+        wait: returns when what was launched in it is done.
+    """
+
+    units: int
+    entered: Callable[[], AbstractContextManager[Any]]
+    wait: Callable[[], None]

@@ -19,8 +19,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes.dispatch import LaneDispatch
-from vllm_agentserve.lanes.lane import Job, LaneReport
+from vllm_agentserve.lanes.lane import LaneReport
 from vllm_agentserve.lanes.worker import LaneWorker, lane_worker
+from vllm_agentserve.policy.jobs import Job
 
 if TYPE_CHECKING:
     import torch

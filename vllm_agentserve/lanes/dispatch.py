@@ -4,7 +4,8 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.lanes.lane import Job, LaneReport, Slot
+from vllm_agentserve.lanes.lane import LaneReport, Slot
+from vllm_agentserve.policy.jobs import Job
 from vllm_agentserve.policy.preemption import FIRST, Rank
 from vllm_agentserve.policy.routes import LanePolicy, Prompt, Reason, Route
 from vllm_agentserve.policy.slots import LaneRate, SlotChooser

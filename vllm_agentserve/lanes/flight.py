@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from vllm_agentserve.lanes.chunks import Chunk
+from vllm_agentserve.policy.jobs import Chunk
 
 FATAL = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]")
 """Exceptions with these words say that the context is lost."""

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_agentserve.lanes.lane import LaneError, Slot
+from vllm_agentserve.lanes.lane import Slot
+from vllm_agentserve.vllm_compat import LaneError
 
 SHARES = (0.25, 0.5, 0.75)
 """Parts of the device that the decode lane gets. Few: every slot costs start-up time, streams and a set of CUDA graphs."""

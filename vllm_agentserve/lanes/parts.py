@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_agentserve.lanes.green import SHARES, GreenLadder
-from vllm_agentserve.lanes.lane import LaneError
 from vllm_agentserve.policy.slots import chunk_length
-from vllm_agentserve.vllm_compat import cuda
+from vllm_agentserve.vllm_compat import LaneError, cuda
 from vllm_agentserve.vllm_compat.cuda_runner import LaneModelRunner
 
 CHUNK_TOKENS = 1024

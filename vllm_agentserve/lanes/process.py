@@ -14,11 +14,12 @@ from typing import Any
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes.board import Board
 from vllm_agentserve.lanes.cores import Cores
-from vllm_agentserve.lanes.lane import Job, LaneError, LaneReport, Outcome, Slot
+from vllm_agentserve.lanes.lane import LaneReport, Outcome, Slot
 from vllm_agentserve.lanes.memory import KvMemory
 from vllm_agentserve.lanes.runner import Setup
+from vllm_agentserve.policy.jobs import Job
 from vllm_agentserve.policy.slots import core_ladder
-from vllm_agentserve.vllm_compat import cpu
+from vllm_agentserve.vllm_compat import LaneError, cpu
 
 CHUNK_TOKENS = 256
 """Default of `lane_chunk_tokens` here: about a tenth of a second on one core."""

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_agentserve.lanes.board import Board
-from vllm_agentserve.lanes.chunks import ChunkQueue
 from vllm_agentserve.lanes.cores import Cores
 from vllm_agentserve.lanes.memory import KvMemory, SharedMemory
+from vllm_agentserve.policy.jobs import ChunkQueue
 from vllm_agentserve.policy.slots import chunk_length
 from vllm_agentserve.vllm_compat.cpu import SecondWorker
 

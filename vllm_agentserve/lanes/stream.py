@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from vllm_agentserve.lanes.chunks import Chunk, ChunkQueue
 from vllm_agentserve.lanes.flight import ChunkRunner, Cuda, Flight
 from vllm_agentserve.lanes.green import SlotStreams
-from vllm_agentserve.lanes.lane import Job, LaneError, LaneReport, Outcome, Slot
+from vllm_agentserve.lanes.lane import LaneReport, Outcome, Slot
+from vllm_agentserve.policy.jobs import Chunk, ChunkQueue, Job
 from vllm_agentserve.policy.slots import chunk_length
+from vllm_agentserve.vllm_compat import LaneError
 
 WATCHDOG_S = 60.0
 """A chunk that is not through so long after its launch hangs."""

@@ -7,7 +7,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 from vllm.logger import init_logger
 
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.lanes.lane import Job, LaneError, LaneReport, Outcome, PrefillLane
+from vllm_agentserve.lanes.lane import LaneReport, Outcome, PrefillLane
+from vllm_agentserve.policy.jobs import Job
+from vllm_agentserve.vllm_compat import LaneError
 
 if TYPE_CHECKING:
     from vllm_agentserve.lanes.memory import KvMemory

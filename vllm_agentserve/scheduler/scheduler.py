@@ -28,9 +28,9 @@ from vllm_agentserve.scheduler.programs import ProgramTracker
 from vllm_agentserve.scheduler.queues import AgentQueue
 from vllm_agentserve.scheduler.stats import StatsCollector
 from vllm_agentserve.scheduler.steps import Prefill, Step, StepLog
+from vllm_agentserve.scheduler.upstream import UpstreamHooks
 from vllm_agentserve.vllm_compat import STATS_FIELD
 from vllm_agentserve.vllm_compat import scheduler as compat
-from vllm_agentserve.vllm_compat.upstream import UpstreamHooks
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput

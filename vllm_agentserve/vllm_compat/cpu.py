@@ -12,7 +12,7 @@ from vllm_agentserve.vllm_compat.chunks import scheduled
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from vllm_agentserve.lanes.chunks import Chunk
+    from vllm_agentserve.policy.jobs import Chunk
 
 
 class SecondWorker:

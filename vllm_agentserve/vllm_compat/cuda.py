@@ -5,7 +5,7 @@ import os
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from vllm_agentserve.lanes.lane import LaneError
+from vllm_agentserve.vllm_compat import LaneError
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vllm_agentserve.lanes.lane import LaneError
+from vllm_agentserve.vllm_compat import LaneError
 
 
 class SlotGraphs:

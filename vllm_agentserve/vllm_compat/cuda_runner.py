@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from vllm_agentserve.lanes.chunks import Chunk
-from vllm_agentserve.lanes.lane import Job, LaneError
+from vllm_agentserve.policy.jobs import Chunk, Job
+from vllm_agentserve.vllm_compat import LaneError
 from vllm_agentserve.vllm_compat.chunks import scheduled
 from vllm_agentserve.vllm_compat.cuda import WORKSPACE_LANE
 from vllm_agentserve.vllm_compat.cuda_graphs import SlotGraphs

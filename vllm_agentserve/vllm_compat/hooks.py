@@ -1,14 +1,23 @@
 """What the plugin sets in every process: a field for our figures, an early check of our options, our logger.
 
-Each does nothing where vLLM asks the scheduler class itself (`upstream.py`), as it does with our patches.
+Each does nothing where vLLM asks the scheduler class itself, as it does with our patches.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.vllm_compat import STATS_FIELD, chooses_our_scheduler, is_our_scheduler
-from vllm_agentserve.vllm_compat.upstream import UpstreamHooks
+
+
+class SchedulerHooks(Protocol):
+    """What vLLM would ask a scheduler class (`scheduler/upstream.py`)."""
+
+    def check_engine_args(self, engine_args: Any) -> None: ...
+
+    def check_request(self, params: Any, vllm_config: Any) -> None: ...
+
+    def make_stat_loggers(self, vllm_config: Any, engine_indexes: list[int], log_lines: bool) -> list[Any]: ...
 
 
 def asked_upstream(name: str) -> bool:
@@ -36,7 +45,7 @@ def add_stats_field() -> None:
     setattr(SchedulerStats, STATS_FIELD, None)
 
 
-def check_options_early() -> None:
+def check_options_early(asks: SchedulerHooks) -> None:
     """Makes `EngineArgs.create_engine_config` check our options, so that a wrong one stops before the model is loaded.
 
     It also adds the connector where lanes are to run.
@@ -53,14 +62,14 @@ def check_options_early() -> None:
 
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         if is_our_scheduler(self.scheduler_cls):
-            UpstreamHooks.check_engine_args(self)
+            asks.check_engine_args(self)
         return stock(self, *args, **kwargs)
 
     create_engine_config.agentserve = True  # type: ignore[attr-defined]
     EngineArgs.create_engine_config = create_engine_config
 
 
-def refuse_wrong_hints() -> None:
+def refuse_wrong_hints(asks: SchedulerHooks) -> None:
     """Makes `InputProcessor.process_inputs` refuse requests with wrong hints, in engines with option `strict_hints`.
 
     It runs where requests come in, so the client gets status 400 and the engine never hears of the request.
@@ -83,14 +92,14 @@ def refuse_wrong_hints() -> None:
                 and AgentServeConfig.from_additional_config(config.additional_config).strict_hints
             )
         if strict:
-            UpstreamHooks.check_request(params, self.vllm_config)
+            asks.check_request(params, self.vllm_config)
         return stock(self, request_id, prompt, params, *args, **kwargs)
 
     process_inputs.agentserve = True  # type: ignore[attr-defined]
     InputProcessor.process_inputs = process_inputs
 
 
-def add_stat_logger() -> None:
+def add_stat_logger(asks: SchedulerHooks) -> None:
     """Makes vLLM's `StatLoggerManager` feed our logger too, in engines that run our scheduler and log statistics.
 
     The entry point group `vllm.stat_logger_plugins` is not used: a logger found there turns statistics on in every engine
@@ -110,7 +119,7 @@ def add_stat_logger() -> None:
         if chooses_our_scheduler(vllm_config):
             # vLLM writes no log lines where several API servers share an engine: each would know only its part.
             quiet = kwargs.get("client_count", 1) > 1 or not kwargs.get("enable_default_loggers", True)
-            self.stat_loggers += UpstreamHooks.make_stat_loggers(vllm_config, self.engine_indexes, log_lines=not quiet)
+            self.stat_loggers += asks.make_stat_loggers(vllm_config, self.engine_indexes, log_lines=not quiet)
 
     init.agentserve = True  # type: ignore[attr-defined]
     StatLoggerManager.__init__ = init

@@ -2,8 +2,34 @@
 
 from dataclasses import dataclass
 
-from vllm_agentserve.lanes.lane import Job
+from vllm_agentserve.policy.preemption import FIRST, Rank
 from vllm_agentserve.policy.slots import Waiting, next_job
+
+
+@dataclass(frozen=True)
+class Job:
+    """The uncached part of one prompt.
+
+    Args:
+        request_id: whose it is.
+        token_ids: the prompt up to and including its last token, which the lane does not compute.
+        block_ids: the KV blocks of the whole prompt, per KV cache group.
+        start: first token the lane computes; everything before is in the blocks already.
+        resume: whether the prompt continues a cached context, which goes before those that begin one.
+        rank: class and level of the call, which goes before that.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    block_ids: tuple[list[int], ...]
+    start: int
+    resume: bool = False
+    rank: Rank = FIRST
+
+    @property
+    def end(self) -> int:
+        """One past the last token the lane computes: the prompt's last one is left to the decode lane, which samples."""
+        return len(self.token_ids) - 1
 
 
 @dataclass(frozen=True)
