@@ -64,10 +64,6 @@ def controller(predicts: float = 0.0, depth: int = 1, **limits: Any) -> BudgetCo
     return made
 
 
-def lessons(regime: Any) -> list[tuple[Any, ...]]:
-    return regime.model.lessons
-
-
 @pytest.mark.parametrize(
     ("limits", "start", "measured_ms", "gain", "resume_tokens"),
     [
@@ -162,9 +158,9 @@ def test_who_learns_what_from_a_mixed_step() -> None:
         made = controller(depth=2)
         made.observe(70.0, 50.0, 4, 1000, CHUNKS, beside_lane=beside)
         learns, other = (made.shared, made.whole) if beside else (made.whole, made.shared)
-        assert lessons(learns) == [(4, 1000, [(64, 1000), (8, 3000)], 50.0)]
+        assert learns.model.lessons == [(4, 1000, [(64, 1000), (8, 3000)], 50.0)]
         assert learns.trust.tries == [("beside", CHUNKS, 2.5)]  # type: ignore[attr-defined]
-        assert not lessons(other)
+        assert not other.model.lessons
         assert (made.tpot.ewma, made.slow_steps) == (100.0, 1)
 
 
@@ -172,11 +168,11 @@ def test_who_learns_what_from_a_mixed_step() -> None:
 def test_steps_without_streams_teach_until_there_are_others(sequences: int, interval: float | None) -> None:
     made = controller(depth=2)
     made.observe(70.0, interval, sequences, 1000, CHUNKS)
-    assert lessons(made.whole) == [(sequences, 1000, [(64, 1000), (8, 3000)], 70.0)]
+    assert made.whole.model.lessons == [(sequences, 1000, [(64, 1000), (8, 3000)], 70.0)]
     assert made.whole.trust.tries == [("alone", CHUNKS, 3.5)]  # type: ignore[attr-defined]
     made.whole.trust.tried = True
     made.observe(70.0, interval, sequences, 1000, CHUNKS)
-    assert len(lessons(made.whole)) == 1
+    assert len(made.whole.model.lessons) == 1
     assert not len(made._mixed)
 
 
@@ -184,12 +180,12 @@ def test_steps_of_decodes() -> None:
     made = controller(depth=2, tpot_slo_ms=None, tpot_factor=3.0, tpot_uncalibrated_ms=50.0)
     made.observe(10.0, None, 4, 1000, None)
     made.observe(10.0, 10.0, 4, 0, None)
-    assert (lessons(made.whole), made.target_ms) == ([], 50.0)
+    assert (made.whole.model.lessons, made.target_ms) == ([], 50.0)
     made.observe(10.0, 11.0, 4, 1000, None, beside_lane=True)
-    assert (lessons(made.shared), made.target_ms) == ([(4, 1000, 11.0)], 50.0)
+    assert (made.shared.model.lessons, made.target_ms) == ([(4, 1000, 11.0)], 50.0)
     for interval in (10.0, 30.0, 12.0):
         made.observe(interval, interval, 4, 1000, None)
-    assert lessons(made.whole) == [(4, 1000, 10.0), (4, 1000, 30.0), (4, 1000, 12.0)]
+    assert made.whole.model.lessons == [(4, 1000, 10.0), (4, 1000, 30.0), (4, 1000, 12.0)]
     assert made.target_ms == pytest.approx(3.0 * 24.0)  # the median of 20, 60, 24
 
 

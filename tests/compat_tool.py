@@ -1,0 +1,19 @@
+"""`tools/compat.py` as a module, for tests."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("agentserve_compat", ROOT / "tools" / "compat.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+compat = load_tool()

@@ -1,0 +1,22 @@
+"""What the tests of the GPU kit share: a folder for results on this CPU, and made-up answers."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from vllm_agentserve.bench.server import has_nvidia_driver, serving_environment
+from vllm_agentserve.gpucheck.jobs import Answer
+from vllm_agentserve.gpucheck.place import Place, child_environment
+
+needs_cpu_build = pytest.mark.skipif(has_nvidia_driver(), reason="vLLM takes the GPU where there is one")
+
+
+def here(folder: Path) -> Place:
+    return Place(folder, "cpu", True, child_environment(os.environ, serving_environment(base={})))
+
+
+def answer(tokens: Sequence[int], apart: float = 0.0, other: int = 99, margin: float = 1.0) -> Answer:
+    """An answer whose tokens all have log-probability -1 + `apart`, and whose second choice is `other`."""
+    return Answer(list(tokens), [{token: -1.0 + apart, other: -1.0 - margin} for token in tokens])
