@@ -7,15 +7,13 @@ medians. pytest-benchmark prints each arm's own distribution.
 """
 
 import statistics
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import Any
 
 import pytest
 from schedulers import Driver, make_request, make_scheduler
 
 STEPS = 3000
-
-
 PROGRAMS = 10_000
 
 
@@ -73,6 +71,25 @@ def test_cost_of_programs(waiting: int, record_property) -> None:
         f"added {median['plas'] - median['fcfs']:.1f} us; mean added {mean['plas'] - mean['fcfs']:.1f} us"
     )
     record_property("added_us", median["plas"] - median["fcfs"])
+
+
+@pytest.mark.parametrize("blocks", [1_000, 10_000, 100_000])
+def test_cost_of_a_look_at_the_books(blocks: int, record_property) -> None:
+    """What `integrity_check_s` costs an idle engine each time: with ten thousand programs remembered, and with none."""
+    took = {}
+    for programs in (0, PROGRAMS):
+        scheduler: Any = make_scheduler(True, False, {"policy": "plas"}, num_blocks=blocks)
+        for number in range(programs):
+            scheduler._programs.table.arrive(f"old-{number}", f"session old-{number}", None, monotonic())
+            scheduler._programs.table.finish(f"old-{number}", monotonic())
+        times = []
+        for _ in range(20):
+            began = perf_counter()
+            assert scheduler.integrity.faults() == []
+            times.append(perf_counter() - began)
+        took[programs] = statistics.median(times) * 1e3
+    print(f"\n{blocks} KV blocks: {took[0]:.2f} ms, with {PROGRAMS} programs {took[PROGRAMS]:.2f} ms")
+    record_property("ms", took[0])
 
 
 @pytest.mark.parametrize("running", [8, 64, 256])
