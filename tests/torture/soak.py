@@ -1,12 +1,17 @@
 """The soak: one engine for an hour under episodes of the torture rig, every answer compared, its memory looked at after each.
 
     python tests/torture/soak.py --minutes 60 --output docs/results/soak.json --picture docs/results/soak.png
+    python tests/torture/soak.py --mode none ...            # vLLM without our scheduler, to compare with
 
 A fixed number of episodes is drawn and run in turn; sessions have new names every time. Exit code 1 if an answer is not
 stock's or books do not balance.
+
+glibc keeps freed memory for itself, the more the larger the freed parts were, so that resident memory says little of what is
+in use: it is told to give parts of a megabyte and more back at once (`--default-malloc` leaves it as it is).
 """
 
 import argparse
+import ctypes
 import json
 import sys
 import time
@@ -28,18 +33,57 @@ from vllm_agentserve.toy import make_toy_model
 
 SETTLED_AFTER = 1 / 6
 """Share of the time in which memory may still grow: caches and allocators fill."""
-COLUMNS = ("hours", "engine_mib", "lane_mib", "open_files")
+COLUMNS = ("hours", "engine_mib", "lane_mib", "live_mib", "open_files")
+Row = tuple[float, float, float, float, int]
 
 
-def look(began: float) -> tuple[float, float, float, int]:
+class MallocInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    )
+
+
+def live_mib() -> float:
+    """What this process has allocated and not freed, in glibc's books of its heap and of what it mapped."""
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallinfo2.restype = MallocInfo
+    info = libc.mallinfo2()
+    return (info.uordblks + info.hblkhd) / 2**20
+
+
+def give_memory_back() -> None:
+    """Parts of a megabyte and more are mapped and unmapped, and the end of the heap is given back, from now on."""
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    libc = ctypes.CDLL("libc.so.6")
+    for option in (m_trim_threshold, m_mmap_threshold):
+        if not libc.mallopt(option, 1 << 20):
+            raise RuntimeError("glibc does not take mallopt: use --default-malloc")
+
+
+def look(began: float) -> Row:
     """`COLUMNS`: resident memory of this process, in which the engine runs, and of its children; and its descriptors."""
     me = psutil.Process()
     lane = sum(child.memory_info().rss for child in me.children(recursive=True))
     hours = (time.monotonic() - began) / 3600
-    return round(hours, 4), round(me.memory_info().rss / 2**20, 1), round(lane / 2**20, 1), me.num_fds()
+    own = round(me.memory_info().rss / 2**20, 1)
+    return round(hours, 4), own, round(lane / 2**20, 1), round(live_mib(), 1), me.num_fds()
 
 
-def slopes(rows: list[tuple[float, float, float, int]]) -> dict[str, list[float]]:
+def slopes(rows: list[Row]) -> dict[str, list[float]]:
     """Per column: median slope per hour (Theil and Sen) and its 95 % interval, after memory has settled."""
     table = np.array(rows)
     table = table[table[:, 0] >= table[-1, 0] * SETTLED_AFTER]
@@ -58,14 +102,14 @@ def draw_picture(figures: dict, path: Path) -> None:
 
     table = np.array(figures["rows"])
     figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
-    for number, label in ((1, "engine"), (2, "lane")):
+    for number, label in ((1, "engine, resident"), (3, "engine, allocated"), (2, "lane, resident")):
         slope, low, high = figures["slope_per_hour"][COLUMNS[number]]
         text = f"{label}: {slope:+.1f} MiB/h [{low:+.1f}, {high:+.1f}]"
         axes.plot(table[:, 0] * 60, table[:, number], linewidth=1, label=text)
     axes.axvspan(0, table[-1, 0] * 60 * SETTLED_AFTER, color="0.93", label="not in the slope")
-    axes.set(xlabel="minutes", ylabel="resident memory, MiB", ylim=(0, table[:, 1:3].max() * 1.25))
+    axes.set(xlabel="minutes", ylabel="resident memory, MiB", ylim=(0, table[:, 1:4].max() * 1.3))
     axes.set_title(f"{figures['requests']} requests, mode {figures['mode']}, policy {figures['policy']}")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left", ncols=2)
     figure.savefig(path, dpi=120)
 
 
@@ -79,16 +123,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--episodes", type=int, default=24, help="drawn at the start, then run in turn (default: 24)")
-    parser.add_argument("--mode", choices=MODES, default="lanes")
+    parser.add_argument("--mode", choices=(*MODES, "none"), default="lanes")
     parser.add_argument("--policy", choices=list(POLICIES), default="plas")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--default-malloc", action="store_true", help="leave glibc's settings alone")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
-    options = options_of(arguments.mode, arguments.policy)
+    if not arguments.default_malloc:
+        give_memory_back()
+    plain = arguments.mode == "none"
+    options = options_of("lanes" if plain else arguments.mode, arguments.policy)
     episodes = [draw(arguments.seed + number, options) for number in range(arguments.episodes)]
     stock = references(episodes)
-    llm = make_llm(make_toy_model(), options)
+    llm = make_llm(make_toy_model(), None if plain else options)
     rig, tally, began, rows, cycle = Rig(llm), Tally(), time.monotonic(), [], 0
     while time.monotonic() - began < arguments.minutes * 60:
         for episode in episodes:

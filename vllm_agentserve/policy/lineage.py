@@ -1,5 +1,6 @@
 """Which program a prompt belongs to when nobody says so: an agent's next prompt begins with its last prompt and answer."""
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ class Remembered:
 
     program: str
     path_ms: float
-    tail: tuple[int, ...]
+    tail: "array[int]"
     continued: int = 0
 
 
@@ -68,7 +69,8 @@ class Lineage:
             # A tail of two blocks would mean that hashes are missing: nothing to find it by.
             if not answered or not blocks or length - blocks * self._block_size >= 2 * self._block_size:
                 continue
-            tail = tuple(tokens[blocks * self._block_size : length])
+            # Four bytes a token: as a tuple the longest tails would keep ten times as much.
+            tail = array("i", tokens[blocks * self._block_size : length])
             same = self._by_hash.setdefault(hashes[blocks - 1], [])
             same.append(Remembered(program, path_ms, tail))
             self._by_hash.move_to_end(hashes[blocks - 1])
@@ -90,7 +92,7 @@ class Lineage:
             fitting = [
                 one
                 for one in found
-                if begin + len(one.tail) < len(tokens) and tuple(tokens[begin : begin + len(one.tail)]) == one.tail
+                if begin + len(one.tail) < len(tokens) and array("i", tokens[begin : begin + len(one.tail)]) == one.tail
             ]
             if fitting:
                 best = min(fitting, key=lambda one: (-len(one.tail), one.continued))
