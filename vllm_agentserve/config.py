@@ -201,7 +201,7 @@ class AgentServeConfig:
         None,
         "s",
         "An engine that has no request left checks its books, at most this often: KV blocks, queue, programs, lane. Faults are "
-        "logged and counted (`integrity_faults`). It takes about a millisecond per thousand KV blocks. Not set: never.",
+        "logged and counted (`integrity_faults`). It takes about half a millisecond per thousand KV blocks. Not set: never.",
         low=0.0,
         high=86_400.0,
     )
