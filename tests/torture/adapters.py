@@ -4,7 +4,9 @@ In an episode with adapters every request has one: on CPU, vLLM 0.32 without our
 model with the adapter of whoever is in its batch (alone it answers otherwise), so there is no answer to compare with.
 """
 
+import atexit
 import json
+import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -22,11 +24,12 @@ ENGINE = {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "max_lora_ran
 
 @cache
 def adapter(number: int) -> LoRARequest:
-    """The adapter of this number, from 1; made in a temporary folder."""
+    """The adapter of this number, from 1; made in a folder that is gone when the process ends."""
     import numpy as np
     from safetensors.numpy import save_file
 
     folder = Path(tempfile.mkdtemp(prefix=f"adapter-{number}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     rng = np.random.default_rng(number)
     hidden = CONFIG["hidden_size"]
     key_value = hidden // CONFIG["num_attention_heads"] * CONFIG["num_key_value_heads"]
