@@ -73,9 +73,7 @@ class Rig:
                 self.engine.abort_request(list(unanswered))
                 break
             while events and events[0].step <= step:
-                event = events.pop(0)
-                outcome.faults += event.kind != "burst"
-                resume_at = self.happen(event, step, resume_at)
+                resume_at = self.happen(events.pop(0), step, resume_at, outcome)
             if resume_at is not None and step >= resume_at:
                 self.core.resume_scheduler()
                 resume_at = None
@@ -125,8 +123,9 @@ class Rig:
     def core(self) -> Any:
         return self.engine.engine_core.engine_core
 
-    def happen(self, event: Event, step: int, resume_at: int | None) -> int | None:
-        """Does what the event says; returns at which step the engine goes on, if it is paused."""
+    def happen(self, event: Event, step: int, resume_at: int | None, outcome: Outcome) -> int | None:
+        """Does what the event says, and counts it if there was something to do; returns at which step the engine goes on, if it
+        is paused."""
         match event.kind:
             case "reset":
                 self.scheduler.reset_prefix_cache()
@@ -134,9 +133,12 @@ class Rig:
                 self.scheduler.reset_prefix_cache(reset_running_requests=True)
             case "pause" if resume_at is None:
                 self.core.pause_scheduler(mode="keep", clear_cache=False)
-                return step + event.length
+                resume_at = step + event.length
             case "kill_lane" if self.lane is not None:
                 os.kill(self.lane.pid, signal.SIGKILL)
+            case _:
+                return resume_at
+        outcome.faults += 1
         return resume_at
 
     @property
