@@ -102,7 +102,11 @@ def await_nothing(scheduler: Any) -> None:
 
 
 def miscount_colds(scheduler: Any) -> None:
-    scheduler._queue._colds += 1
+    scheduler._queue._resumes.append(scheduler._queue._order[-1])
+
+
+def miscount_tokens(scheduler: Any) -> None:
+    scheduler._queue._tokens += 1
 
 
 def keep_a_call(scheduler: Any) -> None:
@@ -128,7 +132,8 @@ def keep_a_call(scheduler: Any) -> None:
         (move_a_key, "'c' is not in the queue where its key says"),
         (lose_a_place, "they cannot be read (KeyError('c'))"),
         (await_nothing, "not the same requests are parked and wait for something"),
-        (miscount_colds, "the queue counts 3 cold requests, and has others"),
+        (miscount_colds, "the line of resume prefills is not that of the queue"),
+        (miscount_tokens, "tokens that wait, and has others"),
         (keep_a_call, "the call 'ghost' of a program is gone"),
     ],
 )

@@ -44,13 +44,13 @@ def test_sessions_are_forgotten_oldest_first() -> None:
 @pytest.mark.parametrize(
     ("phase", "uncached", "given", "key"),
     [
-        (COLD, 4000, {}, AdmissionKey(Urgency.NORMAL, cold=True, arrival=7)),
-        (RESUME, 100, {}, AdmissionKey(Urgency.NORMAL, uncached=100, arrival=7)),
-        (RESUME, 256, {}, AdmissionKey(Urgency.NORMAL, uncached=256, arrival=7)),
+        (COLD, 4000, {}, AdmissionKey(Urgency.NORMAL, cold=True, arrival=7, tokens=4000)),
+        (RESUME, 100, {}, AdmissionKey(Urgency.NORMAL, uncached=100, arrival=7, tokens=100)),
+        (RESUME, 256, {}, AdmissionKey(Urgency.NORMAL, uncached=256, arrival=7, tokens=256)),
         # Longer than the budget: in line with the cold ones.
-        (RESUME, 257, {}, AdmissionKey(Urgency.NORMAL, cold=True, arrival=7)),
-        (COLD, 9, {"level": 3, "batch": True}, AdmissionKey(Urgency.NORMAL, True, 3, cold=True, arrival=7)),
-        (RESUME, 9, {"due": 5.0}, AdmissionKey(Urgency.NORMAL, due=5.0, uncached=9, arrival=7)),
+        (RESUME, 257, {}, AdmissionKey(Urgency.NORMAL, cold=True, arrival=7, tokens=257)),
+        (COLD, 9, {"level": 3, "batch": True}, AdmissionKey(Urgency.NORMAL, True, 3, cold=True, arrival=7, tokens=9)),
+        (RESUME, 9, {"due": 5.0}, AdmissionKey(Urgency.NORMAL, due=5.0, uncached=9, arrival=7, tokens=9)),
     ],
 )
 def test_admission_key(phase: Phase, uncached: int, given: dict, key: AdmissionKey) -> None:
@@ -91,7 +91,7 @@ def test_a_sequence_is_a_new_one_unless_something_is_known() -> None:
 
 def test_who_goes_ahead_leaves_class_and_level_behind() -> None:
     key = ahead(admission_key(RESUME, 9, 98, 256, level=3, batch=True, due=4.0), Urgency.OVERDUE, 98)
-    assert key == AdmissionKey(Urgency.OVERDUE, False, 0, 98, uncached=9, arrival=98)
+    assert key == AdmissionKey(Urgency.OVERDUE, False, 0, 98, uncached=9, arrival=98, tokens=9)
     assert isinstance(key.batch, bool)
 
 

@@ -46,7 +46,8 @@ class TrustRegion:
         by_tokens, by_attended = tokens / self._tokens, attended / self._attended
         if by_tokens + by_attended < 0.75:
             return
-        stride = 2.0 if ratio < 0.5 else 1.25 if ratio < 0.9 else 1.0 if ratio < 1.1 else 1.0 / ratio
+        # However long a step took, it halves the region at most: a machine that stood still says nothing of chunks.
+        stride = 2.0 if ratio < 0.5 else 1.25 if ratio < 0.9 else 1.0 if ratio < 1.1 else max(1.0 / ratio, 0.5)
         # Only the direction the step went in has been tried, and only as far as it went.
         if by_tokens > 0.5 * by_attended:
             grown = min(self._tokens * stride, max(self._tokens, 2 * stride * tokens))
@@ -80,6 +81,7 @@ class StepBudget:
         granularity: steps whose last chunk does not finish its prompt have a multiple of this many tokens in all.
         other_tokens: tokens of the decodes in the step.
         trust: bounds how far a chunk may go beyond what has been tried; None for no bound.
+        target_ms: the time between two tokens of a stream that the step is planned for.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class StepBudget:
         granularity: int,
         other_tokens: int = 0,
         trust: "TrustRegion | None" = None,
+        target_ms: float = UNLIMITED,
     ) -> None:
         self.model = model
         self.prefill_ms = prefill_ms
@@ -103,6 +106,9 @@ class StepBudget:
         self.granularity = granularity
         self.other_tokens = other_tokens
         self.trust = trust
+        self.target_ms = target_ms
+        self.rounded = 0
+        """Tokens that were allowed and taken away again to give the step one of few sizes."""
         self.granted: list[tuple[Phase, int, int]] = []
         """(phase, tokens, context before the chunk) of every chunk granted so far."""
         self._floor_left = {Phase.COLD_PREFILL: True, Phase.RESUME_PREFILL: True}
@@ -123,13 +129,31 @@ class StepBudget:
             tokens = min(wanted, self._fitting(context, self.reserved_tokens))
             if self.trust is not None:
                 tokens = min(tokens, self.trust.tokens_over(context))
+        allowed = tokens
         if tokens < wanted and self.prefill_ms != UNLIMITED:
             tokens = self._round_down(tokens)
         if self._floor_left[phase]:
             tokens = max(tokens, min(wanted, self.floor_tokens))
+        self.rounded += max(allowed - tokens, 0)
         if tokens > 0:
             self._spend(phase, tokens, context)
         return tokens
+
+    def finishes(self, wanted: int, context: int) -> bool:
+        """Whether a cold prefill with so many tokens left would be through in this step, were it asked for next."""
+        if self.prefill_ms == UNLIMITED:
+            return wanted <= self.tokens - self.reserved_tokens
+        fits = self._fitting(context, self.reserved_tokens)
+        return wanted <= (fits if self.trust is None else min(fits, self.trust.tokens_over(context)))
+
+    def allowed(self, chunks: Sequence[tuple[Phase, int, int]]) -> list[tuple[Phase, int, int]]:
+        """The chunks that ran, as long as they would have been without rounding: by these the region is judged, since it
+        would otherwise never grow where rounding takes away what it has allowed."""
+        granted = sum(tokens for _, tokens, _ in self.granted)
+        if not self.rounded or not granted:
+            return list(chunks)
+        factor = (granted + self.rounded) / granted
+        return [(phase, round(tokens * factor), context) for phase, tokens, context in chunks]
 
     def _round_down(self, tokens: int) -> int:
         """Rounds a chunk so that the step as a whole has one of few sizes: eight to an octave, and multiples of the
@@ -137,6 +161,9 @@ class StepBudget:
         seldom has to."""
         total = self.other_tokens + tokens
         quantum = max(self.granularity, 1 << max(total.bit_length() - 4, 0))
+        # A small chunk beside many decodes: sizes lie closer, so that no more than a quarter of it is lost.
+        while quantum // 2 >= self.granularity and total % quantum > tokens // 4:
+            quantum //= 2
         return max(total - total % quantum - self.other_tokens, 0)
 
     def charge(self, phase: Phase, tokens: int, context: int) -> None:

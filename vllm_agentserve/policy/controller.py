@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from vllm_agentserve.policy.budget import UNLIMITED, StepBudget, TrustRegion
 from vllm_agentserve.policy.latency import StepModel, TpotWindow
 from vllm_agentserve.policy.phase import Phase
+from vllm_agentserve.policy.target import NOTHING, Backlog, TargetTrade
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class BudgetController:
     """How far feedback may move the time given to prefill away from what the model says fits, as a factor of the target."""
     RESUME_FLOOR = 32
     """The resume budget never shrinks below this many tokens."""
+    START_RESUME_TOKENS = 256
+    """The resume budget at the start. One that a disturbance brought below half of it comes back while steps are in time."""
+    FAR_BELOW = 0.7
+    """Steps below this share of the target let the time given to prefill grow by a quarter at once."""
     PREFILL_SHARE = 0.25
     """Where decodes alone miss the target already, prefill still gets this share of the decodes' own time."""
 
@@ -76,14 +81,16 @@ class BudgetController:
         self._alone = TpotWindow(64)
         self._mixed = TpotWindow(self.CONTROL_STEPS)
         self.gain = 0.95
-        self.resume_tokens = min(256, limits.resume_budget_max_tokens)
+        self.resume_tokens = min(self.START_RESUME_TOKENS, limits.resume_budget_max_tokens)
+        self.trade = TargetTrade()
         self.slow_steps = 0
         """Decode steps above the upper threshold since the start."""
         self._set_target(limits.tpot_slo_ms or limits.tpot_uncalibrated_ms)
 
     @property
     def target_ms(self) -> float:
-        """The time per token streams are to see: `tpot_slo_ms`, else calibrated from decode steps without prefill."""
+        """The time per token streams are to see: `tpot_slo_ms`, else calibrated from decode steps without prefill; a step for
+        which many prompts wait may be planned for more (`TargetTrade`)."""
         return self._target_ms
 
     def observe(
@@ -95,6 +102,7 @@ class BudgetController:
         chunks: Sequence[tuple[Phase, int, int]] | None,
         admitted: bool = False,
         beside_lane: bool = False,
+        budget: StepBudget | None = None,
     ) -> None:
         """Takes in a finished step.
 
@@ -106,6 +114,7 @@ class BudgetController:
             chunks: its prefill chunks, as `StepBudget.granted` lists them; None or empty without prefill.
             admitted: whether one of them is the first of its prompt.
             beside_lane: whether a prefill lane had part of the device.
+            budget: what the step was planned with; None: the target of this moment, and chunks as long as they were allowed.
         """
         regime = self.shared if beside_lane else self.whole
         if interval_ms is not None:
@@ -114,7 +123,7 @@ class BudgetController:
             if streams_ms > self._slow_ms:
                 self.slow_steps += 1
         if chunks:
-            self._observe_prefill(regime, step_ms, interval_ms, sequences, context, chunks, admitted)
+            self._observe_prefill(regime, step_ms, interval_ms, sequences, context, chunks, admitted, budget)
         elif context and interval_ms is not None:
             regime.model.learn_decode(sequences, context, interval_ms)
             if beside_lane:
@@ -132,23 +141,26 @@ class BudgetController:
         context: int,
         chunks: Sequence[tuple[Phase, int, int]],
         admitted: bool,
+        budget: StepBudget | None,
     ) -> None:
+        target_ms = budget.target_ms if budget is not None and budget.target_ms != UNLIMITED else self._target_ms
         pairs = [(tokens, before) for _, tokens, before in chunks]
         if not sequences or interval_ms is None:
             # Steps without decodes have other chunks than mixed ones: they only serve until mixed ones have been seen.
             if not regime.trust.tried:
                 regime.model.learn_prefill(sequences, context, pairs, step_ms)
-                regime.trust.tried_alone(chunks, step_ms * self._depth / self._target_ms)
+                regime.trust.tried_alone(chunks, step_ms * self._depth / target_ms)
             return
         predicted = regime.model.learn_prefill(sequences, context, pairs, interval_ms)
         if admitted:
-            excess_ms = min(interval_ms - predicted, 0.5 * self._target_ms / self._depth)
+            excess_ms = min(interval_ms - predicted, 0.5 * target_ms / self._depth)
             regime.admission_ms = max(regime.admission_ms + 0.3 * (excess_ms - regime.admission_ms), 0.0)
         streams_ms = interval_ms * self._depth
-        regime.trust.tried_beside_decodes(chunks, streams_ms / self._target_ms)
+        tried = chunks if budget is None else budget.allowed(chunks)
+        regime.trust.tried_beside_decodes(tried, streams_ms / target_ms)
         # Steps that were short because little was left to do say nothing about the controller.
-        if max(predicted * self._depth, streams_ms) > self.FULL_STEP * min(self.gain, 1.0) * self._target_ms:
-            self._mixed.add(streams_ms)
+        if max(predicted * self._depth, streams_ms) > self.FULL_STEP * min(self.gain, 1.0) * target_ms:
+            self._mixed.add(streams_ms * self._target_ms / target_ms)
             if len(self._mixed) == self.CONTROL_STEPS:
                 self._feedback(self._mixed.quantile(0.9))
                 self._mixed.clear()
@@ -159,13 +171,15 @@ class BudgetController:
 
     def _feedback(self, measured_ms: float) -> None:
         low, high = self.GAIN_RANGE
-        ratio = measured_ms / self._target_ms
+        ratio = max(measured_ms / self._target_ms, 0.01)
         if ratio > self.limits.upper_threshold:
             self.gain = max(self.gain * max(1.0 / ratio, 0.93), low)
             self.resume_tokens = max(self.resume_tokens * 3 // 4, self._resume_floor())
         elif ratio < self.limits.lower_threshold:
-            self.gain = min(self.gain * min(1.0 / ratio, 1.05), high)
+            self.gain = min(self.gain * min(1.0 / ratio, 1.25 if ratio < self.FAR_BELOW else 1.05), high)
             self.resume_tokens = min(self.resume_tokens * 5 // 4, self.limits.resume_budget_max_tokens)
+        elif 2 * self.resume_tokens < min(self.START_RESUME_TOKENS, self.limits.resume_budget_max_tokens):
+            self.resume_tokens = self.resume_tokens * 5 // 4
 
     def _resume_floor(self) -> int:
         return min(self.RESUME_FLOOR, self.limits.resume_budget_max_tokens)
@@ -185,7 +199,7 @@ class BudgetController:
         halfway = before + tokens // 2
         chunk = max(model.tokens_within(self._prefill_ms(self.whole, sequences, context), halfway), 1)
         chunk = min(max(chunk, self.limits.prefill_floor_tokens), max(tokens, 1))
-        return chunk / model.step_ms(sequences, context, [(chunk, halfway)]) * 1000
+        return chunk / max(model.step_ms(sequences, context, [(chunk, halfway)]), 0.01) * 1000
 
     def device_rate(self, tokens: int, before: int) -> float | None:
         """Prompt tokens per second that the whole device reads of such a prompt in chunks of 256, None before any was seen."""
@@ -194,10 +208,29 @@ class BudgetController:
         chunk = max(min(tokens, 256), 1)
         return chunk / max(self.whole.model.chunk_ms(chunk, before + tokens // 2), 0.01) * 1000
 
-    def _prefill_ms(self, regime: "Regime", sequences: int, context: int) -> float:
+    def step_target_ms(self, sequences: int, context: int, max_tokens: int, backlog: Backlog, regime: Regime) -> float:
+        """The target of a step with these decodes for which these prompts wait."""
+        if self.limits.tpot_slo_ms is not None or not sequences or not backlog.prompts:
+            return self._target_ms
+        model = regime.model
+        tokens = max(backlog.tokens // backlog.prompts, 1)
+        rate = self.device_rate(tokens, 0)
+        if rate is None:
+            return self._target_ms
+        return self.trade.target_ms(
+            self._target_ms,
+            model.decode_ms(sequences, context) * self._depth,
+            sequences,
+            backlog,
+            backlog.tokens / rate * 1000,
+            model.step_ms(sequences, context, [(max_tokens, 0)]) * self._depth,
+        )
+
+    def _prefill_ms(self, regime: "Regime", sequences: int, context: int, target_ms: float | None = None) -> float:
         """The time left for prefill in a step with these decodes."""
         alone = regime.model.decode_ms(sequences, context)
-        return max(self._target_ms * self.gain / self._depth - alone, self.PREFILL_SHARE * alone)
+        target_ms = self._target_ms if target_ms is None else target_ms
+        return max(target_ms * self.gain / self._depth - alone, self.PREFILL_SHARE * alone)
 
     def plan(
         self,
@@ -209,6 +242,7 @@ class BudgetController:
         waiting_resume_tokens: int = 0,
         admits: bool = False,
         beside_lane: bool = False,
+        backlog: Backlog = NOTHING,
     ) -> StepBudget:
         """Returns the prefill budget of the next step.
 
@@ -221,6 +255,7 @@ class BudgetController:
             waiting_resume_tokens: uncached tokens of the resume prefills that wait for admission.
             admits: whether a prompt may be admitted in this step.
             beside_lane: whether a prefill lane has part of the device.
+            backlog: the prompts that wait or are being read.
 
         Without decodes and with one kind of prefill nobody would notice a long step: the budget is the whole step.
         """
@@ -230,9 +265,12 @@ class BudgetController:
         if not sequences and not (resumes and colds):
             return StepBudget(regime.model, UNLIMITED, max_tokens, max_tokens, 0, floor, 1)
         tokens = max_tokens
-        resume_tokens = self.resume_tokens if colds else tokens
+        target_ms = self.step_target_ms(sequences, context, max_tokens, backlog, regime)
+        # With a longer step the share of resume prefills grows as the step does.
+        resume_tokens = int(self.resume_tokens * target_ms / self._target_ms) if colds else tokens
         reserved = min(waiting_resume_tokens, resume_tokens, tokens // 2)
-        prefill_ms = self._prefill_ms(regime, sequences, context) - (regime.admission_ms if admits else 0.0)
+        prefill_ms = self._prefill_ms(regime, sequences, context, target_ms)
+        prefill_ms -= regime.admission_ms if admits else 0.0
         return StepBudget(
             regime.model,
             prefill_ms,
@@ -243,4 +281,5 @@ class BudgetController:
             limits.chunk_granularity_tokens,
             sequences,
             regime.trust if sequences else None,
+            target_ms,
         )

@@ -40,6 +40,21 @@ class RecursiveLeastSquares:
     def predict(self, features: Sequence[float]) -> float:
         return sum(w * x for w, x in zip(self.weights, features, strict=True))
 
+    def at_least_zero(self, indices: Sequence[int]) -> list[float]:
+        """The weights that fit best when none at these indices may be below zero.
+
+        One that is below is set to zero, and the others are moved by what the samples say of them together.
+        """
+        weights, covariance = list(self.weights), self._covariance
+        pinned: list[int] = []
+        while len(pinned) < len(indices):
+            worst = min((index for index in indices if index not in pinned), key=lambda index: weights[index])
+            if weights[worst] >= 0.0:
+                break
+            pinned.append(worst)
+            covariance = _conditioned(covariance, worst, weights)
+        return weights
+
     def learn(self, features: Sequence[float], value: float, deviation: float) -> None:
         """Takes in one sample; `deviation` is the standard deviation of its noise, in the unit of `value`."""
         x = [feature / deviation for feature in features]
@@ -60,6 +75,20 @@ class RecursiveLeastSquares:
         self.samples += 1
 
 
+def _conditioned(covariance: list[list[float]], index: int, weights: list[float]) -> list[list[float]]:
+    """Sets one weight to zero and moves the others with it, in place; returns the covariance that is left."""
+    variance, column = covariance[index][index], [row[index] for row in covariance]
+    size = range(len(weights))
+    if variance <= 0.0:
+        weights[index] = 0.0
+        return covariance
+    for i in size:
+        if i != index:
+            weights[i] -= column[i] * weights[index] / variance
+    weights[index] = 0.0
+    return [[covariance[i][j] - column[i] * column[j] / variance for j in size] for i in size]
+
+
 class StepModel:
     """Predicts the duration of an engine step in ms from its decodes and its prefill chunks; learns from every step.
 
@@ -71,13 +100,29 @@ class StepModel:
     NOISE_ALONE = 1.0
     """The same for steps without decodes as evidence of steps with some: the first one after start warms the engine up."""
     OUTLIER = 2.5
-    """A step this many times slower than predicted is taken in as that slow and no slower: a hiccup is not a trend."""
+    """A step this many times slower, or faster, than predicted is taken in as that and no more: a hiccup is not a trend."""
+    TREND = 4
+    """So many steps in a row that were faster than that are a trend: the next is taken in as it is, or a model that once
+    learned from a machine that stood still would never again allow a chunk long enough to learn from."""
+    DECODE_PACE = 0.05
+    """Of a new step of decodes in how slow decodes are just now."""
+    MAX_ERROR = 10.0
+    """Most that one step may count in the mean error: a step of no time would make it infinite."""
+    CERTAIN = 8
+    """Samples before a step can be told from a hiccup."""
 
     def __init__(self) -> None:
         # Empty: the first step of each kind brings its prior, for what is long depends on model and machine.
         self._decode = RecursiveLeastSquares((0.0,) * 3, forgetting=1.0)
         self._prefill = RecursiveLeastSquares((0.0,) * 4, forgetting=1.0)
         self._slowness = 1.0
+        """How slow chunks are just now, as a factor of what the coefficients say."""
+        self._decode_slowness = 1.0
+        """The same of decodes: at a constant number of them the coefficients are not free to follow."""
+        self._fast_steps = 0
+        """Mixed steps in a row that took less than the prediction divided by `OUTLIER`."""
+        self._shortest_ms = 0.0
+        """The shortest step of decodes seen: no step takes less, however few decodes it has."""
         self.error = 0.0
         """Mean relative error of the predictions for mixed steps, exponentially weighted (0.1 = 10 %)."""
 
@@ -89,7 +134,14 @@ class StepModel:
         """The predicted duration of a step without prefill; 0 before any step has been seen."""
         if self._decode.samples == 0:
             return 0.0
-        return max(self._decode.predict((1.0, float(sequences), context / 1000)), 0.0)
+        return max(self._decode_raw(sequences, context) * self._decode_slowness, self._shortest_ms)
+
+    def _decode_raw(self, sequences: int, context: int) -> float:
+        base, per_sequence, per_context = self._decode.weights
+        if per_sequence < 0.0 or per_context < 0.0:
+            # Far from what was seen a slope below zero would say that a larger step takes no time at all.
+            base, per_sequence, per_context = self._decode.at_least_zero((1, 2))
+        return max(base + per_sequence * sequences + per_context * context / 1000, 0.0)
 
     def chunk_ms(self, tokens: int, context: int, first: bool = True) -> float:
         """What a chunk adds to a step; the `first` chunk also pays what a mixed step costs over a pure one."""
@@ -123,8 +175,13 @@ class StepModel:
 
     def learn_decode(self, sequences: int, context: int, duration_ms: float) -> None:
         """Takes in a step that had decodes only."""
-        if self._decode.samples > 8:
-            duration_ms = min(duration_ms, self.OUTLIER * self.decode_ms(sequences, context))
+        noise_ms = duration_ms
+        if self._decode.samples > self.CERTAIN:
+            noise_ms = self.decode_ms(sequences, context)
+            duration_ms = self._plausible(duration_ms, noise_ms)
+            ratio = duration_ms / max(self._decode_raw(sequences, context), 0.1)
+            step = min(max(ratio, 1 / self.OUTLIER), self.OUTLIER) - self._decode_slowness
+            self._decode_slowness += self.DECODE_PACE * step
         # How slow the last chunks were says little about those of another prompt, much later.
         self._slowness += 0.1 * (1.0 - self._slowness)
         if self._decode.samples == 0:
@@ -132,8 +189,15 @@ class StepModel:
             self._decode = RecursiveLeastSquares(
                 (2 * duration_ms, 0.1 * duration_ms, 0.03 * duration_ms), forgetting=0.995
             )
+            self._shortest_ms = duration_ms
+        self._shortest_ms = min(self._shortest_ms, duration_ms)
         features = (1.0, float(sequences), context / 1000)
-        self._decode.learn(features, duration_ms, self.NOISE * max(duration_ms, 0.1))
+        self._decode.learn(features, duration_ms, self.NOISE * max(noise_ms, 0.1))
+
+    def _plausible(self, duration_ms: float, predicted_ms: float) -> float:
+        """What is taken in of a duration: within `OUTLIER` times of the prediction, either way."""
+        predicted_ms = max(predicted_ms, 0.1)
+        return min(max(duration_ms, predicted_ms / self.OUTLIER), predicted_ms * self.OUTLIER)
 
     def learn_prefill(
         self, sequences: int, context: int, chunks: Sequence[tuple[int, int]], duration_ms: float
@@ -141,10 +205,15 @@ class StepModel:
         """Takes in a step with prefill chunks, with or without decodes; returns what it would have predicted."""
         base = self.decode_ms(sequences, context)
         predicted = self.step_ms(sequences, context, chunks)
-        if self._prefill.samples > 8:
+        noise_ms = duration_ms
+        if self._prefill.samples > self.CERTAIN:
             if sequences:
-                self.error += 0.05 * (abs(predicted - duration_ms) / max(duration_ms, 0.1) - self.error)
-            duration_ms = min(duration_ms, self.OUTLIER * max(predicted, 0.1))
+                error = min(abs(predicted - duration_ms) / max(duration_ms, 0.1), self.MAX_ERROR)
+                self.error += 0.05 * (error - self.error)
+            self._fast_steps = self._fast_steps + 1 if duration_ms < predicted / self.OUTLIER else 0
+            if self._fast_steps <= self.TREND:
+                noise_ms = predicted
+                duration_ms = self._plausible(duration_ms, predicted)
             ratio = (duration_ms - base) / max(predicted - base, 0.1) * self._slowness
             self._slowness += 0.1 * (min(max(ratio, 0.4), self.OUTLIER) - self._slowness)
         features = [1.0, 0.0, 0.0, 0.0]
@@ -156,7 +225,7 @@ class StepModel:
         if self._prefill.samples == 0:
             self._prefill = RecursiveLeastSquares(self._prior(base or duration_ms), forgetting=0.999)
         noise = self.NOISE if sequences else self.NOISE_ALONE
-        self._prefill.learn(features, duration_ms - base, noise * max(duration_ms, 0.1))
+        self._prefill.learn(features, duration_ms - base, noise * max(noise_ms, 0.1))
         return predicted
 
     @staticmethod
@@ -165,8 +234,10 @@ class StepModel:
         return (0.3 * scale_ms, 0.1 * scale_ms, 20.0 * scale_ms, 20.0 * scale_ms)
 
     def _coefficients(self) -> list[float]:
-        slowness = self._slowness
-        return [max(weight, 0.0) * slowness for weight in self._prefill.weights]
+        weights, slowness = self._prefill.weights, self._slowness
+        if min(weights) < 0.0:
+            weights = self._prefill.at_least_zero((0, 1, 2, 3))
+        return [weight * slowness for weight in weights]
 
 
 class TpotWindow:

@@ -42,6 +42,7 @@ class AdmissionKey(NamedTuple):
         cold: whether it stands in line with the cold prefills.
         uncached: tokens of a resume prefill; 0 for others, among which arrival decides.
         arrival: when it came, in any unit that grows with time.
+        tokens: of its prompt that are not computed; not part of the order, since no two requests have the same arrival.
     """
 
     urgency: int
@@ -51,6 +52,7 @@ class AdmissionKey(NamedTuple):
     cold: bool = False
     uncached: int = 0
     arrival: float = 0.0
+    tokens: int = 0
 
 
 def admission_key(
@@ -74,7 +76,8 @@ def admission_key(
         due: when it should be through; earlier ones go first among those of one class and level.
     """
     cold = phase is not Phase.RESUME_PREFILL or uncached_tokens > resume_budget
-    return AdmissionKey(Urgency.NORMAL, batch, level, due, cold, 0 if cold else uncached_tokens, arrival)
+    uncached = 0 if cold else uncached_tokens
+    return AdmissionKey(Urgency.NORMAL, batch, level, due, cold, uncached, arrival, uncached_tokens)
 
 
 def ahead(key: AdmissionKey, urgency: Urgency, arrival: float) -> AdmissionKey:

@@ -4,11 +4,13 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from time import perf_counter
 
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request
 
 from vllm_agentserve.policy.order import AdmissionKey, Patience, Urgency, ahead
+from vllm_agentserve.policy.target import Backlog
 
 
 @dataclass(slots=True)
@@ -17,6 +19,7 @@ class _Place:
 
     request: Request
     number: int
+    came: float
     key: AdmissionKey | None = None
     overdue: bool = False
 
@@ -29,30 +32,46 @@ class AgentQueue(RequestQueue):
             when `retag()` is called.
         patience: engine steps a request may be overtaken before it moves to the front.
         batch_patience: the same for requests that nobody waits for.
+        clock: seconds, by which waiting times are counted.
 
     Requests held back for the prefill lane are parked: they count as waiting, but nobody looks at them until what they wait
     for has happened, since a look costs a search through the prefix cache per request and step.
+
+    While a cold prefill is being read that does not end in this step, another one cannot begin (`colds_wait`): then only resume
+    prefills are offered, and a cold prompt at the front does not keep them waiting.
 
     A request that the scheduler takes out, skips and puts back keeps its place: its key decides, not the way it came in.
     """
 
     def __init__(
-        self, key_of: Callable[[Request, int], AdmissionKey], patience: int, batch_patience: int | None = None
+        self,
+        key_of: Callable[[Request, int], AdmissionKey],
+        patience: int,
+        batch_patience: int | None = None,
+        clock: Callable[[], float] = perf_counter,
     ) -> None:
         self._key_of = key_of
         self._patience = Patience(patience)
         self._batch_patience = Patience(batch_patience or patience)
+        self._clock = clock
         self._order: list[tuple[AdmissionKey, int, str]] = []
+        self._resumes: list[tuple[AdmissionKey, int, str]] = []
+        """The entries of `_order` that are not cold."""
+        self._offered: str | None = None
+        """Whom the last look showed."""
+        self._tokens = 0
+        self._came = 0.0
         self._places: dict[str, _Place] = {}
         self._parked: list[tuple[AdmissionKey, int, str]] = []
         self._awaited: dict[str, Hashable | None] = {}
         """By parked request: the KV block that is being filled for somebody else; None: room in the lane."""
         self._arrivals = 0
-        self._colds = 0
         self._turn = 0
         """Where the next `relevel` begins."""
         self.closed = False
         """Set by the scheduler for the rest of a step in which nobody else can be admitted."""
+        self.colds_wait = False
+        """Set by the scheduler for the rest of a step in which no further cold prefill can begin."""
         self.step = 0
         """The engine's step counter, set by the scheduler."""
 
@@ -61,20 +80,30 @@ class AgentQueue(RequestQueue):
         if place is not None:
             self._insert(place)
             return
-        place = self._places[request.request_id] = _Place(request, self._arrivals)
+        place = self._places[request.request_id] = _Place(request, self._arrivals, self._clock())
         self._arrivals += 1
         key = self._insert(place)
         (self._batch_patience if key.batch else self._patience).enter(request.request_id, self.step)
 
     def pop_request(self) -> Request:
-        request = self.peek_request()
-        self._take(self._places[request.request_id])
-        return request
+        # vLLM takes out whom it has looked at, also when the line has changed since (`colds_wait`).
+        if self._offered not in [line[0][2] for line in (self._order, self._resumes) if line]:
+            self.peek_request()
+        place = self._places[self._offered or ""]
+        self._offered = None
+        self._take(place)
+        return place.request
 
     def peek_request(self) -> Request:
-        if not self._order:
+        line = self._line()
+        if not line:
             raise IndexError("peek from an empty queue")
-        return self._places[self._order[0][2]].request
+        self._offered = line[0][2]
+        return self._places[self._offered].request
+
+    def _line(self) -> list[tuple[AdmissionKey, int, str]]:
+        """Those who are offered now, in order."""
+        return self._resumes if self.colds_wait else self._order
 
     def prepend_request(self, request: Request) -> None:
         self.add_request(request)
@@ -99,7 +128,7 @@ class AgentQueue(RequestQueue):
 
     def __bool__(self) -> bool:
         """Whether there is somebody to look at; `len()` counts all who wait."""
-        return bool(self._order) and not self.closed
+        return bool(self._line()) and not self.closed
 
     def __len__(self) -> int:
         return len(self._order) + len(self._parked)
@@ -133,14 +162,16 @@ class AgentQueue(RequestQueue):
         for part in (self._order, self._parked):
             if part != sorted(part):
                 found.append("the queue is not in order")
+        if self._resumes != [entry for entry in self._order if not entry[0].cold]:
+            found.append("the line of resume prefills is not that of the queue")
+        if self._tokens != sum(key.tokens for key, _, _ in self._order):
+            found.append(f"the queue counts {self._tokens} tokens that wait, and has others")
         for name, place in self._places.items():
             if listed.get(name) != (None if place.key is None else (place.key, place.number)):
                 found.append(f"{name!r} is not in the queue where its key says")
         found += [f"{name!r} is in the queue without a place" for name in listed if name not in self._places]
         if self._awaited.keys() != {name for _, _, name in self._parked}:
             found.append("not the same requests are parked and wait for something")
-        if self._colds != sum(key.cold for key, _, _ in self._order):
-            found.append(f"the queue counts {self._colds} cold requests, and has others")
         return found
 
     @property
@@ -180,12 +211,20 @@ class AgentQueue(RequestQueue):
             self._insert(place)
 
     def waiting_resume_tokens(self, limit: int) -> int:
-        """Uncached tokens of the resume prefills among the first `limit` requests."""
-        return sum(key.uncached for key, _, _ in self._order[:limit])
+        """Uncached tokens of the resume prefills that `limit` free places can take. A cold prefill in line before them takes
+        one place at most: the next one waits until it has been read."""
+        first_cold = next((number for number, entry in enumerate(self._line()[:limit]) if entry[0].cold), limit)
+        return sum(key.uncached for key, _, _ in self._resumes[: limit - (first_cold < limit)])
 
     def has_cold(self) -> bool:
         """Whether a request waits that is not a short resume prefill."""
-        return self._colds > 0
+        return len(self._resumes) < len(self._order)
+
+    def backlog(self) -> Backlog:
+        """The prompts that wait for steps; not those that wait for the prefill lane."""
+        prompts = len(self._order)
+        waited_s = self._clock() - self._came / prompts if prompts else 0.0
+        return Backlog(prompts, self._tokens, 1000 * waited_s)
 
     def promote_overdue(self) -> int:
         """Moves requests that were overtaken for too long to the front; returns how many."""
@@ -225,8 +264,12 @@ class AgentQueue(RequestQueue):
         if place.overdue and key.urgency > Urgency.OVERDUE:
             key = ahead(key, Urgency.OVERDUE, place.number)
         place.key = key
-        self._colds += key.cold
-        insort(self._order, (key, place.number, place.request.request_id))
+        entry = (key, place.number, place.request.request_id)
+        insort(self._order, entry)
+        if not key.cold:
+            insort(self._resumes, entry)
+        self._tokens += key.tokens
+        self._came += place.came
         return key
 
     def _out(self, place: _Place) -> None:
@@ -243,7 +286,9 @@ class AgentQueue(RequestQueue):
     def _take(self, place: _Place, keep_key: bool = False) -> None:
         assert place.key is not None
         entry = (place.key, place.number, place.request.request_id)
-        self._colds -= place.key.cold
-        del self._order[bisect_left(self._order, entry)]
+        for line in (self._order,) if place.key.cold else (self._order, self._resumes):
+            del line[bisect_left(line, entry)]
+        self._tokens -= place.key.tokens
+        self._came -= place.came
         if not keep_key:
             place.key = None

@@ -23,6 +23,7 @@ from vllm_agentserve.scheduler.admission import Admission
 from vllm_agentserve.scheduler.announcer import Announcer
 from vllm_agentserve.scheduler.integrity import Integrity
 from vllm_agentserve.scheduler.ledger import LaneLedger
+from vllm_agentserve.scheduler.planning import a_cold_prompt_goes_on, plan_step
 from vllm_agentserve.scheduler.preempter import Preempter
 from vllm_agentserve.scheduler.programs import ProgramTracker
 from vllm_agentserve.scheduler.queues import AgentQueue
@@ -65,13 +66,13 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         """What `/metrics` counts, since the start."""
         self._prefills: dict[str, Prefill] = {}
         self._budget: StepBudget | None = None
+        self._cold_waited = False  # whether the last step had nothing for a cold prompt in line
         self._decode_width = 1 + self.num_spec_tokens
         self._report_interval_s = options.stats_interval_ms / 1000
         self._next_report = 0.0
         self._overlaps = self.parallel_config.pipeline_parallel_size > 1 or isinstance(self, AsyncScheduler)
-        stock = options.mode == "stock"
-        budget_obstacle = "mode is 'stock'" if stock else compat.budget_obstacle(self)
-        order_obstacle = "mode is 'stock'" if stock else compat.order_obstacle(self)
+        stock = "mode is 'stock'" if options.mode == "stock" else None
+        budget_obstacle, order_obstacle = stock or compat.budget_obstacle(self), stock or compat.order_obstacle(self)
         self._cuts_prefills = budget_obstacle is None
         self._stock_limit = getattr(super(), compat.CHUNK_LIMIT)
         self._said = Announcer(logger)
@@ -97,9 +98,8 @@ class AgentScheduler(UpstreamHooks, Scheduler):
             self._to_lane = LaneLedger(self._lane, self._controller, self._stats, self._admission, self._programs)
         every_s = options.integrity_check_s
         self.integrity = Integrity(self, lambda: self._prefills, self._queue, self._programs, self._lane, every_s)
-        self._said.what_runs(
-            options, self._lane is not None, isinstance(self, AsyncScheduler), budget_obstacle, order_obstacle
-        )
+        asynchronous, lanes = isinstance(self, AsyncScheduler), self._lane is not None
+        self._said.what_runs(options, lanes, asynchronous, budget_obstacle, order_obstacle)
 
     # -- a step ---------------------------------------------------------------------------------------------------------
 
@@ -138,7 +138,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         finally:
             delattr(self, compat.CHUNK_LIMIT)
             if self._queue is not None:
-                self._queue.closed = False
+                self._queue.closed = self._queue.colds_wait = False
             if self._preempter is not None:
                 self._preempter.after_step()
         held = self._lane.take_held() if self._lane is not None else None
@@ -146,28 +146,24 @@ class AgentScheduler(UpstreamHooks, Scheduler):
             self._queue.park(held)
         chunks, admitted = self._take_chunks(output)
         sequences = len(output.num_scheduled_tokens) - len(chunks)
-        self._log.scheduled(Step(output, started, sequences, context, chunks or None, admitted, self._beside_lane()))
+        beside = self._beside_lane()
+        self._log.scheduled(Step(output, started, sequences, context, chunks or None, admitted, beside, self._budget))
         return output
 
-    def _beside_lane(self) -> bool:
-        """Whether the step that was just scheduled has part of the device only."""
+    def _beside_lane(self) -> bool:  # whether the step that was just scheduled has part of the device only
         return self._lane is not None and self._lane.busy
 
     def _plan(self, decodes: int, context: int) -> StepBudget:
-        queue = self._queue
-        phases = {prefill.served_as for prefill in self._prefills.values()}
-        places = min(self.max_num_running_reqs - len(self.running), LOOK_AHEAD)
-        waiting_resumes = queue.waiting_resume_tokens(places) if queue is not None and places > 0 else 0
-        return self._controller.plan(
-            decodes,
-            context,
-            max(self.max_num_scheduled_tokens - decodes * self._decode_width, 1),
-            resumes=waiting_resumes > 0 or Phase.RESUME_PREFILL in phases,
-            colds=Phase.COLD_PREFILL in phases or (queue.has_cold() if queue is not None else bool(self.waiting)),
-            waiting_resume_tokens=waiting_resumes,
-            admits=bool(self.waiting) and not self._prefills,
-            beside_lane=self._beside_lane(),
-        )
+        prefills, queue = self._prefills.values(), self._queue
+        most = max(self.max_num_scheduled_tokens - decodes * self._decode_width, 1)
+        places, waits, beside = self.max_num_running_reqs - len(self.running), bool(self.waiting), self._beside_lane()
+        budget = plan_step(self._controller, prefills, queue, decodes, context, most, places, waits, beside)
+        if queue is not None:
+            # A cold prompt may still be for the lane, unless one was found to be for steps, and to have to wait.
+            for_lane = self._lane is not None and bool(self._lane.room) and not self._cold_waited
+            queue.colds_wait = not for_lane and a_cold_prompt_goes_on(prefills, budget)
+        self._cold_waited = False
+        return budget
 
     def _grant(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """Stands in for vLLM's own `CHUNK_LIMIT`: how many of these tokens run in this step."""
@@ -183,10 +179,14 @@ class AgentScheduler(UpstreamHooks, Scheduler):
                 self._said.uncut(obstacle)
                 budget.charge(prefill.served_as, num_new_tokens, num_computed_tokens)
             else:
-                num_new_tokens = budget.grant(prefill.served_as, num_new_tokens, num_computed_tokens)
-                if not num_new_tokens and self._queue is not None and request.status != RequestStatus.RUNNING:
+                wanted = num_new_tokens
+                num_new_tokens = budget.grant(prefill.served_as, wanted, num_computed_tokens)
+                if self._queue is not None and request.status != RequestStatus.RUNNING:
+                    if prefill.served_as is Phase.COLD_PREFILL and num_new_tokens < wanted:
+                        self._queue.colds_wait = True
+                        self._cold_waited = not num_new_tokens
                     # Nothing is left for those behind it, whom vLLM 0.33 would ask for one by one.
-                    self._queue.closed = True
+                    self._queue.closed = not num_new_tokens or not self._queue
         return self._stock_limit(request, num_computed_tokens, num_new_tokens)
 
     def _admit(self, request: Request, computed: int) -> Prefill:

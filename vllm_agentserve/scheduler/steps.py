@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm_agentserve.policy.budget import StepBudget
 from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.scheduler.stats import StatsCollector
@@ -27,6 +28,11 @@ class Prefill:
         self.phase = phase
         self.served_as = served_as
 
+    @property
+    def left(self) -> int:
+        """Prompt tokens that are still to be computed."""
+        return int(self.request.num_tokens - self.request.num_computed_tokens)
+
 
 @dataclass(slots=True)
 class Step:
@@ -40,6 +46,7 @@ class Step:
         chunks: prefill chunks; None: a step of decodes only.
         admitted: whether one of them is the first of its prompt.
         beside_lane: whether a prefill lane has part of the device meanwhile.
+        budget: what its chunks were planned with; None where nothing was cut.
     """
 
     output: Any
@@ -49,6 +56,7 @@ class Step:
     chunks: Chunks | None = None
     admitted: bool = False
     beside_lane: bool = False
+    budget: StepBudget | None = None
 
 
 class StepLog:
@@ -122,5 +130,12 @@ class StepLog:
         if self.stepped is not None:
             self.stepped(sequences, (now - begin) * 1000, chunks)
         self._controller.observe(
-            (now - begin) * 1000, interval_ms, sequences, step.context, chunks, step.admitted, step.beside_lane
+            (now - begin) * 1000,
+            interval_ms,
+            sequences,
+            step.context,
+            chunks,
+            step.admitted,
+            step.beside_lane,
+            step.budget,
         )

@@ -1,0 +1,71 @@
+"""The budget of a step from what waits and what is being read, and whether another cold prompt can begin in it."""
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from vllm_agentserve.policy.budget import StepBudget
+from vllm_agentserve.policy.controller import BudgetController
+from vllm_agentserve.policy.order import LOOK_AHEAD
+from vllm_agentserve.policy.phase import Phase
+from vllm_agentserve.policy.target import NOTHING, Backlog
+
+if TYPE_CHECKING:
+    from vllm_agentserve.scheduler.queues import AgentQueue
+    from vllm_agentserve.scheduler.steps import Prefill
+
+
+def backlog_of(prefills: "Collection[Prefill]", queue: "AgentQueue | None") -> Backlog:
+    """The prompts that are not computed yet: those that are being read, and those that wait for steps."""
+    waiting = queue.backlog() if queue is not None else NOTHING
+    left = sum(prefill.left for prefill in prefills)
+    return Backlog(waiting.prompts + len(prefills), waiting.tokens + left, waiting.waited_ms)
+
+
+def plan_step(
+    controller: BudgetController,
+    prefills: "Collection[Prefill]",
+    queue: "AgentQueue | None",
+    decodes: int,
+    context: int,
+    max_tokens: int,
+    places: int,
+    waits: bool,
+    beside_lane: bool,
+) -> StepBudget:
+    """Asks the controller for the budget of the next step.
+
+    Args:
+        controller: knows the target and what steps take.
+        prefills: the prompts that are being read.
+        queue: the prompts that wait; None where vLLM orders them.
+        decodes: sequences that decode in the step.
+        context: their summed context, in tokens.
+        max_tokens: prompt tokens the step can take at most, at least 1.
+        places: requests that can be admitted.
+        waits: whether any request waits.
+        beside_lane: whether a prefill lane has part of the device.
+    """
+    phases = {prefill.served_as for prefill in prefills}
+    waiting_resumes = 0
+    if queue is not None and places > 0:
+        waiting_resumes = queue.waiting_resume_tokens(min(places, LOOK_AHEAD))
+    return controller.plan(
+        decodes,
+        context,
+        max_tokens,
+        resumes=waiting_resumes > 0 or Phase.RESUME_PREFILL in phases,
+        colds=Phase.COLD_PREFILL in phases or (queue.has_cold() if queue is not None else waits),
+        waiting_resume_tokens=waiting_resumes,
+        admits=waits and not prefills,
+        beside_lane=beside_lane,
+        backlog=backlog_of(prefills, queue),
+    )
+
+
+def a_cold_prompt_goes_on(prefills: "Collection[Prefill]", budget: StepBudget) -> bool:
+    """Whether a cold prompt that is being read will not be through in this step: then no other can begin in it."""
+    return any(
+        prefill.served_as is Phase.COLD_PREFILL
+        and not budget.finishes(prefill.left, prefill.request.num_computed_tokens)
+        for prefill in prefills
+    )
