@@ -15,7 +15,8 @@ from typing import Any, get_args
 from vllm_agentserve.bench.calls import CallShape, ProgramShape, in_blocks, scaled
 from vllm_agentserve.bench.cost import SERVER_GPU, StepCost
 from vllm_agentserve.bench.measure import quantiles
-from vllm_agentserve.bench.simulator import Ended, Order, Simulator
+from vllm_agentserve.bench.simulated_calls import Ended
+from vllm_agentserve.bench.simulator import Order, Simulator
 from vllm_agentserve.policy.programs import ProgramTable
 
 SLOTS = 32

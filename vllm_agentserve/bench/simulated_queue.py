@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from vllm_agentserve.policy.order import DECIDE_STEPS, LOOK_AHEAD, AdmissionKey, Patience, Urgency, ahead
+from vllm_agentserve.policy.target import Backlog
 
 Item = TypeVar("Item")
 
@@ -23,7 +24,12 @@ class SimulatedQueue(Generic[Item]):
         self._patience = None if patience is None else Patience(patience)
         self._relevels = relevels
         self._order: list[tuple[AdmissionKey, int, str]] = []
+        self._resumes: list[tuple[AdmissionKey, int, str]] = []
         self._places: dict[str, tuple[AdmissionKey, int, Item]] = {}
+        self._came: dict[str, float] = {}
+        self._tokens, self._came_s = 0, 0.0
+        self.colds_wait = False
+        """Set while no further cold prefill can begin: then only resume prefills are offered."""
         self._numbers = 0
         self._turn = 0
         self._step = 0
@@ -33,24 +39,40 @@ class SimulatedQueue(Generic[Item]):
     def __len__(self) -> int:
         return len(self._order)
 
-    def add(self, name: str, item: Item) -> None:
+    def add(self, name: str, item: Item, now_s: float) -> None:
+        self._came[name] = now_s
         self._insert(name, self._numbers, item, self._key_of(item))
         self._numbers += 1
         if self._patience is not None:
             self._patience.enter(name, self._step)
 
     def pop(self) -> Item:
-        return self._places.pop(self._order.pop(0)[2])[2]
+        """Takes out whom `first()` shows."""
+        name = self._line()[0][2]
+        item = self._take(name)[2]
+        del self._came[name]
+        return item
 
-    def first(self) -> Item:
-        return self._places[self._order[0][2]][2]
+    def first(self) -> Item | None:
+        """Who is offered next; None if nobody is."""
+        line = self._line()
+        return self._places[line[0][2]][2] if line else None
+
+    def _line(self) -> list[tuple[AdmissionKey, int, str]]:
+        return self._resumes if self.colds_wait else self._order
 
     def has_cold(self) -> bool:
-        return any(key.cold for key, _, _ in self._order)
+        return len(self._resumes) < len(self._order)
 
     def waiting_resume_tokens(self, limit: int) -> int:
-        """Uncached tokens of the resume prefills among the first `limit` calls."""
-        return sum(key.uncached for key, _, _ in self._order[: min(limit, LOOK_AHEAD)])
+        """Uncached tokens of the resume prefills that `limit` free places can take; a cold prefill before them takes one."""
+        limit = max(min(limit, LOOK_AHEAD), 0)
+        cold_first = any(key.cold for key, _, _ in self._line()[:limit])
+        return sum(key.uncached for key, _, _ in self._resumes[: limit - cold_first])
+
+    def backlog(self, now_s: float) -> Backlog:
+        prompts = len(self._order)
+        return Backlog(prompts, self._tokens, 1000 * (now_s - self._came_s / prompts) if prompts else 0.0)
 
     def passed(self, steps: int) -> None:
         """So many steps were run."""
@@ -78,9 +100,15 @@ class SimulatedQueue(Generic[Item]):
 
     def _insert(self, name: str, number: int, item: Item, key: AdmissionKey) -> None:
         self._places[name] = key, number, item
-        insort(self._order, (key, number, name))
+        for line in (self._order,) if key.cold else (self._order, self._resumes):
+            insort(line, (key, number, name))
+        self._tokens += key.tokens
+        self._came_s += self._came[name]
 
     def _take(self, name: str) -> tuple[AdmissionKey, int, Item]:
-        place = self._places.pop(name)
-        del self._order[bisect_left(self._order, (*place[:2], name))]
-        return place
+        key, number, item = self._places.pop(name)
+        for line in (self._order,) if key.cold else (self._order, self._resumes):
+            del line[bisect_left(line, (key, number, name))]
+        self._tokens -= key.tokens
+        self._came_s -= self._came[name]
+        return key, number, item

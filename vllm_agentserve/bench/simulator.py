@@ -8,79 +8,23 @@ something can change.
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal
 
-from vllm_agentserve.bench.calls import CallShape, ProgramShape, forks, origin, tool_chain_s
+from vllm_agentserve.bench.calls import ProgramShape, forks, origin, tool_chain_s
 from vllm_agentserve.bench.cost import KnownModel, StepCost
+from vllm_agentserve.bench.simulated_calls import Call, Ended, Live
 from vllm_agentserve.bench.simulated_queue import SimulatedQueue
 from vllm_agentserve.policy.budget import StepBudget
 from vllm_agentserve.policy.controller import BudgetController, BudgetLimits
 from vllm_agentserve.policy.order import BYPASS_STEPS, PATIENT_BYPASS_STEPS, AdmissionKey, Urgency, admission_key
 from vllm_agentserve.policy.phase import Phase, classify
 from vllm_agentserve.policy.programs import ProgramTable
+from vllm_agentserve.policy.target import Backlog
 
 Order = Literal["stock", "fcfs", "plas", "atlas", "sjf-oracle", "round-robin"]
 PATIENCE = {"fcfs": BYPASS_STEPS, "plas": PATIENT_BYPASS_STEPS, "atlas": PATIENT_BYPASS_STEPS}
 """Steps after which the scheduler lets a waiting call go first, by policy."""
-
-
-@dataclass
-class Ended:
-    """A program that is through.
-
-    Args:
-        seconds: from its arrival to the end of its last call.
-        tokens: decoded.
-        tools_s: longest chain of its tool times, which no scheduler can shorten.
-        ended_s: when it ended.
-    """
-
-    name: str
-    seconds: float
-    tokens: int
-    tools_s: float
-    ended_s: float = 0.0
-
-    @property
-    def per_token_s(self) -> float:
-        return self.seconds / self.tokens
-
-
-@dataclass
-class _Live:
-    """A program that is not through: calls ended, ends of calls, and what is left of it for the oracle."""
-
-    shape: ProgramShape
-    left_ms: float
-    ends: dict[int, tuple[float, float | None]] = field(default_factory=dict)
-    """By call: when it ended, and the path to its end."""
-    served: int = 0
-
-
-@dataclass
-class _Call:
-    live: _Live
-    index: int
-    number: int
-    prefill: int
-    output: int
-    phase: Phase = Phase.COLD_PREFILL
-    served_as: Phase = Phase.COLD_PREFILL
-
-    @property
-    def shape(self) -> CallShape:
-        return self.live.shape.calls[self.index]
-
-    @property
-    def name(self) -> str:
-        return f"{self.live.shape.name}/{self.index}"
-
-    @property
-    def computed(self) -> int:
-        """Tokens of the prompt that are there."""
-        return self.shape.context + self.shape.uncached - self.prefill
 
 
 class Simulator:
@@ -120,18 +64,18 @@ class Simulator:
         self._controller.whole.model = KnownModel(cost)
         self._now = 0.0
         self._numbers, self._arrived = count(), count()
-        self._events: list[tuple[float, int, _Live, int]] = []
+        self._events: list[tuple[float, int, Live, int]] = []
         relevels = order not in ("stock", "fcfs")
         bound = patience if patience is not None else PATIENCE.get(order)
-        self._waiting: SimulatedQueue[_Call] = SimulatedQueue(self._key, bound, relevels)
-        self._prefilling: list[_Call] = []
-        self._decoding: list[_Call] = []
+        self._waiting: SimulatedQueue[Call] = SimulatedQueue(self._key, bound, relevels)
+        self._prefilling: list[Call] = []
+        self._decoding: list[Call] = []
         self.ended: list[Ended] = []
 
     def run(self, programs: Sequence[ProgramShape]) -> list[Ended]:
         """Runs all programs to their end; returns them in the order in which they ended."""
         for shape in programs:
-            live = _Live(shape, sum(self._cost.call_ms(call, self._slots) for call in shape.calls))
+            live = Live(shape, sum(self._cost.call_ms(call, self._slots) for call in shape.calls))
             for index, call in enumerate(shape.calls):
                 if not call.parents:
                     self._at(shape.arrival_s + call.tool_s, live, index)
@@ -145,7 +89,7 @@ class Simulator:
                 self._now = self._events[0][0]
         return self.ended
 
-    def _at(self, when: float, live: _Live, index: int) -> None:
+    def _at(self, when: float, live: Live, index: int) -> None:
         heapq.heappush(self._events, (when, next(self._numbers), live, index))
 
     def _arrivals(self) -> None:
@@ -153,16 +97,16 @@ class Simulator:
             when, _, live, index = heapq.heappop(self._events)
             calls = live.shape.calls
             shape, before = calls[index], origin(calls, index)
-            call = _Call(live, index, next(self._arrived), shape.uncached, shape.output)
+            call = Call(live, index, next(self._arrived), shape.uncached, shape.output)
             known = self._told and before is not None and not forks(calls, index)
             call.phase = classify(shape.context, shape.uncached, known)
             if self._table is not None:
                 # The scheduler sees which call a prompt goes on from; what a join waited for it does not see.
                 path = live.ends[before][1] if before is not None else None
                 self._table.arrive(call.name, live.shape.name, path or 0.0, when)
-            self._waiting.add(call.name, call)
+            self._waiting.add(call.name, call, when)
 
-    def _key(self, call: _Call) -> AdmissionKey:
+    def _key(self, call: Call) -> AdmissionKey:
         if self._order == "stock":
             return AdmissionKey(Urgency.NORMAL, cold=True, arrival=call.number)
         shape, resume_budget = call.shape, self._controller.resume_tokens
@@ -191,38 +135,55 @@ class Simulator:
             colds=Phase.COLD_PREFILL in phases or self._waiting.has_cold(),
             waiting_resume_tokens=waiting_resumes,
             admits=bool(self._waiting) and not self._prefilling,
+            backlog=self._backlog(),
         )
+
+    def _backlog(self) -> Backlog:
+        waiting = self._waiting.backlog(self._now)
+        left = sum(call.prefill for call in self._prefilling)
+        return Backlog(waiting.prompts + len(self._prefilling), waiting.tokens + left, waiting.waited_ms)
 
     def _mixed_step(self) -> None:
         """A step with prompts: those that are being read go on, then others are admitted while there is room."""
         context = self._context()
         budget = None if self._order == "stock" else self._budget(context)
         room = max(self._step_tokens - len(self._decoding), 1)
-        chunks: list[tuple[_Call, int]] = []
+        chunks: list[tuple[Call, int]] = []
 
-        def grant(call: _Call) -> int:
+        def grant(call: Call) -> int:
             wanted = min(call.prefill, room)
             if budget is None or not wanted:
                 return wanted
             return budget.grant(call.served_as, wanted, call.computed)
 
+        if budget is not None:
+            self._waiting.colds_wait = any(
+                call.served_as is Phase.COLD_PREFILL and not budget.finishes(call.prefill, call.computed)
+                for call in self._prefilling
+            )
         for call in self._prefilling:
             if tokens := grant(call):
                 chunks.append((call, tokens))
                 room -= tokens
-        while self._waiting and room and len(self._prefilling) + len(self._decoding) < self._slots:
-            call = self._waiting.first()
+        while room and len(self._prefilling) + len(self._decoding) < self._slots:
+            offered = self._waiting.first()
+            if offered is None:
+                break
+            call = offered
             short = call.phase is Phase.RESUME_PREFILL and call.prefill <= self._controller.resume_tokens
             call.served_as = Phase.RESUME_PREFILL if short else Phase.COLD_PREFILL
             tokens = grant(call)
             if not tokens:
                 break
             self._waiting.pop()
+            if budget is not None and call.served_as is Phase.COLD_PREFILL and tokens < call.prefill:
+                self._waiting.colds_wait = True
             call.live.served += 1
             self._prefilling.append(call)
             chunks.append((call, tokens))
             room -= tokens
-        self._compute(chunks, context)
+        self._waiting.colds_wait = False
+        self._compute(chunks, context, budget)
         done = [call for call in self._prefilling if not call.prefill]
         self._prefilling = [call for call in self._prefilling if call.prefill]
         for call in done:
@@ -233,7 +194,7 @@ class Simulator:
             self._decoding.append(call)
         self._finish()
 
-    def _compute(self, chunks: Sequence[tuple[_Call, int]], context: int) -> None:
+    def _compute(self, chunks: Sequence[tuple[Call, int]], context: int, budget: StepBudget | None) -> None:
         decodes = len(self._decoding)
         granted = [(call.phase, tokens, call.computed) for call, tokens in chunks]
         took_ms = self._cost.step_ms(decodes, context, [chunk[1:] for chunk in granted])
@@ -246,7 +207,7 @@ class Simulator:
                 self._table.charge(call.name, ms)
         # What the chunks do not account for is charged to the decodes, as the scheduler does.
         self._step(took_ms, left_ms, 1)
-        self._controller.observe(took_ms, took_ms if decodes else None, decodes, context, granted)
+        self._controller.observe(took_ms, took_ms if decodes else None, decodes, context, granted, budget=budget)
 
     def _decode_steps(self) -> None:
         context = self._context()
