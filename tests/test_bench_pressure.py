@@ -15,7 +15,7 @@ from vllm_agentserve.bench.cell_table import MAIN
 from vllm_agentserve.bench.client import StreamingClient
 from vllm_agentserve.bench.drawing import Shape, draw_sessions
 from vllm_agentserve.bench.experiment import Experiment
-from vllm_agentserve.bench.kv_pool import pool_options
+from vllm_agentserve.bench.kv_pool import KvPool, pool_of
 from vllm_agentserve.bench.metrics import METRICS
 from vllm_agentserve.bench.plan import Cell, Plan
 from vllm_agentserve.bench.progress import Progress
@@ -78,7 +78,8 @@ def test_salt_changes_every_prompt_and_nothing_else() -> None:
     ],
 )
 def test_the_size_of_the_cache_in_blocks(serve: tuple, gpu: bool, options: tuple, size: int) -> None:
-    assert pool_options(10_752, serve, gpu) == (options, size)
+    pool = pool_of(10_752, serve, gpu)
+    assert (pool.options, pool.tokens) == (options, size)
 
 
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -133,7 +134,7 @@ def test_cells_take_turns_in_being_first() -> None:
         (("--gap-s", "1", "1"), "--gap-s names a value twice"),
         (("--gap-s", "1", "--trace", "sample"), "--gap-s means nothing to a trace"),
         (("--gap-s", "1", "--workload", "programs"), "means nothing to workload 'programs'"),
-        (("--kv-tokens", "2000"), "a KV cache of 2048 tokens holds not even one context"),
+        (("--kv-tokens", "2000"), "--kv-tokens 2048 has room for one context of 1920 tokens"),
         (("--kv-tokens", "9000", "--kv-gib", "1"), "leave one out"),
     ],
 )
@@ -145,10 +146,10 @@ def test_wrong_arguments(
 
 
 def test_a_server_with_another_cache_than_asked_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = Plan(parse_arms(["stock"], []), [Cell("", small, {"name": "x"})], model="m", kv_tokens=10_752, kv_bytes=1)
+    plan = Plan(parse_arms(["stock"], []), [Cell("", small, {"name": "x"})], model="m", kv_pool=KvPool(84, 128))
     with token_server("--blocks", "1000") as url, Progress(Console(quiet=True)) as progress:
         monkeypatch.setattr(Experiment, "server", lambda *_: Borrowed(url))
-        with pytest.raises(ServerError, match="states a KV cache of 16000 tokens instead of 10752"):
+        with pytest.raises(ServerError, match="states a KV cache of 16000 tokens, not 10752"):
             Experiment(plan, tmp_path / "r", progress).run()
     (one,) = Results(tmp_path / "r").rounds()
     assert one.error is not None

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from vllm_agentserve.bench.arms import parse_arms, split_options
 from vllm_agentserve.bench.drawing import Shape, draw_sessions
-from vllm_agentserve.bench.kv_pool import check_pool, kv_bytes, pool_options
+from vllm_agentserve.bench.kv_pool import check_pool, kv_bytes, pool_of
 from vllm_agentserve.bench.plan import Cell, Plan
 from vllm_agentserve.bench.program_traffic import PROGRAM_WORKLOADS, Traffic, program_options, program_traffic
 from vllm_agentserve.bench.records import Results
@@ -82,7 +82,7 @@ def make_plan(arguments: argparse.Namespace, console: Console) -> Plan:
         model = str(make_toy_model())
     serve = serve_options(arguments)
     cells = traffic_cells(arguments, serve)
-    kv_tokens = None
+    kv_pool = None
     salt = ""
     if any(arm.url is not None for arm in arms):
         salt = secrets.token_hex(4)
@@ -94,15 +94,14 @@ def make_plan(arguments: argparse.Namespace, console: Console) -> Plan:
     if arguments.kv_tokens is not None:
         if arguments.kv_gib is not None:
             raise WorkloadError("--kv-gib and --kv-tokens both say how large the KV cache is: leave one out")
-        size, kv_tokens = pool_options(arguments.kv_tokens, serve, has_nvidia_driver())
-        serve = (*serve, *size)
+        kv_pool = pool_of(arguments.kv_tokens, serve, has_nvidia_driver())
     plan = Plan(
         arms=arms,
         cells=cells,
         model=model,
         serve=serve,
         kv_bytes=kv_bytes(arguments.kv_gib, has_nvidia_driver()),
-        kv_tokens=kv_tokens,
+        kv_pool=kv_pool,
         port=arguments.port,
         rounds=arguments.rounds,
         seed=arguments.seed,
@@ -114,8 +113,8 @@ def make_plan(arguments: argparse.Namespace, console: Console) -> Plan:
     )
     if ours:
         check_model(str(model), plan)
-        if kv_tokens is not None:
-            check_pool(kv_tokens, plan.context_tokens)
+        if kv_pool is not None:
+            check_pool(kv_pool, plan.context_tokens)
     return plan
 
 

@@ -45,7 +45,10 @@ class Experiment:
         plan = self.plan
         options = list(plan.serve)
         if not any(option.split("=")[0] == "--max-model-len" for option in options):
-            options += ["--max-model-len", str(-(-max(plan.context_tokens, 2048) // 256) * 256)]
+            room = -(-max(plan.context_tokens, 2048) // 256) * 256
+            options += ["--max-model-len", str(min(room, plan.kv_pool.room if plan.kv_pool else room))]
+        if plan.kv_pool is not None:
+            options += plan.kv_pool.options
         if plan.kv_bytes is not None:
             options += ["--kv-cache-memory-bytes", str(plan.kv_bytes)]
         return tuple(options)
@@ -166,9 +169,9 @@ class Experiment:
         record.software = endpoint.kind
         blocks = kv_blocks(url)
         record.kv_tokens = None if blocks is None else blocks[0] * blocks[1]
-        if server is not None and plan.kv_tokens not in (None, record.kv_tokens):
+        if server is not None and plan.kv_pool is not None and plan.kv_pool.tokens != record.kv_tokens:
             raise ServerError(
-                f"the server of arm {arm.name!r} states a KV cache of {record.kv_tokens} tokens instead of {plan.kv_tokens}"
+                f"the server of arm {arm.name!r} states a KV cache of {record.kv_tokens} tokens, not {plan.kv_pool.tokens}"
             )
         if endpoint.max_model_len is not None and plan.context_tokens > endpoint.max_model_len:
             raise WorkloadError(

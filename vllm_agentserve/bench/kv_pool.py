@@ -1,6 +1,7 @@
 """The size of the KV cache of every server of ours, from what the user asked for."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from vllm_agentserve.bench.program_traffic import BLOCK_OPTION, option_value
 from vllm_agentserve.bench.sessions import WorkloadError
@@ -16,22 +17,43 @@ def kv_bytes(gib: float | None, gpu: bool) -> int | None:
     return None if gib is None else int(gib * 2**30)
 
 
-def pool_options(tokens: int, serve: Sequence[str], gpu: bool) -> tuple[tuple[str, ...], int]:
-    """Options of `vllm serve` for a KV cache of so many tokens, rounded up to whole blocks, and that size.
+@dataclass(frozen=True)
+class KvPool:
+    """A KV cache of a size that was asked for."""
 
-    vLLM keeps one of the blocks for itself.
+    blocks: int
+    block_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """What the server states."""
+        return self.blocks * self.block_tokens
+
+    @property
+    def room(self) -> int:
+        """Tokens of the longest context: vLLM keeps one block for itself."""
+        return self.tokens - self.block_tokens
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Options of `vllm serve` for it."""
+        return (BLOCK_OPTION, str(self.block_tokens), "--num-gpu-blocks-override", str(self.blocks))
+
+
+def pool_of(tokens: int, serve: Sequence[str], gpu: bool) -> KvPool:
+    """A pool of so many tokens, rounded up to whole blocks.
 
     Raises:
         WorkloadError: the block size in `serve` is no whole number.
     """
     block = int(option_value(serve, BLOCK_OPTION, str(GPU_BLOCK_TOKENS if gpu else CPU_BLOCK_TOKENS)))
-    blocks = -(-tokens // block)
-    return (BLOCK_OPTION, str(block), "--num-gpu-blocks-override", str(blocks)), blocks * block
+    return KvPool(-(-tokens // block), block)
 
 
-def check_pool(tokens: int, context_tokens: int) -> None:
+def check_pool(pool: KvPool, context_tokens: int) -> None:
     """Raises `WorkloadError` when one context alone does not fit."""
-    if tokens < context_tokens:
+    if pool.room < context_tokens:
         raise WorkloadError(
-            f"a KV cache of {tokens} tokens holds not even one context, which needs {context_tokens}: give more --kv-tokens"
+            f"--kv-tokens {pool.tokens} has room for one context of {pool.room} tokens, the longest needs {context_tokens}: "
+            f"give more"
         )
