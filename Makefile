@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test setup lint compat doctor bench bench-interference bench-lanes bench-programs bench-cost gpu-check torture soak coverage mutants clean
+.PHONY: demo test setup lint compat doctor bench bench-interference bench-lanes bench-pressure bench-programs bench-cost gpu-check torture soak coverage mutants clean
 
 demo: setup
 	@$(RUN)/agentserve demo
@@ -41,6 +41,14 @@ bench-cost: setup
 bench-lanes: setup
 	@$(RUN)/python -m vllm_agentserve.bench.interference --path engine --rounds 3 --output docs/results/lanes-engine.json \
 	  --arms stock stock-chunk=256 time-sliced-40ms lanes auto-40ms auto-20ms auto-12ms
+
+# Sixteen agents, 43,000 tokens of live context, over KV caches of that size, a half and a quarter of it; three tool gaps on every
+# server. 18 servers, 54 measured parts; the table at the end is printed again by `agentserve bench table bench-results/pressure`.
+PRESSURE := bench-results/pressure
+bench-pressure: setup
+	@for tokens in 43008 21504 10752; do $(RUN)/agentserve bench run --workload pressure --gap-s 0.2 1 5 --kv-tokens $$tokens \
+	  --arms stock agentserve --rounds 3 --slo-factor 0 --output $(PRESSURE)/kv-$$tokens || exit 1; done
+	@$(RUN)/agentserve bench table $(PRESSURE)
 
 # Programs on the engine at three loads, then the simulator against the engine: 27 servers, then 8 engines, two minutes each.
 PLAS := program_quantum_ms=100

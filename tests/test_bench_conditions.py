@@ -12,8 +12,9 @@ from test_bench_client import token_server
 from vllm_agentserve.bench.arms import Arm, parse_arms
 from vllm_agentserve.bench.conditions import Conditions, GpuWatch, pollution
 from vllm_agentserve.bench.demo import demo_plan, sentence
-from vllm_agentserve.bench.experiment import Experiment, Plan
+from vllm_agentserve.bench.experiment import Experiment
 from vllm_agentserve.bench.machine import gpu_names, in_words, shown
+from vllm_agentserve.bench.plan import Cell, Plan
 from vllm_agentserve.bench.progress import Progress
 from vllm_agentserve.bench.sessions import Session, Turn
 
@@ -148,7 +149,9 @@ class Borrowed:
 def test_on_a_gpu_every_arm_gets_the_size_the_first_start_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = Plan(parse_arms(["stock", "agentserve"], []), small, {"name": "x"}, model="m", rounds=1, slo_factor=0)
+    plan = Plan(
+        parse_arms(["stock", "agentserve"], []), [Cell("", small, {"name": "x"})], model="m", rounds=1, slo_factor=0
+    )
     started = []
     with token_server("--interval-s", "0.003", "--blocks", "1000") as url, Progress(Console(quiet=True)) as progress:
 
@@ -174,13 +177,13 @@ def test_on_a_gpu_every_arm_gets_the_size_the_first_start_found(
     ],
 )
 def test_options_of_every_server(tmp_path: Path, more: dict, options: tuple) -> None:
-    plan = Plan(parse_arms(["stock"], []), small, {"name": "x"}, model="m", **more)
+    plan = Plan(parse_arms(["stock"], []), [Cell("", small, {"name": "x"})], model="m", **more)
     with Progress(Console(quiet=True)) as progress:
         assert Experiment(plan, tmp_path / "r", progress).options == options
 
 
 def test_arms_take_turns_and_none_always_follows_the_same() -> None:
-    plan = Plan(parse_arms(["stock", "agentserve", "stock-chunk=64"], []), small, {"name": "x"})
+    plan = Plan(parse_arms(["stock", "agentserve", "stock-chunk=64"], []), [Cell("", small, {"name": "x"})])
     orders = [[arm.name for arm in plan.order(number)] for number in range(3)]
     assert orders[0] == ["stock", "agentserve", "stock-chunk=64"]
     assert sorted(order[0] for order in orders) == sorted(orders[0])
@@ -201,7 +204,7 @@ def test_the_demo_is_one_round_of_both_arms(toy_model: Path) -> None:
     plan = demo_plan(str(toy_model), True, agents=3, turns=2, port=None, settings={"tpot_slo_ms": 40})
     assert [arm.name for arm in plan.arms] == ["stock", "agentserve"]
     assert plan.arms[1].options[-1] == '{"agentserve": {"tpot_slo_ms": 40}}'
-    assert (plan.rounds, plan.slo_factor, len(plan.sessions(0))) == (1, 0.0, 3)
+    assert (plan.rounds, plan.slo_factor, len(plan.cells[0].sessions(0))) == (1, 0.0, 3)
 
 
 def test_the_sentence_under_the_demo() -> None:

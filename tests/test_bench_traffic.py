@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_agentserve.bench.drawing import Shape, draw_sessions
 from vllm_agentserve.bench.sessions import (
     TOKEN_IDS,
     Session,
@@ -17,7 +18,7 @@ from vllm_agentserve.bench.sessions import (
     warm_up_of,
 )
 from vllm_agentserve.bench.trace import Reading, read_trace, trace_path
-from vllm_agentserve.bench.workloads import WORKLOADS, Shape, draw_sessions, explain, find_workload
+from vllm_agentserve.bench.workloads import WORKLOADS, explain, find_workload
 
 
 @pytest.mark.parametrize("name", WORKLOADS)

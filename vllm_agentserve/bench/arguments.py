@@ -51,6 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     traffic.add_argument("--sessions", type=number_from(1, 1000), help="runs of each agent, one after the other")
     traffic.add_argument("--turns", type=number_from(1, 1000), help="requests of each run")
     traffic.add_argument(
+        "--gap-s",
+        type=number_from(0, 3600, whole=False),
+        nargs="+",
+        metavar="S",
+        help="mean time a tool takes, drawn evenly from three to five quarters of it; several: each is measured on every "
+        "server, with prompts of its own, into a folder of its own",
+    )
+    traffic.add_argument(
         "--shared", type=number_from(0, 1, whole=False), help="part of the system prompt all have in common"
     )
     traffic.add_argument(
@@ -119,6 +127,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number_from(0.01, 4096, whole=False),
         help="KV cache of every arm (default: 2 without a GPU, else found)",
     )
+    servers.add_argument(
+        "--kv-tokens",
+        type=number_from(1, 10**9),
+        help="KV cache of every arm in tokens, rounded up to whole blocks; instead of --kv-gib",
+    )
     servers.add_argument("--port", type=port_argument, help="where servers listen (default: a free port)")
     measuring = run.add_argument_group("measuring")
     measuring.add_argument("--rounds", type=number_from(1, 1000), default=3, help="(default: %(default)s)")
@@ -128,6 +141,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     measuring.add_argument("--output", type=Path, help="folder for the results (default: a new one in bench-results)")
     commands.add_parser("workloads", help="list and explain the workloads")
+    beside = commands.add_parser("table", help="print the main figures of several results folders beside each other")
+    beside.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="results, or folders that hold results")
     again = commands.add_parser("report", help="compute figures, pictures and page again from a results folder")
     again.add_argument("folder", type=Path)
     again.add_argument("--baseline", metavar="ARM", help="compare with this arm instead of the first")

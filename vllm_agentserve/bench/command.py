@@ -2,32 +2,33 @@
 
 import argparse
 import json
+import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from vllm_agentserve.bench.arms import parse_arms, split_options
-from vllm_agentserve.bench.experiment import Experiment, Plan
+from vllm_agentserve.bench.drawing import Shape, draw_sessions
+from vllm_agentserve.bench.kv_pool import check_pool, kv_bytes, pool_of
+from vllm_agentserve.bench.plan import Cell, Plan
 from vllm_agentserve.bench.program_traffic import PROGRAM_WORKLOADS, Traffic, program_options, program_traffic
-from vllm_agentserve.bench.progress import Progress
 from vllm_agentserve.bench.records import Results
-from vllm_agentserve.bench.report import PAGE, TABLE, describe_workload, rows, write_report
+from vllm_agentserve.bench.report import write_report
+from vllm_agentserve.bench.run import new_folder, print_cells, run_plan, show
 from vllm_agentserve.bench.server import has_nvidia_driver
 from vllm_agentserve.bench.sessions import TOKEN_IDS, Session, WorkloadError
-from vllm_agentserve.bench.summary import Findings
 from vllm_agentserve.bench.trace import Reading, read_trace, trace_path
-from vllm_agentserve.bench.workloads import WORKLOADS, Shape, Workload, draw_sessions, explain, find_workload
+from vllm_agentserve.bench.workloads import WORKLOADS, Workload, around, explain, find_workload
 
 DEFAULT_ARMS = ("stock", "agentserve")
 CPU_SERVE = ("--dtype", "bfloat16", "--max-num-seqs", "32", "--enforce-eager")
-CPU_KV_GIB = 2.0
 ONLY_OF_PROGRAMS = ("programs", "load", "step_cost")
-NOT_OF_PROGRAMS = ("agents", "sessions", "turns", "shared")
+NOT_OF_PROGRAMS = ("agents", "sessions", "turns", "shared", "gap_s")
 TRACE_WORDS = """[bold]--trace FILE[/bold]
   Recorded traffic in the Mooncake project's JSONL form, as aiperf reads and writes it; `--trace sample` ships with us.
 
@@ -57,12 +58,14 @@ def execute(arguments: argparse.Namespace) -> int:
             return 2
         show(findings, arguments.folder, console)
         return 0
+    if arguments.bench == "table":
+        return print_cells(arguments.folders, console)
     try:
         plan = make_plan(arguments, console)
     except WorkloadError as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 2
-    return run_plan(plan, arguments.output or new_folder(str(plan.workload["name"])), console)
+    return run_plan(plan, arguments.output or new_folder(str(plan.cells[0].workload["name"])), console)
 
 
 def make_plan(arguments: argparse.Namespace, console: Console) -> Plan:
@@ -78,24 +81,40 @@ def make_plan(arguments: argparse.Namespace, console: Console) -> Plan:
         console.print("The model is a toy with random weights: its answers mean nothing, its timing does.")
         model = str(make_toy_model())
     serve = serve_options(arguments)
-    sessions, workload = traffic(arguments, serve)
+    cells = traffic_cells(arguments, serve)
+    kv_pool = None
+    salt = ""
+    if any(arm.url is not None for arm in arms):
+        salt = secrets.token_hex(4)
+        console.print(
+            "Servers at --url keep their prefix cache. This experiment has token ids of its own, which are not found there; "
+            "but what else the caches hold, and what the servers have learned, is part of the result.",
+            soft_wrap=True,
+        )
+    if arguments.kv_tokens is not None:
+        if arguments.kv_gib is not None:
+            raise WorkloadError("--kv-gib and --kv-tokens both say how large the KV cache is: leave one out")
+        kv_pool = pool_of(arguments.kv_tokens, serve, has_nvidia_driver())
     plan = Plan(
         arms=arms,
-        sessions=sessions,
-        workload=workload,
+        cells=cells,
         model=model,
         serve=serve,
-        kv_bytes=kv_bytes(arguments.kv_gib),
+        kv_bytes=kv_bytes(arguments.kv_gib, has_nvidia_driver()),
+        kv_pool=kv_pool,
         port=arguments.port,
         rounds=arguments.rounds,
         seed=arguments.seed,
         answers=arguments.answers,
         slo_factor=arguments.slo_factor,
         anonymous=arguments.anonymous,
+        salt=salt,
         command=("agentserve", *sys.argv[1:]),
     )
     if ours:
         check_model(str(model), plan)
+        if kv_pool is not None:
+            check_pool(kv_pool, plan.context_tokens)
     return plan
 
 
@@ -114,18 +133,27 @@ def serve_options(arguments: argparse.Namespace) -> tuple[str, ...]:
     return (*base_options(arguments.model is None), *own, *split_options(arguments.serve))
 
 
-def kv_bytes(gib: float | None) -> int | None:
-    """Size of the KV cache; None where a first start has to find it."""
-    gib = gib if gib is not None or has_nvidia_driver() else CPU_KV_GIB
-    return None if gib is None else int(gib * 2**30)
-
-
 def scale_of(workload: Workload) -> float:
     return 1.0 if has_nvidia_driver() else workload.cpu_scale
 
 
-def traffic(arguments: argparse.Namespace, serve: Sequence[str]) -> Traffic:
-    """The sessions of every round, and their description; each round has a seed of its own, the same for all arms."""
+def traffic_cells(arguments: argparse.Namespace, serve: Sequence[str]) -> list[Cell]:
+    """The traffic: one cell, or one for every value of `--gap-s`."""
+    gaps = arguments.gap_s or [None]
+    if arguments.gap_s is not None and arguments.trace is not None:
+        raise WorkloadError("--gap-s means nothing to a trace, which says how long tools take: leave it out")
+    if len(set(gaps)) < len(gaps):
+        raise WorkloadError("--gap-s names a value twice: every gap is measured once")
+    names = ["" if len(gaps) == 1 else f"gap-{gap:g}s" for gap in gaps]
+    return [Cell(name, *traffic(arguments, serve, gap)) for name, gap in zip(names, gaps, strict=True)]
+
+
+def traffic(arguments: argparse.Namespace, serve: Sequence[str], gap_s: float | None = None) -> Traffic:
+    """The sessions of every round, and their description; each round has a seed of its own, the same for all arms.
+
+    Args:
+        gap_s: mean time a tool takes; None is the workload's own.
+    """
     programs = arguments.trace is None and arguments.workload in PROGRAM_WORKLOADS
     refuse(arguments, NOT_OF_PROGRAMS if programs else ONLY_OF_PROGRAMS)
     if programs:
@@ -145,6 +173,8 @@ def traffic(arguments: argparse.Namespace, serve: Sequence[str]) -> Traffic:
         replayed(0)
         return replayed, described
     workload = find_workload(arguments.workload, PROGRAM_WORKLOADS)
+    if gap_s is not None:
+        workload = replace(workload, tool_s=around(gap_s))
     scale = arguments.scale or scale_of(workload)
     shape = Shape(arguments.agents, arguments.sessions, arguments.turns, arguments.shared, scale)
 
@@ -156,6 +186,8 @@ def traffic(arguments: argparse.Namespace, serve: Sequence[str]) -> Traffic:
     described |= {
         key: value for key, value in (("sessions", shape.sessions), ("turns", shape.turns)) if value is not None
     }
+    if gap_s is not None:
+        described["gap_s"] = f"{gap_s:g}"
     if shape.shared is not None:
         described["shared"] = f"{shape.shared:g}"
     return drawn, described | {"summary": workload.summary, "source": workload.source}
@@ -184,10 +216,11 @@ def check_model(model: str, plan: Plan) -> None:
         raise WorkloadError(f"--model {model} holds no config.json: name a model folder")
     config = json.loads((folder / "config.json").read_text())
     config = config.get("text_config", config)
+    workload = plan.cells[0].workload
     room, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
     if room is not None and plan.context_tokens > room:
         raise WorkloadError(
-            f"workload {plan.workload['name']!r} at scale {plan.workload['scale']} needs {plan.context_tokens} tokens of "
+            f"workload {workload['name']!r} at scale {workload['scale']} needs {plan.context_tokens} tokens of "
             f"context, the model has {room}: use --scale {fitting_scale(plan, room):.2g} or less"
         )
     if vocabulary is not None and vocabulary < TOKEN_IDS[1]:
@@ -198,68 +231,4 @@ def check_model(model: str, plan: Plan) -> None:
 
 def fitting_scale(plan: Plan, room: int) -> float:
     """A scale at which the longest context fits into `room` tokens, with a little to spare for rounding."""
-    return float(plan.workload["scale"]) * room / plan.context_tokens * 0.95
-
-
-def run_plan(plan: Plan, folder: Path, console: Console, conclude: Callable[[Findings], str] = lambda _: "") -> int:
-    """Runs an experiment and reports what was measured, also after an error or Ctrl-C; returns the exit code.
-
-    Args:
-        conclude: what to say under the table when everything was measured.
-    """
-    from vllm_agentserve.bench.endpoint import EndpointError
-    from vllm_agentserve.bench.server import ServerError
-
-    try:
-        with Progress(console) as progress:
-            experiment = Experiment(plan, folder, progress)
-            experiment.run()
-    except KeyboardInterrupt:
-        console.print("\nStopped; no server is left running.")
-        report_partial(folder, console)
-        return 130
-    except (ServerError, EndpointError, WorkloadError, FileExistsError) as error:
-        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        if not isinstance(error, FileExistsError):
-            report_partial(folder, console)
-        return 1
-    findings = write_report(Results(folder))
-    show(findings, folder, console)
-    if words := conclude(findings):
-        console.print(words, soft_wrap=True)
-    return 0
-
-
-def report_partial(folder: Path, console: Console) -> None:
-    results = Results(folder)
-    if any(one.error is None for one in results.rounds()):
-        show(write_report(results), folder, console)
-    else:
-        console.print(f"No run of any arm ended; what there is lies in {folder}.", markup=False)
-
-
-def show(findings: Findings, folder: Path, console: Console) -> None:
-    """Prints the table and where the rest is."""
-    names = list(findings.figures)
-    table = Table(title=describe_workload(findings.experiment).replace("`", ""), title_justify="left")
-    table.add_column("")
-    for name in names:
-        table.add_column(name, justify="right")
-    for metric, cells in rows(findings, intervals=False):
-        table.add_row(f"{metric.label}{f' ({metric.unit})' if metric.unit else ''}", *cells)
-    console.print(table)
-    console.print(
-        f"In brackets: ratio to {findings.baseline}; intervals are in the page and the table to paste.", markup=False
-    )
-    for note in findings.summary["notes"]:
-        console.print(f"- {note}", markup=False, soft_wrap=True)
-    console.print(f"Page: {folder / PAGE}   table to paste: {folder / TABLE}", markup=False, soft_wrap=True)
-
-
-def new_folder(name: str) -> Path:
-    """bench-results/NAME-1, or the next number that is free."""
-    plain = "".join(c if c.isalnum() or c in "-._" else "-" for c in name)
-    number = 1
-    while (folder := Path("bench-results") / f"{plain}-{number}").exists():
-        number += 1
-    return folder
+    return float(plan.cells[0].workload["scale"]) * room / plan.context_tokens * 0.95

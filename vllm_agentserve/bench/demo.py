@@ -6,11 +6,15 @@ from typing import Any
 from rich.console import Console
 
 from vllm_agentserve.bench.arms import Arm, scheduler_options
-from vllm_agentserve.bench.command import base_options, check_model, kv_bytes, new_folder, run_plan, scale_of
-from vllm_agentserve.bench.experiment import Plan
+from vllm_agentserve.bench.command import base_options, check_model, scale_of
+from vllm_agentserve.bench.drawing import Shape, draw_sessions
+from vllm_agentserve.bench.kv_pool import kv_bytes
+from vllm_agentserve.bench.plan import Cell, Plan
+from vllm_agentserve.bench.run import new_folder, run_plan
+from vllm_agentserve.bench.server import has_nvidia_driver
 from vllm_agentserve.bench.sessions import Session
 from vllm_agentserve.bench.summary import Findings
-from vllm_agentserve.bench.workloads import REACT, Shape, draw_sessions
+from vllm_agentserve.bench.workloads import REACT
 
 
 def demo_plan(model: str, toy: bool, agents: int, turns: int, port: int | None, settings: dict[str, Any]) -> Plan:
@@ -24,13 +28,13 @@ def demo_plan(model: str, toy: bool, agents: int, turns: int, port: int | None, 
     def drawn(number: int) -> list[Session]:
         return draw_sessions(REACT, shape, number)
 
+    workload = {"name": REACT.name, "scale": f"{shape.scale:g}", "agents": agents, "sessions": 1, "turns": turns}
     plan = Plan(
         arms=[Arm("stock"), Arm("agentserve", scheduler_options(settings), settings=settings)],
-        sessions=drawn,
-        workload={"name": REACT.name, "scale": f"{shape.scale:g}", "agents": agents, "sessions": 1, "turns": turns},
+        cells=[Cell("", drawn, workload)],
         model=model,
         serve=base_options(toy),
-        kv_bytes=kv_bytes(None),
+        kv_bytes=kv_bytes(None, has_nvidia_driver()),
         port=port,
         rounds=1,
         slo_factor=0.0,

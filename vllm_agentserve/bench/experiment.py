@@ -2,10 +2,8 @@
 
 import shlex
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,66 +14,19 @@ from vllm_agentserve.bench.client import StreamingClient
 from vllm_agentserve.bench.conditions import Conditions, pollution
 from vllm_agentserve.bench.endpoint import EndpointError, added, find_endpoint, kv_blocks, read_counters
 from vllm_agentserve.bench.machine import describe_machine, shown
+from vllm_agentserve.bench.plan import Cell, Plan
 from vllm_agentserve.bench.progress import Progress
 from vllm_agentserve.bench.records import Results, RoundRecord
 from vllm_agentserve.bench.replay import Replay
 from vllm_agentserve.bench.server import ServerError, VllmServer
-from vllm_agentserve.bench.sessions import (
-    Session,
-    WorkloadError,
-    alone_of,
-    count_requests,
-    longest_context,
-    warm_up_of,
-)
+from vllm_agentserve.bench.sessions import WorkloadError, alone_of, count_requests, live_context, warm_up_of
 
-MARGIN_TOKENS = 64
 BLOCKS_KEPT = 0.95
 """Share of the KV blocks a first start finds room for that every arm gets, where no size is given."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Everything that decides what an experiment does.
-
-    Args:
-        sessions: the sessions of a round, by its number; asked often, so it should remember.
-        workload: how they came about, for the report.
-        model: model folder or name; not needed when all arms are servers of somebody else.
-        serve: options of `vllm serve` for all arms.
-        kv_bytes: size of the KV cache of every arm; None lets a first start find it.
-        answers: see `Replay`.
-        slo_factor: thresholds are the isolated run times this; 0 leaves the isolated run out.
-        anonymous: see `Replay`.
-    """
-
-    arms: Sequence[Arm]
-    sessions: Callable[[int], list[Session]]
-    workload: dict[str, Any]
-    model: str | None = None
-    serve: tuple[str, ...] = ()
-    kv_bytes: int | None = None
-    port: int | None = None
-    rounds: int = 3
-    seed: int = 0
-    answers: str = "pinned"
-    slo_factor: float = 3.0
-    anonymous: bool = False
-    command: Sequence[str] = field(default_factory=tuple)
-
-    @cached_property
-    def context_tokens(self) -> int:
-        """What the longest context of any round needs."""
-        return max(longest_context(self.sessions(number)) for number in range(self.rounds)) + MARGIN_TOKENS
-
-    def order(self, number: int) -> list[Arm]:
-        """The arms of a round; each round begins with another one, so that none always follows the same."""
-        first = number % len(self.arms)
-        return [*self.arms[first:], *self.arms[:first]]
-
-
 class Experiment:
-    """Runs a plan and writes its results.
+    """Runs a plan and writes its results, of every cell into a folder of its own.
 
     Raises:
         ServerError, EndpointError, WorkloadError: from `run`, when an arm cannot be measured; what was measured before
@@ -87,14 +38,17 @@ class Experiment:
         self.progress = progress
         self.folder = folder
         self.options = self.serve_options()
-        self.results = Results.create(folder, self.description())
+        self.results = {cell.name: Results.create(folder / cell.name, self.description(cell)) for cell in plan.cells}
 
     def serve_options(self) -> tuple[str, ...]:
         """What every server of ours gets, whatever the arm."""
         plan = self.plan
         options = list(plan.serve)
         if not any(option.split("=")[0] == "--max-model-len" for option in options):
-            options += ["--max-model-len", str(-(-max(plan.context_tokens, 2048) // 256) * 256)]
+            room = -(-max(plan.context_tokens, 2048) // 256) * 256
+            options += ["--max-model-len", str(min(room, plan.kv_pool.room if plan.kv_pool else room))]
+        if plan.kv_pool is not None:
+            options += plan.kv_pool.options
         if plan.kv_bytes is not None:
             options += ["--kv-cache-memory-bytes", str(plan.kv_bytes)]
         return tuple(options)
@@ -104,7 +58,7 @@ class Experiment:
             raise WorkloadError(f"arm {arm.name!r} needs a server of ours, and so --model")
         return VllmServer(self.plan.model, [*self.options, *arm.options], port=self.plan.port, log=log)
 
-    def description(self) -> dict[str, Any]:
+    def description(self, cell: Cell) -> dict[str, Any]:
         plan = self.plan
         arms = []
         for arm in plan.arms:
@@ -118,14 +72,17 @@ class Experiment:
             "command": shlex.join(map(shown, plan.command)),
             "machine": describe_machine(),
             "arms": arms,
-            "workload": plan.workload,
+            "workload": cell.workload,
+            "cell": cell.name,
+            "live_tokens": [live_context(cell.sessions(number)) for number in range(plan.rounds)],
             "rounds": plan.rounds,
             "seed": plan.seed,
+            "salt": plan.salt,
             "answers": plan.answers,
             "anonymous": plan.anonymous,
             "slo_factor": plan.slo_factor,
             "isolated_arm": self.isolated.name if plan.slo_factor else None,
-            "requests_per_round": count_requests(plan.sessions(0)),
+            "requests_per_round": count_requests(cell.sessions(0)),
         }
 
     @property
@@ -137,9 +94,9 @@ class Experiment:
         plan = self.plan
         if plan.kv_bytes is None and not any("kv-cache" in one or "gpu-blocks" in one for one in self.options):
             self.size_kv_cache()
-        per_round = [count_requests(plan.sessions(number)) for number in range(plan.rounds)]
-        alone = [count_requests(alone_of(plan.sessions(n), "")) if plan.slo_factor else 0 for n in range(plan.rounds)]
-        self.progress.begin(sum(per_round) * len(plan.arms) + sum(alone))
+        drawn = [cell.sessions(number) for cell in plan.cells for number in range(plan.rounds)]
+        alone = [count_requests(alone_of(sessions, "")) if plan.slo_factor else 0 for sessions in drawn]
+        self.progress.begin(sum(map(count_requests, drawn)) * len(plan.arms) + sum(alone))
         for number in range(plan.rounds):
             for arm in plan.order(number):
                 self.progress.say(f"round {number + 1}/{plan.rounds} · {arm.name}")
@@ -158,46 +115,87 @@ class Experiment:
         self.options = (*self.options, "--num-gpu-blocks-override", str(int(found[0] * BLOCKS_KEPT)))
 
     def run_arm(self, arm: Arm, number: int) -> None:
-        """One arm in one round: server, warm-up, the measured part, the isolated run; then everything is written."""
-        record = RoundRecord(arm=arm.name, round=number, began=datetime.now(UTC).strftime("%H:%M:%S"))
+        """One arm in one round: a server, then every cell on it; when it fails, the cells left out say why."""
         began = time.perf_counter()
+        waiting = self.plan.cells_of(number)
+        with ExitStack() as stack:
+            try:
+                url, server, start = arm.url, None, {}
+                if url is None:
+                    name = "".join(c if c.isalnum() or c in "-=." else "_" for c in arm.name)
+                    server = stack.enter_context(self.server(arm, self.folder / f"server-{number + 1}-{name}.log"))
+                    url, start = server.url, {"start": round(time.perf_counter() - began, 3)}
+                while waiting:
+                    self.run_cell(waiting.pop(0), arm, number, url, server, start)
+                    start = {}
+            except BaseException as error:
+                for cell in waiting:
+                    record = self.new_record(arm, number)
+                    record.error = in_a_line(error)
+                    self.results[cell.name].add_round(record)
+                    self.progress.note(in_one_line(record, cell))
+                raise
+
+    def run_cell(
+        self, cell: Cell, arm: Arm, number: int, url: str, server: VllmServer | None, start: dict[str, float]
+    ) -> None:
+        """Warm-up of a fresh server, the measured part, the isolated run; then everything is written."""
+        record = self.new_record(arm, number)
+        record.seconds |= start
         try:
-            if arm.url is not None:
-                self.measure(arm, number, record, arm.url, None)
-                return
-            name = "".join(c if c.isalnum() or c in "-=." else "_" for c in arm.name)
-            with self.server(arm, self.folder / f"server-{number + 1}-{name}.log") as server:
-                record.seconds["start"] = round(time.perf_counter() - began, 3)
-                self.measure(arm, number, record, server.url, server)
-        except KeyboardInterrupt:
-            record.error = "interrupted"
-            raise
-        except Exception as error:
-            record.error = str(error).splitlines()[0]
+            self.measure(cell, arm, number, record, url, server, warm=not start and server is not None)
+        except BaseException as error:
+            record.error = in_a_line(error)
             raise
         finally:
-            self.results.add_round(record)
-            self.progress.note(in_one_line(record))
+            self.results[cell.name].add_round(record)
+            self.progress.note(in_one_line(record, cell))
 
-    def measure(self, arm: Arm, number: int, record: RoundRecord, url: str, server: VllmServer | None) -> None:
+    def new_record(self, arm: Arm, number: int) -> RoundRecord:
+        return RoundRecord(arm=arm.name, round=number, began=datetime.now(UTC).strftime("%H:%M:%S"))
+
+    def measure(
+        self,
+        cell: Cell,
+        arm: Arm,
+        number: int,
+        record: RoundRecord,
+        url: str,
+        server: VllmServer | None,
+        warm: bool,
+    ) -> None:
+        plan = self.plan
         endpoint = find_endpoint(url)
         record.software = endpoint.kind
         blocks = kv_blocks(url)
         record.kv_tokens = None if blocks is None else blocks[0] * blocks[1]
-        if endpoint.max_model_len is not None and self.plan.context_tokens > endpoint.max_model_len:
+        if server is not None and plan.kv_pool is not None and plan.kv_pool.tokens != record.kv_tokens:
+            raise ServerError(
+                f"the server of arm {arm.name!r} states a KV cache of {record.kv_tokens} tokens, not {plan.kv_pool.tokens}"
+            )
+        if endpoint.max_model_len is not None and plan.context_tokens > endpoint.max_model_len:
             raise WorkloadError(
-                f"arm {arm.name!r} has room for {endpoint.max_model_len} tokens, the workload needs {self.plan.context_tokens}: "
+                f"arm {arm.name!r} has room for {endpoint.max_model_len} tokens, the workload needs {plan.context_tokens}: "
                 f"use a smaller --scale"
             )
-        sessions = self.plan.sessions(number)
+        sessions, mark = plan.sessions(cell, number), plan.mark(cell, number)
+        seed = " ".join(filter(None, (str(plan.seed), str(number), mark)))
         client = StreamingClient(url, endpoint.model, endpoint.extensions)
-        parts = {"warm-up": warm_up_of(sessions, f"{self.plan.seed} {number}"), "measured": sessions}
-        if self.plan.slo_factor and arm is self.isolated:
-            parts["alone"] = alone_of(sessions, f"{self.plan.seed} {number}")
+        parts = {"measured": sessions} if warm else {"warm-up": warm_up_of(sessions, seed), "measured": sessions}
+        if plan.slo_factor and arm is self.isolated:
+            parts["alone"] = alone_of(sessions, seed)
         for part, planned in parts.items():
             on_turn = self.progress.advance if part != "warm-up" else lambda: None
             replay = Replay(
-                client, planned, arm.name, number, part, self.plan.answers, on_turn, anonymous=self.plan.anonymous
+                client,
+                planned,
+                arm.name,
+                number,
+                part,
+                plan.answers,
+                on_turn,
+                anonymous=plan.anonymous,
+                suffix=f"-{mark}" if mark else "",
             )
             counted = read_counters(url)
             with Conditions() as conditions:
@@ -205,7 +203,7 @@ class Experiment:
                     uvloop.run(in_session(replay))
                 finally:
                     if part != "warm-up":
-                        self.results.add(replay.records)
+                        self.results[cell.name].add(replay.records)
                     conditions.lateness_ms = replay.lateness_ms
             record.seconds[part] = round(replay.seconds, 6)
             self.check(arm, url, server, replay)
@@ -232,10 +230,17 @@ class Experiment:
             raise EndpointError(f"every request to arm {arm.name!r} failed; the first: {failed[0].error}")
 
 
-def in_one_line(record: RoundRecord) -> str:
+def in_a_line(error: BaseException) -> str:
+    return (
+        "interrupted" if isinstance(error, KeyboardInterrupt) else (str(error) or type(error).__name__).splitlines()[0]
+    )
+
+
+def in_one_line(record: RoundRecord, cell: Cell) -> str:
     state = record.error or "; ".join(f"polluted: {why}" for why in record.polluted) or "clean"
     took = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in record.seconds.items())
-    return f"round {record.round + 1} · {record.arm}: {took}{' · ' if took else ''}{state}"
+    name = f"{record.arm} · {cell.name}" if cell.name else record.arm
+    return f"round {record.round + 1} · {name}: {took}{' · ' if took else ''}{state}"
 
 
 async def in_session(replay: Replay) -> None:

@@ -117,6 +117,8 @@ class RoundFigures:
     gpu: Mapping[str, float] = field(default_factory=dict)
     programs: list[ProgramFigures] = field(default_factory=list)
     """Empty where the workload does not consist of programs."""
+    server: Mapping[str, float] = field(default_factory=dict)
+    """What the server's counters gained."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -128,6 +130,12 @@ class RoundFigures:
         if not self.programs:
             return float("nan")
         return 60 * sum(not program.failed for program in self.programs) / self.seconds
+
+    @property
+    def hit_percent(self) -> float:
+        """Share of prompt tokens that vLLM found in its prefix cache; NaN where the server does not count them."""
+        asked = self.server.get("vllm:prefix_cache_queries", 0.0)
+        return 100 * self.server.get("vllm:prefix_cache_hits", 0.0) / asked if asked else float("nan")
 
     @property
     def goodput(self) -> float:
@@ -155,7 +163,13 @@ def prefill_spans(records: Iterable[Record], phases: Sequence[str] = ("cold", "r
     return merged(np.asarray(spans, dtype=float).reshape(-1, 2))
 
 
-def round_figures(number: int, seconds: float, records: Sequence[Record], gpu: Mapping[str, float]) -> RoundFigures:
+def round_figures(
+    number: int,
+    seconds: float,
+    records: Sequence[Record],
+    gpu: Mapping[str, float],
+    server: Mapping[str, float] | None = None,
+) -> RoundFigures:
     """The figures of one arm in one round from the records of its measured part.
 
     A session's own prefills never overlap its own intervals, so all prefills are joined once for everybody.
@@ -164,7 +178,7 @@ def round_figures(number: int, seconds: float, records: Sequence[Record], gpu: M
     by_session: dict[str, list[Record]] = {}
     for record in records:
         by_session.setdefault(record.session, []).append(record)
-    figures = RoundFigures(number, seconds, gpu=gpu, programs=program_figures(number, records))
+    figures = RoundFigures(number, seconds, gpu=gpu, programs=program_figures(number, records), server=server or {})
     for name, own in by_session.items():
         own.sort(key=lambda record: record.turn)
         good = [record for record in own if record.error is None]

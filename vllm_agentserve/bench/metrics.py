@@ -127,6 +127,13 @@ METRICS = (
         less_is_better=False,
     ),
     Metric(
+        "hit_percent",
+        "prompt tokens found in the prefix cache",
+        "%",
+        of_rounds=mean_round(lambda one: one.hit_percent),
+        less_is_better=False,
+    ),
+    Metric(
         "fairness",
         "fairness between agents (Jain)",
         "",

@@ -69,6 +69,7 @@ class RoundRecord(msgspec.Struct, kw_only=True):
     polluted: list[str] = []
     server: dict[str, float] = {}
     kv_tokens: int | None = None
+    """Size of the KV cache, as the server states it."""
     software: str = ""
     """Name and version, as the server states them."""
     gpu: dict[str, float] = {}

@@ -47,6 +47,8 @@ class Replay:
             or "real" (as the model likes, up to that number).
         on_turn: called after every request.
         anonymous: requests say neither which session they belong to nor which one spawned it.
+        suffix: appended to every session id that is sent, so that a server which has seen these sessions before takes
+            them for new ones.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Replay:
         answers: str = "pinned",
         on_turn: Callable[[], None] = lambda: None,
         anonymous: bool = False,
+        suffix: str = "",
     ) -> None:
         self.client = client
         self.sessions = {session.name: session for session in sessions}
@@ -66,6 +69,7 @@ class Replay:
         self.answers = answers
         self.on_turn = on_turn
         self.anonymous = anonymous
+        self.suffix = suffix
         self.records: list[Record] = []
         self.lateness_ms: list[float] = []
         self.began = 0.0
@@ -120,11 +124,11 @@ class Replay:
                         session.phase(number),
                         context,
                         turn.answer,
-                        session.name if named else None,
+                        session.name + self.suffix if named else None,
                         stream,
                         fixed=self.answers != "real",
                         pinned=pinned if self.answers == "pinned" else None,
-                        parent=parent if named else None,
+                        parent=parent + self.suffix if named and parent is not None else None,
                     )
                 except StreamError as error:
                     self._keep(session, number, context, stream, str(error))

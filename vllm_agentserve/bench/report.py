@@ -62,6 +62,10 @@ def cell(findings: Findings, arm: str, metric: Metric, interval: bool = True) ->
     return f"{words} ({ratio}{', noise' if against['verdict'] == NOISE else ''})"
 
 
+def row_label(metric: Metric) -> str:
+    return f"{metric.label} ({metric.unit})" if metric.unit else metric.label
+
+
 def number(value: float) -> str:
     """Three digits, or all before the point."""
     if abs(value) >= 100:
@@ -80,8 +84,7 @@ def markdown(findings: Findings) -> str:
         "|---" + "|---:" * len(names) + "|",
     ]
     for metric, cells in rows(findings):
-        unit = f" ({metric.unit})" if metric.unit else ""
-        lines.append(f"| {metric.label}{unit} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row_label(metric)} | " + " | ".join(cells) + " |")
     lines += ["", f"In brackets: ratio to {findings.baseline} with its 95 % interval.", ""]
     return "\n".join([*lines, *(f"- {note}" for note in findings.summary["notes"])])
 

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TOKEN_IDS = (100, 4000)
 """Prompts are drawn from these ids, low included, high not: ordinary tokens of every vocabulary of 4096 and more."""
@@ -77,14 +77,27 @@ def pinned_token(session: str, turn: int) -> int:
 
 def longest_context(sessions: Iterable[Session]) -> int:
     """Tokens of the longest prompt plus its answer, over all sessions; forks begin with their parent's context."""
+    return max(longest_contexts(sessions).values(), default=0)
+
+
+def live_context(sessions: Iterable[Session]) -> int:
+    """Tokens that a KV cache needs to keep every agent's context at its longest: the sum over agents."""
+    sessions = list(sessions)
+    longest, of_agents = longest_contexts(sessions), dict[str, int]()
+    for session in sessions:
+        of_agents[session.agent] = max(of_agents.get(session.agent, 0), longest[session.name])
+    return sum(of_agents.values())
+
+
+def longest_contexts(sessions: Iterable[Session]) -> dict[str, int]:
+    """By name of the session: tokens of its longest prompt plus its answer."""
     by_name = {session.name: session for session in sessions}
-    longest = 0
+    longest = dict.fromkeys(by_name, 0)
 
     def walk(session: Session, context: int) -> None:
-        nonlocal longest
         for turn in session.turns:
             context = (len(turn.context) if turn.context is not None else context + len(turn.added)) + turn.answer
-            longest = max(longest, context)
+            longest[session.name] = max(longest[session.name], context)
             for name in turn.spawns:
                 walk(by_name[name], context)
 
@@ -92,6 +105,23 @@ def longest_context(sessions: Iterable[Session]) -> int:
         if not session.forked:
             walk(session, 0)
     return longest
+
+
+def salted(sessions: Sequence[Session], salt: str) -> list[Session]:
+    """The same sessions in other token ids, so that a prefix cache which holds them finds nothing; "" changes nothing.
+
+    Every id becomes another one, the same everywhere: what sessions have in common they still have in common.
+    """
+    if not salt:
+        return list(sessions)
+    ids = range(*TOKEN_IDS)
+    other = dict(zip(ids, random.Random(f"salt {salt}").sample(ids, len(ids)), strict=True))
+
+    def changed(turn: Turn) -> Turn:
+        context = None if turn.context is None else tuple(other[token] for token in turn.context)
+        return replace(turn, added=tuple(other[token] for token in turn.added), context=context)
+
+    return [replace(session, turns=tuple(map(changed, session.turns))) for session in sessions]
 
 
 def count_requests(sessions: Iterable[Session]) -> int:

@@ -92,7 +92,7 @@ def arm_figures(
             by_part.setdefault((record.arm, record.round), []).append(record)
     return {
         name: [
-            round_figures(one.round, one.seconds["measured"], by_part.get((name, one.round), []), one.gpu)
+            round_figures(one.round, one.seconds["measured"], by_part.get((name, one.round), []), one.gpu, one.server)
             for one in rounds
             if one.arm == name and (name, one.round) in by_part
         ]
@@ -146,10 +146,13 @@ def notes(
         found.append(f"The arms have KV caches of different size, in tokens: {sizes}.")
     elif sizes:
         found.append(f"The KV cache holds {next(iter(sizes.values()))} tokens in every arm.")
+    found += pressure_note(experiment, ended)
     kinds = {one.arm: one.software for one in ended if one.software}
     if len(set(kinds.values())) > 1:
         found.append(f"The arms are different software: {', '.join(f'{arm} {kind}' for arm, kind in kinds.items())}.")
     found += decisions(ended)
+    if any(arm.get("url") for arm in experiment["arms"]):
+        found.append(running_before(experiment))
     failed = Counter(one.arm for one in requests if one.error is not None and one.part == "measured")
     found += [f"{count} requests of {arm} failed; their sessions ended there." for arm, count in failed.items()]
     same, differ = compare_prompts(requests)
@@ -166,6 +169,28 @@ def notes(
     if experiment["rounds"] < 3:
         found.append("With fewer than three rounds hardly any difference can be told from noise.")
     return found
+
+
+def running_before(experiment: Mapping[str, Any]) -> str:
+    """What to know of servers that ran before the experiment and go on after it."""
+    known = (
+        "token ids of its own" if experiment.get("salt") else "the token ids that every experiment with this seed has"
+    )
+    return (
+        f"Servers at --url were not started for this experiment. It had {known}; what their prefix caches held before and what "
+        f"they had learned is part of the figures."
+    )
+
+
+def pressure_note(experiment: Mapping[str, Any], rounds: Sequence[RoundRecord]) -> list[str]:
+    """How large the contexts of all agents are beside the KV cache; nothing where one of both is not known."""
+    live, sizes = experiment.get("live_tokens"), {one.kv_tokens for one in rounds if one.kv_tokens is not None}
+    if not live or len(sizes) != 1:
+        return []
+    mean, (size,) = sum(live) / len(live), sizes
+    return [
+        f"Live context is {mean:.0f} tokens, {mean / size:.2g} times the KV cache: the sum over agents of their longest contexts."
+    ]
 
 
 DECISIONS = {

@@ -1,11 +1,11 @@
-"""The agent workloads, as distributions with their sources, and how sessions are drawn from them."""
+"""The agent workloads, as distributions with their sources."""
 
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vllm_agentserve.bench.sessions import Session, Turn, WorkloadError, draw_tokens
+from vllm_agentserve.bench.sessions import WorkloadError
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,11 @@ class Uniform:
 
     def __str__(self) -> str:
         return f"{self.low:g} to {self.high:g}" if self.low != self.high else f"{self.low:g}"
+
+
+def around(mean: float) -> Uniform:
+    """Spread evenly from three quarters to five quarters of the mean."""
+    return Uniform(0.75 * mean, 1.25 * mean)
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,19 @@ WORKLOADS = {
             chats=2,
             batch=8,
         ),
+        Workload(
+            name="pressure",
+            summary="Many agents over a KV cache that is too small: while one waits for its tool, others push its context out.",
+            source="our assumption",
+            agents=16,
+            sessions=1,
+            turns=Uniform(6, 6),
+            system=Uniform(1350, 1650),
+            result=Uniform(150, 250),
+            answer=Uniform(32, 32),
+            tool_s=around(1.0),
+            stagger_s=0.0,
+        ),
     )
 }
 CHAT = Workload(
@@ -188,110 +206,8 @@ def explain(workload: Workload) -> list[str]:
     return [*lines, f"source: {workload.source}"]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What the user may change of a workload; None keeps the workload's own."""
-
-    agents: int | None = None
-    sessions: int | None = None
-    turns: int | None = None
-    shared: float | None = None
-    scale: float = 1.0
-
-
 def find_workload(name: str, others: Iterable[str] = ()) -> Workload:
     """Raises `WorkloadError` for a name that is not in the table; it also names `others` to choose from."""
     if name not in WORKLOADS:
         raise WorkloadError(f"workload {name!r} is unknown: choose one of {', '.join((*WORKLOADS, *others))}")
     return WORKLOADS[name]
-
-
-def draw_sessions(workload: Workload, shape: Shape, seed: int) -> list[Session]:
-    """Draws all sessions; the same arguments give the same sessions, and more agents leave the others as they are."""
-    agents = shape.agents or workload.agents
-    shared = workload.shared if shape.shared is None else shape.shared
-    if shape.scale <= 0 or not 0 <= shared <= 1:
-        raise WorkloadError(f"scale {shape.scale:g} must be above 0, and the shared part {shared:g} from 0 to 1")
-    common = draw_tokens(random.Random(f"{workload.name} {seed} common"), scaled(workload.system, shape.scale, max_of))
-    drawn: list[Session] = []
-    for number in range(agents):
-        for run in range(shape.sessions or workload.sessions):
-            agent = f"agent-{number + 1}"
-            name = f"{agent}.{run + 1}"
-            rng = random.Random(f"{workload.name} {seed} {name}")
-            drawer = Drawer(workload, shape, rng)
-            start = number * workload.stagger_s if run == 0 else workload.tool_s.draw(rng)
-            after = f"{agent}.{run}" if run else None
-            drawn += drawer.sessions(name, agent, "agent", start, after, common, shared)
-    for number in range(workload.chats):
-        name = f"chat-{number + 1}"
-        drawer = Drawer(CHAT, shape, random.Random(f"{workload.name} {seed} {name}"))
-        drawn += drawer.sessions(name, name, "chat", 0.5 + number * workload.stagger_s, None, (), 0.0)
-    for number in range(workload.batch):
-        rng = random.Random(f"{workload.name} {seed} batch {number}")
-        length = scaled(BATCH_PROMPT, shape.scale, rng)
-        turn = Turn(draw_tokens(rng, length), scaled(BATCH_ANSWER, shape.scale, rng))
-        drawn.append(Session(f"batch-{number + 1}", "batch", (turn,), "batch", BATCH_AT_S))
-    return drawn
-
-
-def max_of(distribution: Distribution) -> float:
-    return distribution.high
-
-
-def scaled(distribution: Distribution, scale: float, by: random.Random | Callable[[Distribution], float]) -> int:
-    """A length in tokens: drawn, or some other figure of the distribution, times `scale`; at least 4."""
-    value = distribution.draw(by) if isinstance(by, random.Random) else by(distribution)
-    return max(round(value * scale), 4)
-
-
-class Drawer:
-    """Draws one session and its sub-agents.
-
-    Lengths and times come from `rng`, token ids from a generator of their own: another scale changes nothing but lengths.
-    """
-
-    def __init__(self, workload: Workload, shape: Shape, rng: random.Random) -> None:
-        self.workload = workload
-        self.shape = shape
-        self.rng = rng
-        self.ids = random.Random(rng.random())
-
-    def sessions(
-        self,
-        name: str,
-        agent: str,
-        kind: str,
-        start_s: float,
-        after: str | None,
-        common: tuple[int, ...],
-        shared: float,
-    ) -> list[Session]:
-        """The session called `name`, and after it those that fork from it."""
-        system = scaled(self.workload.system, self.shape.scale, self.rng)
-        prefix = common[: round(system * shared)]
-        count = self.shape.turns or round(self.workload.turns.draw(self.rng))
-        turns = [Turn(prefix + draw_tokens(self.ids, system - len(prefix)), self.answer())]
-        turns += [self.turn() for _ in range(count - 1)]
-        forks: list[Session] = []
-        if self.workload.forks is not None and count > 1 and self.rng.random() < self.workload.forks.share:
-            where = self.rng.randrange(count - 1)
-            forks = [
-                self.fork(f"{name}.sub-{number + 1}", kind)
-                for number in range(round(self.workload.forks.count.draw(self.rng)))
-            ]
-            before = turns[where]
-            turns[where] = Turn(before.added, before.answer, before.tool_s, tuple(fork.name for fork in forks))
-        return [Session(name, agent, tuple(turns), kind, start_s, after), *forks]
-
-    def turn(self) -> Turn:
-        result = draw_tokens(self.ids, scaled(self.workload.result, self.shape.scale, self.rng))
-        return Turn(result, self.answer(), self.workload.tool_s.draw(self.rng))
-
-    def answer(self) -> int:
-        return scaled(self.workload.answer, self.shape.scale, self.rng)
-
-    def fork(self, name: str, kind: str) -> Session:
-        assert self.workload.forks is not None
-        count = round(self.workload.forks.turns.draw(self.rng))
-        return Session(name, name, tuple(self.turn() for _ in range(count)), kind, forked=True)

@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 
 from vllm_agentserve.bench.closed_loop import ClosedLoop
+from vllm_agentserve.bench.drawing import Shape, draw_sessions
 from vllm_agentserve.bench.sessions import warm_up_of
-from vllm_agentserve.bench.workloads import REACT, Shape, draw_sessions
+from vllm_agentserve.bench.workloads import REACT
 from vllm_agentserve.gpucheck.engines import Setting, counters, make_engine
 
 
@@ -17,7 +18,7 @@ def replay(options: Mapping[str, Any]) -> dict[str, Any]:
     """One arm of one round, in a child process: a warm-up with other tokens, then the agents.
 
     Args:
-        options: `setting` (of `Setting`), `shape` (of `workloads.Shape`), `stagger_s` (between the first starts of two
+        options: `setting` (of `Setting`), `shape` (of `drawing.Shape`), `stagger_s` (between the first starts of two
             agents), `seed` and `round`.
     """
     setting = Setting(**options["setting"])

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 
 import msgspec
 
+from vllm_agentserve.bench.drawing import Shape
 from vllm_agentserve.bench.measure import RoundFigures, Values, pool, quantile, round_figures
 from vllm_agentserve.bench.records import Record
-from vllm_agentserve.bench.workloads import Shape
 from vllm_agentserve.gpucheck.engines import TOY, Setting, kv_cache_bytes, shape_for
 from vllm_agentserve.gpucheck.environment import free_gib
 from vllm_agentserve.gpucheck.place import PACKAGE, Finding, Place

@@ -1,0 +1,82 @@
+"""Everything that decides what an experiment does: arms, traffic, servers, rounds."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from vllm_agentserve.bench.arms import Arm
+from vllm_agentserve.bench.kv_pool import KvPool
+from vllm_agentserve.bench.sessions import Session, longest_context, salted
+
+MARGIN_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One kind of traffic. A server of one arm and one round meets all cells of a plan, one after the other.
+
+    Args:
+        name: the folder of its results, in that of the experiment; "" where there is one cell only.
+        sessions: the sessions of a round, by its number; asked often, so it should remember.
+        workload: how they came about, for the report.
+    """
+
+    name: str
+    sessions: Callable[[int], list[Session]]
+    workload: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an experiment does.
+
+    Args:
+        cells: the kinds of traffic; names differ, and all have other prompts.
+        model: model folder or name; not needed when all arms are servers of somebody else.
+        serve: options of `vllm serve` for all arms.
+        kv_bytes: size of the KV cache of every arm; None lets a first start find it.
+        kv_pool: the KV cache that every server of ours must have; None where no number of tokens was asked for.
+        answers: see `Replay`.
+        slo_factor: thresholds are the isolated run times this; 0 leaves the isolated run out.
+        anonymous: see `Replay`.
+        salt: changes all token ids, for servers whose prefix cache holds what an earlier experiment sent.
+    """
+
+    arms: Sequence[Arm]
+    cells: Sequence[Cell]
+    model: str | None = None
+    serve: tuple[str, ...] = ()
+    kv_bytes: int | None = None
+    kv_pool: KvPool | None = None
+    port: int | None = None
+    rounds: int = 3
+    seed: int = 0
+    answers: str = "pinned"
+    slo_factor: float = 3.0
+    anonymous: bool = False
+    salt: str = ""
+    command: Sequence[str] = field(default_factory=tuple)
+
+    @cached_property
+    def context_tokens(self) -> int:
+        """What the longest context of any round needs."""
+        return max(longest_context(cell.sessions(n)) for cell in self.cells for n in range(self.rounds)) + MARGIN_TOKENS
+
+    def order(self, number: int) -> list[Arm]:
+        """The arms of a round; each round begins with another one, so that none always follows the same."""
+        first = number % len(self.arms)
+        return [*self.arms[first:], *self.arms[:first]]
+
+    def cells_of(self, number: int) -> list[Cell]:
+        """The cells in the order of a round; each round begins with another one."""
+        first = number % len(self.cells)
+        return [*self.cells[first:], *self.cells[:first]]
+
+    def mark(self, cell: Cell, number: int) -> str:
+        """What tells this cell of this round from others that the same server has met; "" where there are none."""
+        return ".".join(filter(None, (self.salt, cell.name, str(number) if self.salt else "")))
+
+    def sessions(self, cell: Cell, number: int) -> list[Session]:
+        """The sessions of a cell in a round, as they are sent."""
+        return salted(cell.sessions(number), self.mark(cell, number))
