@@ -82,6 +82,8 @@ class StepBudget:
         other_tokens: tokens of the decodes in the step.
         trust: bounds how far a chunk may go beyond what has been tried; None for no bound.
         target_ms: the time between two tokens of a stream that the step is planned for.
+        stretch_ms: time beyond that for a prompt that then ends, instead of taking one more step for the little that is left.
+        stretched_target_ms: what a step that takes it is planned for.
     """
 
     def __init__(
@@ -96,6 +98,8 @@ class StepBudget:
         other_tokens: int = 0,
         trust: "TrustRegion | None" = None,
         target_ms: float = UNLIMITED,
+        stretch_ms: float = 0.0,
+        stretched_target_ms: float = UNLIMITED,
     ) -> None:
         self.model = model
         self.prefill_ms = prefill_ms
@@ -107,6 +111,8 @@ class StepBudget:
         self.other_tokens = other_tokens
         self.trust = trust
         self.target_ms = target_ms
+        self.stretch_ms = stretch_ms
+        self.stretched_target_ms = stretched_target_ms
         self.rounded = 0
         """Tokens that were allowed and taken away again to give the step one of few sizes."""
         self.granted: list[tuple[Phase, int, int]] = []
@@ -124,11 +130,11 @@ class StepBudget:
         if self.prefill_ms == UNLIMITED and phase is Phase.COLD_PREFILL:
             tokens = min(wanted, max(self.tokens - self.reserved_tokens, min(self.floor_tokens, self.tokens)))
         elif phase is Phase.RESUME_PREFILL:
-            tokens = min(wanted, self._fitting(context, 0), self.resume_tokens)
+            tokens = min(wanted, self._fitting(context, 0, wanted), self.resume_tokens)
         else:
-            tokens = min(wanted, self._fitting(context, self.reserved_tokens))
-            if self.trust is not None:
-                tokens = min(tokens, self.trust.tokens_over(context))
+            tokens = min(wanted, self._cold_fitting(wanted, context))
+        if tokens == wanted and self.stretch_ms and self._time_for(context, 0) < wanted:
+            self.target_ms, self.stretch_ms = self.stretched_target_ms, 0.0
         allowed = tokens
         if tokens < wanted and self.prefill_ms != UNLIMITED:
             tokens = self._round_down(tokens)
@@ -143,8 +149,11 @@ class StepBudget:
         """Whether a cold prefill with so many tokens left would be through in this step, were it asked for next."""
         if self.prefill_ms == UNLIMITED:
             return wanted <= self.tokens - self.reserved_tokens
-        fits = self._fitting(context, self.reserved_tokens)
-        return wanted <= (fits if self.trust is None else min(fits, self.trust.tokens_over(context)))
+        return wanted <= self._cold_fitting(wanted, context)
+
+    def _cold_fitting(self, wanted: int, context: int) -> int:
+        fits = self._fitting(context, self.reserved_tokens, wanted)
+        return fits if self.trust is None else min(fits, self.trust.tokens_over(context))
 
     def allowed(self, chunks: Sequence[tuple[Phase, int, int]]) -> list[tuple[Phase, int, int]]:
         """The chunks that ran, as long as they would have been without rounding: by these the region is judged, since it
@@ -170,14 +179,21 @@ class StepBudget:
         """Takes in a chunk that runs whatever the budget says."""
         self._spend(phase, tokens, context)
 
-    def _fitting(self, context: int, reserved: int) -> int:
+    def _fitting(self, context: int, reserved: int, wanted: int) -> int:
+        """The longest chunk; all that is `wanted` if the stretch is enough for it."""
         if self.prefill_ms == UNLIMITED:
             return self.tokens
-        first = not self.granted
-        if not reserved:
-            return min(self.model.tokens_within(self.prefill_ms, context, first), self.tokens)
-        kept_ms = self.model.chunk_ms(reserved, context, first=False)
-        return min(self.model.tokens_within(self.prefill_ms - kept_ms, context, first), self.tokens - reserved)
+        fits = self._time_for(context, reserved)
+        if fits < wanted and self.stretch_ms and self._time_for(context, reserved, self.stretch_ms) >= wanted:
+            fits = wanted
+        return min(fits, self.tokens - reserved)
+
+    def _time_for(self, context: int, reserved: int, more_ms: float = 0.0) -> int:
+        """The longest chunk for which there is time, with what is reserved for others."""
+        room_ms = self.prefill_ms + more_ms
+        if reserved:
+            room_ms -= self.model.chunk_ms(reserved, context, first=False)
+        return self.model.tokens_within(room_ms, context, first=not self.granted)
 
     def _spend(self, phase: Phase, tokens: int, context: int) -> None:
         self.prefill_ms -= self.model.chunk_ms(tokens, context, first=not self.granted)

@@ -86,6 +86,8 @@ class BudgetController:
         self.slow_steps = 0
         """Decode steps above the upper threshold since the start."""
         self._set_target(limits.tpot_slo_ms or limits.tpot_uncalibrated_ms)
+        self.step_target_ms = self._target_ms
+        """What the latest step with prefill beside decodes was planned for."""
 
     @property
     def target_ms(self) -> float:
@@ -208,23 +210,19 @@ class BudgetController:
         chunk = max(min(tokens, 256), 1)
         return chunk / max(self.whole.model.chunk_ms(chunk, before + tokens // 2), 0.01) * 1000
 
-    def step_target_ms(self, sequences: int, context: int, max_tokens: int, backlog: Backlog, regime: Regime) -> float:
-        """The target of a step with these decodes for which these prompts wait."""
-        if self.limits.tpot_slo_ms is not None or not sequences or not backlog.prompts:
-            return self._target_ms
+    def _weighed(
+        self, sequences: int, context: int, max_tokens: int, backlog: Backlog, regime: Regime
+    ) -> tuple[float, float]:
+        """The target of a step with these decodes for which these prompts wait, and how much longer it may take to end one."""
         model = regime.model
-        tokens = max(backlog.tokens // backlog.prompts, 1)
-        rate = self.device_rate(tokens, 0)
-        if rate is None:
-            return self._target_ms
-        return self.trade.target_ms(
-            self._target_ms,
-            model.decode_ms(sequences, context) * self._depth,
-            sequences,
-            backlog,
-            backlog.tokens / rate * 1000,
-            model.step_ms(sequences, context, [(max_tokens, 0)]) * self._depth,
-        )
+        rate = self.device_rate(max(backlog.tokens // max(backlog.prompts, 1), 1), 0)
+        if self.limits.tpot_slo_ms is not None or not sequences or not backlog.prompts or rate is None:
+            return self._target_ms, 0.0
+        alone_ms = model.decode_ms(sequences, context) * self._depth
+        stock_ms = model.step_ms(sequences, context, [(max_tokens, 0)]) * self._depth
+        read_ms = backlog.tokens / rate * 1000
+        target_ms = self.trade.target_ms(self._target_ms, alone_ms, sequences, backlog, read_ms, stock_ms)
+        return target_ms, self.trade.stretch_ms(target_ms, stock_ms)
 
     def _prefill_ms(self, regime: "Regime", sequences: int, context: int, target_ms: float | None = None) -> float:
         """The time left for prefill in a step with these decodes."""
@@ -265,7 +263,9 @@ class BudgetController:
         if not sequences and not (resumes and colds):
             return StepBudget(regime.model, UNLIMITED, max_tokens, max_tokens, 0, floor, 1)
         tokens = max_tokens
-        target_ms = self.step_target_ms(sequences, context, max_tokens, backlog, regime)
+        target_ms, stretch_ms = self._weighed(sequences, context, max_tokens, backlog, regime)
+        if sequences:
+            self.step_target_ms = target_ms
         # With a longer step the share of resume prefills grows as the step does.
         resume_tokens = int(self.resume_tokens * target_ms / self._target_ms) if colds else tokens
         reserved = min(waiting_resume_tokens, resume_tokens, tokens // 2)
@@ -282,4 +282,6 @@ class BudgetController:
             sequences,
             regime.trust if sequences else None,
             target_ms,
+            stretch_ms / self._depth,
+            target_ms + stretch_ms,
         )

@@ -38,10 +38,13 @@ class TargetTrade:
     streams wait half as long. T follows from the moment alone and has no memory, so that it cannot oscillate by itself.
     """
 
-    weight: float = 1.0
+    weight: float = 5.0
     """What a ms of waiting for a prompt counts against a ms between two tokens."""
-    stock_share: float = 0.4
+    stock_share: float = 0.45
     """The limit, as a share of the duration of a step with as many prompt tokens as the engine takes."""
+
+    stretch: float = 0.5
+    """Share of the target by which a step may be longer that ends a prompt."""
 
     def target_ms(
         self, floor_ms: float, decodes_ms: float, streams: int, backlog: Backlog, read_ms: float, stock_ms: float
@@ -59,3 +62,7 @@ class TargetTrade:
         waits = backlog.prompts * (read_ms + backlog.waited_ms)
         wanted = decodes_ms + sqrt(self.weight * waits * decodes_ms / max(streams, 1))
         return max(floor_ms, min(wanted, self.stock_share * stock_ms))
+
+    def stretch_ms(self, target_ms: float, stock_ms: float) -> float:
+        """How much longer a step may take that ends a prompt, within the same limit: the step that is saved is worth it."""
+        return max(min(self.stretch * target_ms, self.stock_share * stock_ms - target_ms), 0.0)

@@ -1,11 +1,13 @@
 """What the engine reports: plain figures, collected between two reports and sent as one flat dictionary."""
 
+from collections.abc import Callable
 from time import monotonic
 from typing import Protocol
 
 from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.policy.programs import ProgramTable
+from vllm_agentserve.policy.target import Backlog
 from vllm_agentserve.scheduler.program_series import program_report
 
 COUNTERS = {
@@ -40,12 +42,15 @@ COUNTERS = {
     "wrong_hints": "Hints of clients that were wrong, and so ignored.",
     "integrity_faults": "Faults found in the scheduler's own books; with the option integrity_check_s only.",
     "overdue_requests": "Requests moved to the front of the queue because others had overtaken them for too long.",
+    "offered_prefill_seconds": "Seconds the whole device would take for the uncached prompt tokens of the requests that came.",
     "slow_steps": "Decode steps that took longer than the upper threshold of the target.",
 }
 """Counters, by the name they have behind the prefix (with `_total`); each report carries what was added."""
 
 GAUGES = {
     "tpot_target_seconds": "Target for the time between two tokens of a stream.",
+    "step_target_seconds": "What the latest step with prefill beside decodes was planned for; above the target where many wait.",
+    "waiting_prefill_tokens": "Prompt tokens still to be computed in steps, of waiting and running requests.",
     "tpot_seconds": "Time between two tokens of a stream as the engine gives it, exponentially weighted.",
     "tpot_p95_seconds": "95th percentile of the time between two tokens over the last 256 decode steps.",
     "resume_budget_tokens": "Largest resume prefill that goes ahead of cold ones, and their share of a step.",
@@ -74,10 +79,12 @@ class StatsCollector:
 
     def __init__(self, controller: BudgetController) -> None:
         self._controller = controller
-        self.counts = dict.fromkeys(COUNTERS, 0)
+        self.counts: dict[str, float] = dict.fromkeys(COUNTERS, 0)
         """Every counter since the start."""
         self._reported = dict(self.counts)
         self._last_chunk = 0
+        self.backlog: Callable[[], Backlog] = Backlog
+        """The prompts that are not computed yet; set by the scheduler."""
         self.lane: LaneGauges | None = None
         """Set where there are lanes."""
         self.programs: ProgramTable | None = None
@@ -85,6 +92,12 @@ class StatsCollector:
 
     def admitted(self, phase: Phase) -> None:
         self.counts[f"{phase.label}_requests"] += 1
+
+    def offered(self, tokens: int) -> None:
+        """Counts the uncached prompt tokens of a request that came, once it is known what a prompt takes."""
+        rate = self._controller.device_rate(tokens, 0)
+        if rate is not None:
+            self.counts["offered_prefill_seconds"] += tokens / rate
 
     def quiet_step(self, sequences: int, beside_lane: bool) -> None:
         """Counts a step of decodes only."""
@@ -117,6 +130,8 @@ class StatsCollector:
         }
         self._reported = dict(counts)
         report["tpot_target_seconds"] = controller.target_ms / 1000
+        report["step_target_seconds"] = controller.step_target_ms / 1000
+        report["waiting_prefill_tokens"] = self.backlog().tokens
         report["tpot_seconds"] = controller.tpot.ewma / 1000
         report["tpot_p95_seconds"] = controller.tpot.quantile(0.95) / 1000
         report["resume_budget_tokens"] = controller.resume_tokens
