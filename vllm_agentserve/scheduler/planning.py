@@ -69,3 +69,13 @@ def a_cold_prompt_goes_on(prefills: "Collection[Prefill]", budget: StepBudget) -
         and not budget.finishes(prefill.left, prefill.request.num_computed_tokens)
         for prefill in prefills
     )
+
+
+def close_line(queue: "AgentQueue", cold: bool, granted: int, wanted: int) -> bool:
+    """Closes the queue, or its cold part, for the rest of a step in which a waiting request was granted less than it wanted;
+    returns whether a cold prompt was granted nothing."""
+    if cold and granted < wanted:
+        queue.colds_wait = True
+    # Nothing is left for those behind it, whom vLLM 0.33 would ask for one by one.
+    queue.closed = not granted or not queue
+    return cold and not granted

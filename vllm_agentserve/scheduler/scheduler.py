@@ -23,7 +23,7 @@ from vllm_agentserve.scheduler.admission import Admission
 from vllm_agentserve.scheduler.announcer import Announcer
 from vllm_agentserve.scheduler.integrity import Integrity
 from vllm_agentserve.scheduler.ledger import LaneLedger
-from vllm_agentserve.scheduler.planning import a_cold_prompt_goes_on, backlog_of, plan_step
+from vllm_agentserve.scheduler.planning import a_cold_prompt_goes_on, backlog_of, close_line, plan_step
 from vllm_agentserve.scheduler.preempter import Preempter
 from vllm_agentserve.scheduler.programs import ProgramTracker
 from vllm_agentserve.scheduler.queues import AgentQueue
@@ -183,11 +183,8 @@ class AgentScheduler(UpstreamHooks, Scheduler):
                 wanted = num_new_tokens
                 num_new_tokens = budget.grant(prefill.served_as, wanted, num_computed_tokens)
                 if self._queue is not None and request.status != RequestStatus.RUNNING:
-                    if prefill.served_as is Phase.COLD_PREFILL and num_new_tokens < wanted:
-                        self._queue.colds_wait = True
-                        self._cold_waited = not num_new_tokens
-                    # Nothing is left for those behind it, whom vLLM 0.33 would ask for one by one.
-                    self._queue.closed = not num_new_tokens or not self._queue
+                    cold = prefill.served_as is Phase.COLD_PREFILL
+                    self._cold_waited |= close_line(self._queue, cold, num_new_tokens, wanted)
         return self._stock_limit(request, num_computed_tokens, num_new_tokens)
 
     def _admit(self, request: Request, computed: int) -> Prefill:
