@@ -86,6 +86,7 @@ class BudgetController:
         self.slow_steps = 0
         """Decode steps above the upper threshold since the start."""
         self._set_target(limits.tpot_slo_ms or limits.tpot_uncalibrated_ms)
+        self._step_tokens = 2048
         self.step_target_ms = self._target_ms
         """What the latest step with prefill beside decodes was planned for."""
 
@@ -199,7 +200,8 @@ class BudgetController:
         if not model.knows_prefill:
             return None
         halfway = before + tokens // 2
-        chunk = max(model.tokens_within(self._prefill_ms(self.whole, sequences, context), halfway), 1)
+        target_ms, _ = self._weighed(sequences, context, self._step_tokens, Backlog(1, tokens), self.whole)
+        chunk = max(model.tokens_within(self._prefill_ms(self.whole, sequences, context, target_ms), halfway), 1)
         chunk = min(max(chunk, self.limits.prefill_floor_tokens), max(tokens, 1))
         return chunk / max(model.step_ms(sequences, context, [(chunk, halfway)]), 0.01) * 1000
 
@@ -262,7 +264,7 @@ class BudgetController:
         regime = self.shared if beside_lane else self.whole
         if not sequences and not (resumes and colds):
             return StepBudget(regime.model, UNLIMITED, max_tokens, max_tokens, 0, floor, 1)
-        tokens = max_tokens
+        tokens = self._step_tokens = max_tokens
         target_ms, stretch_ms = self._weighed(sequences, context, max_tokens, backlog, regime)
         if sequences:
             self.step_target_ms = target_ms
