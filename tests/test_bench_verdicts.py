@@ -7,6 +7,7 @@ import pytest
 from test_bench_figures import BY_KEY, noisy_rounds, record
 
 from vllm_agentserve.bench import compare as comparing
+from vllm_agentserve.bench import interference_figures as interference
 from vllm_agentserve.bench.compare import BETTER, FAILED, FEW, NOISE, UNKNOWN, WORSE, Comparison, compare
 from vllm_agentserve.bench.judge import (
     NOT_JUDGED,
@@ -203,3 +204,22 @@ def test_noise_says_what_it_could_have_hidden() -> None:
     assert found.low * found.limit == pytest.approx(math.exp(logs.mean()), rel=1e-3)
     assert doubts(found.as_json()) == ", noise within x1.11, below 1 in 3 of 3 rounds"
     assert doubts(comparison(0.001).as_json()) == ""
+
+
+def test_the_interference_table_prints_how_many_intervals_there_are() -> None:
+    """Twenty-one intervals, one a step, have a largest one and no p99."""
+
+    def arm(count: int) -> dict:
+        during = [10.0 * (1 + index % 7) for index in range(count)]
+        cold = [(1000, 0.5)]
+        return interference.summary(
+            [interference.Run(during, during, during, cold, cold, decode_tokens=9, decode_s=1.0)]
+        )
+
+    arms = {"stock": arm(21), "lanes": arm(400)}
+    assert (arms["stock"]["itl_during_ms"]["n"], arms["stock"]["itl_during_ms"]["p99"]) == (21, None)
+    assert arms["lanes"]["itl_during_ms"]["p99"] == 70.0
+    assert "| stock | 21 | 40.0 | - | - | 70.0 |" in interference.table(arms)
+    ratios = interference.ratios(arms)["lanes"]
+    assert "itl_during_p99_stock_over_arm" not in ratios
+    assert ratios["itl_during_max_stock_over_arm"] == 1.0
