@@ -185,6 +185,30 @@ def test_failed_sessions_still_miss_their_thresholds() -> None:
     assert BY_KEY["attained_percent"].of_sessions(figures.sessions) == 75.0
 
 
+def test_programs_that_failed_in_one_arm_count_in_none() -> None:
+    def arm(failed: int) -> RoundFigures:
+        records = [
+            record(
+                f"s{index}",
+                stamps=(100, 200 + 100 * index),
+                program=f"p{index}",
+                error="503" if index < failed else None,
+            )
+            for index in range(4)
+        ]
+        return round_figures(0, 10.0, records, {})
+
+    good, bad = arm(0), arm(2)
+    for key in ("program_mean_ms", "program_longest_s"):
+        of_programs = BY_KEY[key].of_programs
+        assert of_programs is not None
+        before = of_programs(good.programs)
+        leave_out_incomplete({"good": [good], "bad": [bad]})
+        assert of_programs(good.programs) == of_programs(bad.programs)
+        assert key == "program_longest_s" or of_programs(good.programs) > before
+    assert (good.programs_per_min, bad.programs_per_min) == (24.0, 12.0)
+
+
 @pytest.mark.parametrize(("seconds", "word"), [(8.0, UNKNOWN), (10.0, NOISE)])
 def test_identical_rounds_decide_nothing(seconds: float, word: str) -> None:
     """Three ratios that are the same to the last digit have no spread: that is no proof of a difference."""

@@ -74,7 +74,8 @@ def compare(metric: Metric, base: Sequence[RoundFigures], arm: Sequence[RoundFig
     start of the server, so Student's interval over the ratios of the rounds (of their logarithms) is taken too; what only a
     whole round has is compared by this one alone. A difference counts if the interval excludes 1.
 
-    Rounds whose ratios are all the same, and not 1, say nothing of the noise: nothing is decided.
+    Rounds whose ratios are all the same, and not 1, say nothing of the noise: sessions decide alone then, and where a figure is
+    of rounds only, nothing is decided.
     """
     common = sorted({one.round for one in base} & {one.round for one in arm})
     a = [one for number in common for one in base if one.round == number]
@@ -87,7 +88,7 @@ def compare(metric: Metric, base: Sequence[RoundFigures], arm: Sequence[RoundFig
         ratio = divided(of_rounds(b), of_rounds(a))
         each = [divided(of_rounds([second]), of_rounds([first])) for first, second in zip(a, b, strict=True)]
         bounds = [round_interval(each)] if len(each) >= ROUNDS_NEEDED or metric.of_rounds is not None else []
-        if len(set(each)) == 1 and each[0] != 1:
+        if metric.of_rounds is not None and len(set(each)) == 1 and each[0] != 1:
             bounds = [(math.nan, math.nan)]
         of_units = math.nan
         if metric.of_sessions is not None:
@@ -123,12 +124,14 @@ def round_error(ratios: Sequence[float]) -> float:
 def chance(ratio: float, ratios: Sequence[float], errors: tuple[float, float]) -> float:
     """The larger of two p-values, two-sided: Student's over rounds, and that of the normal distribution over sessions."""
     of_rounds, of_units = errors
+    if of_rounds == 0 and ratio == 1:
+        return 1.0
     found = []
     if of_rounds > 0:
         found.append(2 * stats.t.sf(abs(np.log(ratios).mean()) / of_rounds, len(ratios) - 1))
-    if of_units > 0:
-        found.append(2 * stats.norm.sf(abs(math.log(ratio)) / of_units) if ratio > 0 else math.nan)
-    return float(np.max(found)) if found and of_rounds > 0 else (1.0 if of_rounds == 0 and ratio == 1 else math.nan)
+    if of_units > 0 and ratio > 0:
+        found.append(2 * stats.norm.sf(abs(math.log(ratio)) / of_units))
+    return float(max(found)) if found and math.isfinite(of_rounds) else math.nan
 
 
 def failed_share(rounds: Sequence[RoundFigures]) -> float:

@@ -63,7 +63,8 @@ def holm(chances: Mapping[str, float]) -> set[str]:
 
 
 def leave_out_incomplete(figures: Mapping[str, Sequence[RoundFigures]]) -> int:
-    """Marks every session that did not end well in all arms that ran its round; returns how many of them there are."""
+    """Marks every session, and every program, that did not end well in all arms that ran its round; returns how many sessions
+    these are."""
     by_round: dict[int, list[RoundFigures]] = {}
     for rounds in figures.values():
         for one in rounds:
@@ -72,9 +73,11 @@ def leave_out_incomplete(figures: Mapping[str, Sequence[RoundFigures]]) -> int:
     for arms in by_round.values():
         good = set.intersection(*({session.name for session in one.sessions if not session.failed} for one in arms))
         left_out += len({session.name for one in arms for session in one.sessions} - good)
+        programs = set.intersection(*({one.name for one in arm.programs if not one.failed} for arm in arms))
         for one in arms:
             for session in one.sessions:
                 session.complete = session.name in good
+            one.programs = [replace(program, complete=program.name in programs) for program in one.programs]
     return left_out
 
 

@@ -86,7 +86,9 @@ def per_token(q: float | None) -> Callable[[Sequence[ProgramFigures]], float]:
 
 
 def longest(programs: Sequence[ProgramFigures]) -> float:
-    return max((program.seconds for program in programs if not program.failed), default=float("nan"))
+    return max(
+        (program.seconds for program in programs if not program.failed and program.complete), default=float("nan")
+    )
 
 
 def mean_round(value: Callable[[RoundFigures], float]) -> Callable[[Sequence[RoundFigures]], float]:
@@ -116,7 +118,7 @@ def count_of(name: str) -> Callable[[Sequence[RoundFigures]], int]:
 
 
 def programs_completed(rounds: Sequence[RoundFigures]) -> int:
-    return sum(not program.failed for one in rounds for program in one.programs)
+    return sum(program.per_token_ms is not None for one in rounds for program in one.programs)
 
 
 def quantile_of(key: str, label: str, attribute: str, q: float) -> Metric:
