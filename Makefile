@@ -50,11 +50,11 @@ bench-pressure: setup
 	  --arms stock agentserve --rounds 3 --slo-factor 0 --output $(PRESSURE)/kv-$$tokens || exit 1; done
 	@$(RUN)/agentserve bench table $(PRESSURE)
 
-# Programs on the engine at three loads, then the simulator against the engine: 27 servers, then 8 engines, two minutes each.
+# Programs on the engine at three loads, then the simulator against the engine: 36 servers, then 8 engines, two minutes each.
 PLAS := program_quantum_ms=100
 bench-programs: setup
 	@for load in 0.5 0.8 0.95; do $(RUN)/agentserve bench run --workload programs --programs 48 --load $$load --slo-factor 0 --rounds 3 \
-	  --arms agentserve-time-sliced agentserve-time-sliced:policy=plas,$(PLAS) agentserve-time-sliced:policy=atlas,$(PLAS) || exit 1; done
+	  --arms stock agentserve-time-sliced agentserve-time-sliced:policy=plas,$(PLAS) agentserve-time-sliced:policy=atlas,$(PLAS) || exit 1; done
 	@$(RUN)/python -m vllm_agentserve.bench.agreement --programs 32 --load 0.9 --rounds 2 --anonymous \
 	  --policies stock fcfs plas atlas --output docs/results/agreement.json
 

@@ -9,8 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from vllm_agentserve.bench.agreement import drawn, engine_options, measured, simulated, summary
+from vllm_agentserve.bench.agreement import (
+    WAITING,
+    drawn,
+    engine_options,
+    measured,
+    run_simulator,
+    simulated,
+    summary,
+    waiting,
+    waiting_simulated,
+)
 from vllm_agentserve.bench.calibration import Sample, fit, misfit
+from vllm_agentserve.bench.calls import tool_chain_s
 from vllm_agentserve.bench.cost import TOY_CPU, KnownModel, StepCost, read_cost
 from vllm_agentserve.bench.program_traffic import sessions_of
 from vllm_agentserve.bench.records import Record
@@ -110,6 +121,20 @@ def test_the_engines_figures_count_from_arrivals() -> None:
     assert found == pytest.approx(summary(each, shapes[-1].arrival_s + 1.0), rel=1e-5)
 
 
+def test_waiting_without_tools_shows_what_the_end_of_all_hides() -> None:
+    """Another order lets programs wait twice as long; the last arrival hides that from the time until all are through."""
+    shapes = drawn(GIVEN | {"programs": 40, "load": 0.9}, 0)
+    found = {order: run_simulator(GIVEN, order, shapes, 2048) for order in ("stock", "plas")}
+    ends = {order: max(one.ended_s for one in ended) for order, ended in found.items()}
+    waits = {order: waiting_simulated(ended, shapes) for order, ended in found.items()}
+    assert abs(ends["stock"] / ends["plas"] - 1) < 0.5 * abs(waits["stock"] / waits["plas"] - 1)
+    tools = {shape.name: tool_chain_s(shape) for shape in shapes}
+    assert waiting(tools, shapes) == 0
+    longer = {one.name: one.seconds + 1.0 for one in found["stock"]}
+    per_token = [1000 / sum(call.output for call in shape.calls) for shape in shapes]
+    assert waiting(longer, shapes) - waits["stock"] == pytest.approx(sum(per_token) / len(shapes))
+
+
 def test_policies_are_options_of_the_engine() -> None:
     assert "scheduler_cls" not in engine_options(GIVEN, "stock", 1000)
     ours = engine_options(GIVEN, "plas", 1000)
@@ -132,4 +157,5 @@ def test_all_of_it_runs(tmp_path: Path, toy_model: Path) -> None:
     assert read_cost(tmp_path / "cost.json") == StepCost(**report["given"]["cost"])
     assert [run["policy"] for run in report["runs"]] == ["fcfs", "plas"]
     assert all(value > 0 for run in report["runs"] for side in ("engine", "simulator") for value in run[side].values())
+    assert WAITING in report["runs"][0]["ratio"]
     assert report["runs"][1]["counts"]["program_inferred_requests"] > 0

@@ -219,3 +219,7 @@ def test_the_sentence_under_the_demo() -> None:
         "1.25 times as long, and an agent that comes back from a tool waits 0.75 times as long for its next one."
     )
     assert sentence(findings(stock, ours | {"itl_cold_p99_ms": None})) == ""
+    few = [side | {"itl_cold_p99_ms": None, "itl_cold_max_ms": most} for side, most in ((stock, 600.0), (ours, 70.0))]
+    assert sentence(findings(*few)).startswith(
+        "While one agent's prompt is read, the others' worst gap goes from 600 ms to 70 ms; that agent's first token takes"
+    )

@@ -168,3 +168,29 @@ def test_hits_and_pressure_are_reported() -> None:
     (figures,) = arm_figures(["a"], rounds, [record(arm="a", stamps=(1, 2))])["a"]
     assert figures.hit_percent == 15.0
     assert set(MAIN) <= {metric.key for metric in METRICS}
+
+
+def test_a_server_that_goes_on_running_meets_other_prompts_in_every_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its prefix cache holds what was sent before: the same seed must not send it again, neither later nor in another round."""
+    work = ("--workload", "react", "--agents", "2", "--sessions", "1", "--turns", "2", "--scale", "0.02")
+    more = ("--slo-factor", "0", "--rounds", "2")
+    with token_server("--interval-s", "0.002") as url:
+        for name in ("first", "second"):
+            assert run(tmp_path, monkeypatch, "bench", "run", *work, *more, "--url", url, "--output", name) == 0
+    assert "Servers at --url keep their prefix cache" in capsys.readouterr().out
+    first, second = (Results(tmp_path / name) for name in ("first", "second"))
+    prompts = [one.prompt for results in (first, second) for one in results.requests()]
+    assert len(set(prompts)) == len(prompts) == 16
+    lengths = [[one.prompt_tokens for one in results.requests()] for results in (first, second)]
+    assert sorted(lengths[0]) == sorted(lengths[1])
+    assert first.experiment()["salt"] != second.experiment()["salt"]
+    assert "Servers at --url were not started for this experiment" in (tmp_path / "second" / "table.md").read_text()
+
+
+def test_benchmarks_of_the_makefile_compare_with_stock() -> None:
+    lines = (Path(__file__).parent.parent / "Makefile").read_text().replace("\\\n", " ").replace("$(STEPS)", "stock")
+    arms = [line.partition("--arms")[2].split()[0] for line in lines.splitlines() if "--arms" in line]
+    assert arms == ["stock"] * len(arms)
+    assert len(arms) >= 7

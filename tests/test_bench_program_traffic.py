@@ -262,7 +262,7 @@ def test_programs_through_the_command(run, tmp_path: Path) -> None:  # noqa: F81
         (("--workload", "programs", "--step-cost", "none.json"), "--step-cost none.json cannot be read"),
         (("--workload", "programs", "--serve", "--max-num-seqs x"), "--max-num-seqs 'x' is not allowed"),
         (("--trace", "sample", "--programs", "3"), "--programs 3 means nothing to a trace"),
-        (("--workload", "programms"), "choose one of react, plan-execute, coding, field, mixed, programs"),
+        (("--workload", "programms"), "choose one of react, plan-execute, coding, field, mixed, pressure, programs"),
     ],
 )
 def test_wrong_arguments(run, arguments: tuple, words: str, toy_model: Path) -> None:  # noqa: F811

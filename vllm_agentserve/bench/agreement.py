@@ -3,7 +3,9 @@
     python -m vllm_agentserve.bench.agreement --programs 48 --load 0.9 --output agreement.json
 
 First the engine's steps are timed, alone and with prompts, which gives the simulator its cost. Then every policy runs the
-programs on a fresh engine, arrivals and tools in real time; then the simulator runs them. The file with the cost, `--cost`,
+programs on a fresh engine, arrivals and tools in real time; then the simulator runs them. What is compared first is the time
+programs wait without their tools: tools take the same time on both sides, and so does the last arrival, which decides when all
+are through. The file with the cost, `--cost`,
 is what `agentserve bench run --step-cost` reads; where it exists already, nothing is timed.
 """
 
@@ -19,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-from vllm_agentserve.bench.calls import ProgramShape, in_blocks
+from vllm_agentserve.bench.calls import ProgramShape, in_blocks, tool_chain_s
 from vllm_agentserve.bench.cost import StepCost, read_cost, write_cost
 from vllm_agentserve.bench.measure import quantiles
 from vllm_agentserve.bench.program_figures import program_figures
@@ -27,13 +29,15 @@ from vllm_agentserve.bench.program_traffic import PROGRAM_WORKLOADS, Programs, s
 from vllm_agentserve.bench.programs import simulate
 from vllm_agentserve.bench.server import has_nvidia_driver, serving_environment
 from vllm_agentserve.bench.sessions import longest_context, warm_up_of
-from vllm_agentserve.bench.simulator import Order
+from vllm_agentserve.bench.simulator import Ended, Order
 from vllm_agentserve.toy import make_toy_model
 from vllm_agentserve.vllm_compat import SCHEDULER_NAME, installed_vllm
 
 POLICIES = ("stock", "fcfs", "plas", "atlas")
 CALIBRATION_TOKENS = 2048
-FIGURES = ("mean", "p95", "makespan s")
+WAITING = "waiting without tools"
+FIGURES = (WAITING, "mean", "p95", "makespan s")
+"""What is printed; all but the last in ms per generated token."""
 
 
 def engine_options(given: Mapping[str, Any], policy: str, tokens: int) -> dict[str, Any]:
@@ -121,14 +125,43 @@ def measured(records: Sequence[Any], shapes: Sequence[ProgramShape]) -> dict[str
     return summary([program.per_token_ms or 0.0 for program in programs], max(one.ended_us for one in records) / 1e6)
 
 
+def waiting(seconds: Mapping[str, float], shapes: Sequence[ProgramShape]) -> float:
+    """Mean over programs of the time per generated token, in ms, that is not the program's longest chain of tools.
+
+    Args:
+        seconds: by program, from its arrival to its last token.
+    """
+    tokens = {shape.name: sum(call.output for call in shape.calls) for shape in shapes}
+    return statistics.fmean(1000 * (seconds[shape.name] - tool_chain_s(shape)) / tokens[shape.name] for shape in shapes)
+
+
+def waiting_measured(records: Sequence[Any], shapes: Sequence[ProgramShape]) -> float:
+    """`waiting` of what the engine did."""
+    ends: dict[str, float] = {}
+    for one in records:
+        ends[one.program] = max(ends.get(one.program, 0.0), one.ended_us / 1e6)
+    return waiting({shape.name: ends[shape.name] - shape.arrival_s for shape in shapes}, shapes)
+
+
+def waiting_simulated(ended: Sequence[Ended], shapes: Sequence[ProgramShape]) -> float:
+    return waiting({one.name: one.seconds for one in ended}, shapes)
+
+
 def simulated(
     given: Mapping[str, Any], order: Order, shapes: Sequence[ProgramShape], step_tokens: int
 ) -> dict[str, float]:
     """The same figures as the simulator predicts them."""
+    ended = run_simulator(given, order, shapes, step_tokens)
+    return summary([one.per_token_s * 1000 for one in ended], max(one.ended_s for one in ended))
+
+
+def run_simulator(
+    given: Mapping[str, Any], order: Order, shapes: Sequence[ProgramShape], step_tokens: int
+) -> list[Ended]:
     programs = [
         ProgramShape(shape.name, shape.arrival_s, in_blocks(shape.calls, given["block_size"])) for shape in shapes
     ]
-    ended = simulate(
+    return simulate(
         order,
         programs,
         StepCost(**given["cost"]),
@@ -137,7 +170,6 @@ def simulated(
         step_tokens,
         told=not given["anonymous"],
     )
-    return summary([one.per_token_s * 1000 for one in ended], max(one.ended_s for one in ended))
 
 
 def summary(per_token_ms: Sequence[float], makespan_s: float) -> dict[str, float]:
@@ -171,8 +203,9 @@ def compare(given: dict[str, Any], policies: Sequence[Order], rounds: int) -> li
         for policy in policies:
             run = in_child(given, policy, number)
             records = [Record(**one) for one in run["records"]]
-            engine = measured(records, shapes)
-            model = simulated(given, policy, shapes, run["step_tokens"])
+            engine = {WAITING: waiting_measured(records, shapes)} | measured(records, shapes)
+            ended = run_simulator(given, policy, shapes, run["step_tokens"])
+            model = {WAITING: waiting_simulated(ended, shapes)} | simulated(given, policy, shapes, run["step_tokens"])
             for key in FIGURES:
                 ratio = model[key] / engine[key]
                 print(f"| {policy} | {number + 1} | {key} | {engine[key]:.1f} | {model[key]:.1f} | {ratio:.2f} |")

@@ -139,6 +139,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--slo-factor", type=number_from(0, 1000, whole=False), default=3.0,
         help="thresholds are the isolated run times this; 0: no isolated run (default: %(default)s)",
     )  # fmt: skip
+    measuring.add_argument(
+        "--primary",
+        nargs="+",
+        metavar="ROW",
+        help="one to three rows of the table that decide, by their keys in summary.json (default: session_mean_s "
+        "ttft_resume_mean_ms itl_p99_ms; of programs program_mean_ms program_p95_ms tokens_per_s)",
+    )
     measuring.add_argument("--output", type=Path, help="folder for the results (default: a new one in bench-results)")
     commands.add_parser("workloads", help="list and explain the workloads")
     beside = commands.add_parser("table", help="print the main figures of several results folders beside each other")

@@ -17,6 +17,7 @@ MAIN = (
     "itl_p50_ms",
     "itl_p95_ms",
     "itl_p99_ms",
+    "stalled_s",
 )
 """Keys of the rows, in their order."""
 

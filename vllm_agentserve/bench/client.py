@@ -4,6 +4,7 @@ Bytes are stamped before anything else is done with them, and parsing an event t
 one client hardly delay each other, and the client takes little of the cores it shares with the server.
 """
 
+import io
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -15,6 +16,9 @@ from vllm_agentserve.bench.sessions import PARENT_HINT
 
 SILENCE_S = 300.0
 """A stream that says nothing for so long is given up."""
+
+
+LARGE_BODY = 1 << 18
 
 
 class StreamError(RuntimeError):
@@ -137,7 +141,7 @@ class StreamingClient:
 
     def body(
         self,
-        prompt: list[int],
+        prompt: list[int] | msgspec.Raw,
         max_tokens: int,
         session_id: str | None,
         fixed: bool,
@@ -167,22 +171,25 @@ class StreamingClient:
     async def generate(
         self,
         kind: str,
-        prompt: list[int],
+        prompt: list[int] | msgspec.Raw,
         max_tokens: int,
         session_id: str | None = None,
         into: Stream | None = None,
         fixed: bool = True,
         pinned: int | None = None,
         parent: str | None = None,
+        due: float | None = None,
     ) -> Stream:
         """Streams greedy tokens.
 
         Args:
+            prompt: token ids, or the list of them as JSON.
             kind: what the request is to the workload; kept in the stream.
             into: a stream to fill; after an error or a cancellation it holds what came until then.
             fixed: exactly `max_tokens`, end-of-sequence ignored, so that every arm does the same work; otherwise at most.
             pinned: the only token the server may sample, where it knows vLLM's fields.
             parent: the session that spawned this one, where it knows vLLM's fields.
+            due: when it should have been sent, in seconds of `perf_counter()`: times are counted from then on.
 
         Raises:
             StreamError: the server cannot be reached, refuses the request, or breaks the stream off.
@@ -191,10 +198,12 @@ class StreamingClient:
             raise RuntimeError("use `async with` to open the client first")
         body = self.body(prompt, max_tokens, session_id, fixed, pinned, parent)
         stream = into or Stream()
-        stream.kind, stream.sent = kind, perf_counter()
+        stream.kind, stream.sent = kind, perf_counter() if due is None else due
+        # Bytes are written at once, files in pieces between which other streams are read.
+        payload = body if len(body) < LARGE_BODY else io.BytesIO(body)
         try:
             async with self._session.post(
-                f"{self.url}/v1/completions", data=body, headers={"Content-Type": "application/json"}
+                f"{self.url}/v1/completions", data=payload, headers={"Content-Type": "application/json"}
             ) as answer:
                 if answer.status != 200:
                     raise StreamError(f"{self.url} answered {answer.status}: {(await answer.text())[:500]}")

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from vllm_agentserve.bench.arms import parse_arms, split_options
 from vllm_agentserve.bench.drawing import Shape, draw_sessions
+from vllm_agentserve.bench.judge import PRIMARY, PRIMARY_OF_PROGRAMS, check_primary
 from vllm_agentserve.bench.kv_pool import check_pool, kv_bytes, pool_of
 from vllm_agentserve.bench.plan import Cell, Plan
 from vllm_agentserve.bench.program_traffic import PROGRAM_WORKLOADS, Traffic, program_options, program_traffic
@@ -109,6 +110,7 @@ def make_plan(arguments: argparse.Namespace, console: Console) -> Plan:
         slo_factor=arguments.slo_factor,
         anonymous=arguments.anonymous,
         salt=salt,
+        primary=check_primary(arguments.primary or (PRIMARY_OF_PROGRAMS if programs_wanted(arguments) else PRIMARY)),
         command=("agentserve", *sys.argv[1:]),
     )
     if ours:
@@ -128,9 +130,13 @@ def serve_options(arguments: argparse.Namespace) -> tuple[str, ...]:
 
     Workloads of programs bring defaults of their own.
     """
-    programs = arguments.trace is None and arguments.workload in PROGRAM_WORKLOADS
+    programs = programs_wanted(arguments)
     own = program_options(has_nvidia_driver()) if programs else ()
     return (*base_options(arguments.model is None), *own, *split_options(arguments.serve))
+
+
+def programs_wanted(arguments: argparse.Namespace) -> bool:
+    return arguments.trace is None and arguments.workload in PROGRAM_WORKLOADS
 
 
 def scale_of(workload: Workload) -> float:
@@ -154,7 +160,7 @@ def traffic(arguments: argparse.Namespace, serve: Sequence[str], gap_s: float | 
     Args:
         gap_s: mean time a tool takes; None is the workload's own.
     """
-    programs = arguments.trace is None and arguments.workload in PROGRAM_WORKLOADS
+    programs = programs_wanted(arguments)
     refuse(arguments, NOT_OF_PROGRAMS if programs else ONLY_OF_PROGRAMS)
     if programs:
         return program_traffic(arguments, serve, has_nvidia_driver())

@@ -16,6 +16,10 @@ OTHERS_CORES = 0.15
 STOLEN_SHARE = 0.03
 CLOCK_STEP_S = 0.05
 LATENESS_P99_MS = 5.0
+LATENESS_MAX_MS = 250.0
+"""A single stall of the client, or of the whole machine, that spoils a round."""
+LATENESS_SHARE = 0.03
+"""Share of the time that the client was late, in sum: many short stalls, or one long one."""
 GPU_SAMPLE_S = 0.2
 THROTTLING = {
     "software power cap": "nvmlClocksEventReasonSwPowerCap",
@@ -46,16 +50,20 @@ class Conditions:
         self.gpu.stop()
 
     def report(self) -> dict[str, Any]:
-        """Cores busy for us and for others, share of stolen time, clock step (s), how late the client woke up (ms)."""
+        """Cores busy for us and for others, share of stolen time, clock step (s), how late the client woke up: p99 and
+        largest (ms), and the sum as a share of the time."""
         spent = {name: self._end[name] - self._begin[name] for name in self._begin}
         seconds = max(spent["monotonic"], 1e-3)
-        late = np.quantile(self.lateness_ms, 0.99) if self.lateness_ms else 0.0
+        # A stall of seconds is one sample among many, so no quantile shows it; it is in the largest and in the sum.
+        late = np.asarray(self.lateness_ms or [0.0])
         return {
             "our_cores": round(spent["ours"] / seconds, 3),
             "other_cores": round(max(spent["busy"] - spent["ours"], 0.0) / seconds, 3),
             "stolen_share": round(spent["steal"] / seconds / (os.cpu_count() or 1), 4),
             "clock_step_s": round(abs(spent["wall"] - spent["monotonic"]), 4),
-            "client_lateness_p99_ms": round(float(late), 3),
+            "client_lateness_p99_ms": round(float(np.quantile(late, 0.99)), 3),
+            "client_lateness_max_ms": round(float(late.max()), 3),
+            "client_late_share": round(float(late.clip(0).sum()) / 1000 / seconds, 4),
             "cpu_mhz": round(self._end["mhz"]) or None,
             "gpu_throttling": sorted(self.gpu.reasons),
         }
@@ -76,6 +84,10 @@ def pollution(report: dict[str, Any], local: bool = True) -> list[str]:
         found.append(f"the wall clock was set by {report['clock_step_s']:.2f} s")
     if report["client_lateness_p99_ms"] > LATENESS_P99_MS:
         found.append(f"the client woke up {report['client_lateness_p99_ms']:.1f} ms late (p99)")
+    if report.get("client_lateness_max_ms", 0.0) > LATENESS_MAX_MS:
+        found.append(f"the client stood still for {report['client_lateness_max_ms']:.0f} ms once")
+    if report.get("client_late_share", 0.0) > LATENESS_SHARE:
+        found.append(f"the client was late for {report['client_late_share']:.1%} of the time")
     found += [f"GPU throttled: {reason}" for reason in report["gpu_throttling"] if reason not in HARMLESS]
     return found
 

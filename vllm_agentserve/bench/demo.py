@@ -52,12 +52,14 @@ def run_demo(plan: Plan, console: Console) -> int:
 def sentence(findings: Findings) -> str:
     """What the table means, in one sentence; empty unless both arms ended."""
     stock, ours = (findings.summary["arms"][name]["figures"] for name in findings.figures)
-    names = ("itl_cold_p99_ms", "ttft_cold_mean_ms", "ttft_resume_mean_ms")
-    if any(figures[name] is None for figures in (stock, ours) for name in names):
+    gap, which = "itl_cold_p99_ms", "worst gaps (p99) go"
+    if any(figures[gap] is None for figures in (stock, ours)):
+        gap, which = "itl_cold_max_ms", "worst gap goes"
+    cold, resume = "ttft_cold_mean_ms", "ttft_resume_mean_ms"
+    if any(figures.get(name) is None for figures in (stock, ours) for name in (gap, cold, resume)):
         return ""
-    gap, cold, resume = names
     return (
-        f"While one agent's prompt is read, the others' worst gaps (p99) go from {stock[gap]:.0f} ms to {ours[gap]:.0f} ms; "
+        f"While one agent's prompt is read, the others' {which} from {stock[gap]:.0f} ms to {ours[gap]:.0f} ms; "
         f"that agent's first token takes {ours[cold] / stock[cold]:.2f} times as long, "
         f"and an agent that comes back from a tool waits {ours[resume] / stock[resume]:.2f} times as long for its next one."
     )

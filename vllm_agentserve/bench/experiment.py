@@ -78,6 +78,7 @@ class Experiment:
             "rounds": plan.rounds,
             "seed": plan.seed,
             "salt": plan.salt,
+            "primary": list(plan.primary),
             "answers": plan.answers,
             "anonymous": plan.anonymous,
             "slo_factor": plan.slo_factor,

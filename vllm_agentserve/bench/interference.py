@@ -250,7 +250,8 @@ def main() -> int:
                 )
                 continue
             q = quantiles(run.during_ms)
-            print(f"round {number + 1} {arm}: p50 {q['p50']:.1f} p99 {q['p99']:.1f} max {q['max']:.1f} ms", flush=True)
+            during = f"{len(run.during_ms)} intervals beside a prefill, p50 {q['p50']:.1f} max {q['max']:.1f} ms"
+            print(f"round {number + 1} {arm}: {during}", flush=True)
     arms: dict[str, dict[str, Any]]
     compared: dict[str, Any]
     if arguments.path == "alone":

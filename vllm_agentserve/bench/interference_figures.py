@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_agentserve.bench.measure import quantiles
+from vllm_agentserve.bench.measure import QUANTILES, quantiles
+from vllm_agentserve.bench.metrics import needed
 from vllm_agentserve.bench.summary import DECISIONS
 from vllm_agentserve.config import SERIES
 
@@ -32,7 +33,8 @@ class Run:
 
 
 def summary(runs: Sequence[Run]) -> dict[str, Any]:
-    """One arm over all rounds: quantiles of the intervals of all rounds together, medians over rounds of the rest."""
+    """One arm over all rounds: quantiles of the intervals of all rounds together, with their number, and medians over rounds
+    of the rest. A quantile of too few values is None: it would be one of the two or three largest."""
 
     def over_rounds(values: Iterable[float]) -> float:
         return round(statistics.median(values), 3)
@@ -40,14 +42,19 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
     def mean_ttft(pairs: list[tuple[int, float]]) -> float:
         return statistics.fmean(seconds for _, seconds in pairs)
 
-    def together(intervals: Iterable[list[float]]) -> dict[str, float]:
-        return {name: round(q, 2) for name, q in quantiles(list(itertools.chain(*intervals))).items()}
+    def together(intervals: Iterable[list[float]]) -> dict[str, Any]:
+        values = list(itertools.chain(*intervals))
+        shown = {
+            name: round(q, 2) if len(values) >= needed(QUANTILES[name]) else None
+            for name, q in quantiles(values).items()
+        }
+        return {"n": len(values)} | shown
 
     resumed = [seconds * 1000 for run in runs for seconds in run.resume_ttft_s]
     return {
         "resume_ttft_during_ms": {"turns": len(resumed), **together([resumed])} if resumed else {},
         "itl_during_ms": together(run.during_ms for run in runs),
-        "itl_during_p99_ms_each_round": [round(quantiles(run.during_ms)["p99"], 1) for run in runs],
+        "itl_during_max_ms_each_round": [round(quantiles(run.during_ms)["max"], 1) for run in runs],
         "itl_first_cold_ms": together(run.first_during_ms for run in runs),
         "itl_quiet_p50_ms": over_rounds(quantiles(run.quiet_ms)["p50"] for run in runs),
         "itl_quiet_p99_ms": over_rounds(quantiles(run.quiet_ms)["p99"] for run in runs),
@@ -76,7 +83,11 @@ def ratios(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     stock = arms["stock"]
     return {
         name: {
-            "itl_during_p99_stock_over_arm": round(stock["itl_during_ms"]["p99"] / arm["itl_during_ms"]["p99"], 2),
+            **{
+                f"itl_during_{q}_stock_over_arm": round(stock["itl_during_ms"][q] / arm["itl_during_ms"][q], 2)
+                for q in ("p99", "max")
+                if stock["itl_during_ms"][q] and arm["itl_during_ms"][q]
+            },
             "cold_ttft_arm_over_stock": round(arm["cold_ttft_mean_s"] / stock["cold_ttft_mean_s"], 3),
             "alone_ttft_arm_over_stock": round(arm["alone_ttft_mean_s"] / stock["alone_ttft_mean_s"], 3),
             **resumed_ratio(stock, arm),
@@ -93,25 +104,30 @@ def resumed_ratio(stock: dict[str, Any], arm: dict[str, Any]) -> dict[str, float
     theirs, ours = stock.get("resume_ttft_during_ms"), arm.get("resume_ttft_during_ms")
     if not theirs or not ours:
         return {}
-    return {f"resume_ttft_{q}_arm_over_stock": round(ours[q] / theirs[q], 3) for q in ("p50", "p95")}
+    return {
+        f"resume_ttft_{q}_arm_over_stock": round(ours[q] / theirs[q], 3)
+        for q in ("p50", "p95")
+        if ours[q] and theirs[q]
+    }
 
 
 def table(arms: dict[str, dict[str, Any]]) -> str:
     """The arms as a Markdown table."""
     lines = [
-        "| arm | ITL during prefill p50 | p95 | p99 | max | first cold p99 | quiet p50 | quiet p99 | cold TTFT s | alone TTFT s "
-        "| decode tok/s |",
-        "|---" * 11 + "|",
+        "| arm | ITL during prefill, n | p50 | p95 | p99 | max | first cold max | quiet p50 | quiet p99 | cold TTFT s "
+        "| alone TTFT s | decode tok/s |",
+        "|---" * 12 + "|",
     ]
     for name, arm in arms.items():
         during = arm["itl_during_ms"]
         figures = [
             *(during[key] for key in ("p50", "p95", "p99", "max")),
-            arm["itl_first_cold_ms"]["p99"],
+            arm["itl_first_cold_ms"]["max"],
             *(arm[key] for key in ("itl_quiet_p50_ms", "itl_quiet_p99_ms")),
         ]
         seconds = [f"{arm[key]:.3f}" for key in ("cold_ttft_mean_s", "alone_ttft_mean_s")]
-        cells = [name, *(f"{figure:.1f}" for figure in figures), *seconds, f"{arm['decode_tokens_per_s']:.0f}"]
+        shown = ["-" if figure is None else f"{figure:.1f}" for figure in figures]
+        cells = [name, str(during["n"]), *shown, *seconds, f"{arm['decode_tokens_per_s']:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -99,11 +99,13 @@ class SessionFigures:
     failed: int
     attained: bool | None = None
     """Whether it met both its thresholds; None without thresholds."""
+    complete: bool = True
+    """Whether it ended without an error in all arms; if not, no latency of it counts in any arm."""
 
 
 def pool(sessions: Iterable[SessionFigures], name: str) -> Values:
-    """The values called `name` of all sessions, one after the other; batch sessions do not count."""
-    values = [getattr(session, name) for session in sessions if session.kind != "batch"]
+    """The values called `name` of all sessions, one after the other; batch sessions and incomplete ones do not count."""
+    values = [getattr(session, name) for session in sessions if session.kind != "batch" and session.complete]
     return np.concatenate(values) if values else np.empty(0)
 
 

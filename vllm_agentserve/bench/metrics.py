@@ -1,5 +1,6 @@
 """The rows of the table: every figure of an arm, computed from its sessions or from its rounds."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ class Metric:
         of_programs: from programs; or
         of_rounds: from whole rounds, for what no single session has.
         less_is_better: direction of improvement.
+        samples: how many values the figure comes from; None where it is no quantile.
+        needs: with fewer values than this it is not shown: it would be one of the two or three largest.
+        judged: whether arms are compared in it; not in what only counts samples, or is the largest of them.
     """
 
     key: str
@@ -27,6 +31,25 @@ class Metric:
     of_rounds: Callable[[Sequence[RoundFigures]], float] | None = None
     less_is_better: bool = True
     of_programs: Callable[[Sequence[ProgramFigures]], float] | None = None
+    samples: Callable[[Sequence[RoundFigures]], int] | None = None
+    needs: int = 0
+    judged: bool = True
+
+    def lacking(self, rounds: Sequence[RoundFigures]) -> int | None:
+        """How many values there are, where these are too few for the figure; otherwise None."""
+        count = self.samples(rounds) if self.samples is not None else self.needs
+        return count if count < self.needs else None
+
+
+BEYOND = 3
+"""Values that have to lie beyond a quantile: of 300 values 3 lie beyond the p99, of 60 beyond the p95."""
+STALL_MS = 100.0
+"""Longer intervals between tokens are stalls: a reader notices them."""
+
+
+def needed(q: float) -> int:
+    """Values that a quantile needs; the median and the largest are what they are for any number."""
+    return math.ceil(round(BEYOND / (1 - q), 6)) if 0.5 < q < 1 else 0
 
 
 def pooled(name: str, q: float | None) -> Callable[[Sequence[SessionFigures]], float]:
@@ -43,7 +66,7 @@ def pooled(name: str, q: float | None) -> Callable[[Sequence[SessionFigures]], f
 
 def mean_of(value: Callable[[SessionFigures], float | None]) -> Callable[[Sequence[SessionFigures]], float]:
     def figure(sessions: Sequence[SessionFigures]) -> float:
-        values = [value(session) for session in sessions if session.kind != "batch"]
+        values = [value(session) for session in sessions if session.kind != "batch" and session.complete]
         known = [one for one in values if one is not None]
         return float(np.mean(known)) if known else float("nan")
 
@@ -63,7 +86,9 @@ def per_token(q: float | None) -> Callable[[Sequence[ProgramFigures]], float]:
 
 
 def longest(programs: Sequence[ProgramFigures]) -> float:
-    return max((program.seconds for program in programs if not program.failed), default=float("nan"))
+    return max(
+        (program.seconds for program in programs if not program.failed and program.complete), default=float("nan")
+    )
 
 
 def mean_round(value: Callable[[RoundFigures], float]) -> Callable[[Sequence[RoundFigures]], float]:
@@ -74,31 +99,79 @@ def gpu_metric(key: str) -> Callable[[Sequence[RoundFigures]], float]:
     return mean_round(lambda one: one.gpu.get(key, float("nan")))
 
 
-def percent_attained(session: SessionFigures) -> float | None:
-    return None if session.attained is None else 100.0 * session.attained
+def percent_attained(sessions: Sequence[SessionFigures]) -> float:
+    """Sessions that ended by an error did not meet their thresholds, so all count."""
+    known = [session.attained for session in sessions if session.kind != "batch" and session.attained is not None]
+    return 100.0 * float(np.mean(known)) if known else float("nan")
+
+
+def stalled(sessions: Sequence[SessionFigures]) -> float:
+    """Seconds that streams stood still beyond `STALL_MS` in one interval, for every 1000 generated tokens."""
+    beyond_ms = np.maximum(pool(sessions, "gaps") - STALL_MS, 0.0).sum()
+    tokens = sum(session.tokens for session in sessions if session.kind != "batch" and session.complete)
+    return float(beyond_ms) / tokens if tokens else float("nan")
+
+
+def count_of(name: str) -> Callable[[Sequence[RoundFigures]], int]:
+    """How many values called `name` there are."""
+    return lambda rounds: len(pool([session for one in rounds for session in one.sessions], name))
+
+
+def programs_completed(rounds: Sequence[RoundFigures]) -> int:
+    return sum(program.per_token_ms is not None for one in rounds for program in one.programs)
+
+
+def quantile_of(key: str, label: str, attribute: str, q: float) -> Metric:
+    """A quantile over values of all sessions, in ms."""
+    return Metric(
+        key,
+        label,
+        "ms",
+        pooled(attribute, q),
+        samples=count_of(attribute),
+        needs=needed(q),
+        judged=q < 1,
+    )
+
+
+def number_of(key: str, label: str, attribute: str) -> Metric:
+    return Metric(key, label, "", lambda sessions: float(len(pool(sessions, attribute))) or float("nan"), judged=False)
 
 
 INTERVALS = {
-    "itl_cold": ("ITL while a cold prompt is read", "gaps_cold"),
-    "itl_prefill": ("ITL while somebody prefills", "gaps_prefill"),
     "itl": ("ITL", "gaps"),
+    "itl_prefill": ("ITL while somebody prefills", "gaps_prefill"),
+    "itl_cold": ("ITL while a cold prompt is read", "gaps_cold"),
 }
 METRICS = (
     *(
-        Metric(f"{key}_{name}_ms", f"{words}, {name}", "ms", pooled(attribute, q))
+        metric
         for key, (words, attribute) in INTERVALS.items()
-        for name, q in QUANTILES.items()
+        for metric in (
+            number_of(f"{key}_n", f"{words}, number of intervals", attribute),
+            *(quantile_of(f"{key}_{name}_ms", f"{words}, {name}", attribute, q) for name, q in QUANTILES.items()),
+        )
     ),
+    Metric("stalled_s", f"stalls: time beyond {STALL_MS:g} ms, per 1000 tokens", "s", stalled),
+    number_of("ttft_cold_n", "TTFT of cold prompts, number", "ttft_cold"),
     Metric("ttft_cold_mean_ms", "TTFT of cold prompts, mean", "ms", pooled("ttft_cold", None)),
-    Metric("ttft_cold_p95_ms", "TTFT of cold prompts, p95", "ms", pooled("ttft_cold", 0.95)),
+    quantile_of("ttft_cold_p95_ms", "TTFT of cold prompts, p95", "ttft_cold", 0.95),
+    number_of("ttft_resume_n", "TTFT of resumed turns, number", "ttft_resume"),
     Metric("ttft_resume_mean_ms", "TTFT of resumed turns, mean", "ms", pooled("ttft_resume", None)),
-    Metric("ttft_resume_p95_ms", "TTFT of resumed turns, p95", "ms", pooled("ttft_resume", 0.95)),
-    Metric("tpot_p50_ms", "TPOT per request, p50", "ms", pooled("tpot", 0.5)),
-    Metric("tpot_p95_ms", "TPOT per request, p95", "ms", pooled("tpot", 0.95)),
+    quantile_of("ttft_resume_p95_ms", "TTFT of resumed turns, p95", "ttft_resume", 0.95),
+    quantile_of("tpot_p50_ms", "TPOT per request, p50", "tpot", 0.5),
+    quantile_of("tpot_p95_ms", "TPOT per request, p95", "tpot", 0.95),
     Metric("session_mean_s", "session from first request to last token, mean", "s", mean_of(lambda one: one.seconds)),
     Metric("waiting_mean_s", "of which waiting for the server, mean", "s", mean_of(lambda one: one.served_s)),
     *(
-        Metric(f"program_{name}_ms", f"program, time per generated token, {name}", "ms", of_programs=per_token(q))
+        Metric(
+            f"program_{name}_ms",
+            f"program, time per generated token, {name}",
+            "ms",
+            of_programs=per_token(q),
+            samples=programs_completed,
+            needs=needed(q or 0.0),
+        )
         for name, q in (("mean", None), ("p50", 0.5), ("p95", 0.95), ("p99", 0.99))
     ),
     Metric("program_longest_s", "program that took longest", "s", of_programs=longest),
@@ -109,9 +182,7 @@ METRICS = (
         of_rounds=mean_round(lambda one: one.programs_per_min),
         less_is_better=False,
     ),
-    Metric(
-        "attained_percent", "sessions within their thresholds", "%", mean_of(percent_attained), less_is_better=False
-    ),
+    Metric("attained_percent", "sessions within their thresholds", "%", percent_attained, less_is_better=False),
     Metric(
         "goodput_per_min",
         "goodput: such sessions per minute",

@@ -40,6 +40,7 @@ class Plan:
         answers: see `Replay`.
         slo_factor: thresholds are the isolated run times this; 0 leaves the isolated run out.
         anonymous: see `Replay`.
+        primary: keys of the rows that decide, named before anything is measured; see `judge.judge`.
         salt: changes all token ids, for servers whose prefix cache holds what an earlier experiment sent.
     """
 
@@ -56,6 +57,7 @@ class Plan:
     slo_factor: float = 3.0
     anonymous: bool = False
     salt: str = ""
+    primary: Sequence[str] = ()
     command: Sequence[str] = field(default_factory=tuple)
 
     @cached_property
@@ -64,9 +66,14 @@ class Plan:
         return max(longest_context(cell.sessions(n)) for cell in self.cells for n in range(self.rounds)) + MARGIN_TOKENS
 
     def order(self, number: int) -> list[Arm]:
-        """The arms of a round; each round begins with another one, so that none always follows the same."""
-        first = number % len(self.arms)
-        return [*self.arms[first:], *self.arms[:first]]
+        """The arms of a round, in a Williams design: each round begins with another one, and after as many rounds as there
+        are arms (twice as many where their number is odd) every arm has stood at every place and followed every other one
+        equally often."""
+        count = len(self.arms)
+        places = [place // 2 + 1 if place % 2 else -(place // 2) for place in range(count)]
+        if number // count % 2 and count % 2:
+            places.reverse()
+        return [self.arms[(place - places[0] + number) % count] for place in places]
 
     def cells_of(self, number: int) -> list[Cell]:
         """The cells in the order of a round; each round begins with another one."""

@@ -14,6 +14,7 @@ class ProgramFigures:
         tokens: generated.
         seconds: from its first request to its last token, tools included.
         failed: requests of it that failed; such a program was not completed, and its time says nothing.
+        complete: whether it was completed in all arms; if not, its time counts in none.
     """
 
     round: int
@@ -22,11 +23,12 @@ class ProgramFigures:
     tokens: int
     seconds: float
     failed: int
+    complete: bool = True
 
     @property
     def per_token_ms(self) -> float | None:
         """Completion time per generated token (Autellix's measure); None for a program that was not completed."""
-        return None if self.failed or not self.tokens else self.seconds / self.tokens * 1000
+        return None if self.failed or not self.complete or not self.tokens else self.seconds / self.tokens * 1000
 
 
 def program_figures(number: int, records: Iterable[Record]) -> list[ProgramFigures]:

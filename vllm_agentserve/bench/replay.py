@@ -8,7 +8,8 @@ from contextlib import contextmanager, suppress
 from time import perf_counter
 
 from vllm_agentserve.bench.client import Stream, StreamError, StreamingClient
-from vllm_agentserve.bench.records import Record, digest
+from vllm_agentserve.bench.prompt import Prompt
+from vllm_agentserve.bench.records import Record
 from vllm_agentserve.bench.sessions import Session, pinned_token
 
 LATENESS_PERIOD_S = 0.05
@@ -97,53 +98,66 @@ class Replay:
 
     async def _watch_lateness(self) -> None:
         """How late this process wakes up: what a busy machine, or a busy client, adds to every stamp."""
-        while True:
-            due = perf_counter() + LATENESS_PERIOD_S
-            await asyncio.sleep(LATENESS_PERIOD_S)
-            self.lateness_ms.append((perf_counter() - due) * 1000)
+        due = perf_counter() + LATENESS_PERIOD_S
+        try:
+            while True:
+                await asyncio.sleep(due - perf_counter())
+                self.lateness_ms.append((perf_counter() - due) * 1000)
+                due = perf_counter() + LATENESS_PERIOD_S
+        finally:
+            # It was cancelled; where it should have woken up before, it is late by now.
+            if perf_counter() > due:
+                self.lateness_ms.append((perf_counter() - due) * 1000)
 
     async def _start(self, session: Session) -> None:
         if session.after is not None:
             await self._ended[session.after].wait()
-        await asyncio.sleep(session.start_s)
-        await self._run(session, [])
+        # A session that starts by the clock starts then, however late this process wakes up.
+        begin = self.began if session.timed else perf_counter()
+        await self._run(session, Prompt(), begin + session.start_s)
 
-    async def _run(self, session: Session, context: list[int], parent: str | None = None) -> None:
+    async def _run(self, session: Session, context: Prompt, due: float, parent: str | None = None) -> None:
+        """Runs a session from `due` on, in seconds of `perf_counter()`."""
         named = not self.anonymous
         try:
             for number, turn in enumerate(session.turns):
-                if turn.tool_s:
-                    await asyncio.sleep(turn.tool_s)
-                if turn.context is not None:
-                    context = list(turn.context)
+                if number or session.forked:
+                    due = perf_counter() + turn.tool_s
                 else:
-                    context.extend(turn.added)
+                    due += turn.tool_s
+                if turn.context is not None:
+                    context = Prompt()
+                # Prepared while the tool runs.
+                await context.extend(turn.added if turn.context is None else turn.context)
+                if (left := due - perf_counter()) > 0:
+                    await asyncio.sleep(left)
                 stream, pinned = Stream(), pinned_token(session.name, number)
                 try:
                     await self.client.generate(
                         session.phase(number),
-                        context,
+                        context.json,
                         turn.answer,
                         session.name + self.suffix if named else None,
                         stream,
                         fixed=self.answers != "real",
                         pinned=pinned if self.answers == "pinned" else None,
                         parent=parent + self.suffix if named and parent is not None else None,
+                        due=due if session.timed else None,
                     )
                 except StreamError as error:
                     self._keep(session, number, context, stream, str(error))
                     return
                 self._keep(session, number, context, stream, None)
                 # A server that does not tell its tokens gets the planned ones back.
-                context.extend(stream.token_ids or [pinned] * len(stream.stamps))
+                await context.extend(stream.token_ids or [pinned] * len(stream.stamps))
                 if turn.spawns:
                     async with asyncio.TaskGroup() as group:
                         for name in turn.spawns:
-                            group.create_task(self._run(self.sessions[name], list(context), session.name))
+                            group.create_task(self._run(self.sessions[name], context.copy(), 0.0, session.name))
         finally:
             self._ended[session.name].set()
 
-    def _keep(self, session: Session, turn: int, context: list[int], stream: Stream, error: str | None) -> None:
+    def _keep(self, session: Session, turn: int, context: Prompt, stream: Stream, error: str | None) -> None:
         arm, round_number, part = self.labels
 
         def micros(seconds: float) -> int:
@@ -159,8 +173,8 @@ class Replay:
                 kind=session.kind,
                 phase=session.phase(turn),
                 turn=turn,
-                prompt=digest(context),
-                prompt_tokens=len(context),
+                prompt=context.digest,
+                prompt_tokens=context.tokens,
                 wanted_tokens=session.turns[turn].answer,
                 cached_tokens=stream.cached_tokens,
                 sent_us=micros(stream.sent),

@@ -2,12 +2,14 @@
 
 import base64
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from vllm_agentserve.bench.compare import NOISE
+from vllm_agentserve.bench.compare import FAILED, NOISE
+from vllm_agentserve.bench.judge import UNCONFIRMED
 from vllm_agentserve.bench.machine import in_words
 from vllm_agentserve.bench.metrics import METRICS, Metric
 from vllm_agentserve.bench.records import Results
@@ -49,21 +51,60 @@ def rows(findings: Findings, intervals: bool = True) -> list[tuple[Metric, list[
 
 def cell(findings: Findings, arm: str, metric: Metric, interval: bool = True) -> str:
     """A figure, and against the baseline its ratio, with the interval if wanted; inside the noise it says so."""
-    value = findings.summary["arms"][arm]["figures"][metric.key]
+    own = findings.summary["arms"][arm]
+    value = own["figures"][metric.key]
     if value is None:
-        return "-"
-    words = number(value)
+        few = own["too_few_samples"].get(metric.key)
+        return "-" if not few else f"only {few} values"
+    words = number(value) if metric.samples is not None or metric.judged else f"{value:.0f}"
+    if not metric.judged:
+        return words
     against = findings.summary["comparisons"].get(arm, {}).get(metric.key)
     if against is None or against["ratio"] is None:
         return words
     ratio = f"x{against['ratio']:.2f}"
     if interval and against["low"] is not None:
         ratio += f" [{against['low']:.2f}, {against['high']:.2f}]"
-    return f"{words} ({ratio}{', noise' if against['verdict'] == NOISE else ''})"
+    return f"{words} ({ratio}{doubts(against) if interval else short_doubts(against)})"
 
 
-def row_label(metric: Metric) -> str:
-    return f"{metric.label} ({metric.unit})" if metric.unit else metric.label
+def short_doubts(against: Mapping[str, Any]) -> str:
+    return f", {against['verdict']}" if against["verdict"] in (NOISE, UNCONFIRMED, FAILED) else ""
+
+
+def doubts(against: Mapping[str, Any]) -> str:
+    """What keeps a ratio from counting: the verdict, the smallest ratio that could have been seen, rounds that all agree."""
+    words = short_doubts(against)
+    if against["verdict"] not in (NOISE, UNCONFIRMED):
+        return words
+    if against["verdict"] == NOISE and against["limit"] is not None:
+        words += f" within x{against['limit']:.2f}"
+    side = next((side for side in ("below", "above") if against[side] == against["rounds"] >= 3), None)
+    return words + (f", {side} 1 in {against['rounds']} of {against['rounds']} rounds" if side else "")
+
+
+def row_label(metric: Metric, findings: Findings | None = None) -> str:
+    """The row's name with its unit; in bold where it was named before the run."""
+    label = f"{metric.label} ({metric.unit})" if metric.unit else metric.label
+    return f"**{label}**" if findings is not None and metric.key in findings.summary["primary"] else label
+
+
+def legend(findings: Findings) -> str:
+    """How to read the table."""
+    primary = findings.summary["primary"]
+    labels = [metric.label for metric in METRICS if metric.key in primary]
+    words = [f"In brackets: ratio to {findings.baseline} with its 95 % interval."]
+    words.append(
+        f"Rows that were to decide, named before the run: {'; '.join(labels)}. Of all others together, as of these, one table in "
+        "twenty of equal arms has a row that is called a difference."
+        if labels
+        else "No row was named before the run; one table in twenty of equal arms has a row that is called a difference."
+    )
+    words.append(
+        "Noise: the interval holds 1. Unconfirmed: it does not, but among so many rows that may be chance. Within xN: with so "
+        "many rounds any ratio between 1/N and N would have been called noise."
+    )
+    return " ".join(words)
 
 
 def number(value: float) -> str:
@@ -84,8 +125,8 @@ def markdown(findings: Findings) -> str:
         "|---" + "|---:" * len(names) + "|",
     ]
     for metric, cells in rows(findings):
-        lines.append(f"| {row_label(metric)} | " + " | ".join(cells) + " |")
-    lines += ["", f"In brackets: ratio to {findings.baseline} with its 95 % interval.", ""]
+        lines.append(f"| {row_label(metric, findings)} | " + " | ".join(cells) + " |")
+    lines += ["", legend(findings), ""]
     return "\n".join([*lines, *(f"- {note}" for note in findings.summary["notes"])])
 
 
@@ -121,6 +162,8 @@ def page(findings: Findings, pictures: dict[str, Path]) -> str:
         rounds=findings.rounds,
         arms=findings.summary["arms"],
         curve=findings.summary["attained_percent_by_factor"],
+        legend=legend(findings),
+        primary=findings.summary["primary"],
         markdown=markdown(findings),
     )
 

@@ -47,6 +47,7 @@ class Session:
         after: the session that has to end before this one starts.
         forked: the context is a copy of another session's; that one starts it.
         cached: most of the first prompt has been sent by an earlier session.
+        timed: requests are due by the clock, and what they take is counted from then on, not from when they were sent.
         program: name of the program it is part of, where the workload consists of programs.
     """
 
@@ -59,6 +60,7 @@ class Session:
     forked: bool = False
     cached: bool = False
     program: str = ""
+    timed: bool = False
 
     def phase(self, turn: int) -> str:
         """ "cold" for a prompt without a cached context, otherwise "resume"."""

@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from vllm_agentserve.bench.compare import compare, finite, round_statistic
+from vllm_agentserve.bench.compare import FAILED_SHARE, compare, finite, round_statistic
+from vllm_agentserve.bench.judge import failures, judge, leave_out_incomplete
 from vllm_agentserve.bench.measure import RoundFigures, round_figures
 from vllm_agentserve.bench.metrics import METRICS
 from vllm_agentserve.bench.records import Record, Results, RoundRecord
@@ -15,6 +16,7 @@ from vllm_agentserve.bench.sessions import WorkloadError
 from vllm_agentserve.bench.slo import attained, thresholds
 from vllm_agentserve.config import SERIES
 
+KEYS = {metric.key for metric in METRICS}
 FACTORS = (1.5, 2.0, 3.0, 5.0)
 
 
@@ -49,8 +51,10 @@ def examine(results: Results, clean: bool = False, baseline: str | None = None) 
     polluted = {one.round for one in rounds if one.polluted} if clean else set()
     used = [one for one in rounds if one.error is None and one.round not in polluted]
     figures = arm_figures(names, used, requests)
+    left_out = leave_out_incomplete(figures)
     factor = float(experiment.get("slo_factor") or 0)
     curve = attainment(figures, requests, factor) if factor else {}
+    primary = [key for key in experiment.get("primary", ()) if key in KEYS]
     baseline = names[0] if baseline is None else baseline
     if baseline not in names:
         raise WorkloadError(f"--baseline {baseline!r} is no arm of these results: choose one of {', '.join(names)}")
@@ -63,22 +67,32 @@ def examine(results: Results, clean: bool = False, baseline: str | None = None) 
             "rounds": [one.round for one in figures[name]],
             "requests": len(own),
             "failed": sum(one.error is not None for one in own),
-            "figures": {key: finite(figure(figures[name])) for key, figure in statistics.items()},
+            "figures": {
+                metric.key: finite(statistics[metric.key](figures[name]))
+                if metric.lacking(figures[name]) is None
+                else None
+                for metric in METRICS
+            },
+            "too_few_samples": {
+                metric.key: count for metric in METRICS if (count := metric.lacking(figures[name])) is not None
+            },
             "each_round": {key: [finite(figure([one])) for one in figures[name]] for key, figure in statistics.items()},
         }
-    comparisons = {
-        name: {metric.key: compare(metric, base, figures[name]).as_json() for metric in METRICS}
+    compared = {
+        name: judge({metric.key: compare(metric, base, figures[name]) for metric in METRICS}, primary)
         for name in names
         if name != baseline and base and figures[name]
     }
+    comparisons = {name: {key: one.as_json() for key, one in found.items()} for name, found in compared.items()}
     summary = {
         "experiment": experiment,
         "baseline": baseline,
+        "primary": primary,
         "arms": arms,
         "comparisons": comparisons,
         "attained_percent_by_factor": curve,
         "rounds": [msgspec.structs.asdict(one) for one in rounds],
-        "notes": notes(experiment, rounds, requests, clean),
+        "notes": notes(experiment, rounds, requests, clean) + incomplete(left_out, failures(figures)),
     }
     return Findings(experiment, rounds, requests, figures, summary)
 
@@ -169,6 +183,17 @@ def notes(
     if experiment["rounds"] < 3:
         found.append("With fewer than three rounds hardly any difference can be told from noise.")
     return found
+
+
+def incomplete(left_out: int, failed: Mapping[str, float]) -> list[str]:
+    """What became of sessions that ended by an error."""
+    if not left_out:
+        return []
+    said = [f"{left_out} sessions did not end well in every arm; their latencies are in no arm's figures."]
+    if max(failed.values(), default=0.0) > FAILED_SHARE:
+        arms = ", ".join(f"{share:.0%} of {name}" for name, share in failed.items())
+        said.append(f"Sessions that ended by an error: {arms}. Above {FAILED_SHARE:.0%} no difference is decided.")
+    return said
 
 
 def running_before(experiment: Mapping[str, Any]) -> str:

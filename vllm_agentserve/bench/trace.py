@@ -84,7 +84,7 @@ def read_trace(path: Path, reading: Reading, seed: int) -> list[Session]:
             for index, (line, turn) in enumerate(zip(group, turns, strict=True)):
                 start = ((line.timestamp_s or 0.0) - begin) / reading.speed
                 single = f"{name}.{index + 1}" if len(group) > 1 else name
-                sessions.append(Session(single, name, (turn,), start_s=start, cached=line.number in known))
+                sessions.append(Session(single, name, (turn,), start_s=start, cached=line.number in known, timed=True))
             continue
         start = ((group[0].timestamp_s or begin) - begin) / reading.speed
         sessions.append(Session(name, name, tuple(turns), start_s=start, cached=group[0].number in known))

@@ -1,0 +1,148 @@
+"""What the client adds to its own figures: stalls of its own, prompts it prepares, requests it sends late."""
+
+import asyncio
+import time
+from time import perf_counter
+
+import msgspec
+import pytest
+
+from vllm_agentserve.bench.client import Stream
+from vllm_agentserve.bench.conditions import Conditions, pollution
+from vllm_agentserve.bench.plan import Plan
+from vllm_agentserve.bench.prompt import PIECE_TOKENS, Prompt
+from vllm_agentserve.bench.records import digest
+from vllm_agentserve.bench.replay import Replay
+from vllm_agentserve.bench.sessions import Session, Turn
+from vllm_agentserve.bench.trace import Reading, read_trace, trace_path
+
+
+class Instant:
+    """A client whose server answers at once; the first request blocks the whole client for a while."""
+
+    def __init__(self, blocks_s: float = 0.0) -> None:
+        self.blocks_s = blocks_s
+        self.prompts: list[list[int]] = []
+
+    async def generate(self, kind, prompt, max_tokens, session_id=None, into=None, due=None, **_) -> Stream:
+        into.sent = perf_counter() if due is None else due
+        self.prompts.append(msgspec.json.decode(prompt))
+        time.sleep(self.blocks_s)
+        self.blocks_s = 0.0
+        into.stamps = [perf_counter()] * max_tokens
+        into.token_ids = [9] * max_tokens
+        into.finished = perf_counter()
+        return into
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_a_stall_of_a_second_pollutes_a_round(at_the_end: bool) -> None:
+    """It is one sample of the watcher, so the p99 of a long round does not show it; also when nothing comes after it."""
+    replay = Replay(Instant(), [])  # type: ignore[arg-type]
+
+    async def watched() -> None:
+        watch = asyncio.create_task(replay._watch_lateness())
+        await asyncio.sleep(0.2)
+        time.sleep(1.2)
+        if not at_the_end:
+            await asyncio.sleep(0.2)
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+
+    with Conditions() as conditions:
+        asyncio.run(watched())
+    assert max(replay.lateness_ms) > 1000
+    # The rest of a round of half a minute, in which nothing was late.
+    conditions.lateness_ms = [0.1] * 600 + [max(replay.lateness_ms)]
+    report = conditions.report()
+    assert report["client_lateness_p99_ms"] < 1
+    assert "the client stood still for " in "; ".join(pollution(report | {"other_cores": 0.0}))
+
+
+def test_many_short_stalls_pollute_a_round() -> None:
+    calm = {"other_cores": 0.0, "stolen_share": 0.0, "clock_step_s": 0.0, "client_lateness_p99_ms": 4.0}
+    calm |= {"gpu_throttling": [], "client_lateness_max_ms": 4.0, "client_late_share": 0.02}
+    assert pollution(calm) == []
+    assert pollution(calm | {"client_late_share": 0.05}) == ["the client was late for 5.0% of the time"]
+
+
+def test_a_long_prompt_is_prepared_in_pieces() -> None:
+    """Other tasks run in between, and the prompt is the same as if it had been written at once."""
+    ids = [index * 7 % 4000 for index in range(200_000)]
+    turns = 0
+
+    async def prepared() -> Prompt:
+        async def others() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        beside = asyncio.create_task(others())
+        prompt = Prompt()
+        await prompt.extend(ids)
+        beside.cancel()
+        return prompt
+
+    prompt = asyncio.run(prepared())
+    assert turns >= len(ids) // PIECE_TOKENS - 1
+    assert (prompt.tokens, prompt.digest) == (len(ids), digest(ids))
+    assert msgspec.json.decode(prompt.json) == ids
+
+
+def test_prompts_grow_and_fork() -> None:
+    async def grown() -> tuple[Prompt, Prompt]:
+        prompt = Prompt()
+        assert bytes(prompt.json) == b"[]"
+        await prompt.extend((1, 2))
+        fork = prompt.copy()
+        await prompt.extend([3])
+        await prompt.extend([])
+        await fork.extend([4, 5])
+        return prompt, fork
+
+    prompt, fork = asyncio.run(grown())
+    assert (bytes(prompt.json), bytes(fork.json)) == (b"[1,2,3]", b"[1,2,4,5]")
+    assert (prompt.digest, fork.digest) == (digest([1, 2, 3]), digest([1, 2, 4, 5]))
+
+
+def test_turns_have_the_context_of_those_before() -> None:
+    client = Instant()
+    whole = Turn((), 1, context=(8, 8))
+    sessions = [Session("a", "a", (Turn((1,), 2, spawns=("b",)), Turn((2,), 1), whole))]
+    sessions.append(Session("b", "b", (Turn((3,), 1),), forked=True))
+    replay = Replay(client, sessions)  # type: ignore[arg-type]
+    asyncio.run(replay.run())
+    assert client.prompts == [[1], [1, 9, 9, 3], [1, 9, 9, 2], [8, 8]]
+    assert [one.prompt for one in replay.records] == [digest(prompt) for prompt in client.prompts]
+
+
+def test_requests_by_the_clock_are_counted_from_when_they_were_due() -> None:
+    """The first request blocks the client for 0.3 s: the second one, due after 0.1 s, has waited since then."""
+    sessions = [Session("a", "a", (Turn((1,), 1),), timed=True)]
+    sessions.append(Session("b", "b", (Turn((2,), 1),), start_s=0.1, timed=True))
+    replay = Replay(Instant(0.3), sessions)  # type: ignore[arg-type]
+    first, second = asyncio.run(replay.run())
+    assert first.sent_us == 0
+    assert second.sent_us == pytest.approx(100_000, abs=2)
+    assert second.ttft_ms > 190
+
+
+def test_an_open_replay_goes_by_the_clock_and_a_closed_one_by_answers() -> None:
+    for pace in ("open", "closed"):
+        sessions = read_trace(trace_path("sample"), Reading(pace=pace), 0)
+        assert {session.timed for session in sessions} == {pace == "open"}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_every_arm_stands_everywhere_and_follows_every_other_one(count: int) -> None:
+    arms = "ABCDE"[:count]
+    plan = Plan(list(arms), [])  # type: ignore[arg-type]
+    rounds = ["".join(map(str, plan.order(number))) for number in range(2 * count)]
+    assert all(sorted(order) == list(arms) for order in rounds)
+    assert sorted(order[0] for order in rounds[:count]) == list(arms)
+    for place in range(count):
+        assert sorted(order[place] for order in rounds) == sorted(arms * 2)
+    pairs = [order[place : place + 2] for order in rounds for place in range(count - 1)]
+    assert {pairs.count(pair) for pair in pairs} <= {2}
+    assert len(set(pairs)) == count * (count - 1)
