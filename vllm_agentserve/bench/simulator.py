@@ -54,8 +54,8 @@ class _Live:
 
     shape: ProgramShape
     left_ms: float
-    ends: dict[int, tuple[float, float | None]] = field(default_factory=dict)
-    """By call: when it ended, and the path to its end."""
+    ends: dict[int, tuple[float, int]] = field(default_factory=dict)
+    """By call: the path to its end, and the number of that, as the program table counts them; 0 without one."""
     served: int = 0
 
 
@@ -157,9 +157,9 @@ class Simulator:
             known = self._told and before is not None and not forks(calls, index)
             call.phase = classify(shape.context, shape.uncached, known)
             if self._table is not None:
-                # The scheduler sees which call a prompt goes on from; what a join waited for it does not see.
-                path = live.ends[before][1] if before is not None else None
-                self._table.arrive(call.name, live.shape.name, path or 0.0, when)
+                # The scheduler sees which call a prompt goes on from, and for a join what else ended since.
+                path, end = live.ends[before] if before is not None else (0.0, None)
+                self._table.arrive(call.name, live.shape.name, path, when, end=end)
             self._waiting.add(call.name, call)
 
     def _key(self, call: _Call) -> AdmissionKey:
@@ -275,7 +275,7 @@ class Simulator:
         for call in done:
             live = call.live
             ended = self._table.finish(call.name, self._now) if self._table is not None else None
-            live.ends[call.index] = self._now, ended[1] if ended is not None else None
+            live.ends[call.index] = (ended[1], self._table.ended) if self._table is not None and ended else (0.0, 0)
             live.left_ms -= self._cost.call_ms(call.shape, self._slots)
             for index, child in enumerate(live.shape.calls):
                 if call.index in child.parents and all(parent in live.ends for parent in child.parents):
