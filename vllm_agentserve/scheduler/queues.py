@@ -13,10 +13,21 @@ from vllm_agentserve.policy.order import AdmissionKey, Patience, Urgency, ahead
 
 @dataclass(slots=True)
 class _Place:
-    """What the queue knows of a request from the day it first came until it is forgotten."""
+    """What the queue knows of a request from the day it first came until it is forgotten.
+
+    Args:
+        request: whose it is.
+        number: of its arrival.
+        entered: number of its wait, on the same scale: one that left for longer than a step waits anew when it is back.
+        patience: that tells when this wait has been too long.
+        left: the step in which it last left.
+    """
 
     request: Request
     number: int
+    entered: int
+    patience: Patience
+    left: int = -1
     key: AdmissionKey | None = None
     overdue: bool = False
 
@@ -33,7 +44,8 @@ class AgentQueue(RequestQueue):
     Requests held back for the prefill lane are parked: they count as waiting, but nobody looks at them until what they wait
     for has happened, since a look costs a search through the prefix cache per request and step.
 
-    A request that the scheduler takes out, skips and puts back keeps its place: its key decides, not the way it came in.
+    A request that the scheduler takes out, skips and puts back keeps its place: its key decides, not the way it came in. One
+    that ran and lost its place waits anew: the time it ran does not count as waiting, and the bound holds for every wait.
     """
 
     def __init__(
@@ -57,18 +69,24 @@ class AgentQueue(RequestQueue):
         """The engine's step counter, set by the scheduler."""
 
     def add_request(self, request: Request) -> None:
-        place = self._places.get(request.request_id)
-        if place is not None:
+        request_id, number = request.request_id, self._arrivals
+        place = self._places.get(request_id)
+        if place is None:
+            place = self._places[request_id] = _Place(request, number, number, self._patience)
+            if self._insert(place).batch:
+                place.patience = self._batch_patience
+        elif place.left == self.step:
             self._insert(place)
             return
-        place = self._places[request.request_id] = _Place(request, self._arrivals)
+        else:
+            place.entered, place.overdue = number, False
+            self._insert(place)
         self._arrivals += 1
-        key = self._insert(place)
-        (self._batch_patience if key.batch else self._patience).enter(request.request_id, self.step)
+        place.patience.enter(request_id, self.step)
 
     def pop_request(self) -> Request:
         request = self.peek_request()
-        self._take(self._places[request.request_id])
+        self.remove_request(request)
         return request
 
     def peek_request(self) -> Request:
@@ -86,12 +104,14 @@ class AgentQueue(RequestQueue):
     def remove_request(self, request: Request) -> None:
         if request not in self:
             raise ValueError(f"request {request.request_id!r} is not in the queue")
-        self._out(self._places[request.request_id])
+        place = self._places[request.request_id]
+        place.left = self.step
+        self._out(place)
 
     def remove_requests(self, requests: Iterable[Request]) -> None:
         for request in requests:
             if request in self:
-                self._out(self._places[request.request_id])
+                self.remove_request(request)
 
     def __contains__(self, request: object) -> bool:
         place = self._places.get(request.request_id) if isinstance(request, Request) else None
@@ -120,7 +140,10 @@ class AgentQueue(RequestQueue):
     def forget(self, request_id: str) -> None:
         """Drops what is known of a finished request; one that is still queued is taken out."""
         place = self._places.pop(request_id, None)
-        if place is not None and place.key is not None:
+        if place is None:
+            return
+        place.patience.leave(request_id)
+        if place.key is not None:
             self._out(place)
 
     def faults(self, known: Container[str]) -> list[str]:
@@ -223,7 +246,7 @@ class AgentQueue(RequestQueue):
     def _insert(self, place: _Place) -> AdmissionKey:
         key = self._key_of(place.request, place.number)
         if place.overdue and key.urgency > Urgency.OVERDUE:
-            key = ahead(key, Urgency.OVERDUE, place.number)
+            key = ahead(key, Urgency.OVERDUE, place.entered)
         place.key = key
         self._colds += key.cold
         insort(self._order, (key, place.number, place.request.request_id))
