@@ -43,6 +43,7 @@ def make_scheduler(
     policy: str = "fcfs",
     prefix_caching: bool = True,
     lanes: bool = False,
+    stages: int = 1,
     **scheduler_options: Any,
 ) -> Scheduler:
     transfer = SimpleNamespace(kv_transfer_config=None)
@@ -62,7 +63,7 @@ def make_scheduler(
             **scheduler_options,
         ),
         cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=prefix_caching),
-        parallel_config=ParallelConfig(),
+        parallel_config=ParallelConfig(pipeline_parallel_size=stages),
         additional_config={"agentserve": options or {}},
         kv_transfer_config=transfer.kv_transfer_config,
     )

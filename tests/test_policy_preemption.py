@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_agentserve.policy.preemption import PreemptionAccount, Rank, victim
+from vllm_agentserve.policy.preemption import HORIZON_MS, PreemptionAccount, Rank, victim
 
 I0, I1, I2, B0, B3 = Rank(False, 0), Rank(False, 1), Rank(False, 2), Rank(True, 0), Rank(True, 3)
 
@@ -88,3 +88,47 @@ def test_a_call_that_is_preempted_twice_is_charged_once_at_a_time() -> None:
     assert account.lost_ms == 0.0
     assert account.allows(250.0)
     assert not account.allows(250.1)
+
+
+def test_what_was_not_lost_is_kept_for_a_while_only() -> None:
+    """Ten hours in which nobody was preempted allow no more than five minutes do."""
+    account = PreemptionAccount(0.1)
+    account.serve(36_000_000.0)
+    lost = 0
+    while account.allows(2000.0):
+        account.preempt("a", 2000.0)
+        account.settle("a", 2000.0)
+        lost += 1
+    assert lost == 15 == 0.1 * HORIZON_MS / 2000.0
+    account.serve(19_000.0)
+    assert not account.allows(2000.0)
+    account.serve(1001.0)
+    assert account.allows(2000.0)
+
+
+def test_what_is_pending_holds_its_part_of_what_may_be_lost() -> None:
+    account = PreemptionAccount(0.5, horizon_ms=1000.0)
+    account.serve(9000.0)
+    account.preempt("a", 400.0)
+    account.serve(9000.0)
+    assert (account.allows(100.0), account.allows(100.1)) == (True, False)
+    account.settle("a", 0.0)
+    assert (account.allows(500.0), account.allows(500.1)) == (True, False)
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 300.0), st.floats(0.1, 100.0), st.booleans()), max_size=80), st.data())
+def test_no_stretch_of_service_loses_more_than_its_share(
+    history: list[tuple[float, float, bool]], data: st.DataObject
+) -> None:
+    """And that of the horizon, which is what the time before it may have left."""
+    account = PreemptionAccount(0.2, horizon_ms=500.0)
+    points = [(0.0, 0.0)]
+    for served, worst, all_of_it in history:
+        account.serve(served)
+        if account.allows(worst):
+            account.preempt("a", worst)
+            account.settle("a", worst if all_of_it else worst / 3)
+        points.append((account.service_ms, account.lost_ms))
+    begin = data.draw(st.integers(0, len(points) - 1))
+    for served, lost in points[begin:]:
+        assert lost - points[begin][1] <= 0.2 * (served - points[begin][0] + 500.0) + 1e-6

@@ -162,3 +162,90 @@ def test_service_is_conserved(history: list[tuple[str, int, int]], policy: str) 
     for call, program in live.items():
         assert programs.service_ms(call) == pytest.approx(given[program])
         assert 0 <= programs.level(call, float(len(history))) < 4
+
+
+@pytest.mark.parametrize("policy", ["plas", "atlas"])
+def test_the_time_a_call_ran_is_not_waiting(policy: str) -> None:
+    """It ran for two minutes and received 650 ms of a crowded engine: it waits at the level at which it stood."""
+    programs = table(policy)
+    programs.arrive("long", "p", 0.0, 0.0)
+    programs.prefills("long", False, 10, 0, 10, 0.0)
+    programs.charge("long", 50.0)
+    programs.decodes("long")
+    programs.advance(600.0)
+    assert programs.standing("long") == 2
+    programs.pauses("long", 120.0)
+    assert (programs.level("long", 120.1), programs.promotions, programs.standing("long")) == (2, 0, 2)
+
+
+def test_waits_add_up() -> None:
+    """Ten times 650 ms: four seconds before it ran, and 2.5 after it had lost its place."""
+    programs = table(promote_ratio=10.0)
+    programs.arrive("long", "p", None, 0.0)
+    programs.prefills("long", False, 10, 0, 10, 4.0)
+    programs.charge("long", 650.0)
+    programs.decodes("long")
+    programs.pauses("long", 100.0)
+    assert (programs.level("long", 102.4), programs.promotions) == (2, 0)
+    assert (programs.level("long", 102.6), programs.promotions) == (0, 1)
+    assert (programs.level("long", 102.7), programs.promotions) == (0, 1)
+    programs.prefills("long", True, 10, 0, 10, 103.0)
+    assert programs._calls["long"].presence.waited_s == pytest.approx(7.0)
+
+
+def test_a_program_ages_out_while_older_ones_run() -> None:
+    programs = table(ttl_s=60.0)
+    for number in range(10):
+        programs.arrive(f"runs {number}", f"live {number}", None, 0.0)
+    programs.arrive("idle", "idle", None, 0.0)
+    programs.charge("idle", 500.0)
+    programs.finish("idle", 1.0)
+    programs.arrive("back", "idle", None, 62.0)
+    assert programs.service_ms("back") == 0.0
+    for number in range(200):
+        programs.arrive(f"call {number}", f"short {number}", None, 100.0 + number)
+        programs.finish(f"call {number}", 100.5 + number)
+    assert len(programs) <= 11 + 62
+    assert programs.by_service[0] == len(programs)
+    assert programs.faults([*(f"runs {number}" for number in range(10)), "back"]) == []
+
+
+def test_a_program_ages_out_behind_others_that_have_not() -> None:
+    """There are a hundred of them: more than an arrival looks at."""
+    programs = table(ttl_s=60.0)
+    for number in range(100):
+        programs.arrive(f"c{number}", f"p{number}", None, 0.0)
+        programs.charge(f"c{number}", 500.0)
+    for number in range(99, -1, -1):
+        programs.finish(f"c{number}", float(100 - number))
+    programs.arrive("back", "p50", None, 110.1)
+    assert programs.service_ms("back") == 0.0
+    programs.arrive("not yet", "p49", None, 110.1)
+    assert programs.service_ms("not yet") == 500.0
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(0, 5), st.integers(0, 400)), max_size=60),
+    st.sampled_from([10.0, 1e9]),
+)
+def test_programs_kept_are_those_seen_in_time(history: list[tuple[bool, int, int]], ttl_s: float) -> None:
+    """A program has what its calls received since it was last away for longer than its time, whatever else runs."""
+    programs = table(ttl_s=ttl_s)
+    received, seen, live = dict.fromkeys(range(6), 0), dict.fromkeys(range(6), 0.0), set[int]()
+    now = 0.0
+    for arrives, which, amount in history:
+        now += amount / 100
+        if arrives and which not in live:
+            programs.arrive(f"c{which}", f"p{which}", None, now)
+            received[which] = 0 if now - seen[which] > ttl_s else received[which]
+            live.add(which)
+        elif which in live:
+            programs.charge(f"c{which}", amount)
+            received[which] += amount
+            if amount % 2:
+                programs.finish(f"c{which}", now)
+                live.remove(which)
+                seen[which] = now
+        for one in live:
+            assert programs.service_ms(f"c{one}") == received[one]
+    assert programs.faults({f"c{one}" for one in live}) == []

@@ -101,3 +101,20 @@ def test_nobody_gives_way_to_a_request_that_cannot_run_yet() -> None:
     for _ in range(2 * DECIDE_STEPS):
         driver.step()
     assert scheduler.counts["program_preemptions"] == 0
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_who_gave_up_its_place_has_one_again_within_the_bound(asynchronous: bool) -> None:
+    """It has run for longer than that, and two calls of a better level always wait."""
+    options = {"program_preempt_share": 0.5, "program_promote_ratio": 100_000, "max_bypass_steps": 40}
+    scheduler, driver = started("plas", asynchronous, options=options)
+    run_long(scheduler, driver)
+    waited = longest = 0
+    for step in range(300):
+        if len(scheduler.waiting) < 3:
+            scheduler.add_request(make_request(f"new {step}", 30, max_tokens=3))
+        waited = 0 if "long" in driver.step() else waited + 1
+        longest = max(longest, waited)
+    assert scheduler.counts["program_preemptions"] >= 2
+    assert 40 <= longest <= 50
+    assert scheduler.requests["long"].num_output_tokens > 25 * DECIDE_STEPS

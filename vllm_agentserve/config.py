@@ -138,7 +138,7 @@ class AgentServeConfig:
         10.0,
         "x service",
         "A call that has waited this many times what its program has received, or quanta if that is less, is at the first "
-        "level.",
+        "level. All its waits count together, the time it ran between them does not.",
         low=0.1,
         high=100_000.0,
     )
@@ -146,12 +146,13 @@ class AgentServeConfig:
         0.0,
         "of service",
         "With `plas` or `atlas`, a running call gives up its place to one of a better level when there is none left, as long as "
-        "what has to be computed again stays below this share of all service. 0: never.",
+        "what has to be computed again stays below this share of service. What the share allowed and nobody lost is kept for "
+        "five minutes of service. 0: never.",
         low=0.0,
         high=0.5,
     )
     program_ttl_s: float = option(
-        3600.0, "s", "A program that nothing was heard of for so long is forgotten.", low=1.0, high=1_000_000.0
+        3600.0, "s", "A program that has had no call for so long is forgotten.", low=1.0, high=1_000_000.0
     )
     lane_min_tokens: int = option(
         512,

@@ -29,7 +29,8 @@ from vllm_agentserve.bench.program_traffic import PROGRAM_WORKLOADS, Programs, s
 from vllm_agentserve.bench.programs import simulate
 from vllm_agentserve.bench.server import has_nvidia_driver, serving_environment
 from vllm_agentserve.bench.sessions import longest_context, warm_up_of
-from vllm_agentserve.bench.simulator import Ended, Order
+from vllm_agentserve.bench.simulated_calls import Ended
+from vllm_agentserve.bench.simulator import Order
 from vllm_agentserve.toy import make_toy_model
 from vllm_agentserve.vllm_compat import SCHEDULER_NAME, installed_vllm
 

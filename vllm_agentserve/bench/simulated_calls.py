@@ -34,8 +34,8 @@ class Live:
 
     shape: ProgramShape
     left_ms: float
-    ends: dict[int, tuple[float, float | None]] = field(default_factory=dict)
-    """By call: when it ended, and the path to its end."""
+    ends: dict[int, tuple[float, int]] = field(default_factory=dict)
+    """By call: the path to its end, and the number of that, as the program table counts them; 0 without one."""
     served: int = 0
 
 

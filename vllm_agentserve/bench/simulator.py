@@ -101,9 +101,9 @@ class Simulator:
             known = self._told and before is not None and not forks(calls, index)
             call.phase = classify(shape.context, shape.uncached, known)
             if self._table is not None:
-                # The scheduler sees which call a prompt goes on from; what a join waited for it does not see.
-                path = live.ends[before][1] if before is not None else None
-                self._table.arrive(call.name, live.shape.name, path or 0.0, when)
+                # The scheduler sees which call a prompt goes on from, and for a join what else ended since.
+                path, end = live.ends[before] if before is not None else (0.0, None)
+                self._table.arrive(call.name, live.shape.name, path, when, end=end)
             self._waiting.add(call.name, call, when)
 
     def _key(self, call: Call) -> AdmissionKey:
@@ -236,7 +236,7 @@ class Simulator:
         for call in done:
             live = call.live
             ended = self._table.finish(call.name, self._now) if self._table is not None else None
-            live.ends[call.index] = self._now, ended[1] if ended is not None else None
+            live.ends[call.index] = (ended[1], self._table.ended) if self._table is not None and ended else (0.0, 0)
             live.left_ms -= self._cost.call_ms(call.shape, self._slots)
             for index, child in enumerate(live.shape.calls):
                 if call.index in child.parents and all(parent in live.ends for parent in child.parents):

@@ -48,21 +48,25 @@ class Tally:
 
 @dataclass(slots=True)
 class Presence:
-    """What is counted of a call; `since` (s) is when it began to wait, `kv_tokens` are kept as those of its program."""
+    """What is counted of a call; `kv_tokens` are kept as those of its program."""
 
     call_id: str
     tally: Tally
     since: float
+    """When it last began to wait, in s."""
     level: int
     stage: Stage = Stage.WAITING
     admitted: bool = False
     kv_tokens: int = 0
+    waited_s: float = 0.0
+    """How long its earlier waits took together: a call that loses its place waits more than once."""
 
 
 class Census:
     """Follows calls through their stages, O(1) per event and per step.
 
-    Decoding calls share a clock: every step gives each of them one token and took as long for all of them.
+    Decoding calls share a clock: every step gives each of them one token and took as long for all of them. With pipeline
+    parallelism a step decodes a part of the calls only, and each of them counts that part of a token.
 
     Args:
         levels: at which calls can wait.
@@ -73,6 +77,7 @@ class Census:
         """Waiting calls by the level they were last seen at."""
         self._active: OrderedDict[str, Tally] = OrderedDict()
         self._steps = 0
+        self._part = 0.0
         self._step_ms = 0.0
 
     def arrives(self, call_id: str, key: str, tally: Tally, level: int, now: float) -> Presence:
@@ -84,11 +89,13 @@ class Census:
         self._enter(presence, Stage.WAITING)
         return presence
 
-    def prefills(self, presence: Presence, stage: Stage, prompt_tokens: int, before: int, tokens: int) -> None:
-        """So many tokens of the call's prompt are scheduled, over `before` that are computed or were found in the cache."""
+    def prefills(
+        self, presence: Presence, stage: Stage, prompt_tokens: int, before: int, tokens: int, now: float
+    ) -> None:
+        """At `now` (s) so many tokens of the call's prompt are scheduled, over `before` that are computed or were cached."""
         tally = presence.tally
         if presence.stage is not stage:
-            self._leave(presence)
+            self._leave(presence, now)
             self._enter(presence, stage)
         if not presence.admitted:
             presence.admitted = True
@@ -97,22 +104,22 @@ class Census:
         tally.kv_tokens += before + tokens - presence.kv_tokens
         presence.kv_tokens = before + tokens
 
-    def decodes(self, presence: Presence) -> None:
+    def decodes(self, presence: Presence, now: float) -> None:
         """The call's prompt is through."""
-        self._leave(presence)
+        self._leave(presence, now)
         self._enter(presence, Stage.DECODING)
         self._read_clock(presence, -1)
 
     def pauses(self, presence: Presence, now: float) -> None:
         """The call lost its place and its KV, and waits since `now` (s)."""
-        self._leave(presence)
+        self._leave(presence, now)
         self._let_go(presence)
         presence.since = now
         self._enter(presence, Stage.WAITING)
 
-    def ends(self, presence: Presence, key: str) -> None:
+    def ends(self, presence: Presence, key: str, now: float) -> None:
         """The call is through."""
-        self._leave(presence)
+        self._leave(presence, now)
         self._let_go(presence)
         presence.stage = Stage.DONE
         if not presence.tally.calls:
@@ -126,9 +133,16 @@ class Census:
                 self.waiting[level] += 1
             presence.level = level
 
-    def advance(self, step_ms: float) -> None:
-        """A step of decodes took so long."""
-        self._steps += 1
+    def waited_s(self, presence: Presence, now: float) -> float:
+        """How long the call has waited at time `now` (s), all its waits together."""
+        return presence.waited_s + (now - presence.since if presence.stage is Stage.WAITING else 0.0)
+
+    def advance(self, step_ms: float, part: float = 1.0) -> None:
+        """A step took so long, and decoded this part of the decoding calls."""
+        self._part += part
+        if self._part > 1 - 1e-9:
+            self._part -= 1
+            self._steps += 1
         self._step_ms += step_ms
 
     def decoded(self, tally: Tally) -> tuple[int, float]:
@@ -151,9 +165,10 @@ class Census:
             presence.tally.waiting[presence.call_id] = presence
             self.waiting[presence.level] += 1
 
-    def _leave(self, presence: Presence) -> None:
+    def _leave(self, presence: Presence, now: float) -> None:
         presence.tally.in_stage[presence.stage] -= 1
         if presence.stage is Stage.WAITING:
+            presence.waited_s += now - presence.since
             del presence.tally.waiting[presence.call_id]
             self.waiting[presence.level] -= 1
         elif presence.stage is Stage.DECODING:

@@ -18,12 +18,14 @@ class Remembered:
         path_ms: length of the path to its end, see `ProgramTable`.
         tail: its tokens after its last full block.
         continued: how often a prompt went on from it.
+        end: number of the end of the call it is from, see `ProgramTable`.
     """
 
     program: str
     path_ms: float
     tail: "array[int]"
     continued: int = 0
+    end: int = 0
 
 
 class Lineage:
@@ -52,7 +54,13 @@ class Lineage:
         return self._count
 
     def remember(
-        self, program: str, path_ms: float, hashes: Sequence[Hashable], tokens: Sequence[int], prompt_tokens: int
+        self,
+        program: str,
+        path_ms: float,
+        hashes: Sequence[Hashable],
+        tokens: Sequence[int],
+        prompt_tokens: int,
+        end: int = 0,
     ) -> None:
         """Takes in a finished request.
 
@@ -62,6 +70,7 @@ class Lineage:
             hashes: of the full blocks of `tokens`, as far as they are known.
             tokens: prompt and answer.
             prompt_tokens: how many of them are the prompt.
+            end: number of the end of the request.
         """
         answered = len(tokens) - prompt_tokens
         for length in {len(tokens), prompt_tokens + min(answered, WEAK_OUTPUT_TOKENS)}:
@@ -72,7 +81,7 @@ class Lineage:
             # Four bytes a token: as a tuple the longest tails would keep ten times as much.
             tail = array("i", tokens[blocks * self._block_size : length])
             same = self._by_hash.setdefault(hashes[blocks - 1], [])
-            same.append(Remembered(program, path_ms, tail))
+            same.append(Remembered(program, path_ms, tail, end=end))
             self._by_hash.move_to_end(hashes[blocks - 1])
             self._count += 1
             if len(same) > self.ALIKE:

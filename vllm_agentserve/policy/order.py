@@ -8,7 +8,7 @@ from starving anybody.
 """
 
 import enum
-from collections import deque
+from collections import OrderedDict
 from math import inf
 from typing import NamedTuple
 
@@ -94,17 +94,27 @@ class Patience:
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
-        self._since: deque[tuple[int, str]] = deque()
+        self._since: OrderedDict[str, int] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._since)
 
     def enter(self, request_id: str, step: int) -> None:
-        self._since.append((step, request_id))
+        """The request waits from this step on, which is no earlier than any before it; what it waited earlier is forgotten."""
+        self._since.pop(request_id, None)
+        self._since[request_id] = step
+
+    def leave(self, request_id: str) -> None:
+        """The request will not wait any more."""
+        self._since.pop(request_id, None)
 
     def overdue(self, step: int) -> list[str]:
         """Returns, once each, the ids that entered `steps` steps ago or earlier, in the order they entered."""
         ready = []
-        while self._since and self._since[0][0] + self._steps <= step:
-            ready.append(self._since.popleft()[1])
+        for request_id, since in self._since.items():
+            if since + self._steps > step:
+                break
+            ready.append(request_id)
+        for request_id in ready:
+            del self._since[request_id]
         return ready

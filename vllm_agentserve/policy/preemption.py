@@ -32,18 +32,28 @@ def victim(waiting: Rank, running: Iterable[tuple[Rank, str]]) -> str | None:
     return worst[1] if worst is not None else None
 
 
+HORIZON_MS = 300_000.0
+"""What service allows to be lost is kept for this much further service: who preempted nobody for an hour may not lose at once
+what the hour allowed."""
+
+
 class PreemptionAccount:
-    """Keeps lost work below a share of all service. All in ms of the engine's time.
+    """Keeps lost work below a share of service: in any stretch of it, at most that share of the stretch and of `HORIZON_MS`
+    more is lost. All in ms of the engine's time.
 
     A preempted call is charged with all it would have to compute, and with what it really had to when it runs again: most of
     it is still in the prefix cache then.
 
     Args:
         share: of service that may be lost.
+        horizon_ms: a call that would lose more than the share of this is never preempted.
     """
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, share: float, horizon_ms: float = HORIZON_MS) -> None:
         self._share = share
+        self._horizon_ms = horizon_ms
+        self._credit_ms = 0.0
+        """What may be lost now, less what was lost already; without what is pending."""
         self._pending: dict[str, float] = {}
         self._pending_ms = 0.0
         self.service_ms = 0.0
@@ -56,10 +66,11 @@ class PreemptionAccount:
     def serve(self, ms: float) -> None:
         """The engine worked so long."""
         self.service_ms += ms
+        self._credit_ms = min(self._credit_ms + self._share * ms, self._share * self._horizon_ms)
 
     def allows(self, worst_ms: float) -> bool:
         """Whether a call that would lose this much may be preempted."""
-        return self.lost_ms + self._pending_ms + worst_ms <= self._share * self.service_ms
+        return self._pending_ms + worst_ms <= self._credit_ms
 
     def preempt(self, call: str, worst_ms: float) -> None:
         self.settle(call, 0.0)
@@ -73,4 +84,5 @@ class PreemptionAccount:
             return False
         self._pending_ms = self._pending_ms - worst_ms if self._pending else 0.0
         self.lost_ms += ms
+        self._credit_ms -= ms
         return True

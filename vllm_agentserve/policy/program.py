@@ -1,13 +1,17 @@
 """A program and its calls, as the program table keeps them."""
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
+from math import inf
 
 from vllm_agentserve.policy.census import Presence, Tally
 
 THREADS = 64
 """Named threads remembered of a program."""
+ENDS = 64
+"""Ended calls remembered of a program, see `Program.path_from`."""
 SESSION = "session "
 """How the key of a program with a session id begins."""
 
@@ -20,8 +24,13 @@ def identifier(key: str) -> int:
 
 @dataclass(slots=True)
 class Program:
-    """Its attained service is `service_ms`, and what its decoding calls have received since they began."""
+    """Its attained service is `service_ms`, and what its decoding calls have received since they began.
 
+    The ends of calls are numbered, through all programs.
+    """
+
+    born: int = 0
+    """Number of the last end before it came: a call that ended no later was part of another program."""
     service_ms: float = 0.0
     path_ms: float = 0.0
     """Longest path to the end of a finished call."""
@@ -38,8 +47,32 @@ class Program:
     """The level of its attained service when that was last looked at."""
     tally: Tally = field(default_factory=Tally)
 
-    def ends(self, thread: str, path_ms: float) -> None:
-        """A call of that thread ended, with a path of this length."""
+    longest: list[tuple[int, float]] = field(default_factory=list)
+    """Number and path of the ended calls after which none ended with a path as long: paths fall."""
+
+    def path_from(self, end: int, path_ms: float) -> float:
+        """The path to a call that goes on from one that ended: the longest of all that ended since, for it may have waited for
+        them (a fan-in); nothing says so but their time.
+
+        Args:
+            end: number of the end it goes on from.
+            path_ms: length of the path to there.
+        """
+        if end <= self.born:
+            return 0.0
+        later = bisect_right(self.longest, (end, inf))
+        return max(path_ms, self.longest[later][1]) if later < len(self.longest) else path_ms
+
+    def ends(self, end: int, thread: str | None, path_ms: float) -> None:
+        """A call of that thread ended, with a path of this length; `end` is the number of that."""
+        self.path_ms = max(self.path_ms, path_ms)
+        while self.longest and self.longest[-1][1] <= path_ms:
+            self.longest.pop()
+        self.longest.append((end, path_ms))
+        if len(self.longest) > ENDS:
+            del self.longest[0]
+        if thread is None:
+            return
         self.threads.pop(thread, None)
         self.threads[thread] = path_ms
         if len(self.threads) > THREADS:
@@ -48,11 +81,10 @@ class Program:
 
 @dataclass(slots=True)
 class Call:
-    """One request of a program: when it came (s), the path to it, what its prompt took, and since when it decodes."""
+    """One request of a program: the path to it, what it has received, and since when it decodes."""
 
     key: str
     program: Program
-    arrived: float
     path_ms: float
     presence: Presence
     thread: str | None = None

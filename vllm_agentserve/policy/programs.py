@@ -6,6 +6,7 @@ behind long ones at every turn; least attained service first does not, and needs
 
 from collections import Counter, OrderedDict
 from collections.abc import Container, Iterator
+from itertools import islice
 from math import log2
 from typing import Literal
 
@@ -19,7 +20,7 @@ class ProgramTable:
     """Charges programs for what their calls receive, and says at which level a call waits; all O(1).
 
     Service is counted in ms of the engine's own time: a chunk its share of a step, a decode the step's time divided by the
-    sequences in it. The latter goes to all decoding calls at once: they share one clock, and a call's part is what the clock
+    calls that decode. The latter goes to all decoding calls at once: they share one clock, and a call's part is what the clock
     ran while it decoded.
 
     Args:
@@ -27,7 +28,8 @@ class ProgramTable:
             calls that had to follow one another, so that the threads of a program do not count against each other.
         levels: how many there are; inside one, arrival decides.
         quantum_ms: service up to which a call is at level 0; each further level has twice the room.
-        promote_ratio: a call that has waited this many times its program's service, or quanta if it had less, is at level 0.
+        promote_ratio: a call that has waited this many times its program's service, or quanta if it had less, is at level 0;
+            the time it ran between two waits does not count.
         ttl_s: a program without calls is forgotten after so long.
         capacity: programs kept, the longest unseen without calls are forgotten first.
     """
@@ -47,12 +49,16 @@ class ProgramTable:
         self._promote_ratio = promote_ratio
         self._ttl_s = ttl_s
         self._capacity = capacity
-        self._programs: OrderedDict[str, Program] = OrderedDict()
+        self._programs: dict[str, Program] = {}
+        self._idle: OrderedDict[str, Program] = OrderedDict()
+        """Those without calls, the longest unseen first."""
         self._calls: dict[str, Call] = {}
         self._decoding: OrderedDict[str, Program] = OrderedDict()
         """Those with decoding calls, in turns."""
         self._clock_ms = 0.0
         self._now = 0.0
+        self.decoding = self.ended = 0
+        """Calls that decode; calls that have ended, which is the number of the last end."""
         self.census = Census(levels)
         """Where the calls are."""
         self.by_service = [0] * levels
@@ -66,7 +72,15 @@ class ProgramTable:
     def __contains__(self, call_id: str) -> bool:
         return call_id in self._calls
 
-    def arrive(self, call_id: str, key: str, path_ms: float | None, now: float, thread: str | None = None) -> None:
+    def arrive(
+        self,
+        call_id: str,
+        key: str,
+        path_ms: float | None,
+        now: float,
+        thread: str | None = None,
+        end: int | None = None,
+    ) -> None:
         """A call came.
 
         Args:
@@ -75,22 +89,20 @@ class ProgramTable:
             path_ms: length of the path to it; None where its parent is not known: the program's longest.
             now: time in s.
             thread: which of the program's threads it continues; the path is then the thread's, where that has one.
+            end: number of the end of the call it goes on from: what ended since counts for the path too.
         """
         self._now = now
-        self._forget_old(now)
-        program = self._programs.get(key)
-        if program is None:
-            program = self._programs[key] = Program()
-            self.by_service[0] += 1
-        self._programs.move_to_end(key)
+        program = self._program(key, now)
         program.calls += 1
-        if thread is not None:
-            path_ms = program.threads.get(thread, path_ms)
-        if path_ms is None:
+        if thread is not None and thread in program.threads:
+            path_ms = program.threads[thread]
+        elif path_ms is None:
             path_ms = program.path_ms
+        elif end is not None:
+            path_ms = program.path_from(end, path_ms)
         level = self.level_of(self.attained_ms(program) if self._policy == "plas" else path_ms)
         presence = self.census.arrives(call_id, key, program.tally, level, now)
-        self._calls[call_id] = Call(key, program, now, path_ms, presence, thread)
+        self._calls[call_id] = Call(key, program, path_ms, presence, thread)
 
     def charge(self, call_id: str, ms: float) -> None:
         """The call received so much service for its prompt."""
@@ -100,7 +112,9 @@ class ProgramTable:
             call.program.service_ms += ms
             self._look_at(call.program)
 
-    def prefills(self, call_id: str, resume: bool, prompt_tokens: int, before: int, tokens: int) -> None:
+    def prefills(
+        self, call_id: str, resume: bool, prompt_tokens: int, before: int, tokens: int, now: float | None = None
+    ) -> None:
         """A chunk of the call's prompt is scheduled.
 
         Args:
@@ -109,30 +123,34 @@ class ProgramTable:
             prompt_tokens: length of the whole prompt.
             before: tokens computed before the chunk; before the first one, those that were cached.
             tokens: in the chunk.
+            now: time in s; the latest time the table knows where it is not given.
         """
+        self._now = self._now if now is None else now
         call = self._calls.get(call_id)
         if call is not None:
             self._stops_decoding(call)
             stage = Stage.RESUME if resume else Stage.COLD
-            self.census.prefills(call.presence, stage, prompt_tokens, before, tokens)
+            self.census.prefills(call.presence, stage, prompt_tokens, before, tokens, self._now)
 
-    def advance(self, ms: float, step_ms: float = 0.0) -> None:
-        """Every decoding call received so much service, and a token, in a step that took `step_ms`."""
+    def advance(self, ms: float, step_ms: float = 0.0, part: float = 1.0) -> None:
+        """Every decoding call received so much service, and this part of a token, in a step that took `step_ms`."""
         self._clock_ms += ms
-        self.census.advance(step_ms)
+        self.census.advance(step_ms, part)
 
     def decodes(self, call_id: str) -> None:
         """The call decodes from now on."""
         call = self._calls.get(call_id)
         if call is not None and call.decodes_since_ms is None:
             call.decodes_since_ms = self._clock_ms
+            self.decoding += 1
             call.program.decoding += 1
             call.program.began_ms += self._clock_ms
             self._decoding[call.key] = call.program
-            self.census.decodes(call.presence)
+            self.census.decodes(call.presence, self._now)
 
-    def pauses(self, call_id: str) -> None:
-        """The call was preempted, and waits again."""
+    def pauses(self, call_id: str, now: float | None = None) -> None:
+        """The call lost its place and waits again; `now` as for `prefills`."""
+        self._now = self._now if now is None else now
         call = self._calls.get(call_id)
         if call is not None:
             self._stops_decoding(call)
@@ -146,13 +164,14 @@ class ProgramTable:
         if call is None:
             return None
         self._stops_decoding(call)
-        self.census.ends(call.presence, call.key)
+        self.census.ends(call.presence, call.key, now)
         program, path_ms = call.program, call.path_ms + call.service_ms
         program.calls -= 1
         program.seen = now
-        program.path_ms = max(program.path_ms, path_ms)
-        if call.thread is not None:
-            program.ends(call.thread, path_ms)
+        self.ended += 1
+        program.ends(self.ended, call.thread, path_ms)
+        if not program.calls:
+            self._idle[call.key] = program
         return call.key, path_ms
 
     def service_ms(self, call_id: str) -> float:
@@ -197,13 +216,7 @@ class ProgramTable:
         """At most `limit` programs with their keys, the latest first: those with calls under way, then others; O(limit)."""
         active = self.census.active(limit)
         yield from ((key, self._programs[key]) for key in active)
-        left = limit - len(active)
-        for key, program in reversed(self._programs.items()):
-            if not left:
-                return
-            if not program.calls:
-                left -= 1
-                yield key, program
+        yield from islice(reversed(self._idle.items()), limit - len(active))
 
     def faults(self, known: Container[str]) -> list[str]:
         """What does not balance, `known` being the calls there are; O(programs + calls)."""
@@ -216,6 +229,8 @@ class ProgramTable:
                 found.append(f"{key!r} counts {counted}, and has {calls[id(program)]}")
             if program.decoding != decoding[id(program)] or (key in self._decoding) != bool(program.decoding):
                 found.append(f"{key!r} counts {program.decoding} decoding calls, and has {decoding[id(program)]}")
+            if (key in self._idle) == bool(program.calls):
+                found.append(f"{key!r} is not where programs with {program.calls} calls are")
             if not program.calls and program.tally.kv_tokens:
                 found.append(f"{key!r} has no calls, and holds {program.tally.kv_tokens} tokens")
         levels = Counter(program.service_level for program in self._programs.values())
@@ -229,20 +244,22 @@ class ProgramTable:
     def _level(self, call: Call, now: float) -> int:
         if call.promoted:
             return 0
-        attained = self.attained_ms(call.program)
-        if (now - call.arrived) * 1000 > self._promote_ratio * max(attained, self._quantum_ms):
+        enough_ms = self._promote_ratio * max(self.attained_ms(call.program), self._quantum_ms)
+        if not call.promoted and self.census.waited_s(call.presence, now) * 1000 > enough_ms:
             call.promoted = True
             self.promotions += 1
-            return 0
-        return self.level_of(attained if self._policy == "plas" else call.path_ms)
+        return self._standing(call)
 
     def standing(self, call_id: str) -> int:
-        """The level of a call that runs; with `atlas` what it has received itself counts too, 0 for a promoted one."""
+        """The level of a call that has run; with `atlas` what it has received itself counts too, 0 for a promoted one."""
         call = self._calls.get(call_id)
-        if call is None or call.promoted:
+        return 0 if call is None else self._standing(call)
+
+    def _standing(self, call: Call) -> int:
+        if call.promoted:
             return 0
         if self._policy == "plas":
-            return self.level_of(self.service_ms(call_id))
+            return self.level_of(self.attained_ms(call.program))
         received = self._clock_ms - call.decodes_since_ms if call.decodes_since_ms is not None else 0.0
         return self.level_of(call.path_ms + call.service_ms + received)
 
@@ -257,6 +274,7 @@ class ProgramTable:
         if call.decodes_since_ms is None:
             return
         program, received = call.program, self._clock_ms - call.decodes_since_ms
+        self.decoding -= 1
         program.decoding -= 1
         program.began_ms -= call.decodes_since_ms
         call.decodes_since_ms = None
@@ -266,17 +284,16 @@ class ProgramTable:
             del self._decoding[call.key]
         self._look_at(program)
 
-    def _forget_old(self, now: float) -> None:
-        """Looks at the two longest unseen programs: with one arrival at a time that is enough to keep the bound."""
-        for _ in range(2):
-            key, program = next(iter(self._programs.items()), (None, None))
-            if key is None or program is None:
-                return
-            if program.calls:
-                if len(self._programs) > self._capacity:
-                    self._programs.move_to_end(key)
-                return
-            if now - program.seen <= self._ttl_s and len(self._programs) <= self._capacity:
-                return
-            del self._programs[key]
-            self.by_service[program.service_level] -= 1
+    def _program(self, key: str, now: float) -> Program:
+        """The program of that key, which has a call now; a new one where it is not known, or no longer."""
+        # With one arrival at a time, the two longest unseen ones are enough to keep the bounds.
+        for name in [*islice(self._idle, 2), key]:
+            idle = self._idle.get(name)
+            if idle and (now - idle.seen > self._ttl_s or (name != key and len(self._programs) > self._capacity)):
+                del self._idle[name], self._programs[name]
+                self.by_service[idle.service_level] -= 1
+        if key not in self._programs:
+            self._programs[key] = Program(self.ended)
+            self.by_service[0] += 1
+        self._idle.pop(key, None)
+        return self._programs[key]

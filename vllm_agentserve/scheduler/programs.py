@@ -29,10 +29,16 @@ class ProgramTracker:
         controller: prices prompts.
         stats: counts programs told and inferred.
         block_size: tokens per KV block.
+        alternates: whether steps decode parts of the running calls in turns, as with pipeline parallelism.
     """
 
     def __init__(
-        self, options: AgentServeConfig, controller: BudgetController, stats: StatsCollector, block_size: int
+        self,
+        options: AgentServeConfig,
+        controller: BudgetController,
+        stats: StatsCollector,
+        block_size: int,
+        alternates: bool = False,
     ) -> None:
         assert options.policy != "fcfs"
         self.table = ProgramTable(
@@ -46,12 +52,13 @@ class ProgramTracker:
         self._families = Families()
         self.account: PreemptionAccount | None = None
         """Set where calls may be preempted: it counts all service."""
+        self._alternates = alternates
         self._controller = controller
         self._stats = stats
 
     def arrives(self, request: "Request", hints: Hints) -> None:
         found = self._lineage.find(request.block_hashes, request.prompt_token_ids or ())
-        thread = hints.thread
+        thread, end = hints.thread, None
         if request.session_id is not None or hints.parent is not None:
             # Who only names its parent is one of its threads, like a sub-agent with a session of its own.
             session = request.session_id if request.session_id is not None else hints.parent
@@ -60,17 +67,20 @@ class ProgramTracker:
             key, path = f"session {root}", None
             self._stats.counts["program_told_requests"] += 1
         elif found is not None:
-            key, path = found.program, found.path_ms
+            key, path = found.program, None
             self._stats.counts["program_inferred_requests"] += 1
         else:
             key, path = f"request {request.request_id}", 0.0
             self._stats.counts["program_first_requests"] += 1
         if found is not None and found.program == key:
-            path = found.path_ms
-        self.table.arrive(request.request_id, key, path, monotonic(), thread)
+            path, end = found.path_ms, found.end
+        self.table.arrive(request.request_id, key, path, monotonic(), thread, end)
 
     def level(self, request_id: str) -> int:
-        return self.table.level(request_id, monotonic())
+        """The level of a request in the queue; one that was in the prefill lane and is back waits again."""
+        now = monotonic()
+        self.table.pauses(request_id, now)
+        return self.table.level(request_id, now)
 
     def yielded(self, request_id: str) -> bool:
         """Whether a request gave up its place to another: it waits at its level, not in front as other preempted ones."""
@@ -89,19 +99,26 @@ class ProgramTracker:
     def computes(self, request: "Request", phase: Phase, tokens: int, context: int) -> None:
         """A chunk of the prompt is scheduled: tokens over `context` computed ones."""
         table, request_id = self.table, request.request_id
-        table.prefills(request_id, phase is Phase.RESUME_PREFILL, request.num_prompt_tokens, context, tokens)
+        resume, now = phase is Phase.RESUME_PREFILL, monotonic()
+        table.prefills(request_id, resume, request.num_prompt_tokens, context, tokens, now)
         table.charge(request_id, self.prompt_ms(tokens, context))
 
     def stepped(self, sequences: int, step_ms: float, chunks: list[tuple[Phase, int, int]] | None) -> None:
-        """A step with so many decodes took so long; what its chunks took of it is charged to them already."""
+        """A step with so many decodes took so long; what its chunks took of it is charged to them already.
+
+        All calls that decode now share the rest, also those that this step did not have: with steps in flight, and where steps
+        alternate, they are not the same, and what is charged must add up to what the step took.
+        """
         if self.account is not None:
             self.account.serve(step_ms)
-        if not sequences:
+        decoding = self.table.decoding
+        if not decoding or not (sequences or self._alternates):
             return
-        rest_ms = step_ms
+        rest_ms = step_ms if sequences else 0.0
         for _, tokens, context in chunks or ():
             rest_ms -= self.prompt_ms(tokens, context)
-        self.table.advance(max(rest_ms, 0.0) / sequences, step_ms)
+        part = min(sequences / decoding, 1.0) if self._alternates else 1.0
+        self.table.advance(max(rest_ms, 0.0) / decoding, step_ms, part)
 
     def ends(self, request: "Request") -> None:
         """The request is finished or aborted; its answer may be gone on from."""
@@ -109,5 +126,5 @@ class ProgramTracker:
             self.account.settle(request.request_id, 0.0)
         ended = self.table.finish(request.request_id, monotonic())
         if ended is not None and request.num_output_tokens:
-            key, path_ms = ended
-            self._lineage.remember(key, path_ms, request.block_hashes, request.all_token_ids, request.num_prompt_tokens)
+            hashes, tokens, prompt_tokens = request.block_hashes, request.all_token_ids, request.num_prompt_tokens
+            self._lineage.remember(*ended, hashes, tokens, prompt_tokens, self.table.ended)

@@ -2,7 +2,6 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from time import perf_counter
 
@@ -11,17 +10,7 @@ from vllm.v1.request import Request
 
 from vllm_agentserve.policy.order import AdmissionKey, Patience, Urgency, ahead
 from vllm_agentserve.policy.target import Backlog
-
-
-@dataclass(slots=True)
-class _Place:
-    """What the queue knows of a request from the day it first came until it is forgotten."""
-
-    request: Request
-    number: int
-    came: float
-    key: AdmissionKey | None = None
-    overdue: bool = False
+from vllm_agentserve.scheduler.line import Entry, Line, Place
 
 
 class AgentQueue(RequestQueue):
@@ -40,7 +29,8 @@ class AgentQueue(RequestQueue):
     While a cold prefill is being read that does not end in this step, another one cannot begin (`colds_wait`): then only resume
     prefills are offered, and a cold prompt at the front does not keep them waiting.
 
-    A request that the scheduler takes out, skips and puts back keeps its place: its key decides, not the way it came in.
+    A request that the scheduler takes out, skips and puts back keeps its place: its key decides, not the way it came in. One
+    that ran and lost its place waits anew: the time it ran does not count as waiting, and the bound holds for every wait.
     """
 
     def __init__(
@@ -54,15 +44,12 @@ class AgentQueue(RequestQueue):
         self._patience = Patience(patience)
         self._batch_patience = Patience(batch_patience or patience)
         self._clock = clock
-        self._order: list[tuple[AdmissionKey, int, str]] = []
-        self._resumes: list[tuple[AdmissionKey, int, str]] = []
-        """The entries of `_order` that are not cold."""
-        self._offered: str | None = None
+        self._line = Line()
+        self._order = self._line.entries
+        self._offered = ""
         """Whom the last look showed."""
-        self._tokens = 0
-        self._came = 0.0
-        self._places: dict[str, _Place] = {}
-        self._parked: list[tuple[AdmissionKey, int, str]] = []
+        self._places: dict[str, Place] = {}
+        self._parked: list[Entry] = []
         self._awaited: dict[str, Hashable | None] = {}
         """By parked request: the KV block that is being filled for somebody else; None: room in the lane."""
         self._arrivals = 0
@@ -76,34 +63,36 @@ class AgentQueue(RequestQueue):
         """The engine's step counter, set by the scheduler."""
 
     def add_request(self, request: Request) -> None:
-        place = self._places.get(request.request_id)
-        if place is not None:
+        request_id, number = request.request_id, self._arrivals
+        place = self._places.get(request_id)
+        if place is None:
+            place = self._places[request_id] = Place(request, number, number, self._patience, self._clock())
+            if self._insert(place).batch:
+                place.patience = self._batch_patience
+        elif place.left == self.step:
             self._insert(place)
             return
-        place = self._places[request.request_id] = _Place(request, self._arrivals, self._clock())
+        else:
+            place.entered, place.overdue, place.has_waited, place.came = number, False, False, self._clock()
+            self._insert(place)
         self._arrivals += 1
-        key = self._insert(place)
-        (self._batch_patience if key.batch else self._patience).enter(request.request_id, self.step)
+        place.patience.enter(request_id, self.step)
 
     def pop_request(self) -> Request:
         # vLLM takes out whom it has looked at, also when the line has changed since (`colds_wait`).
-        if self._offered not in [line[0][2] for line in (self._order, self._resumes) if line]:
+        if self._offered not in [line[0][2] for line in (self._order, self._line.resumes) if line]:
             self.peek_request()
-        place = self._places[self._offered or ""]
-        self._offered = None
-        self._take(place)
-        return place.request
+        request = self._places[self._offered].request
+        self.remove_request(request)
+        self._offered = ""
+        return request
 
     def peek_request(self) -> Request:
-        line = self._line()
+        line = self._line.offered(self.colds_wait)
         if not line:
             raise IndexError("peek from an empty queue")
         self._offered = line[0][2]
         return self._places[self._offered].request
-
-    def _line(self) -> list[tuple[AdmissionKey, int, str]]:
-        """Those who are offered now, in order."""
-        return self._resumes if self.colds_wait else self._order
 
     def prepend_request(self, request: Request) -> None:
         self.add_request(request)
@@ -115,12 +104,14 @@ class AgentQueue(RequestQueue):
     def remove_request(self, request: Request) -> None:
         if request not in self:
             raise ValueError(f"request {request.request_id!r} is not in the queue")
-        self._out(self._places[request.request_id])
+        place = self._places[request.request_id]
+        place.left = self.step
+        self._out(place)
 
     def remove_requests(self, requests: Iterable[Request]) -> None:
         for request in requests:
             if request in self:
-                self._out(self._places[request.request_id])
+                self.remove_request(request)
 
     def __contains__(self, request: object) -> bool:
         place = self._places.get(request.request_id) if isinstance(request, Request) else None
@@ -128,7 +119,7 @@ class AgentQueue(RequestQueue):
 
     def __bool__(self) -> bool:
         """Whether there is somebody to look at; `len()` counts all who wait."""
-        return bool(self._line()) and not self.closed
+        return bool(self._line.offered(self.colds_wait)) and not self.closed
 
     def __len__(self) -> int:
         return len(self._order) + len(self._parked)
@@ -149,7 +140,10 @@ class AgentQueue(RequestQueue):
     def forget(self, request_id: str) -> None:
         """Drops what is known of a finished request; one that is still queued is taken out."""
         place = self._places.pop(request_id, None)
-        if place is not None and place.key is not None:
+        if place is None:
+            return
+        place.patience.leave(request_id)
+        if place.key is not None:
             self._out(place)
 
     def faults(self, known: Container[str]) -> list[str]:
@@ -159,20 +153,15 @@ class AgentQueue(RequestQueue):
         listed = {name: (key, number) for key, number, name in entries}
         if len(listed) != len(entries):
             found.append("a request is in the queue twice")
-        for part in (self._order, self._parked):
-            if part != sorted(part):
-                found.append("the queue is not in order")
-        if self._resumes != [entry for entry in self._order if not entry[0].cold]:
-            found.append("the line of resume prefills is not that of the queue")
-        if self._tokens != sum(key.tokens for key, _, _ in self._order):
-            found.append(f"the queue counts {self._tokens} tokens that wait, and has others")
+        if self._parked != sorted(self._parked):
+            found.append("the queue is not in order")
         for name, place in self._places.items():
             if listed.get(name) != (None if place.key is None else (place.key, place.number)):
                 found.append(f"{name!r} is not in the queue where its key says")
         found += [f"{name!r} is in the queue without a place" for name in listed if name not in self._places]
         if self._awaited.keys() != {name for _, _, name in self._parked}:
             found.append("not the same requests are parked and wait for something")
-        return found
+        return found + self._line.faults()
 
     @property
     def parked(self) -> int:
@@ -185,7 +174,7 @@ class AgentQueue(RequestQueue):
             if place is not None and place.key is not None and request_id not in self._awaited:
                 self._take(place, keep_key=True)
                 self._awaited[request_id] = awaited
-                insort(self._parked, (place.key, place.number, request_id))
+                insort(self._parked, place.entry)
 
     def release(self, room: int | None, filling: Container[Hashable]) -> None:
         """Puts parked requests back.
@@ -210,31 +199,49 @@ class AgentQueue(RequestQueue):
             self._out(place)
             self._insert(place)
 
-    def waiting_resume_tokens(self, limit: int) -> int:
-        """Uncached tokens of the resume prefills that `limit` free places can take. A cold prefill in line before them takes
-        one place at most: the next one waits until it has been read."""
-        first_cold = next((number for number, entry in enumerate(self._line()[:limit]) if entry[0].cold), limit)
-        return sum(key.uncached for key, _, _ in self._resumes[: limit - (first_cold < limit)])
+    def _overdue_in_park(self, place: Place) -> None:
+        """It goes first when there is room; one that still waits for room as many steps later waits for the lane no longer. One
+        that waits for a block stays: it would compute what the lane is computing already."""
+        request_id = place.request.request_id
+        awaited = self._awaited[request_id]
+        place.has_waited = place.overdue and awaited is None
+        self._out(place)
+        place.overdue = True
+        self._insert(place)
+        if not place.has_waited:
+            place.patience.enter(request_id, self.step)
+            self._take(place, keep_key=True)
+            self._awaited[request_id] = awaited
+            insort(self._parked, place.entry)
+
+    def has_waited(self, request_id: str) -> bool:
+        """Whether a request has waited for room in the lane for so long that it must not wait any longer."""
+        place = self._places.get(request_id)
+        return place is not None and place.has_waited
+
+    def waiting_resume_tokens(self, places: int) -> int:
+        """Uncached tokens of the resume prefills that so many free places can take."""
+        return self._line.waiting_resume_tokens(places, self.colds_wait)
 
     def has_cold(self) -> bool:
         """Whether a request waits that is not a short resume prefill."""
-        return len(self._resumes) < len(self._order)
+        return self._line.has_cold()
 
     def backlog(self) -> Backlog:
         """The prompts that wait for steps; not those that wait for the prefill lane."""
-        prompts = len(self._order)
-        waited_s = self._clock() - self._came / prompts if prompts else 0.0
-        return Backlog(prompts, self._tokens, 1000 * waited_s)
+        return self._line.backlog(self._clock())
 
     def promote_overdue(self) -> int:
         """Moves requests that were overtaken for too long to the front; returns how many."""
         promoted = 0
         for request_id in (*self._patience.overdue(self.step), *self._batch_patience.overdue(self.step)):
             place = self._places.get(request_id)
-            if place is None or place.key is None or place.key.urgency <= Urgency.OVERDUE:
+            if place is None or place.key is None:
                 continue
             if request_id in self._awaited:
-                place.overdue = True  # it is first in line as soon as it is back
+                self._overdue_in_park(place)
+                continue
+            if place.key.urgency <= Urgency.OVERDUE:
                 continue
             self._take(place)
             place.overdue = True
@@ -259,36 +266,25 @@ class AgentQueue(RequestQueue):
             self._take(place)
             self._insert(place)
 
-    def _insert(self, place: _Place) -> AdmissionKey:
+    def _insert(self, place: Place) -> AdmissionKey:
         key = self._key_of(place.request, place.number)
         if place.overdue and key.urgency > Urgency.OVERDUE:
-            key = ahead(key, Urgency.OVERDUE, place.number)
+            key = ahead(key, Urgency.OVERDUE, place.entered)
         place.key = key
-        entry = (key, place.number, place.request.request_id)
-        insort(self._order, entry)
-        if not key.cold:
-            insort(self._resumes, entry)
-        self._tokens += key.tokens
-        self._came += place.came
+        self._line.add(place.entry, place.came)
         return key
 
-    def _out(self, place: _Place) -> None:
+    def _out(self, place: Place) -> None:
         """Takes a request out, parked or not."""
         request_id = place.request.request_id
         if request_id not in self._awaited:
             self._take(place)
             return
         del self._awaited[request_id]
-        assert place.key is not None
-        del self._parked[bisect_left(self._parked, (place.key, place.number, request_id))]
+        del self._parked[bisect_left(self._parked, place.entry)]
         place.key = None
 
-    def _take(self, place: _Place, keep_key: bool = False) -> None:
-        assert place.key is not None
-        entry = (place.key, place.number, place.request.request_id)
-        for line in (self._order,) if place.key.cold else (self._order, self._resumes):
-            del line[bisect_left(line, entry)]
-        self._tokens -= place.key.tokens
-        self._came -= place.came
+    def _take(self, place: Place, keep_key: bool = False) -> None:
+        self._line.remove(place.entry, place.came)
         if not keep_key:
             place.key = None

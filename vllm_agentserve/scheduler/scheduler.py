@@ -80,8 +80,8 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         self._log = StepLog(self._controller, self._stats, self._lane.decoded if self._lane is not None else None)
         self._programs: ProgramTracker | None = None
         if options.policy != "fcfs" and order_obstacle is None:
-            block_size = int(self.cache_config.block_size)
-            self._programs = ProgramTracker(options, self._controller, self._stats, block_size)
+            block_size, stages = int(self.cache_config.block_size), self.parallel_config.pipeline_parallel_size
+            self._programs = ProgramTracker(options, self._controller, self._stats, block_size, stages > 1)
             self._stats.programs = self._programs.table
             self._log.stepped = self._programs.stepped
         self._admission = Admission(self, self._controller, self._stats, self._programs, self._said)
@@ -282,8 +282,8 @@ class AgentScheduler(UpstreamHooks, Scheduler):
             self._stats.offered(self._queue.key(request.request_id).tokens)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        if self._programs is not None:
-            self._programs.table.pauses(request.request_id)
+        if self._queue is not None:
+            self._queue.step = self.current_step
         super()._preempt_request(request, *args, **kwargs)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,100 @@
+"""Waiting requests in order, and what a step has to know of them together."""
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm_agentserve.policy.order import AdmissionKey, Patience
+from vllm_agentserve.policy.target import Backlog
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+Entry = tuple[AdmissionKey, int, str]
+"""Key, number of arrival and id of a request."""
+
+
+@dataclass(slots=True)
+class Place:
+    """What the queue knows of a request from the day it first came until it is forgotten.
+
+    Args:
+        request: whose it is.
+        number: of its arrival.
+        entered: number of its wait, on the same scale: one that left for longer than a step waits anew when it is back.
+        patience: that tells when this wait has been too long.
+        came: when this wait began, in s.
+        left: the step in which it last left.
+        has_waited: whether it was parked for room in the lane for as long again after it was overdue.
+    """
+
+    request: "Request"
+    number: int
+    entered: int
+    patience: Patience
+    came: float
+    left: int = -1
+    key: AdmissionKey | None = None
+    overdue: bool = False
+    has_waited: bool = False
+
+    @property
+    def entry(self) -> Entry:
+        """In line; the request must have a key."""
+        assert self.key is not None
+        return self.key, self.number, self.request.request_id
+
+
+class Line:
+    """Sorted entries; those that are not cold also by themselves, so that they can be offered without the cold ones."""
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self.resumes: list[Entry] = []
+        self._tokens = 0
+        self._came_s = 0.0
+
+    def add(self, entry: Entry, came_s: float) -> None:
+        for line in self._lines(entry):
+            insort(line, entry)
+        self._tokens += entry[0].tokens
+        self._came_s += came_s
+
+    def remove(self, entry: Entry, came_s: float) -> None:
+        for line in self._lines(entry):
+            del line[bisect_left(line, entry)]
+        self._tokens -= entry[0].tokens
+        self._came_s = self._came_s - came_s if self.entries else 0.0
+
+    def _lines(self, entry: Entry) -> tuple[list[Entry], ...]:
+        return (self.entries,) if entry[0].cold else (self.entries, self.resumes)
+
+    def offered(self, colds_wait: bool) -> list[Entry]:
+        """Who can be admitted, in order; without the cold ones while those have to wait."""
+        return self.resumes if colds_wait else self.entries
+
+    def has_cold(self) -> bool:
+        return len(self.resumes) < len(self.entries)
+
+    def waiting_resume_tokens(self, places: int, colds_wait: bool) -> int:
+        """Uncached tokens of the resume prefills that so many free places can take. A cold prefill in line before them takes
+        one place at most: the next one waits until it has been read."""
+        cold_first = any(entry[0].cold for entry in self.offered(colds_wait)[:places])
+        return sum(key.uncached for key, _, _ in self.resumes[: max(places - cold_first, 0)])
+
+    def backlog(self, now_s: float) -> Backlog:
+        """The prompts in line, and how long they have waited on average."""
+        prompts = len(self.entries)
+        return Backlog(prompts, self._tokens, 1000 * (now_s - self._came_s / prompts)) if prompts else Backlog()
+
+    def faults(self) -> list[str]:
+        """What does not agree; O(n)."""
+        found = []
+        if self.entries != sorted(self.entries):
+            found.append("the queue is not in order")
+        if self.resumes != [entry for entry in self.entries if not entry[0].cold]:
+            found.append("the line of resume prefills is not that of the queue")
+        tokens = sum(key.tokens for key, _, _ in self.entries)
+        if self._tokens != tokens:
+            found.append(f"the queue counts {self._tokens} tokens that wait, and has {tokens}")
+        return found
