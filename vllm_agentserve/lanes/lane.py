@@ -40,7 +40,9 @@ class LaneReport:
 class PrefillLane(Protocol):
     """A lane as the worker sees it. No call waits for the device or for another process, but `poll` for as long as it is told.
 
-    The worker calls, step by step: `submit` and `cancel`, `begin_step`, then (its own step launched) `launch`, then `poll`.
+    The worker calls, step by step: `begin_step`, then (its own step launched) `submit` and `launch`, then `cancel` and `poll`.
+    Where a launched step has not run yet, because the device works on its own, the lane orders its chunks behind that step, see
+    `policy/fence.py`.
     """
 
     @property
@@ -59,7 +61,7 @@ class PrefillLane(Protocol):
         """Whose blocks it holds."""
 
     def submit(self, job: Job) -> None:
-        """Takes a job; its blocks are the lane's until `poll` gives its outcome."""
+        """Takes a job, when the step it was sent with is launched; its blocks are the lane's until `poll` gives its outcome."""
 
     def cancel(self, request_id: str) -> None:
         """Nobody wants this job any more: its outcome comes as soon as nothing writes its blocks. Unknown ids are ignored."""

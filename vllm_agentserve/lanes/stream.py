@@ -39,8 +39,8 @@ class StreamLane:
 
     A step of the worker runs inside `step`, on the stream of the slot while both lanes have work and else on the stream vLLM
     chose. A slot's stream waits for vLLM's and vLLM's then for the slot's, so steps follow one another wherever they run.
-    A job's first chunk waits for the step it was submitted in: when that is through, the blocks it reads are written and its
-    own are zeroed. Nothing waits for a chunk but the host, before it tells that the job has ended.
+    A job's first chunk waits for the step it was sent with (`policy/fence.py`), by an event: when that step has run, the blocks the
+    job reads are written and its own are zeroed. Nothing waits for a chunk but the host, before it tells that the job has ended.
 
     Args:
         runner: computes chunks.

@@ -8,6 +8,7 @@ from vllm.logger import init_logger
 
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes.lane import LaneReport, Outcome, PrefillLane
+from vllm_agentserve.policy.fence import StepFence
 from vllm_agentserve.policy.jobs import Job
 from vllm_agentserve.vllm_compat import LaneError
 
@@ -50,6 +51,7 @@ class LaneWorker:
         self._announce = False
         self._begun: Any = None
         self._lane: PrefillLane | None = None
+        self._fence: StepFence[Job] = StepFence()
 
     def start(self) -> None:
         """Starts the lane and waits for it. Raises `LaneError`; in mode `auto` it says why everything is time-sliced."""
@@ -71,17 +73,19 @@ class LaneWorker:
     def before_step(self, jobs: list[Job], computes: bool, slot: int) -> None:
         """A step begins: its new jobs, whether it runs the model, and how the device is divided."""
         self._computes = computes
+        if self._lane is None:
+            return
+        self._fence.hold(jobs)
+        self._lane.begin_step(computes, slot)
+
+    def launched(self) -> None:
+        """The worker's step has run, or is launched where the device works on its own; only now the lane hears of its jobs."""
         lane = self._lane
         if lane is None:
             return
-        for job in jobs:
+        for job in self._fence.step_has_run():
             lane.submit(job)
-        lane.begin_step(computes, slot)
-
-    def launched(self) -> None:
-        """The step of the worker is under way."""
-        if self._lane is not None:
-            self._lane.launch()
+        lane.launch()
 
     def after_step(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """The jobs that ended; `finished_req_ids` are requests nobody wants any more."""
