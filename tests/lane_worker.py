@@ -153,6 +153,13 @@ class FollowedLane:
     def alive(self) -> bool:
         return self.up
 
+    @property
+    def gone(self) -> bool:
+        return not self.up and not self._held
+
+    def end(self, why: str) -> None:
+        self.up = False
+
     def close(self) -> None:
         self.up = False
 

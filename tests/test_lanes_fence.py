@@ -32,9 +32,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @both
 def test_a_job_reads_no_block_that_its_own_step_is_to_write(asynchronous: bool) -> None:
-    """A short prompt is computed in the step, and a long one with the same beginning goes to the lane in the same `schedule()`."""
+    """A short prompt is computed in the step; a long one with the same beginning goes to the lane in the same `schedule()`."""
     scheduler, driver = at_work(asynchronous)
-    scheduler.add_request(make_request("short", SHARED[: 5 * BLOCK] + [7]))
+    scheduler.add_request(make_request("short", [*SHARED[: 5 * BLOCK], 7]))
     scheduler.add_request(make_request("long", SHARED[: 5 * BLOCK] + list(range(2000, 2300)), max_tokens=4))
     driver.until("long")
     while "long" in scheduler.requests:
@@ -75,7 +75,8 @@ def test_random_prompts_that_share_beginnings(asynchronous: bool, chunk: int, se
         salt = rng.randrange(3)
         for _ in range(rng.choice((0, 0, 1, 3))):  # they come together, as the calls of an agent do
             tail = [3000 + rng.randrange(900) for _ in range(rng.randint(1, 150))]
-            prompt = [salt] + SHARED[: rng.choice((0, 3, 9, 20)) * BLOCK + rng.randrange(BLOCK)] + tail
+            shared = SHARED[: rng.choice((0, 3, 9, 20)) * BLOCK + rng.randrange(BLOCK)]
+            prompt = [salt, *shared, *tail]
             names.append(f"r{len(names)}")
             scheduler.add_request(make_request(names[-1], prompt, max_tokens=rng.randint(1, 40)))
         for _ in range(rng.randint(1, 4)):

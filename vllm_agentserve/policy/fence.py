@@ -1,7 +1,7 @@
 """Which KV blocks may be read or written when. The one rule for steps, for lane jobs, and for copies between device and host.
 
-vLLM puts a block into the prefix cache inside `schedule()`, before the step that fills it has run. Steps can rely on such a block,
-because they run one after the other. Work beside the steps cannot. So:
+vLLM puts a block into the prefix cache inside `schedule()`, before the step that fills it has run. Steps can rely on such a
+block, because they run one after the other. Work beside the steps cannot. So:
 
 1. One writer: a block is written by steps, by one lane job or by one copy, never by two of them at a time. It belongs to the
    writer until the scheduler has heard that the writer ended.

@@ -19,6 +19,8 @@ class _Place:
     number: int
     key: AdmissionKey | None = None
     overdue: bool = False
+    has_waited: bool = False
+    """Whether it was parked for room in the lane for as long again after it was overdue."""
 
 
 class AgentQueue(RequestQueue):
@@ -179,6 +181,27 @@ class AgentQueue(RequestQueue):
             self._out(place)
             self._insert(place)
 
+    def _overdue_in_park(self, place: _Place) -> None:
+        """It goes first when there is room; one that still waits for room as many steps later waits for the lane no longer. One
+        that waits for a block stays: it would compute what the lane is computing already."""
+        request_id = place.request.request_id
+        awaited = self._awaited[request_id]
+        place.has_waited = place.overdue and awaited is None
+        batch = self._key_of(place.request, place.number).batch
+        self._out(place)
+        place.overdue = True
+        key = self._insert(place)
+        if not place.has_waited:
+            (self._batch_patience if batch else self._patience).enter(request_id, self.step)
+            self._take(place, keep_key=True)
+            self._awaited[request_id] = awaited
+            insort(self._parked, (key, place.number, request_id))
+
+    def has_waited(self, request_id: str) -> bool:
+        """Whether a request has waited for room in the lane for so long that it must not wait any longer."""
+        place = self._places.get(request_id)
+        return place is not None and place.has_waited
+
     def waiting_resume_tokens(self, limit: int) -> int:
         """Uncached tokens of the resume prefills among the first `limit` requests."""
         return sum(key.uncached for key, _, _ in self._order[:limit])
@@ -192,10 +215,12 @@ class AgentQueue(RequestQueue):
         promoted = 0
         for request_id in (*self._patience.overdue(self.step), *self._batch_patience.overdue(self.step)):
             place = self._places.get(request_id)
-            if place is None or place.key is None or place.key.urgency <= Urgency.OVERDUE:
+            if place is None or place.key is None:
                 continue
             if request_id in self._awaited:
-                place.overdue = True  # it is first in line as soon as it is back
+                self._overdue_in_park(place)
+                continue
+            if place.key.urgency <= Urgency.OVERDUE:
                 continue
             self._take(place)
             place.overdue = True
