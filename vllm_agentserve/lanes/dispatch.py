@@ -56,6 +56,8 @@ class LaneDispatch:
         self._new: list[Job] = []
         self._in_flight: dict[str, tuple[Any, ...]] = {}
         self._held: dict[str, Any] = {}
+        self.failed: set[str] = set()
+        """Requests on which a lane failed: they go through steps, lest one of them ends every lane. Their owner forgets them."""
         self.filling: set[Any] = set()
         """Hashes of the blocks the lane is filling: who needs one of them waits, and then finds it in the prefix cache."""
 
@@ -87,6 +89,9 @@ class LaneDispatch:
                 self._held[request.request_id] = request.block_hashes[block]
                 return None, False
         prompt = self._prompt(request, uncached, computed)
+        if request.request_id in self.failed and uncached > 0:
+            self.reasons[request.request_id] = Reason.LANE_DOWN
+            return 0, False
         waited = self.has_waited(request.request_id)
         route, reason = self.policy.route(prompt, self.decodes, len(self._in_flight), waited)
         if route is Route.HOLD:
@@ -164,6 +169,7 @@ class LaneDispatch:
             # A prefix may be in two jobs when its first block was in nobody's: rebuilt, for there are few jobs.
             self.filling = {one for hashes in self._in_flight.values() for one in hashes}
         if failed:
+            self.failed |= failed
             self.policy.failed()
             for _ in failed:
                 self.on_failure()

@@ -80,5 +80,6 @@ class LaneLedger:
             self._lane.decided(reason)
 
     def forget(self, request_id: str) -> None:
+        self._lane.failed.discard(request_id)
         self._phases.pop(request_id, None)
         self._lane.reasons.pop(request_id, None)
