@@ -32,7 +32,7 @@ def test_intervals_that_stay_long_are_no_stall() -> None:
 
 
 def test_a_slot_that_is_too_small_again_and_again_is_tried_less_and_less() -> None:
-    """In proportion the smallest slot would keep the target, and it does not. One interval in a hundred there would be the p99."""
+    """In proportion the smallest slot would keep the target, and it does not. One interval in a hundred would be the p99."""
     chooser = SlotChooser([33, 66, 99])
     missed = 0
     for _ in range(20_000):
