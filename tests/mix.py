@@ -170,8 +170,7 @@ def make_llm(toy_model: Path, ours: dict[str, Any] | None, blocks: int = BLOCKS,
         max_num_batched_tokens=16384,
         num_gpu_blocks_override=blocks,
         kv_cache_memory_bytes=1 << 30,
-        enforce_eager=True,
-        **given,
+        **({"enforce_eager": True} | given),
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from lane_engine import LANES, counts, lane_is_idle, lanes_run_here, run_cold, worker, wrong
-from mix import Answers, close, differences, long_prompt, make_llm, mixed_jobs, run_jobs, scheduler_of
+from mix import Answers, Job, close, differences, long_prompt, make_llm, mixed_jobs, run_jobs, scheduler_of
 from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
@@ -123,6 +123,30 @@ def test_the_same_cold_prompt_twice_is_computed_once(lanes: LLM) -> None:
     assert (cached["one"], cached["two"]) == (0, 896)
     # Its remaining 103 go to the lane too, unless the stream has ended by then.
     assert counts(lanes)["lane_tokens"] - before in (999, 999 + 103)
+
+
+@lanes_run_here
+def test_a_prompt_reads_no_block_that_the_same_step_is_to_write(lanes: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short prompt, for a step, and a long one with the same beginning, for the lane, come together. The reference is the same
+    engine without its lane; the prompt is asked for again, too, since a wrong block would stay in the prefix cache."""
+    shared, plain = [], SamplingParams(max_tokens=6, ignore_eos=True, temperature=0, logprobs=1)
+    for number in range(4):
+        start = long_prompt(40 + number, 256)
+        stream = Job("s", 0, [11] * 40, SamplingParams(max_tokens=40, ignore_eos=True, temperature=0))
+        short = Job("short", 4, start + long_prompt(50 + number, 20), plain)
+        long = Job("long", 4, start + long_prompt(60 + number, 400), plain)
+        shared.append([stream, short, long, Job("again", 60, long.prompt, plain)])
+    # Or a step would fill no whole block.
+    monkeypatch.setattr(scheduler_of(lanes), "_cuts_prefills", False)
+    policy = scheduler_of(lanes)._lane.policy
+    monkeypatch.setattr(policy, "min_tokens", 300)
+    policy.ready = False
+    reference = [run_cold(lanes, jobs=jobs) for jobs in shared]
+    policy.ready = True
+    before = counts(lanes)["lane_requests"]
+    for jobs, right in zip(shared, reference, strict=True):
+        assert differences(jobs, right, run_cold(lanes, jobs=jobs)) == []
+    assert counts(lanes)["lane_requests"] - before >= 4
 
 
 @lanes_run_here

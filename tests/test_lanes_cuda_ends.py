@@ -1,9 +1,13 @@
 """How jobs of the stream lane end: cancelled, failed, hanging, or with the lane; and how long the host waits for them."""
 
+from types import SimpleNamespace
+
 import pytest
 from cuda_bench import Bench, job
 
 from vllm_agentserve.lanes.lane import Outcome
+from vllm_agentserve.lanes.worker import LaneWorker
+from vllm_agentserve.policy.jobs import Job
 from vllm_agentserve.vllm_compat import LaneError
 
 # -- cancelling -----------------------------------------------------------------------------------------------------------
@@ -190,3 +194,56 @@ def test_close_gives_up_on_a_chunk_that_hangs() -> None:
     with pytest.raises(LaneError, match="not through after 60 s"):
         bench.lane.close()
     assert (bench.runner.closed, bench.ladder.closed) == (False, False)
+
+
+# -- ended by the worker --------------------------------------------------------------------------------------------------
+
+
+def test_a_lane_that_is_ended_fails_its_jobs_when_nothing_writes_their_blocks() -> None:
+    bench = Bench()
+    bench.step(job("a", 300))
+    bench.step(job("b", 300, first_block=60), job("c", 30, first_block=90))
+    bench.lane.end("a test")
+    assert (bench.lane.alive(), bench.lane.ready, bench.lane.gone) == (False, False, False)
+    assert {(outcome.request_id, outcome.error) for outcome in bench.poll()} == {("b", "a test"), ("c", "a test")}
+    assert bench.lane.jobs() == ["a"]
+    bench.device.finish()
+    assert bench.step() == [Outcome("a", "a test")]
+    assert bench.lane.gone
+    assert bench.runner.forgotten == ["a"]
+    bench.lane.close()
+    assert bench.device.wrong == []
+
+
+def test_three_failures_end_the_lane_inside_a_step_and_the_steps_go_on() -> None:
+    """As vLLM nests the calls: outcomes are asked for while the step's stream is the current one, so nothing is closed there."""
+    bench = Bench()
+    worker = LaneWorker(SimpleNamespace(lane_restarts=3, mode="lanes"), None, lambda: bench.lane, None)  # type: ignore[arg-type]
+    worker.start()
+    bench.lane.follow(worker.begin)
+    told: dict[str, bool] = {}
+
+    def step(*jobs: Job) -> None:
+        with bench.lane.step(SimpleNamespace(jobs=list(jobs), computes=True, slot=0)):
+            bench.device.launch("decode", ["state"], ["state"])
+        with bench.lane.step_goes_on():
+            bench.device.launch("sample", ["state"], ["state"])
+            worker.launched()
+            results = worker.after_step(set())
+        for name in results.finished_recving or set():
+            assert name not in told
+            told[name] = name in (results.failed_recving or set())
+        bench.device.finish()
+
+    bench.runner.fails = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    step(*(job(name, 60, first_block=20 * number) for number, name in enumerate("abcd", 1)))
+    for _ in range(8):
+        step()
+    assert told == dict.fromkeys("abcd", True)
+    assert worker._lane is None
+    step(job("late", 60, first_block=10))
+    assert told["late"]
+    assert (bench.runner.closed, bench.ladder.closed) == (False, False)
+    assert bench.device.wrong == []
+    worker.close()
+    assert (bench.runner.closed, bench.ladder.closed) == (True, True)

@@ -179,6 +179,8 @@ def test_the_rate_of_the_lane_is_a_share_of_the_device_until_it_is_measured() ->
         ([Waiting("a", True, 100, rank=Rank(False, 1)), Waiting("b", False, 900)], "b"),
         ([Waiting("a", True, 100, rank=Rank(True, 0)), Waiting("b", False, 900, rank=Rank(False, 7))], "b"),
         ([Waiting("a", False, 900, 64, Rank(True, 7)), Waiting("b", True, 100)], "a"),
+        # Among overdue ones the longest overtaken, or a hundred of a better class would keep one of a worse out for good.
+        ([Waiting("a", True, 100, 64), Waiting("b", False, 900, 65, Rank(True, 7))], "b"),
     ],
 )
 def test_next_job(waiting: list[Waiting], chosen: str) -> None:
@@ -235,6 +237,12 @@ def test_a_report_of_one_token_counts() -> None:
     assert rate.tokens_per_s(None) == 2.0
     rate.report(6, 0.5)
     assert rate.tokens_per_s(1000.0) == pytest.approx(2.0 + 0.2 * 10.0)
+
+
+def test_a_prompt_that_has_waited_for_room_goes_through_steps() -> None:
+    policy = LanePolicy(100, 2)
+    assert policy.route(Prompt(500), 4, 2, True) == (Route.STEP, Reason.LANE_FULL)
+    assert policy.route(Prompt(500), 4, 1, True) == (Route.LANE, Reason.ASKED)
 
 
 def test_as_fast_as_steps_is_fast_enough() -> None:

@@ -199,6 +199,14 @@ class AgentServeConfig:
         low=0,
         high=1000,
     )
+    lane_start_timeout_s: float = option(
+        600.0,
+        "s",
+        "A prefill lane on CPUs that has not loaded and compiled its model by then is ended. At the start of an engine that is "
+        "an error, or with mode `auto` everything is time-sliced; later it counts as a lane that died.",
+        low=1.0,
+        high=86_400.0,
+    )
     integrity_check_s: float | None = option(
         None,
         "s",

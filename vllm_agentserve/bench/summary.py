@@ -225,6 +225,7 @@ DECISIONS = {
     "step_idle": "in steps, because nobody decoded",
     "step_unknown": "in steps, because nothing had been measured yet",
     "step_lane_down": "in steps, because the lane was down",
+    "step_lane_full": "in steps, because the lane had no room for too long",
     "step_unfit": "in steps, because the lane cannot compute them",
 }
 """Where long prompts were computed, by the counter of agentserve that says so."""

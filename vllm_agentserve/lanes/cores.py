@@ -1,5 +1,7 @@
 """The ladder of core sets: a lane that is alone has all cores, two lanes have disjoint parts."""
 
+import contextlib
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,11 +36,21 @@ class Cores:
         self._taken = cores
         if not self._pinned:
             for thread in self._threads():
-                try:
-                    os.sched_setaffinity(thread, cores)
-                except ProcessLookupError:
-                    continue  # it has just ended
+                move(thread, cores)
         cpu.set_threads(len(cores))
 
     def _threads(self) -> Iterable[int]:
         return [int(task.name) for task in Path("/proc/self/task").iterdir()] if self._process else [0]
+
+
+def move(thread: int, cores: Iterable[int]) -> None:
+    """Puts a thread, 0 is the calling one, on these cores, as far as the process may use them; leaves it where none of them are.
+
+    A thread may just have ended, and somebody else may have taken cores from the process: neither is a reason to end an engine.
+    """
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        try:
+            os.sched_setaffinity(thread, cores)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise

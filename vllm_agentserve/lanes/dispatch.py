@@ -45,6 +45,8 @@ class LaneDispatch:
         self.on_dispatch: Callable[[Any, int], None] = lambda request, start: None
         self.rank_of: Callable[[str], Rank] = lambda request_id: FIRST
         self.on_failure: Callable[[], None] = lambda: None
+        self.has_waited: Callable[[str], bool] = lambda request_id: False
+        """Whether a request has waited for room in the lane for too long."""
         self.reasons: dict[str, Reason] = {}
         """Why each prompt that was asked about goes where it goes; taken out when it is admitted."""
         self.rate: LaneRate | None = None
@@ -54,6 +56,8 @@ class LaneDispatch:
         self._new: list[Job] = []
         self._in_flight: dict[str, tuple[Any, ...]] = {}
         self._held: dict[str, Any] = {}
+        self.failed: set[str] = set()
+        """Requests on which a lane failed: they go through steps, lest one of them ends every lane. Their owner forgets them."""
         self.filling: set[Any] = set()
         """Hashes of the blocks the lane is filling: who needs one of them waits, and then finds it in the prefix cache."""
 
@@ -85,7 +89,11 @@ class LaneDispatch:
                 self._held[request.request_id] = request.block_hashes[block]
                 return None, False
         prompt = self._prompt(request, uncached, computed)
-        route, reason = self.policy.route(prompt, self.decodes, len(self._in_flight))
+        if request.request_id in self.failed and uncached > 0:
+            self.reasons[request.request_id] = Reason.LANE_DOWN
+            return 0, False
+        waited = self.has_waited(request.request_id)
+        route, reason = self.policy.route(prompt, self.decodes, len(self._in_flight), waited)
         if route is Route.HOLD:
             self._held[request.request_id] = None
             return None, False
@@ -161,14 +169,19 @@ class LaneDispatch:
             # A prefix may be in two jobs when its first block was in nobody's: rebuilt, for there are few jobs.
             self.filling = {one for hashes in self._in_flight.values() for one in hashes}
         if failed:
+            self.failed |= failed
             self.policy.failed()
             for _ in failed:
                 self.on_failure()
 
     def reported(self, report: LaneReport) -> None:
         """Takes in what the worker says of its lane."""
+        if report.down:
+            self.policy.failed()
         if report.slots:
             self.policy.started()
+            if report.new and self.rate is not None:
+                self.rate.renew()
         if report.slots and report.slots != self._slots:
             self._slots = report.slots
             self._chooser = SlotChooser([slot.decode for slot in report.slots])
@@ -176,6 +189,11 @@ class LaneDispatch:
             self.rate = LaneRate(largest.prefill / (largest.decode + largest.prefill))
         if self.rate is not None:
             self.rate.report(report.tokens, report.seconds)
+
+    def decided(self, reason: Reason) -> None:
+        """A prompt was admitted, and goes where it goes for this reason."""
+        if reason is Reason.LOOSE_TARGET and self.rate is not None:
+            self.rate.passed_over()
 
     def decoded(self, interval_ms: float) -> None:
         """Takes in the time between two tokens of the streams beside the working lane; divides the device anew."""

@@ -30,17 +30,24 @@ class LaneReport:
         slots: how the device can be divided, whenever a lane is new or can take jobs again; else empty.
         tokens: prompt tokens computed beside decodes since the last report.
         seconds: the time their chunks took.
+        down: whether the lane is gone: nothing is to be sent until one says its slots.
+        new: whether the slots are those of a lane that has reported nothing before.
     """
 
     slots: tuple[Slot, ...] = ()
     tokens: int = 0
     seconds: float = 0.0
+    down: bool = False
+    new: bool = True
 
 
 class PrefillLane(Protocol):
-    """A lane as the worker sees it. No call waits for the device or for another process, but `poll` for as long as it is told.
+    """A lane as the worker sees it. No call waits for the device or for another process, but `close`, and `poll` for as long as
+    it is told.
 
-    The worker calls, step by step: `submit` and `cancel`, `begin_step`, then (its own step launched) `launch`, then `poll`.
+    The worker calls, step by step: `begin_step`, then (its own step launched) `submit` and `launch`, then `cancel` and `poll`.
+    Where a launched step has not run yet, because the device works on its own, the lane orders its chunks behind that step, see
+    `policy/fence.py`.
     """
 
     @property
@@ -49,7 +56,7 @@ class PrefillLane(Protocol):
 
     @property
     def ready(self) -> bool:
-        """Whether it has loaded what it needs; jobs may come before."""
+        """Whether it has loaded what it needs and takes jobs."""
 
     @property
     def busy(self) -> bool:
@@ -59,7 +66,7 @@ class PrefillLane(Protocol):
         """Whose blocks it holds."""
 
     def submit(self, job: Job) -> None:
-        """Takes a job; its blocks are the lane's until `poll` gives its outcome."""
+        """Takes a job, when the step it was sent with is launched; its blocks are the lane's until `poll` gives its outcome."""
 
     def cancel(self, request_id: str) -> None:
         """Nobody wants this job any more: its outcome comes as soon as nothing writes its blocks. Unknown ids are ignored."""
@@ -81,13 +88,20 @@ class PrefillLane(Protocol):
 
     def poll(self, patience_s: float = 0.0) -> list[Outcome]:
         """The jobs that ended since the last call; waits up to `patience_s` for the first. When the lane is gone: all of
-        them, failed."""
+        them, failed. Also looks whether the lane hangs, and ends it then."""
 
     def report(self) -> LaneReport | None:
         """What has to be said since the last report, None if nothing."""
 
     def alive(self) -> bool:
-        """Whether it can take jobs."""
+        """Whether it runs and nobody has ended it."""
+
+    @property
+    def gone(self) -> bool:
+        """Whether nothing of it runs any more and every job has its outcome."""
+
+    def end(self, why: str) -> None:
+        """It takes no more jobs; those it has fail, by `poll`, when nothing writes their blocks any more. Does not wait."""
 
     def close(self) -> None:
-        """Ends it; returns when nothing of it writes any more."""
+        """At the end of the engine, or of a lane that is `gone`: gives back what it holds."""

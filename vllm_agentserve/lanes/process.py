@@ -3,16 +3,17 @@
 import contextlib
 import os
 import re
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
-from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes.board import Board
+from vllm_agentserve.lanes.channel import Channel
+from vllm_agentserve.lanes.child import Child
 from vllm_agentserve.lanes.cores import Cores
 from vllm_agentserve.lanes.lane import LaneReport, Outcome, Slot
 from vllm_agentserve.lanes.memory import KvMemory
@@ -23,51 +24,75 @@ from vllm_agentserve.vllm_compat import LaneError, cpu
 
 CHUNK_TOKENS = 256
 """Default of `lane_chunk_tokens` here: about a tenth of a second on one core."""
-START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 5.0
 CHUNK_TIMEOUT_S = 60.0
-"""A lane that has begun no chunk for so long while it has jobs hangs, and is ended."""
+CHUNK_TIMEOUT_FACTOR = 20.0
+"""A lane that has begun no chunk for so long while it has jobs hangs, and is ended: a minute, or so many times what a chunk
+took in warm-up if that is longer, since a chunk at the end of a long context takes longer than one at its beginning."""
+RUNNER = (sys.executable, "-m", "vllm_agentserve.lanes.runner")
 
 
 class ProcessLane:
-    """The lane as the worker sees it; `LaneRunner` is the other end.
+    """The lane as the worker sees it; `LaneRunner` is the other end. No call waits for that process, but `close`.
 
     Args:
         setup: what the process is told; its `board` is made here.
         cores: of the decode steps.
+        start_timeout_s: a process that is not ready then is ended.
+        command: of the process; tests have others.
+
+    Raises:
+        LaneError, OSError: there is no memory, descriptor or thread left for it.
     """
 
-    def __init__(self, setup: Setup, cores: Cores) -> None:
+    def __init__(
+        self, setup: Setup, cores: Cores, start_timeout_s: float = 600.0, command: Sequence[str] = RUNNER
+    ) -> None:
         self._setup = setup
         self._cores = cores
-        self._board = Board()
+        self._start_timeout_s = start_timeout_s
         self._in_flight: set[str] = set()
+        self._errors: dict[str, str] = {}
+        """What the lane says of jobs that failed."""
         self._ready = False
         self._said_slots = False
         self._reported = 0.0, 0.0
-        self._submitted = time.monotonic()
-        self._connection, theirs = Pipe()
-        inherited = (theirs.fileno(), setup.memory[1], self._board.descriptor)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "vllm_agentserve.lanes.runner", str(theirs.fileno()), str(os.getpid())],
-            pass_fds=inherited,
-            stdin=subprocess.DEVNULL,
-            env=lane_environment(len(setup.all_cores)),
-        )
-        theirs.close()
-        self._send(replace(setup, board=self._board.descriptor))
+        self._submitted = self._started = time.monotonic()
+        self._chunk_s = 0.0
+        """What a chunk took in warm-up."""
+        self._why: str | None = None
+        """Why it was ended; None: it was not."""
+        self._board = Board()
+        try:
+            self._channel, theirs = Channel.pair()
+        except OSError:
+            self._board.close()
+            raise
+        try:
+            self._child = Child(
+                [*command, str(theirs.fileno()), str(os.getpid())],
+                (theirs.fileno(), setup.memory[1], self._board.descriptor),
+                lane_environment(len(setup.all_cores)),
+                theirs.close,
+            )
+        except RuntimeError as error:
+            theirs.close()
+            self._channel.close()
+            self._board.close()
+            raise LaneError(f"no thread can be started for the prefill lane: {error}") from error
+        self._channel.send(replace(setup, board=self._board.descriptor))
 
     @property
     def name(self) -> str:
         slots = ", ".join(f"{slot.decode}+{slot.prefill}" for slot in self.slots)
         return (
-            f"process {self._process.pid}, {resident_mib(self._process.pid)} MiB of its own; cores for decode + prefill: "
+            f"process {self.pid}, {resident_mib(self.pid)} MiB of its own; cores for decode + prefill: "
             f"{slots}, all {len(self._setup.all_cores)} for a lane that is alone"
         )
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self._child.pid
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -76,88 +101,102 @@ class ProcessLane:
 
     @property
     def ready(self) -> bool:
-        return self._ready
+        return self._ready and self._why is None
 
     @property
     def busy(self) -> bool:
         return bool(self._in_flight)
 
+    @property
+    def gone(self) -> bool:
+        return self._child.gone and not self._in_flight
+
+    def alive(self) -> bool:
+        return self._why is None and not self._child.gone
+
     def jobs(self) -> list[str]:
         return list(self._in_flight)
 
     def wait_until_ready(self) -> None:
-        """Raises `LaneError` when the process ends, or takes too long."""
-        try:
-            if self._connection.poll(START_TIMEOUT_S):
-                self._connection.recv()
-                self._ready = True
-                return
-            why = f"it was not ready within {START_TIMEOUT_S:.0f} s"
-        except (EOFError, OSError):
-            why = f"it ended with exit code {self._process.wait()}"
+        """Waits for the start of the engine, or a test. Raises `LaneError` when the process ends, or takes too long."""
+        while not self._ready and not self._child.gone:
+            self.poll(0.05)
+        if self._ready:
+            return
+        why = self._end_in_words()
         self.close()
         raise LaneError(f"the prefill lane did not start: {why}; its words stand above in the log")
-
-    def alive(self) -> bool:
-        return self._process.poll() is None
 
     def submit(self, job: Job) -> None:
         if not self._in_flight:
             self._submitted = time.monotonic()
         self._in_flight.add(job.request_id)
-        self._send(("job", job))
+        self._channel.send(("job", job))
 
     def cancel(self, request_id: str) -> None:
         if request_id in self._in_flight:
-            self._send(("cancel", request_id))
+            self._channel.send(("cancel", request_id))
 
     def begin_step(self, computes: bool, slot: int) -> None:
         self._board["decoding"] = float(computes)
         self._board["slot"] = slot
         if not computes:
             return
-        if not self._ready:
-            self.poll()
         # A lane that loads its model has its cores already, or its start would be felt by every stream.
-        working = self.busy or (not self._ready and self.alive())
+        working = self.alive() and (self.busy or not self._ready)
         decode = len(self._setup.all_cores) - len(self._setup.slot_cores[slot if self._ready else -1])
         self._cores.take(self._setup.all_cores[:decode] if working else self._setup.all_cores)
 
     def launch(self) -> None:
         """Nothing: the process began when it got the job."""
 
-    def _send(self, message: Any) -> None:
-        with contextlib.suppress(OSError):  # it died: the next poll says so
-            self._connection.send(message)
-
     def poll(self, patience_s: float = 0.0) -> list[Outcome]:
         outcomes: list[Outcome] = []
-        kind = ""
+        gone = self._child.gone  # before the messages are read: then it has sent no more than these
         try:
-            while self._connection.poll(0.0 if outcomes else patience_s):
-                kind, request_id, error = self._connection.recv()
-                self._ready |= kind == "ready"
-                if request_id in self._in_flight:
-                    self._in_flight.discard(request_id)
-                    outcomes.append(Outcome(request_id, error if kind == "failed" else None))
-                if kind == "failed":
-                    break
-            if kind == "failed" or self._hangs():
-                self._process.kill()
-                raise EOFError
-        except (EOFError, OSError):
-            code = self._process.wait()
-            outcomes += [Outcome(one, f"the lane's process ended with exit code {code}") for one in self._in_flight]
+            for kind, value, more in self._channel.receive(0.0 if gone else patience_s):
+                if kind == "ready":
+                    self._ready, self._chunk_s = True, more
+                elif kind == "failed":
+                    # It ends, and its jobs with it, when nothing writes their blocks any more.
+                    self._errors[value] = more
+                    self.end("a chunk failed")
+                elif value in self._in_flight:
+                    self._in_flight.discard(value)
+                    outcomes.append(Outcome(value))
+        except EOFError:
+            self.end("its process closed the connection")
+            if not outcomes and not gone and patience_s > 0.0:
+                self._child.wait(patience_s)
+        self._watch()
+        if gone:
+            outcomes += [Outcome(one, self._errors.get(one, self._end_in_words())) for one in self._in_flight]
             self._in_flight.clear()
         return outcomes
 
-    def _hangs(self) -> bool:
-        last = max(self._board["beat"], self._submitted)
-        return self.busy and self._ready and time.monotonic() - last > CHUNK_TIMEOUT_S
+    def _end_in_words(self) -> str:
+        return f"{self._why or 'it died'}; {self._child.how}"
+
+    def _watch(self) -> None:
+        now = time.monotonic()
+        if not self.alive():
+            return
+        if not self._ready:
+            if now - self._started > self._start_timeout_s:
+                self.end(f"it was not ready within {self._start_timeout_s:g} s, see 'lane_start_timeout_s'")
+            return
+        limit = max(CHUNK_TIMEOUT_S, CHUNK_TIMEOUT_FACTOR * self._chunk_s)
+        if self.busy and now - max(self._board["beat"], self._submitted) > limit:
+            self.end(f"it has begun no chunk for {limit:.0f} s")
+
+    def end(self, why: str) -> None:
+        if self._why is None:
+            self._why = why
+            self._child.kill()
 
     def report(self) -> LaneReport | None:
-        slots = self.slots if self._ready and not self._said_slots else ()
-        self._said_slots |= self._ready
+        slots = self.slots if self.ready and not self._said_slots else ()
+        self._said_slots |= self.ready
         (tokens, seconds), (before, time_before) = (self._board["tokens"], self._board["seconds"]), self._reported
         if seconds <= time_before:
             return LaneReport(slots) if slots else None
@@ -165,12 +204,11 @@ class ProcessLane:
         return LaneReport(slots, int(tokens - before), seconds - time_before)
 
     def close(self) -> None:
-        self._connection.close()
-        try:
-            self._process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._channel.close()
+        if not self._child.wait(STOP_TIMEOUT_S):
+            self.end("the engine ends")
+            # A process that the kernel does not end within this time is left to it: at exit nobody needs its blocks.
+            self._child.wait(STOP_TIMEOUT_S)
         self._board.close()
         self._cores.take(self._setup.all_cores)
 
@@ -197,23 +235,25 @@ class ProcessLanes:
         return lane
 
     def restart(self) -> ProcessLane:
-        """Starts one without waiting."""
+        """Starts one without waiting. Raises what `ProcessLane` does, and `LaneError`."""
         every = cpu.worker_cores()
         memory = self.memory.memory
         if memory is None:
             raise LaneError("vLLM has not allocated its KV cache in the memory that the lane shares")
         vllm_config, kv_cache_config = self._configs
+        most = cpu.largest_chunk(vllm_config)
         setup = Setup(
             vllm_config=cpu.second_worker_config(vllm_config),
             kv_cache_config=kv_cache_config,
             memory=(memory.size, memory.descriptor),
-            chunk_tokens=self._options.lane_chunk_tokens or CHUNK_TOKENS,
+            chunk_tokens=min(self._options.lane_chunk_tokens or CHUNK_TOKENS, most),
+            most_tokens=most,
             slot_cores=tuple(every[decode:] for decode in core_ladder(len(every), self._options.lane_decode_share)),
             all_cores=every,
         )
         if self._cores is None:
             self._cores = Cores()
-        return ProcessLane(setup, self._cores)
+        return ProcessLane(setup, self._cores, self._options.lane_start_timeout_s)
 
 
 def resident_mib(pid: int) -> int:

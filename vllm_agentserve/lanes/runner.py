@@ -1,22 +1,23 @@
 """The lane's own process: vLLM's CPU worker over the KV cache of another one. It computes prompts and samples nothing.
 
-python -m vllm_agentserve.lanes.runner DESCRIPTOR PARENT   # a connection to the worker, and its process; never by hand
+python -m vllm_agentserve.lanes.runner DESCRIPTOR PARENT   # a socket to the worker, and its process; never by hand
 """
 
 import contextlib
 import ctypes
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from vllm_agentserve.lanes.board import Board
-from vllm_agentserve.lanes.cores import Cores
+from vllm_agentserve.lanes.channel import Channel
+from vllm_agentserve.lanes.cores import Cores, move
 from vllm_agentserve.lanes.memory import KvMemory, SharedMemory
 from vllm_agentserve.policy.jobs import ChunkQueue
 from vllm_agentserve.policy.slots import chunk_length
@@ -36,6 +37,8 @@ class Setup:
     memory: tuple[int, int]
     """Size and descriptor of the KV cache."""
     chunk_tokens: int
+    most_tokens: int
+    """A chunk is no longer."""
     slot_cores: tuple[list[int], ...]
     """The lane's cores on every slot."""
     all_cores: list[int]
@@ -52,8 +55,14 @@ class LaneRunner:
         self.cores = Cores(process=True)
         self.jobs = ChunkQueue()
         self._smallest = min(len(cores) for cores in setup.slot_cores)
+        self._beside = 0
+        """Chunks computed beside decodes."""
         memory = KvMemory(SharedMemory(*setup.memory))
         self._worker = SecondWorker(setup.vllm_config, setup.kv_cache_config, memory.allocation())
+
+    def warm_up(self) -> float:
+        """Compiles the model; returns how many seconds the longest chunk of the smallest slot takes then."""
+        return self._worker.warm_up(min(self.setup.chunk_tokens, self.setup.most_tokens))
 
     def step(self) -> str | None:
         """Computes one chunk; returns the id of a job that is through. Raises `ChunkError`."""
@@ -64,15 +73,17 @@ class LaneRunner:
         own = setup.slot_cores[int(board["slot"])]
         self.cores.take(setup.all_cores if alone else own)
         # No longer when it is alone: a step of decodes that comes meanwhile would find its cores taken until the end of it.
-        chunk = self.jobs.take(chunk_length(setup.chunk_tokens, len(own), self._smallest))
+        chunk = self.jobs.take(min(chunk_length(setup.chunk_tokens, len(own), self._smallest), setup.most_tokens))
         request_id = chunk.job.request_id
         try:
             self._worker.compute(chunk)
         except Exception as error:
             raise ChunkError(request_id) from error
         if not alone:
-            board["tokens"] += chunk.tokens
-            board["seconds"] += time.monotonic() - began
+            self._beside += 1
+            if self._beside > 1:  # libraries prepare themselves in the first one: it says nothing of those that follow
+                board["tokens"] += chunk.tokens
+                board["seconds"] += time.monotonic() - began
         if not chunk.last:
             return None
         self.forget(request_id)
@@ -88,33 +99,39 @@ class ChunkError(RuntimeError):
     """A chunk failed; its only argument is the id of the job."""
 
 
-def serve(connection: Connection) -> None:
-    """Answers every job with ("done", id, None), cancelled ones too, until told to end; ends after ("failed", id, why)."""
-    setup: Setup = connection.recv()
+def serve(channel: Channel) -> None:
+    """Says ("ready", None, seconds of a chunk), answers every job with ("done", id, None), cancelled ones too, until told to end;
+    ends after ("failed", id, why)."""
+    messages = channel.receive(None)
+    setup: Setup = messages.pop(0)
     # While it loads it stays off the decode lane's cores.
-    os.sched_setaffinity(0, setup.slot_cores[-1])
+    move(0, setup.slot_cores[-1])
     lane = LaneRunner(setup)
-    connection.send(("ready", None, None))
+    channel.send(("ready", None, lane.warm_up()))
     while True:
-        while connection.poll(0 if len(lane.jobs) else None):
-            kind, value = connection.recv()
+        messages += channel.receive(0.0 if len(lane.jobs) or messages else None)
+        for kind, value in messages:
             if kind == "job":
                 lane.jobs.add(value)
             elif value in lane.jobs:
                 lane.forget(value)
-                connection.send(("done", value, None))
+                channel.send(("done", value, None))
+        messages = []
+        if not len(lane.jobs):
+            continue
         try:
             done = lane.step()
         except ChunkError as error:
-            connection.send(("failed", error.args[0], traceback.format_exc()))
+            channel.send(("failed", error.args[0], traceback.format_exc()))
             # What vLLM's runner keeps between steps is in no known state now: the worker starts another process.
             raise
         if done is not None:
-            connection.send(("done", done, None))
+            channel.send(("done", done, None))
 
 
 def main() -> None:
     # The worker may be killed without a chance to say so; and Ctrl-C reaches the whole group, but is its business.
+    # The thread that started us waits for our end, so it ends with its process only.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(sys.argv[2]):
         return  # it was killed before we asked
@@ -122,7 +139,7 @@ def main() -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        serve(Connection(int(sys.argv[1])))
+        serve(Channel(socket.socket(fileno=int(sys.argv[1]))))
 
 
 if __name__ == "__main__":

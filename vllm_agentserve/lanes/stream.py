@@ -39,8 +39,8 @@ class StreamLane:
 
     A step of the worker runs inside `step`, on the stream of the slot while both lanes have work and else on the stream vLLM
     chose. A slot's stream waits for vLLM's and vLLM's then for the slot's, so steps follow one another wherever they run.
-    A job's first chunk waits for the step it was submitted in: when that is through, the blocks it reads are written and its
-    own are zeroed. Nothing waits for a chunk but the host, before it tells that the job has ended.
+    A job's first chunk waits for the step it was sent with (`policy/fence.py`), by an event: when that step has run, the blocks
+    it reads are written and its own are zeroed. Nothing waits for a chunk but the host, before it tells that the job has ended.
 
     Args:
         runner: computes chunks.
@@ -91,6 +91,8 @@ class StreamLane:
         self._said_slots = False
         self._tokens, self._seconds = 0, 0.0
         self._open = True
+        self._why: str | None = None
+        """Why it was ended; None: it was not."""
 
     @classmethod
     def start(cls, options: Any, vllm_config: Any, kv_cache_config: Any) -> "StreamLane":
@@ -117,14 +119,25 @@ class StreamLane:
 
     @property
     def ready(self) -> bool:
-        return self._open
+        return self.alive()
 
     @property
     def busy(self) -> bool:
         return bool(self._held)
 
     def alive(self) -> bool:
-        return self._open
+        return self._open and self._why is None
+
+    @property
+    def gone(self) -> bool:
+        return self._why is not None and not self._held
+
+    def end(self, why: str) -> None:
+        self._why = self._why or why
+        for request_id in list(self._held):
+            under_way = self._flight is not None and self._flight.chunk.job.request_id == request_id
+            if request_id in self._queue and not under_way:
+                self._end(request_id, self._why)
 
     def jobs(self) -> list[str]:
         return list(self._held)
@@ -240,8 +253,8 @@ class StreamLane:
             self._seconds += flight.seconds()
         if flight.cancelled:
             self._end(flight.chunk.job.request_id, None)
-        elif flight.error is not None or flight.chunk.last:
-            self._end(flight.chunk.job.request_id, flight.error)
+        elif flight.error is not None or flight.chunk.last or self._why is not None:
+            self._end(flight.chunk.job.request_id, flight.error or (None if flight.chunk.last else self._why))
 
     def _end(self, request_id: str, error: str | None) -> None:
         if self._queue.drop(request_id):

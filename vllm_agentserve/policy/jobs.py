@@ -1,6 +1,9 @@
 """The jobs of a lane, cut into chunks: which one runs next, and how far each has come."""
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from vllm_agentserve.policy.preemption import FIRST, Rank
 from vllm_agentserve.policy.slots import Waiting, next_job
@@ -30,6 +33,23 @@ class Job:
     def end(self) -> int:
         """One past the last token the lane computes: the prompt's last one is left to the decode lane, which samples."""
         return len(self.token_ids) - 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Between processes ids are four bytes each: a list of numbers takes several times as long to pickle."""
+        blocks = tuple(_packed(ids) for ids in self.block_ids)
+        return _unpacked, (self.request_id, _packed(self.token_ids), blocks, self.start, self.resume, self.rank)
+
+
+def _packed(ids: Sequence[int]) -> Any:
+    try:
+        return array("i", ids).tobytes()
+    except (TypeError, OverflowError):
+        return ids  # whoever computes with it says what is wrong
+
+
+def _unpacked(request_id: str, token_ids: Any, block_ids: tuple[Any, ...], start: int, resume: bool, rank: Rank) -> Job:
+    tokens, *blocks = [array("i", ids).tolist() if isinstance(ids, bytes) else ids for ids in (token_ids, *block_ids)]
+    return Job(request_id, tokens, tuple(blocks), start, resume, rank)
 
 
 @dataclass(frozen=True)

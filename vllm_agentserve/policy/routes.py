@@ -21,6 +21,7 @@ class Reason(enum.Enum):
     LANE_DOWN = "step_lane_down_requests"
     LOOSE_TARGET = "step_loose_target_requests"
     UNKNOWN = "step_unknown_requests"
+    LANE_FULL = "step_lane_full_requests"
     TIGHT_TARGET = "lane_tight_target_requests"
     ASKED = "lane_asked_requests"
 
@@ -68,8 +69,8 @@ class LanePolicy:
     compares: bool = False
     ready: bool = True
 
-    def route(self, prompt: Prompt, decodes: int, in_flight: int) -> tuple[Route, Reason]:
-        """Args: the prompt, streams that decode, and jobs the lane has."""
+    def route(self, prompt: Prompt, decodes: int, in_flight: int, waited: bool = False) -> tuple[Route, Reason]:
+        """Args: the prompt, streams that decode, jobs the lane has, and whether the prompt has waited for room too long."""
         if prompt.uncached < self.min_tokens:
             return Route.STEP, Reason.SHORT
         if not prompt.fit:
@@ -81,7 +82,9 @@ class LanePolicy:
         reason = self._compare(prompt) if self.compares else Reason.ASKED
         if reason in (Reason.LOOSE_TARGET, Reason.UNKNOWN):
             return Route.STEP, reason
-        return (Route.LANE if in_flight < self.jobs else Route.HOLD), reason
+        if in_flight < self.jobs:
+            return Route.LANE, reason
+        return (Route.STEP, Reason.LANE_FULL) if waited else (Route.HOLD, reason)
 
     def _compare(self, prompt: Prompt) -> Reason:
         if prompt.step_rate is None or prompt.lane_rate is None:

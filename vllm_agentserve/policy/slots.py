@@ -47,17 +47,29 @@ class SlotChooser:
     SETTLE = 8
     """Intervals on a slot before it is left again."""
     RETRY = 512
-    """The same after a smaller decode slot was too small, so that the two do not alternate."""
+    """The same after a smaller decode slot was too small, so that the two do not alternate; twice as many whenever that slot is
+    too small again, up to `RETRIES` times as many."""
+    RETRIES = 64
+    OUTLIER = 5.0
+    """An interval so many times the average is a stall, which says nothing of the slot, unless the next one is as long."""
 
     def __init__(self, decode_units: Sequence[int]) -> None:
         self._units = list(decode_units)
         self._seen = 0
         self._average_ms = 0.0
         self._stay = self.SETTLE
+        self._stalled = False
+        self._retry = dict.fromkeys(range(len(self._units)), self.RETRY)
+        """By slot: how long the next larger one is kept after this one was too small."""
         self.slot = len(self._units) - 1
 
     def observe(self, interval_ms: float) -> None:
         """Takes in the time between two tokens of a stream, beside a working lane on the present slot."""
+        stalled, self._stalled = self._stalled, 0.0 < self.OUTLIER * self._average_ms < interval_ms
+        if self._stalled and not stalled:
+            return
+        if self._seen == 1 and self.OUTLIER * interval_ms < self._average_ms:
+            self._seen = 0  # the first one was a stall
         self._seen += 1
         weight = max(self.WEIGHT, 1.0 / self._seen)
         self._average_ms += weight * (interval_ms - self._average_ms)
@@ -65,8 +77,12 @@ class SlotChooser:
     def choose(self, target_ms: float) -> int:
         """The slot for the next step."""
         limit = self.MARGIN * target_ms
+        if self._seen >= self.RETRY:
+            self._retry[self.slot] = self.RETRY
         if self._seen >= self.SETTLE and self._average_ms > limit and self.slot + 1 < len(self._units):
-            self._move(self.slot + 1, self.RETRY)
+            stay = self._retry[self.slot]
+            self._retry[self.slot] = min(2 * stay, self.RETRIES * self.RETRY)
+            self._move(self.slot + 1, stay)
         elif self._seen >= self._stay and self.slot > 0:
             grown = self._average_ms * self._units[self.slot] / self._units[self.slot - 1]
             if grown <= limit:
@@ -78,6 +94,7 @@ class SlotChooser:
         self._stay = stay
         self._seen = 0
         self._average_ms = 0.0
+        self._stalled = False
 
 
 class LaneRate:
@@ -88,23 +105,40 @@ class LaneRate:
     """
 
     WEIGHT = 0.2
+    DRIFT = 0.01
+    """Of the way from what was measured to the share of the device, for every prompt that did not go to the lane because of it. A
+    wrong measurement would otherwise never be corrected, since only prompts that go there measure."""
 
     def __init__(self, prefill_share: float) -> None:
         self.prefill_share = prefill_share
         self._measured: float | None = None
+        self._passed = 0
+        self._renewed = False
 
     def report(self, tokens: int, seconds: float) -> None:
         """Takes in chunks: tokens and the time they took; nothing where either is 0."""
         if tokens <= 0 or seconds <= 0.0:
             return
         rate = tokens / seconds
-        self._measured = rate if self._measured is None else self._measured + self.WEIGHT * (rate - self._measured)
+        before = rate if self._measured is None or self._renewed else self._measured
+        self._measured = before + self.WEIGHT * (rate - before)
+        self._passed, self._renewed = 0, False
+
+    def renew(self) -> None:
+        """The lane is another one: its first report takes the place of what is known."""
+        self._renewed = True
+
+    def passed_over(self) -> None:
+        """A prompt went elsewhere because the lane was taken to be slower."""
+        self._passed += 1
 
     def tokens_per_s(self, whole_device: float | None) -> float | None:
         """The rate; before the first report it follows from that of the `whole_device`, None where that is unknown."""
-        if self._measured is not None:
-            return self._measured
-        return None if whole_device is None else self.prefill_share * whole_device
+        share = None if whole_device is None else self.prefill_share * whole_device
+        if self._measured is None or share is None:
+            return share if self._measured is None else self._measured
+        drifted = 1.0 - (1.0 - self.DRIFT) ** self._passed
+        return self._measured + drifted * max(share - self._measured, 0.0)
 
 
 @dataclass(frozen=True)
@@ -127,15 +161,20 @@ class Waiting:
 
 
 def next_job(waiting: Sequence[Waiting]) -> str:
-    """Which job gets the next chunk: overdue ones, then by class and level of their calls, then resume prefills, then the one
-    with the least left, then the first.
+    """Which job gets the next chunk: overdue ones, the longest overtaken first; then by class and level of their calls, then
+    resume prefills, then the one with the least left, then the first.
 
     Least left first (SRPT) minimises the mean time to the first token.
 
     Raises:
         ValueError: nobody waits.
     """
-    return min(waiting, key=lambda one: (one.passed < PATIENCE_CHUNKS, one.rank, not one.resume, one.left)).request_id
+
+    def key(one: Waiting) -> tuple[int, Rank, bool, int]:
+        overdue = one.passed >= PATIENCE_CHUNKS
+        return -one.passed if overdue else 0, one.rank, not one.resume, one.left
+
+    return min(waiting, key=key).request_id
 
 
 def chunk_length(base: int, units: int, smallest: int) -> int:

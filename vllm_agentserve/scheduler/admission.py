@@ -13,6 +13,7 @@ from vllm_agentserve.policy.phase import Phase, SessionTable, classify
 from vllm_agentserve.policy.preemption import Rank
 from vllm_agentserve.scheduler.announcer import Announcer
 from vllm_agentserve.scheduler.programs import ProgramTracker
+from vllm_agentserve.scheduler.queues import AgentQueue
 from vllm_agentserve.scheduler.stats import StatsCollector
 from vllm_agentserve.vllm_compat import scheduler as compat
 
@@ -47,6 +48,11 @@ class Admission:
         self._programs = programs
         self._said = said
         self._hints: dict[str, tuple[Hints, float]] = {}
+
+    def has_waited(self, request_id: str) -> bool:
+        """Whether a request has waited for room in the prefill lane for too long."""
+        queue = self._scheduler.waiting
+        return isinstance(queue, AgentQueue) and queue.has_waited(request_id)
 
     def arrives(self, request: "Request") -> None:
         if request.request_id in self._scheduler.requests:

@@ -42,6 +42,7 @@ class LaneLedger:
         lane.on_dispatch = self.dispatched
         lane.on_failure = self.failed
         lane.rank_of = admission.rank
+        lane.has_waited = admission.has_waited
         stats.lane = lane
 
     def __len__(self) -> int:
@@ -76,7 +77,9 @@ class LaneLedger:
         reason = self._lane.reasons.pop(request_id, None)
         if reason is not None:
             self._stats.counts[reason.value] += 1
+            self._lane.decided(reason)
 
     def forget(self, request_id: str) -> None:
+        self._lane.failed.discard(request_id)
         self._phases.pop(request_id, None)
         self._lane.reasons.pop(request_id, None)

@@ -29,6 +29,7 @@ COUNTERS = {
     "step_short_requests": "Prompts computed in steps because they are short.",
     "step_idle_requests": "Long prompts computed in steps because nobody decoded.",
     "step_lane_down_requests": "Long prompts computed in steps because the prefill lane was down.",
+    "step_lane_full_requests": "Long prompts computed in steps because the prefill lane had no room for them for too long.",
     "step_unfit_requests": "Long prompts computed in steps because the prefill lane cannot compute them.",
     "step_unknown_requests": "Long prompts computed in steps because nothing had been measured yet.",
     "steps_beside_lane": "Engine steps with decodes only, beside a prefill lane that worked.",

@@ -26,6 +26,7 @@ WORKERS = (
     *reads("vllm.v1.worker.cpu_worker:CPUWorker", CPU, "model_runner"),
     *calls("vllm.v1.worker.cpu_model_runner:CPUModelRunner", CPU, execute_model="scheduler_output"),
     *reads("vllm.v1.worker.cpu_model_runner:CPUModelRunner", CPU, "execute_model_state"),
+    *calls("vllm.v1.worker.cpu_model_runner", CPU, _set_global_compilation_settings="config"),
     *says("vllm.v1.worker.utils:allocate_kv_cache", CPU, "torch.zeros(buf_size, dtype=torch.int8"),
     # A second GPU worker. `init_kv_cache` is replaced meanwhile, so it must be looked up in the module.
     *exports(GPU, RUNNER, "GPUModelRunner init_kv_cache"),

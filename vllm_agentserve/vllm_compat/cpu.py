@@ -2,17 +2,20 @@
 
 import copy
 import os
+import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from vllm_agentserve.policy.jobs import Chunk, Job
 from vllm_agentserve.vllm_compat.chunks import scheduled
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from vllm_agentserve.policy.jobs import Chunk
+WARM_UP = "agentserve-warm-up"
 
 
 class SecondWorker:
@@ -48,9 +51,27 @@ class SecondWorker:
         with allocation:
             worker.initialize_from_config(kv_cache_config)
         self._runner: Any = worker.model_runner
+        self._config = vllm_config
+        self._block_sizes = [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups]
         self._finished: set[str] = set()
 
-    def compute(self, chunk: "Chunk") -> None:
+    def warm_up(self, tokens: int) -> float:
+        """Computes a chunk of so many tokens twice, into the block that vLLM keeps for nobody: the first compiles the model,
+        unless vLLM runs eagerly. Returns how many seconds the second took."""
+        from vllm.v1.worker.cpu_model_runner import _set_global_compilation_settings
+
+        blocks = tuple([0] * -(-(tokens + 1) // size) for size in self._block_sizes)
+        took = 0.0
+        with _set_global_compilation_settings(self._config):
+            for number in range(2):
+                job = Job(f"{WARM_UP}-{number}", [0] * (tokens + 1), blocks, 0)
+                began = time.monotonic()
+                self.compute(Chunk(job, 0, tokens, True, True))
+                took = time.monotonic() - began
+                self.forget(job.request_id)
+        return took
+
+    def compute(self, chunk: Chunk) -> None:
         """Fills the KV of the chunk's tokens; returns when it is written."""
         from vllm.sampling_params import SamplingParams
 
@@ -71,6 +92,11 @@ def second_worker_config(vllm_config: "VllmConfig") -> Any:
     config.compilation_config = copy.copy(vllm_config.compilation_config)
     config.compilation_config.static_forward_context = {}
     return config
+
+
+def largest_chunk(vllm_config: "VllmConfig") -> int:
+    """Tokens that a chunk never exceeds: vLLM's runner has room for as many in a step, and a job leaves the context a token."""
+    return int(min(vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.max_model_len - 1))
 
 
 @contextmanager
@@ -102,8 +128,22 @@ def kv_cache_placed(place: Callable[[int], Any]) -> Iterator[None]:
 
 def worker_cores() -> list[int]:
     """The cores of vLLM's CPU worker, also after its main thread was pinned to one of them."""
-    pinned = os.environ.get("GOMP_CPU_AFFINITY", "").split()
-    return [int(core) for core in pinned] if pinned else sorted(os.sched_getaffinity(0))
+    return pinned_cores(os.environ.get("GOMP_CPU_AFFINITY", "")) or sorted(os.sched_getaffinity(0))
+
+
+def pinned_cores(affinity: str) -> list[int]:
+    """The cores of `GOMP_CPU_AFFINITY`: numbers, ranges like `0-15`, and ranges with a stride like `0-15:2`, between spaces or
+    commas. Empty when it is anything else, as libgomp ignores it then."""
+    cores: list[int] = []
+    for part in affinity.replace(",", " ").split():
+        found = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part)
+        if found is None or found[3] == "0":
+            return []
+        first, last, stride = int(found[1]), int(found[2] or found[1]), int(found[3] or 1)
+        if last < first:
+            return []
+        cores += range(first, last + 1, stride)
+    return list(dict.fromkeys(cores))
 
 
 def team_is_pinned() -> bool:

@@ -1,0 +1,78 @@
+"""What the lane learns of slots and of its own rate: stalls and wrong measurements do not last."""
+
+import pytest
+
+from vllm_agentserve.policy.routes import LanePolicy, Prompt, Reason
+from vllm_agentserve.policy.slots import LaneRate, SlotChooser
+
+
+def settled(chooser: SlotChooser, step_ms: float, target_ms: float, steps: int = 8) -> int:
+    for _ in range(steps):
+        chooser.observe(step_ms)
+        chooser.choose(target_ms)
+    return chooser.slot
+
+
+@pytest.mark.parametrize("every", [100, 400, 1000])
+def test_a_stall_now_and_then_says_nothing_of_a_slot(every: int) -> None:
+    chooser = SlotChooser([33, 66, 99])
+    slots = []
+    for number in range(8000):
+        stall = 1000.0 if number % every == every - 1 else 0.0
+        chooser.observe([14.0, 11.0, 10.0][chooser.slot] + stall)
+        slots.append(chooser.choose(20.0))
+    assert slots[1000:].count(1) == 7000
+
+
+def test_intervals_that_stay_long_are_no_stall() -> None:
+    chooser = SlotChooser([4, 12])
+    assert settled(chooser, 5.0, 40.0) == 0
+    settled(chooser, 5.0, 40.0)
+    assert settled(chooser, 100.0, 40.0) == 1
+
+
+def test_a_slot_that_is_too_small_again_and_again_is_tried_less_and_less() -> None:
+    """In proportion the smallest slot would keep the target, and it does not. One interval in a hundred would be the p99."""
+    chooser = SlotChooser([33, 66, 99])
+    missed = 0
+    for _ in range(20_000):
+        interval = [40.0, 12.5, 8.0][chooser.slot]
+        missed += interval > 30.0
+        chooser.observe(interval)
+        chooser.choose(30.0)
+    assert missed < 100
+
+
+def test_a_slot_that_suffices_after_all_is_as_good_as_new() -> None:
+    chooser = SlotChooser([4, 12])
+    for _ in range(3):
+        settled(chooser, 5.0, 40.0, steps=5000)
+        settled(chooser, 39.0, 40.0, steps=40)
+        assert chooser.slot == 1
+    settled(chooser, 5.0, 40.0, steps=520)
+    assert chooser.slot == 0
+
+
+def test_a_rate_that_was_wrong_once_is_not_wrong_for_ever() -> None:
+    """The first chunk compiled a model: a hundred times too slow. No prompt goes to the lane, so nothing corrects it."""
+    rate, policy = LaneRate(0.5), LanePolicy(512, 2, compares=True)
+    rate.report(256, 33.6)
+    tries = 0
+    while policy.route(Prompt(5000, True, 300.0, rate.tokens_per_s(2000.0)), 4, 0)[1] is Reason.LOOSE_TARGET:
+        rate.passed_over()
+        tries += 1
+        assert tries < 1000
+    assert tries > 10, "and a lane that is slow is not tried with every prompt"
+    for _ in range(20):
+        rate.report(256, 0.256)
+    assert rate.tokens_per_s(2000.0) == pytest.approx(1000.0, rel=0.05)
+
+
+def test_a_rate_does_not_drift_beyond_the_share_of_the_device() -> None:
+    rate = LaneRate(0.5)
+    rate.report(1000, 1.0)
+    for _ in range(10_000):
+        rate.passed_over()
+    assert rate.tokens_per_s(4000.0) == pytest.approx(2000.0)
+    assert rate.tokens_per_s(100.0) == 1000.0
+    assert rate.tokens_per_s(None) == 1000.0
