@@ -136,8 +136,8 @@ class Contents:
         self.looked = Looked()
         self._reference = reference
         self._layers = list(layers.values())
-        self._memory: list[Tensor] = core.model_executor.driver_worker.worker.model_runner.kv_caches
-        self._pool = core.scheduler.kv_cache_manager.block_pool
+        self.memory: list[Tensor] = core.model_executor.driver_worker.worker.model_runner.kv_caches
+        self.pool = core.scheduler.kv_cache_manager.block_pool
         self._block_size: int = core.scheduler.block_size
         self.begin()
         add = core.scheduler.add_request
@@ -202,10 +202,10 @@ class Contents:
             self._pending.append(copy)
 
     def _at(self, ids: list[int]) -> Tensor:
-        return torch.stack([memory[ids] for memory in self._memory])
+        return torch.stack([memory[ids] for memory in self.memory])
 
     def _write(self, kv: Tensor) -> Tensor:
-        blocks = [torch.full((1, *memory.shape[1:]), torch.nan) for memory in self._memory]
+        blocks = [torch.full((1, *memory.shape[1:]), torch.nan) for memory in self.memory]
         slots = torch.arange(kv.shape[2])
         for layer, (key, value), block in zip(self._layers, kv, blocks, strict=True):
             layer.impl.do_kv_cache_update(layer, key.contiguous(), value.contiguous(), block, slots)
@@ -239,7 +239,7 @@ class Contents:
         for request in self._requests.values():
             self._expected.learn(request)
         blocks, found = [], []
-        for block in self._pool.blocks:
+        for block in self.pool.blocks:
             if block.block_hash is not None:
                 name = get_block_hash(block.block_hash)
                 depth = self._expected.depth(name)

@@ -65,8 +65,8 @@ def test_a_block_of_the_prefix_cache_with_other_contents_is_found(rig: tuple[Epi
     assert contents is not None
     engine.run(PAIRS)
     assert contents.published() == []
-    block = next(one for one in contents._pool.blocks if one.block_hash is not None)
-    contents._memory[-1][block.block_id, 0, 7, 5] += 0.01
+    block = next(one for one in contents.pool.blocks if one.block_hash is not None)
+    contents.memory[-1][block.block_id, 0, 7, 5] += 0.01
     (line,) = contents.published()
     assert line == f"the prefix cache: KV block {block.block_id}, published, is off by 0.01"
 
