@@ -30,11 +30,17 @@ class Looked:
     jobs: int = 0
     jobs_behind_a_prefix: int = 0
     read: int = 0
+    """Blocks before a job's first token, when the job was sent."""
+    kept: int = 0
+    """The same blocks when the job had ended."""
     written: int = 0
+    """Blocks that jobs filled, when they had ended."""
     published: int = 0
+    """Blocks of the prefix cache, between steps."""
     answers: int = 0
     """Tokens of greedy answers."""
     wrong_read: int = 0
+    wrong_kept: int = 0
     wrong_written: int = 0
     wrong_published: int = 0
     wrong_answers: int = 0
@@ -47,7 +53,7 @@ class Copy:
     """Blocks [first, …) of a sequence as they were at one moment.
 
     Args:
-        what: "read" or "written".
+        what: "read", "kept" or "written".
         hashes: of the whole sequence's full blocks.
         tokens: of the sequence, up to the last one that has to be in the blocks.
         data: shape (layers, blocks, KV heads, block size, 2 x head size).
@@ -190,6 +196,7 @@ class Contents:
         for outcome in outcomes:
             job = self._jobs.pop(outcome.request_id, None)
             if job is not None and outcome.error is None:
+                self._copy("kept", job, 0, job.start)
                 self._copy("written", job, job.start, job.end)
         return outcomes
 
