@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test setup lint compat doctor bench bench-interference bench-lanes bench-pressure bench-programs bench-cost gpu-check torture soak coverage mutants clean
+.PHONY: demo test setup lint compat doctor bench bench-interference bench-lanes bench-pressure bench-programs bench-cost gpu-check torture torture-contents soak coverage mutants clean
 
 demo: setup
 	@$(RUN)/agentserve demo
@@ -62,6 +62,10 @@ bench-programs: setup
 torture: setup
 	@$(RUN)/python tests/torture/run.py --episodes 4 --output docs/results/torture.json
 	@AGENTSERVE_LANE_KILLS=50 $(RUN)/python -m pytest --timeout 3600 tests/test_lanes_faults.py -k "again_and_again"
+
+# Twenty thousand short requests with shared prefixes that come in the same steps, with a lane: what KV blocks hold is compared.
+torture-contents: setup
+	@$(RUN)/python tests/torture/run_crowds.py --requests 20000 --output docs/results/torture-contents.json
 
 # One engine under such episodes for an hour, and a picture of its memory.
 soak: setup

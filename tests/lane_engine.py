@@ -11,6 +11,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from vllm_agentserve.bench.server import has_nvidia_driver
 from vllm_agentserve.lanes.worker import LaneWorker
+from vllm_agentserve.policy.jobs import Job as PrefillJob
 
 KILLS = int(os.environ.get("AGENTSERVE_LANE_KILLS", "2"))
 """How often the lane is killed under load: `make torture` says 50, each takes as long as a lane takes to start."""
@@ -58,3 +59,15 @@ def lane_is_up(llm: LLM) -> None:
     if not lane.ready:
         lane.wait_until_ready()
     scheduler_of(llm)._lane.policy.started()
+
+
+def plant_jobs_sent_before_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plants a fault: the lane gets its jobs when a step begins, also those behind blocks that this step is to write."""
+    original = LaneWorker.before_step
+
+    def too_early(self: LaneWorker, jobs: list[PrefillJob], computes: bool, slot: int) -> None:
+        for job in jobs if self._lane is not None else []:
+            self._lane.submit(job)
+        original(self, [], computes, slot)
+
+    monkeypatch.setattr(LaneWorker, "before_step", too_early)

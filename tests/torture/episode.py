@@ -13,6 +13,8 @@ from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 VOCABULARY = 4000
+BLOCK = 32
+"""Tokens of a KV block, the fewest that vLLM's CPU backend has: so that a block is full in nearly every step."""
 SHARED_TEXTS = 3
 """Prefixes that requests have in common."""
 SHARED_TOKENS = 1100
@@ -26,7 +28,8 @@ class Request:
     """One request.
 
     A request that follows another starts `step` engine steps after the other's end, with the other's prompt and answer less
-    the last `cut` tokens (a fork) and with one token in the middle changed if `edited`. Others start at `step`.
+    the last `cut` tokens (a fork) and with one token in the middle changed if `edited`. One that is `beside` the other starts
+    `step` steps after the other did, 0 is in the same step, and has the other's prompt only. Others start at `step`.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Request:
     tail: int = 50
     """Fresh tokens at the end."""
     follows: str | None = None
+    beside: bool = False
     cut: int = 0
     edited: bool = False
     abort_after: int | None = None
@@ -104,18 +108,19 @@ class Episode:
 
 
 def draw(seed: int, options: dict[str, Any], requests: int = 28, adapters: int = 0) -> Episode:
-    """An episode of single calls, chains, forks and edited histories with impatient clients, and a few events; every chain
-    stays with one of so many adapters."""
+    """An episode of single calls, chains, forks, edited histories and prompts that go on from one still being read, with
+    impatient clients and a few events; every chain stays with one of so many adapters."""
     rng = random.Random(seed)
     choice = random.Random(f"{seed} adapters")
     drawn: list[Request] = []
+    prompts: dict[str, int] = {}
     lengths: dict[str, int] = {}
     step = 0
     for number in range(requests):
         name = f"r{number}"
         step += rng.choice((0, 0, 1, 3, 12))
         kind = rng.choice(KINDS)
-        tail, max_tokens = rng.randint(4, 260), rng.randint(3, 70)
+        tail, max_tokens = rng.choice((rng.randint(4, 260), near_border(rng, 256))), rng.randint(3, 70)
         hints: dict[str, Any] = {}
         if rng.random() < 0.3:
             hints = {
@@ -127,18 +132,24 @@ def draw(seed: int, options: dict[str, Any], requests: int = 28, adapters: int =
         abort_after = rng.choice((0, 1, 5, 20)) if rng.random() < 0.25 else None
         parents = [one for one in drawn if one.abort_after is None and one.kind != "twice"]
         begin: dict[str, Any] = {
-            "shared": rng.choice((0, 0, 300, 700, SHARED_TOKENS)),
+            "shared": rng.choice((0, 0, 300, 700, SHARED_TOKENS, near_border(rng, 512))),
             "text": rng.randrange(SHARED_TEXTS),
             "adapter": choice.randint(1, adapters) if adapters else 0,
         }
         length, at = begin["shared"] + tail, step
-        if parents and rng.random() < 0.45:
+        if drawn and rng.random() < 0.25:
+            parent = rng.choice(drawn[-4:])
+            if prompts[parent.name] + tail <= MAX_PROMPT:
+                cut = rng.choice((0, 0, 1, near_border(rng, 64)))
+                begin = {"follows": parent.name, "beside": True, "cut": cut, "adapter": parent.adapter}
+                length, at = prompts[parent.name] + tail, rng.choice((0, 0, 1, 2, 6))
+        elif parents and rng.random() < 0.45:
             parent = rng.choice(parents)
             if lengths[parent.name] + tail <= MAX_PROMPT:
                 cut, edited = rng.choice((0, 0, 0, 2, 90)), rng.random() < 0.15
                 begin = {"follows": parent.name, "cut": cut, "edited": edited, "adapter": parent.adapter}
                 length, at = lengths[parent.name] + tail, rng.randint(0, 9)
-        lengths[name] = length + max_tokens
+        prompts[name], lengths[name] = length, length + max_tokens
         common = {"tail": tail, "abort_after": abort_after, "session": session, "hints": hints}
         drawn.append(Request(name, at, kind, max_tokens, **common, **begin))
     events = [Event(rng.randint(3, 120), rng.choice(EVENTS[:-1]), rng.randint(1, 12)) for _ in range(rng.randint(0, 4))]
@@ -149,13 +160,18 @@ def draw(seed: int, options: dict[str, Any], requests: int = 28, adapters: int =
     return Episode(seed, options, tuple(drawn), tuple(sorted(events, key=lambda event: event.step)), adapters)
 
 
+def near_border(rng: random.Random, most: int) -> int:
+    """A number of tokens at which blocks and chunks end, or one more or less."""
+    return rng.randint(1, most // BLOCK) * BLOCK + rng.choice((-1, 0, 1))
+
+
 def fresh_tokens(key: str, count: int) -> list[int]:
     rng = random.Random(key)
     return [rng.randrange(3, VOCABULARY) for _ in range(count)]
 
 
 def prompt_of(episode: Episode, request: Request, context: list[int]) -> list[int]:
-    """Token ids of a request's prompt; `context` are those of the prompt and answer it follows, if it does."""
+    """Token ids of a request's prompt; `context` are those it goes on from, if it does."""
     if request.follows is None:
         begin = fresh_tokens(f"{episode.seed} text {request.text}", SHARED_TOKENS)[: request.shared]
     else:

@@ -1,20 +1,22 @@
 """Runs episodes on a real engine in float32, and says what is not as it must be."""
 
 import os
+import random
 import signal
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from lane_engine import lane_is_up, worker
-from mix import LOGPROB_TOLERANCE, Answers, Completion, Job, differences, scheduler_of
+from mix import LOGPROB_TOLERANCE, Answers, Completion, Job, close, differences, scheduler_of
 from vllm import LLM
 
 from torture.adapters import adapter
+from torture.contents import Contents, Looked
 from torture.episode import Episode, Event, Request, prompt_of
 
 LOOK_EVERY_STEPS = 16
-"""So often the books are checked while requests run."""
+"""So often the books are checked while requests run, and on average, at random moments, the prefix cache."""
 LIMIT_STEPS = 20_000
 """An episode that takes more is stuck."""
 
@@ -26,19 +28,27 @@ class Outcome:
     answers: Answers = field(default_factory=dict)
     prompts: dict[str, list[int]] = field(default_factory=dict)
     requests: int = 0
+    together: int = 0
+    """Requests that came in the same step as another."""
     aborts: int = 0
     preemptions: int = 0
     faults: int = 0
     """Lanes killed, caches reset, pauses."""
     wrong: list[str] = field(default_factory=list)
-    """Books that do not balance, requests without an end."""
+    """Books that do not balance, requests without an end, KV blocks with wrong contents."""
 
 
 class Rig:
-    """Args: llm: an engine in this process, with our scheduler or without."""
+    """Runs episodes.
 
-    def __init__(self, llm: LLM) -> None:
+    Args:
+        llm: an engine in this process, with our scheduler or without.
+        contents: compares what its KV blocks hold; None compares answers only.
+    """
+
+    def __init__(self, llm: LLM, contents: Contents | None = None) -> None:
         self.llm = llm
+        self.contents = contents
         self.engine = llm.llm_engine
         self.scheduler = scheduler_of(llm)
         self._preempted = 0
@@ -56,6 +66,9 @@ class Rig:
         self._preempted = 0
         self.lane_is_up()
         self.scheduler.reset_prefix_cache()
+        if self.contents is not None:
+            self.contents.begin()
+        moments = random.Random(episode.seed)
         waiting = sorted((one for one in episode.requests if one.follows is None), key=lambda one: one.step)
         due = [(one.step, one) for one in waiting]
         behind: dict[str, list[Request]] = {}
@@ -78,9 +91,12 @@ class Rig:
                 self.core.resume_scheduler()
                 resume_at = None
             leaving = []
-            for request in [one for at, one in due if at <= step]:
-                parent = request.follows
-                context = outcome.prompts[parent] + outcome.answers[parent][0].tokens if parent is not None else []
+            coming = [one for at, one in due if at <= step]
+            for request in coming:
+                parent, context = request.follows, []
+                if parent is not None:
+                    answer = [] if request.beside else outcome.answers[parent][0].tokens
+                    context = outcome.prompts[parent] + answer
                 prompt = outcome.prompts[request.name] = prompt_of(episode, request, context)
                 outcome.answers[request.name] = {}
                 outcome.requests += 1
@@ -94,7 +110,13 @@ class Rig:
                 )
                 if request.abort_after == 0:
                     leaving.append(request.name)
+                for child in behind.get(request.name, []):
+                    if child.beside and child.step == 0:
+                        coming.append(child)
+                    elif child.beside:
+                        due.append((step + child.step, child))
             due = [(at, one) for at, one in due if at > step]
+            outcome.together += len(coming) if len(coming) > 1 else 0
             for output in self.engine.step():
                 request = by_name[output.request_id]
                 for one in output.outputs:
@@ -104,7 +126,8 @@ class Rig:
                     )
                 if output.finished:
                     unanswered.discard(request.name)
-                    due += [(step + child.step, child) for child in behind.get(request.name, [])]
+                    after = (child for child in behind.get(request.name, []) if not child.beside)
+                    due += [(step + child.step, child) for child in after]
                 elif request.abort_after and len(output.outputs[0].token_ids) >= request.abort_after:
                     leaving.append(request.name)
             leaving = [name for name in dict.fromkeys(leaving) if name in unanswered]
@@ -114,10 +137,21 @@ class Rig:
                 unanswered -= set(leaving)
             if step % LOOK_EVERY_STEPS == 0:
                 outcome.wrong += self.faults()
+            if self.contents is not None:
+                outcome.wrong += self.contents.after_step()
+                if moments.random() < 1 / LOOK_EVERY_STEPS:
+                    outcome.wrong += self.contents.published()
             step += 1
         self.settle(outcome)
         outcome.preemptions = self._preempted
         return outcome
+
+    def close(self) -> Looked:
+        """Ends the engine; returns how many KV blocks were compared."""
+        if self.contents is not None:
+            self.contents.close()
+        close(self.llm)
+        return self.contents.looked if self.contents is not None else Looked()
 
     @property
     def core(self) -> Any:
@@ -162,6 +196,8 @@ class Rig:
         if self.scheduler.requests:
             outcome.wrong.append(f"these were never let go: {sorted(self.scheduler.requests)}")
         outcome.wrong += self.faults()
+        if self.contents is not None:
+            outcome.wrong += self.contents.compare() + self.contents.published() + self.contents.answers()
         if not outcome.wrong and self.scheduler.kv_cache_manager.usage:
             outcome.wrong.append(f"KV blocks are in use without a request: {self.scheduler.kv_cache_manager.usage:.3f}")
 

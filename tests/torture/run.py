@@ -7,29 +7,31 @@ An episode that fails is cut down and written to `--failures`; the command to ru
 """
 
 import argparse
-import gc
 import itertools
 import json
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import conftest  # noqa: F401  the environment of the tests
-from mix import close, make_llm
-from vllm import LLM
+from mix import make_llm
 
 from torture.adapters import ENGINE
-from torture.episode import Episode, draw
+from torture.contents import Contents, Looked
+from torture.episode import BLOCK, Episode, draw
+from torture.reference import Reference
 from torture.rig import Outcome, Rig, compare
 from torture.shrink import shrink
 from vllm_agentserve.toy import make_toy_model
 
-ROOMY_BLOCKS = 400
-"""KV blocks of the stock engine whose answers are the reference."""
+BLOCKS = 129
+"""KV blocks: far too few for an episode, so that sequences are preempted."""
+ROOMY_BLOCKS = 1600
+"""Those of the stock engine whose answers are the reference."""
 COMMON = {
     "tpot_slo_ms": 30,
     "lane_min_tokens": 48,
@@ -59,9 +61,12 @@ def configurations() -> list[tuple[dict[str, Any], int]]:
     return chosen + [(options_of("auto", policy), ADAPTERS) for policy in ("fcfs", "plas")]
 
 
-def engine(options: dict[str, Any] | None, adapters: int, **given: Any) -> LLM:
-    """Our scheduler with these options, or stock vLLM with None."""
-    return make_llm(make_toy_model(), options, **given, **(ENGINE if adapters else {}))
+def rig_of(options: dict[str, Any] | None, adapters: int, blocks: int = BLOCKS) -> Rig:
+    """A new engine, with our scheduler and these options or stock vLLM with None; without adapters the contents of its KV
+    blocks are compared."""
+    model = make_toy_model()
+    llm = make_llm(model, options, blocks, block_size=BLOCK, **(ENGINE if adapters else {}))
+    return Rig(llm, None if adapters else Contents(llm, Reference(model)))
 
 
 @dataclass
@@ -70,17 +75,22 @@ class Tally:
 
     episodes: int = 0
     requests: int = 0
+    together: int = 0
+    """Requests that came in the same step as another."""
     aborts: int = 0
     preemptions: int = 0
     faults: int = 0
     mismatches: int = 0
     ties: int = 0
+    blocks: dict[str, float] = field(default_factory=dict)
+    """What `Looked` counts, of all engines."""
     failures: list[str] = field(default_factory=list)
 
     def add(self, name: str, outcome: Outcome, wrong: list[str], ties: list[str]) -> None:
         """An episode is over; what it got wrong is printed."""
         self.episodes += 1
         self.requests += outcome.requests
+        self.together += outcome.together
         self.aborts += outcome.aborts
         self.preemptions += outcome.preemptions
         self.faults += outcome.faults
@@ -91,23 +101,28 @@ class Tally:
         for line in wrong[:10]:
             print(f"  {line}", flush=True)
 
+    def engine_ends(self, looked: Looked) -> None:
+        for name, number in asdict(looked).items():
+            before = self.blocks.get(name, 0)
+            self.blocks[name] = max(before, number) if isinstance(number, float) else before + number
+
 
 def references(episodes: list[Episode]) -> dict[int, Outcome]:
-    """What stock vLLM answers, with room for all; by seed."""
+    """What stock vLLM answers, with room for all; by seed. Raises `RuntimeError` when stock vLLM itself is wrong."""
     answers = {}
     for adapters in sorted({episode.adapters for episode in episodes}):
-        llm = engine(None, adapters, blocks=ROOMY_BLOCKS)
-        rig = Rig(llm)
+        rig = rig_of(None, adapters, ROOMY_BLOCKS)
         answers |= {one.seed: rig.run(one.undisturbed()) for one in episodes if one.adapters == adapters}
-        close(llm)
+        rig.close()
+    if wrong := [line for outcome in answers.values() for line in outcome.wrong]:
+        raise RuntimeError(f"stock vLLM is not right, or the reference is not: {wrong[:10]}")
     return answers
 
 
 def torture(episodes: list[Episode], stock: dict[int, Outcome], tally: Tally) -> list[Episode]:
     """Runs episodes of one configuration on one engine; returns those that failed, cut down."""
     options, adapters = episodes[0].options, episodes[0].adapters
-    llm = engine(options, adapters)
-    rig = Rig(llm)
+    rig = rig_of(options, adapters)
     failed = []
     for episode in episodes:
         name = f"{options['mode']} {options['policy']}{' LoRA' if adapters else ''} seed {episode.seed}"
@@ -117,9 +132,8 @@ def torture(episodes: list[Episode], stock: dict[int, Outcome], tally: Tally) ->
             # The engine is not to be trusted any more; the episode is kept as it is.
             tally.add(name, Outcome(), [repr(error)], [])
             failed.append(episode)
-            close(llm)
-            llm = engine(options, adapters)
-            rig = Rig(llm)
+            tally.engine_ends(rig.close())
+            rig = rig_of(options, adapters)
             continue
         wrong, ties = compare(episode, stock[episode.seed], ours)
         tally.add(name, ours, wrong, ties)
@@ -127,8 +141,7 @@ def torture(episodes: list[Episode], stock: dict[int, Outcome], tally: Tally) ->
             # Stock's answers to the rest do not depend on what is left out.
             whole = stock[episode.seed]
             failed.append(shrink(episode, lambda one, whole=whole, rig=rig: bool(compare(one, whole, rig.run(one))[0])))
-    close(llm)
-    gc.collect()
+    tally.engine_ends(rig.close())
     return failed
 
 

@@ -14,7 +14,7 @@ def closed(requests: Sequence[Request]) -> tuple[Request, ...]:
     kept: dict[str, Request] = {}
     for request in requests:
         parent = kept.get(request.follows) if request.follows is not None else None
-        if request.follows is None or (parent is not None and parent.abort_after is None):
+        if request.follows is None or (parent is not None and (request.beside or parent.abort_after is None)):
             kept[request.name] = request
     return tuple(kept.values())
 

@@ -6,18 +6,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lane_engine import lanes_run_here
-from mix import close, make_llm
+from lane_engine import lanes_run_here, plant_jobs_sent_before_the_step
 
+from torture.crowd import draw_crowd
 from torture.episode import Episode, Event, Request, draw
 from torture.rig import Rig, compare
-from torture.run import COMMON, POLICIES, references
+from torture.run import COMMON, POLICIES, references, rig_of
 from torture.shrink import shrink
 
 SHORT = {
-    "time-sliced": draw(11, COMMON | POLICIES["atlas"] | {"mode": "time-sliced", "policy": "atlas"}),
-    "lanes": draw(12, COMMON | POLICIES["plas"] | {"mode": "lanes", "policy": "plas"}),
+    "time-sliced": draw(30, COMMON | POLICIES["atlas"] | {"mode": "time-sliced", "policy": "atlas"}),
+    "lanes": draw(36, COMMON | POLICIES["plas"] | {"mode": "lanes", "policy": "plas"}),
 }
+PAIRS = Episode(
+    13,
+    {},
+    (
+        Request("stream", 0, "greedy", 90, tail=40),
+        *(Request(f"a{n}", 5 + 12 * n, "greedy", 3, tail=40) for n in range(5)),
+        *(Request(f"b{n}", n, "greedy", 3, tail=60, follows=f"a{n}", beside=True) for n in range(5)),
+    ),
+)
+"""Beside a stream, prompts too short for the lane, and prompts for the lane that go on from them, up to four steps later: for one
+of them the first block is being computed just then."""
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +39,9 @@ def stock(toy_model: Path) -> dict[int, Any]:
 @pytest.fixture(scope="module", params=["time-sliced", pytest.param("lanes", marks=lanes_run_here)])
 def rig(request: pytest.FixtureRequest, toy_model: Path, stock: dict[int, Any]) -> Iterator[tuple[Episode, Rig]]:
     episode = SHORT[request.param]
-    llm = make_llm(toy_model, episode.options)
-    yield episode, Rig(llm)
-    close(llm)
+    rig = rig_of(episode.options, 0)
+    yield episode, rig
+    rig.close()
 
 
 def test_an_episode_leaves_stocks_answers_and_balanced_books(rig: tuple[Episode, Rig], stock: dict[int, Any]) -> None:
@@ -39,6 +50,37 @@ def test_an_episode_leaves_stocks_answers_and_balanced_books(rig: tuple[Episode,
     assert compare(episode, stock[episode.seed], ours)[0] == []
     assert ours.requests == len(episode.requests)
     assert ours.aborts > 2
+    assert engine.contents is not None
+    looked = engine.contents.looked
+    assert looked.published > 100
+    assert looked.answers > 100
+    if episode.options["mode"] == "lanes":
+        assert min(looked.jobs_behind_a_prefix, looked.read, looked.written) > 5
+
+
+def test_a_block_of_the_prefix_cache_with_other_contents_is_found(rig: tuple[Episode, Rig]) -> None:
+    """One number of one layer, in a block that no answer depends on any more."""
+    _, engine = rig
+    contents = engine.contents
+    assert contents is not None
+    engine.run(PAIRS)
+    assert contents.published() == []
+    block = next(one for one in contents.pool.blocks if one.block_hash is not None)
+    contents.memory[-1][block.block_id, 0, 7, 5] += 0.01
+    (line,) = contents.published()
+    assert line == f"the prefix cache: KV block {block.block_id}, published, is off by 0.01"
+
+
+@lanes_run_here
+def test_a_job_that_begins_before_its_prefix_is_written_is_found(
+    rig: tuple[Episode, Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, engine = rig
+    if engine.lane is None:
+        pytest.skip("no lane")
+    assert engine.run(PAIRS).wrong == []
+    plant_jobs_sent_before_the_step(monkeypatch)
+    assert [line for line in engine.run(PAIRS).wrong if ", read, is off by" in line]
 
 
 def test_a_leaked_block_is_found(rig: tuple[Episode, Rig], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,6 +123,20 @@ def test_every_kind_of_request_and_event_is_drawn() -> None:
     }  # fmt: skip
     assert any(request.cut and request.follows for request in requests)
     assert any(request.edited for request in requests)
+    assert any(request.beside and request.step == 0 for request in requests)
+
+
+def test_a_crowd_has_what_it_is_for() -> None:
+    """Groups in one step, prompts that go on from one that is being read, lengths about the borders of blocks."""
+    crowd = draw_crowd(3)
+    assert draw_crowd(3) == crowd
+    assert Episode.read(crowd.write()) == crowd
+    assert len(crowd.requests) >= 200
+    beside = [one for one in crowd.requests if one.beside]
+    assert len([one for one in beside if one.step == 0]) > 40
+    assert len([one for one in beside if one.step > 0]) > 20
+    shared = {one.shared % 32 for one in crowd.requests if one.shared}
+    assert shared == {0, 1, 31}
 
 
 def test_a_failing_episode_is_cut_down_to_what_it_takes() -> None:

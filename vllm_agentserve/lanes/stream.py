@@ -84,15 +84,12 @@ class StreamLane:
         self._flight: Flight | None = None
         self._outcomes: list[Outcome] = []
         self._begin: Callable[[Any], None] | None = None
-        self._computes = False
-        self._asked = 0
+        self._asked, self._computes, self._said_slots = 0, False, False
         self._slot: int | None = None
         self._step_stream: Any = None
-        self._said_slots = False
         self._tokens, self._seconds = 0, 0.0
         self._open = True
-        self._why: str | None = None
-        """Why it was ended; None: it was not."""
+        self._why: str | None = None  # why it was ended, if it was
 
     @classmethod
     def start(cls, options: Any, vllm_config: Any, kv_cache_config: Any) -> "StreamLane":
@@ -134,9 +131,9 @@ class StreamLane:
 
     def end(self, why: str) -> None:
         self._why = self._why or why
+        flight = self._flight
         for request_id in list(self._held):
-            under_way = self._flight is not None and self._flight.chunk.job.request_id == request_id
-            if request_id in self._queue and not under_way:
+            if request_id in self._queue and (flight is None or flight.chunk.job.request_id != request_id):
                 self._end(request_id, self._why)
 
     def jobs(self) -> list[str]:
@@ -251,10 +248,11 @@ class StreamLane:
         if flight.beside and flight.error is None:
             self._tokens += flight.chunk.tokens
             self._seconds += flight.seconds()
+        request_id, last = flight.chunk.job.request_id, flight.chunk.last
         if flight.cancelled:
-            self._end(flight.chunk.job.request_id, None)
-        elif flight.error is not None or flight.chunk.last or self._why is not None:
-            self._end(flight.chunk.job.request_id, flight.error or (None if flight.chunk.last else self._why))
+            self._end(request_id, None)
+        elif flight.error is not None or last or self._why is not None:
+            self._end(request_id, flight.error or (None if last else self._why))
 
     def _end(self, request_id: str, error: str | None) -> None:
         if self._queue.drop(request_id):
