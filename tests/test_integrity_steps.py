@@ -159,6 +159,22 @@ def test_jobs_of_the_lane_are_looked_at() -> None:
     assert scheduler.integrity.faults() == ["'ghost' is in the lane, and is gone"]
 
 
+def test_blocks_that_the_lane_writes_belong_to_nobody_else() -> None:
+    scheduler, driver = started()
+    scheduler.add_request(make_request("cold", 400))
+    driver.step()
+    driver.step()
+    block = blocks_of(scheduler, "cold")[3]
+    block.ref_cnt += 1
+    assert f"KV block {block.block_id} is written for 'cold', and is held 2 times" in integrity_of(scheduler)
+    block.ref_cnt -= 1
+    scheduler.kv_cache_manager.cache_blocks(scheduler.requests["cold"], 400)
+    assert f"KV block {block.block_id} is written for 'cold', and is in the prefix cache" in integrity_of(scheduler)
+    driver.end("cold")
+    driver.until("cold")
+    assert integrity_of(scheduler) == []
+
+
 def test_an_idle_engine_says_what_is_wrong_as_often_as_it_was_asked_to(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -16,13 +16,24 @@ SHARED = [(i * 13) % 3000 for i in range(30 * BLOCK)]
 def test_work_waits_for_the_step_it_was_sent_with() -> None:
     fence: StepFence[str] = StepFence()
     assert fence.step_has_run() == []
-    fence.hold(["a", "b"])
-    fence.hold(["c"])
-    assert fence.drop(lambda work: work == "b") == ["b"]
-    assert len(fence) == 2
-    assert fence.step_has_run() == ["a", "c"]
+    fence.begin_step(["a", "b"])
+    fence.begin_step()
+    fence.begin_step(["c"])
+    assert len(fence) == 3
+    assert fence.step_has_run() == ["a", "b"], "the others were sent with later steps"
+    assert fence.step_has_run() == []
+    assert fence.step_has_run() == ["c"]
     assert fence.step_has_run() == []
     assert len(fence) == 0
+
+
+def test_work_that_is_dropped_never_begins_and_steps_stay_in_order() -> None:
+    fence: StepFence[str] = StepFence()
+    fence.begin_step(["a"])
+    fence.begin_step(["b", "c"])
+    assert fence.drop() == ["a", "b", "c"]
+    fence.begin_step(["d"])
+    assert [fence.step_has_run() for _ in range(3)] == [[], [], ["d"]]
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +92,7 @@ def test_random_prompts_that_share_beginnings(asynchronous: bool, chunk: int, se
             scheduler.add_request(make_request(names[-1], prompt, max_tokens=rng.randint(1, 40)))
         for _ in range(rng.randint(1, 4)):
             driver.step()
+            assert scheduler.integrity.faults() == []
         if names and rng.random() < 0.15:
             scheduler.finish_requests(rng.choice(names), RequestStatus.FINISHED_ABORTED)
         if rng.random() < 0.05 and driver.worker.restarts < 3:

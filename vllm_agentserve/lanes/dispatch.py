@@ -55,6 +55,8 @@ class LaneDispatch:
         self._chooser: SlotChooser | None = None
         self._new: list[Job] = []
         self._in_flight: dict[str, tuple[Any, ...]] = {}
+        self.starts: dict[str, int] = {}
+        """By request on its way or under way: the first token whose KV the lane writes."""
         self._held: dict[str, Any] = {}
         self.failed: set[str] = set()
         """Requests on which a lane failed: they go through steps, lest one of them ends every lane. Their owner forgets them."""
@@ -126,6 +128,7 @@ class LaneDispatch:
         # Whole blocks only: the last one gets its last token in vLLM's own step.
         hashes = tuple(request.block_hashes[start // self.block_size : (start + tokens) // self.block_size])
         self._in_flight[request.request_id] = hashes
+        self.starts[request.request_id] = start
         self.filling.update(hashes)
         if request.prefill_stats is not None and request.num_preemptions <= 0:
             # vLLM takes them for found elsewhere; they are computed, and no client is told otherwise.
@@ -165,6 +168,7 @@ class LaneDispatch:
     def ended(self, finished: set[str], failed: set[str]) -> None:
         for request_id in finished:
             self._in_flight.pop(request_id, None)
+            self.starts.pop(request_id, None)
         if finished:
             # A prefix may be in two jobs when its first block was in nobody's: rebuilt, for there are few jobs.
             self.filling = {one for hashes in self._in_flight.values() for one in hashes}

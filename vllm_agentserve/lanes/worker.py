@@ -84,7 +84,7 @@ class LaneWorker:
     def before_step(self, jobs: list[Job], computes: bool, slot: int) -> None:
         """A step begins: its new jobs, whether it runs the model, and how the device is divided."""
         self._computes = computes
-        self._fence.hold(jobs)
+        self._fence.begin_step(jobs)
         if self._lane is not None:
             self._lane.begin_step(computes, slot)
 
@@ -171,7 +171,7 @@ class LaneWorker:
         A lane that does not answer is ended. If even that takes too long, its jobs are left for later steps to report.
         """
         ended: set[str] = set()
-        self._refused += [Outcome(job.request_id) for job in self._fence.drop(lambda job: True)]
+        self._refused += [Outcome(job.request_id) for job in self._fence.drop()]
         deadline, ending = time.monotonic() + DRAIN_LIMIT_S, False
         lane = self._lane
         if lane is not None:

@@ -13,32 +13,37 @@ vLLM keeps rules 1 and 3 for a KV connector: blocks of an asynchronous load are 
 the connector reports the load. `StepFence` keeps rule 2.
 """
 
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Iterable
 from typing import Generic, TypeVar
 
 Work = TypeVar("Work")
 
 
 class StepFence(Generic[Work]):
-    """Holds work on KV blocks, in the order it came, until the step that it was sent with has run."""
+    """Holds work on KV blocks, in the order it came, until the step that it was sent with has run.
+
+    Steps run in the order in which they begin; a step may begin before the one before it has run.
+    """
 
     def __init__(self) -> None:
-        self._held: list[Work] = []
+        self._held: deque[list[Work]] = deque()
+        """Per step that has not run, the oldest first."""
 
     def __len__(self) -> int:
-        return len(self._held)
+        return sum(len(sent) for sent in self._held)
 
-    def hold(self, work: Iterable[Work]) -> None:
+    def begin_step(self, work: Iterable[Work] = ()) -> None:
         """A step begins: this work was sent with it."""
-        self._held += work
+        self._held.append(list(work))
 
     def step_has_run(self) -> list[Work]:
-        """The step has run, or whatever the caller begins now is ordered behind it: the work that may begin."""
-        held, self._held = self._held, []
-        return held
+        """The oldest step has run, or whatever the caller begins now is ordered behind it: the work that may begin."""
+        return self._held.popleft() if self._held else []
 
-    def drop(self, unwanted: Callable[[Work], bool]) -> list[Work]:
-        """Takes out work that has not begun and never will; returns it."""
-        dropped = [work for work in self._held if unwanted(work)]
-        self._held = [work for work in self._held if not unwanted(work)]
+    def drop(self) -> list[Work]:
+        """Takes out all work that has not begun, which never will; returns it."""
+        dropped = [work for sent in self._held for work in sent]
+        for sent in self._held:
+            sent.clear()
         return dropped

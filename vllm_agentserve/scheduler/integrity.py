@@ -13,7 +13,7 @@ from vllm_agentserve.lanes.dispatch import LaneDispatch
 from vllm_agentserve.scheduler.programs import ProgramTracker
 from vllm_agentserve.scheduler.queues import AgentQueue
 from vllm_agentserve.scheduler.stats import StatsCollector
-from vllm_agentserve.vllm_compat.integrity import block_faults
+from vllm_agentserve.vllm_compat.integrity import block_faults, writing_faults
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -68,6 +68,7 @@ class Integrity:
         places = {"runs": running, "waits": waiting, "has a prefill in steps": self._prefills()}
         if self._lane is not None:
             places["is in the lane"] = self._lane.in_flight
+            found += writing_faults(self._scheduler, self._lane.starts)
         for what, names in places.items():
             found += [f"{name!r} {what}, and is gone" for name in names if name not in known]
         if self._queue is not None:

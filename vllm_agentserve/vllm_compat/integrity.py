@@ -1,6 +1,7 @@
 """Whether vLLM's books of KV blocks balance: nothing leaked, nothing freed twice, nothing cached under a wrong name."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -41,4 +42,26 @@ def block_faults(scheduler: "Scheduler") -> list[str]:
             )
         if block.block_hash is not None and not pool.cached_block_hash_to_block.contain(block.block_hash, number):
             found.append(f"KV block {number} has the hash of a prefix, and is not in the prefix cache")
+    return found
+
+
+def writing_faults(scheduler: "Scheduler", starts: Mapping[str, int]) -> list[str]:
+    """What is wrong with blocks that are written beside the steps: each belongs to its writer and is not in the prefix cache.
+
+    Args:
+        scheduler: between two steps.
+        starts: by request that is being written, the first token that is; see `policy/fence.py`.
+    """
+    found = []
+    for one in scheduler.kv_cache_manager.coordinator.single_type_managers:
+        for request_id, start in starts.items():
+            for block in one.req_to_blocks.get(request_id, [])[start // one.block_size :]:
+                if block.is_null:
+                    continue
+                if block.ref_cnt != 1:
+                    found.append(
+                        f"KV block {block.block_id} is written for {request_id!r}, and is held {block.ref_cnt} times"
+                    )
+                if block.block_hash is not None:
+                    found.append(f"KV block {block.block_id} is written for {request_id!r}, and is in the prefix cache")
     return found
