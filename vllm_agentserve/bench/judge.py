@@ -11,7 +11,6 @@ from vllm_agentserve.bench.sessions import WorkloadError
 
 UNCONFIRMED = "unconfirmed"
 """The row's own interval excludes 1, but among so many rows that may be chance."""
-NOT_JUDGED = "not judged"
 LEVEL = 1 - CONFIDENCE
 PRIMARY = ("session_mean_s", "ttft_resume_mean_ms", "itl_p99_ms")
 PRIMARY_OF_PROGRAMS = ("program_mean_ms", "program_p95_ms", "tokens_per_s")
@@ -40,9 +39,8 @@ def judge(found: Mapping[str, Comparison], primary: Iterable[str]) -> dict[str, 
         primary: keys that were named before anything was measured.
     """
     first = set(primary)
-    judged = {metric.key for metric in METRICS if metric.judged}
-    corrected = {key: replace(one, verdict=NOT_JUDGED) for key, one in found.items() if key not in judged}
-    for group in (first & judged, judged - first):
+    corrected: dict[str, Comparison] = {}
+    for group in (first & found.keys(), found.keys() - first):
         own = {key: one for key, one in found.items() if key in group}
         known = {key: one.p for key, one in own.items() if math.isfinite(one.p)}
         held = holm(known)

@@ -79,7 +79,7 @@ def examine(results: Results, clean: bool = False, baseline: str | None = None) 
             "each_round": {key: [finite(figure([one])) for one in figures[name]] for key, figure in statistics.items()},
         }
     compared = {
-        name: judge({metric.key: compare(metric, base, figures[name]) for metric in METRICS}, primary)
+        name: judge({one.key: compare(one, base, figures[name]) for one in METRICS if one.judged}, primary)
         for name in names
         if name != baseline and base and figures[name]
     }
