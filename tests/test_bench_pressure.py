@@ -109,6 +109,11 @@ def test_every_gap_is_measured_on_every_server(
         assert [(one.round, one.arm) for one in results.rounds()] == [(0, "a"), (0, "b"), (1, "b"), (1, "a")]
         assert (results.folder / "report.html").exists()
     assert min(one.seconds["measured"] for one in slow.rounds()) > 0.15
+    lines = (quick.folder / "table.md").read_text().splitlines()
+    assert any(
+        "named before the run: ITL, p99; TTFT of resumed turns, mean; session from first" in line for line in lines
+    )
+    assert lines[4].startswith("| TTFT of resumed turns, mean (ms) |"), "a p99 of so few intervals is not there"
     own = [{one.prompt for one in results.requests()} for results in (quick, slow)]
     assert [len(found) for found in own] == [8, 8]
     assert not own[0] & own[1]

@@ -40,9 +40,10 @@ def write_report(results: Results, clean: bool = False, baseline: str | None = N
 
 
 def rows(findings: Findings, intervals: bool = True) -> list[tuple[Metric, list[str]]]:
-    """The table's rows: for every metric that has a figure, a cell per arm."""
+    """The table's rows: for every metric that has a figure, a cell per arm; rows named before the run come first."""
     found = []
-    for metric in METRICS:
+    primary = findings.summary["primary"]
+    for metric in sorted(METRICS, key=lambda metric: metric.key not in primary):
         values = [findings.summary["arms"][name]["figures"][metric.key] for name in findings.figures]
         if any(value is not None for value in values):
             found.append((metric, [cell(findings, name, metric, intervals) for name in findings.figures]))
@@ -83,10 +84,8 @@ def doubts(against: Mapping[str, Any]) -> str:
     return words + (f", {side} 1 in {against['rounds']} of {against['rounds']} rounds" if side else "")
 
 
-def row_label(metric: Metric, findings: Findings | None = None) -> str:
-    """The row's name with its unit; in bold where it was named before the run."""
-    label = f"{metric.label} ({metric.unit})" if metric.unit else metric.label
-    return f"**{label}**" if findings is not None and metric.key in findings.summary["primary"] else label
+def row_label(metric: Metric) -> str:
+    return f"{metric.label} ({metric.unit})" if metric.unit else metric.label
 
 
 def legend(findings: Findings) -> str:
@@ -95,10 +94,10 @@ def legend(findings: Findings) -> str:
     labels = [metric.label for metric in METRICS if metric.key in primary]
     words = [f"In brackets: ratio to {findings.baseline} with its 95 % interval."]
     words.append(
-        f"Rows that were to decide, named before the run: {'; '.join(labels)}. Of all others together, as of these, one table in "
-        "twenty of equal arms has a row that is called a difference."
+        f"The first rows were to decide and were named before the run: {'; '.join(labels)}. Of these, and of all others, "
+        "at most one table in twenty of equal arms has a row that is called a difference."
         if labels
-        else "No row was named before the run; one table in twenty of equal arms has a row that is called a difference."
+        else "No row was named before the run; at most one table in twenty of equal arms has a row that is called a difference."
     )
     words.append(
         "Noise: the interval holds 1. Unconfirmed: it does not, but among so many rows that may be chance. Within xN: with so "
@@ -125,7 +124,7 @@ def markdown(findings: Findings) -> str:
         "|---" + "|---:" * len(names) + "|",
     ]
     for metric, cells in rows(findings):
-        lines.append(f"| {row_label(metric, findings)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row_label(metric)} | " + " | ".join(cells) + " |")
     lines += ["", legend(findings), ""]
     return "\n".join([*lines, *(f"- {note}" for note in findings.summary["notes"])])
 
