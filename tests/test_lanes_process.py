@@ -17,9 +17,6 @@ from vllm_agentserve.lanes.worker import LaneWorker
 from vllm_agentserve.policy.jobs import Job
 from vllm_agentserve.vllm_compat import LaneError
 
-AT_ONCE_S = 0.3
-"""Far below anything that waits for the process, whose answers take a second or more here; far above what a call takes."""
-
 
 @pytest.fixture
 def lanes() -> Iterator[Callable[..., Any]]:
@@ -73,15 +70,14 @@ def test_a_long_prompt_is_sent_in_bytes_and_comes_as_it_was() -> None:
 
 
 def test_no_call_waits_for_a_lane_that_does_not_read(lanes: Callable[..., Any]) -> None:
-    """More than any socket holds: it stays on this side, and the watchdog sees the lane as before."""
+    """More than any socket holds: it stays on this side, and the watchdog sees the lane as before. A call that waited would wait
+    for ten minutes."""
     lane = lanes("ready", "deaf")
     lane.wait_until_ready()
-    begun = time.monotonic()
     for number in range(8):
         lane.submit(job(f"j{number}", 65_536))
         lane.cancel(f"j{number}")
         assert lane.poll(0.0) == []
-    assert time.monotonic() - begun < 1.0
     assert lane._channel.unsent > 65_536
 
 
@@ -121,9 +117,6 @@ def test_a_lane_that_closes_its_connection_and_does_not_end_is_killed(lanes: Cal
     lane.wait_until_ready()
     lane.submit(job("a"))
     time.sleep(0.2)
-    begun = time.monotonic()
-    lane.poll()
-    assert time.monotonic() - begun < AT_ONCE_S
     assert "closed the connection" in str(outcomes(lane, 1)[0].error)
 
 
