@@ -64,7 +64,7 @@ def stub_lane(start: str = "ready", then: str = "serve", **given: Any) -> Any:
     from vllm_agentserve.lanes.process import ProcessLane
     from vllm_agentserve.lanes.runner import Setup
 
-    setup = Setup(None, None, (0, 0), 256, 256, ([1],), [0, 1])
+    setup = Setup(None, None, (0, 0), 256, 256, ([1],), [0, 1], [1])
     given = {"cores": Cores(), "command": (sys.executable, str(HERE), start, then)} | given
     return ProcessLane(setup, **given)
 

@@ -77,6 +77,7 @@ def test_a_chunk_is_no_longer_than_a_step_may_be(
     lanes.memory.memory = SimpleNamespace(size=0, descriptor=0)  # type: ignore[assignment]
     lanes.restart()
     assert (made[0].chunk_tokens, made[0].most_tokens) == (chunk, most)
+    assert made[0].load_cores == made[0].slot_cores[-1] == [3]
 
 
 class Runner(LaneRunner):
@@ -94,7 +95,7 @@ class Runner(LaneRunner):
 
 
 def test_chunks_of_a_wide_slot_are_no_longer_either() -> None:
-    runner = Runner(Setup(None, None, (0, 0), 128, 300, ([1, 2, 3, 4, 5, 6, 7], [7]), list(range(8))))
+    runner = Runner(Setup(None, None, (0, 0), 128, 300, ([1, 2, 3, 4, 5, 6, 7], [7]), list(range(8)), [7]))
     runner.jobs.add(Job("a", [1] * 701, ([0],), 0))
     assert [runner.step() for _ in range(3)] == [None, None, "a"]
     assert [chunk.tokens for chunk in runner.chunks] == [300, 300, 100]
@@ -102,7 +103,7 @@ def test_chunks_of_a_wide_slot_are_no_longer_either() -> None:
 
 def test_the_first_chunk_says_nothing_of_the_rate() -> None:
     """Kernel libraries prepare themselves in it."""
-    runner = Runner(Setup(None, None, (0, 0), 64, 300, ([1],), [0, 1]))
+    runner = Runner(Setup(None, None, (0, 0), 64, 300, ([1],), [0, 1], [1]))
     runner.jobs.add(Job("a", [1] * 129, ([0],), 0))
     runner.step()
     assert (runner.board["tokens"], runner.board["seconds"]) == (0.0, 0.0)

@@ -17,9 +17,6 @@ from vllm_agentserve.lanes.worker import LaneWorker
 from vllm_agentserve.policy.jobs import Job
 from vllm_agentserve.vllm_compat import LaneError
 
-AT_ONCE_S = 0.3
-"""Far below anything that waits for the process, whose answers take a second or more here; far above what a call takes."""
-
 
 @pytest.fixture
 def lanes() -> Iterator[Callable[..., Any]]:
@@ -73,15 +70,14 @@ def test_a_long_prompt_is_sent_in_bytes_and_comes_as_it_was() -> None:
 
 
 def test_no_call_waits_for_a_lane_that_does_not_read(lanes: Callable[..., Any]) -> None:
-    """More than any socket holds: it stays on this side, and the watchdog sees the lane as before."""
+    """More than any socket holds: it stays on this side, and the watchdog sees the lane as before. A call that waited would wait
+    for ten minutes."""
     lane = lanes("ready", "deaf")
     lane.wait_until_ready()
-    begun = time.monotonic()
     for number in range(8):
         lane.submit(job(f"j{number}", 65_536))
         lane.cancel(f"j{number}")
         assert lane.poll(0.0) == []
-    assert time.monotonic() - begun < 1.0
     assert lane._channel.unsent > 65_536
 
 
@@ -121,9 +117,6 @@ def test_a_lane_that_closes_its_connection_and_does_not_end_is_killed(lanes: Cal
     lane.wait_until_ready()
     lane.submit(job("a"))
     time.sleep(0.2)
-    begun = time.monotonic()
-    lane.poll()
-    assert time.monotonic() - begun < AT_ONCE_S
     assert "closed the connection" in str(outcomes(lane, 1)[0].error)
 
 
@@ -211,6 +204,21 @@ def step(worker: LaneWorker, *jobs: Job, finished: tuple[str, ...] = ()) -> tupl
     return results.finished_recving or set(), results.failed_recving or set()
 
 
+def answers(worker: LaneWorker, *jobs: Job) -> dict[str, bool]:
+    """Steps until all of them are answered; returns whether each failed."""
+    found: dict[str, bool] = {}
+
+    def more(*jobs: Job) -> bool:
+        ended, failed = step(worker, *jobs)
+        found.update({name: name in failed for name in ended})
+        return found.keys() >= wanted
+
+    wanted = {job.request_id for job in jobs}
+    if not more(*jobs):
+        until(more)
+    return found
+
+
 def test_a_lane_killed_between_two_looks_loses_no_job(lanes: Callable[..., Any]) -> None:
     lane = lanes("ready", "hold")
     lane.wait_until_ready()
@@ -240,8 +248,7 @@ def test_jobs_for_a_lane_that_loads_are_refused_at_once(lanes: Callable[..., Any
     report = worker.report()
     assert report is not None
     assert report.slots
-    step(worker, job("b"))
-    until(lambda: step(worker)[0] == {"b"})
+    assert answers(worker, job("b")) == {"b": False}
 
 
 @pytest.mark.parametrize("error", [OSError(11, "Resource temporarily unavailable"), LaneError("no"), MemoryError()])
@@ -255,8 +262,7 @@ def test_a_restart_that_fails_leaves_a_time_sliced_engine(
         raise error
 
     worker = worker_of(lane, again)
-    step(worker, job("a"))
-    until(lambda: step(worker) == ({"a"}, {"a"}))
+    assert answers(worker, job("a")) == {"a": True}
     assert worker._lane is None
     assert worker.report() == LaneReport(down=True)
     assert step(worker, job("b")) == ({"b"}, {"b"})

@@ -195,7 +195,8 @@ class AgentServeConfig:
     lane_restarts: int = option(
         3,
         "",
-        "A prefill lane that died is started again so often; after that everything is time-sliced.",
+        "A prefill lane on CPUs that died is started again so often; after that everything is time-sliced. On GPUs it is not "
+        "started again.",
         low=0,
         high=1000,
     )

@@ -229,27 +229,33 @@ class ProcessLanes:
         self._cores: Cores | None = None
 
     def start(self) -> ProcessLane:
-        """Starts a lane and waits for it; raises `LaneError`."""
-        lane = self.restart()
+        """Starts a lane and waits for it: it loads on all cores, since the worker does nothing meanwhile. Raises `LaneError`, and
+        what `ProcessLane` does."""
+        lane = self._lane(alone=True)
         lane.wait_until_ready()
         return lane
 
     def restart(self) -> ProcessLane:
-        """Starts one without waiting. Raises what `ProcessLane` does, and `LaneError`."""
+        """Starts one without waiting. Raises what `start` does."""
+        return self._lane(alone=False)
+
+    def _lane(self, alone: bool) -> ProcessLane:
         every = cpu.worker_cores()
         memory = self.memory.memory
         if memory is None:
             raise LaneError("vLLM has not allocated its KV cache in the memory that the lane shares")
         vllm_config, kv_cache_config = self._configs
         most = cpu.largest_chunk(vllm_config)
+        slots = tuple(every[decode:] for decode in core_ladder(len(every), self._options.lane_decode_share))
         setup = Setup(
             vllm_config=cpu.second_worker_config(vllm_config),
             kv_cache_config=kv_cache_config,
             memory=(memory.size, memory.descriptor),
             chunk_tokens=min(self._options.lane_chunk_tokens or CHUNK_TOKENS, most),
             most_tokens=most,
-            slot_cores=tuple(every[decode:] for decode in core_ladder(len(every), self._options.lane_decode_share)),
+            slot_cores=slots,
             all_cores=every,
+            load_cores=every if alone else slots[-1],
         )
         if self._cores is None:
             self._cores = Cores()

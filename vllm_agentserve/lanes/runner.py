@@ -42,6 +42,8 @@ class Setup:
     slot_cores: tuple[list[int], ...]
     """The lane's cores on every slot."""
     all_cores: list[int]
+    load_cores: list[int]
+    """Where it loads and compiles: off the decode lane's cores when there is one."""
     board: int = -1
     """Descriptor of the board, which is made with the process."""
 
@@ -104,8 +106,7 @@ def serve(channel: Channel) -> None:
     ends after ("failed", id, why)."""
     messages = channel.receive(None)
     setup: Setup = messages.pop(0)
-    # While it loads it stays off the decode lane's cores.
-    move(0, setup.slot_cores[-1])
+    move(0, setup.load_cores)
     lane = LaneRunner(setup)
     channel.send(("ready", None, lane.warm_up()))
     while True:

@@ -107,7 +107,8 @@ class LaneWorker:
             for request_id in finished_req_ids:
                 lane.cancel(request_id)
             waits = lane.busy and not self._computes and not self._refused
-            outcomes = lane.poll(IDLE_PATIENCE_S if waits else 0.0)
+            if lane.busy or not lane.ready:
+                outcomes = lane.poll(IDLE_PATIENCE_S if waits else 0.0)
         return self._results(outcomes)
 
     def _results(self, outcomes: list[Outcome]) -> KVConnectorTransferResults:
