@@ -6,6 +6,8 @@ import pytest
 from pinned import pinned, with_cached_contexts
 from schedulers import make_request
 
+from vllm_agentserve.policy.target import Backlog
+
 BYPASS = 64
 STEPS = 700
 
@@ -88,3 +90,54 @@ def test_those_held_for_the_line_stay_in_it() -> None:
     queue.colds_wait = False
     assert [request.request_id for request in queue] == ["other"]
     assert queue.faults({"cold", "other"}) == []
+
+
+def planned(scheduler: Any, driver: Any) -> tuple[Backlog, int]:
+    """What the next step is planned for: the backlog, and the tokens of waiting resume prefills."""
+    seen: list[tuple[Backlog, int]] = []
+    plan = scheduler._controller.plan
+
+    def watched(*given: Any, **named: Any) -> Any:
+        seen.append((named["backlog"], named["waiting_resume_tokens"]))
+        return plan(*given, **named)
+
+    scheduler._controller.plan = watched
+    driver.step()
+    scheduler._controller.plan = plan
+    return seen[0]
+
+
+def test_who_cannot_be_admitted_makes_no_step_longer() -> None:
+    """Two places and both taken; then one is free: of three prompts that wait one counts."""
+    scheduler, driver = pinned(options={"mode": "time-sliced"}, max_num_seqs=2)
+    context = with_cached_contexts(scheduler, driver, 800)[0]
+    for name, length in (("stream", 10_000), ("short", 3)):
+        scheduler.add_request(make_request(name, 20, max_tokens=length))
+    driver.step()
+    for number in range(3):
+        scheduler.add_request(make_request(f"resume-{number}", context + [number] * 60))
+    assert planned(scheduler, driver) == (Backlog(), 0)
+    assert scheduler._stats.take()["waiting_prefill_tokens"] >= 180
+    while "short" in scheduler.requests:
+        driver.step()
+    scheduler._queue.blocked = False
+    backlog, reserved = planned(scheduler, driver)
+    assert (backlog.prompts, 60 <= backlog.tokens < 120, 60 <= reserved < 120) == (1, True, True)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_who_finds_no_blocks_makes_no_step_longer(asynchronous: bool) -> None:
+    """A stream holds 36 of 40 KV blocks: a prompt waits whose first chunk has 6, and counts again when there is room."""
+    scheduler, driver = pinned(asynchronous, options={"mode": "time-sliced"}, num_blocks=41)
+    scheduler.add_request(make_request("stream", 560, max_tokens=30))
+    for _ in range(10):
+        driver.step()
+    scheduler.add_request(make_request("prompt", 320, max_tokens=2))
+    assert planned(scheduler, driver)[0].prompts == 1, "whether there is room is not known yet"
+    driver.step()
+    assert planned(scheduler, driver)[0] == Backlog()
+    assert scheduler._stats.take()["waiting_prefill_tokens"] == 320
+    for _ in range(60):
+        driver.step()
+    assert "prompt" not in scheduler.requests
+    assert not scheduler._queue.blocked

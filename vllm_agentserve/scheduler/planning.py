@@ -10,13 +10,33 @@ from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.policy.target import NOTHING, Backlog
 
 if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
     from vllm_agentserve.scheduler.queues import AgentQueue
     from vllm_agentserve.scheduler.steps import Prefill
 
 
-def backlog_of(prefills: "Collection[Prefill]", queue: "AgentQueue | None") -> Backlog:
-    """The prompts that are not computed yet: those that are being read, and those that wait for steps."""
-    waiting = queue.backlog() if queue is not None else NOTHING
+def count_decodes(running: "Collection[Request]", prefills: "Collection[str]", may_be_empty: bool) -> int:
+    """The sequences whose streams would notice a long step.
+
+    Args:
+        running: all that run.
+        prefills: the ids of those that are being read.
+        may_be_empty: whether steps are in flight although none should be: what they carry has nothing to decode before they
+            are back.
+    """
+    if may_be_empty:
+        return sum(request.num_tokens > request.num_computed_tokens for request in running) - len(prefills)
+    return len(running) - len(prefills)
+
+
+def backlog_of(prefills: "Collection[Prefill]", queue: "AgentQueue | None", places: int | None = None) -> Backlog:
+    """The prompts that are not computed yet: those that are being read, and of those that wait for steps as many as there are
+    `places` for; None counts them all."""
+    waiting = queue.backlog() if queue is not None and places != 0 else NOTHING
+    if places is not None and places < waiting.prompts:
+        tokens = waiting.tokens * places // waiting.prompts
+        waiting = Backlog(places, tokens, waiting.waited_ms)
     left = sum(prefill.left for prefill in prefills)
     return Backlog(waiting.prompts + len(prefills), waiting.tokens + left, waiting.waited_ms)
 
@@ -47,6 +67,9 @@ def plan_step(
     """
     phases = {prefill.served_as for prefill in prefills}
     waiting_resumes = 0
+    if queue is not None and queue.blocked:
+        # In the last step none could be admitted: the KV cache has no room, or as many run as may.
+        places = 0
     if queue is not None and places > 0:
         waiting_resumes = queue.waiting_resume_tokens(min(places, LOOK_AHEAD))
     return controller.plan(
@@ -58,7 +81,7 @@ def plan_step(
         waiting_resume_tokens=waiting_resumes,
         admits=waits and not prefills,
         beside_lane=beside_lane,
-        backlog=backlog_of(prefills, queue),
+        backlog=backlog_of(prefills, queue, max(places, 0)),
     )
 
 
@@ -71,9 +94,10 @@ def a_cold_prompt_goes_on(prefills: "Collection[Prefill]", budget: StepBudget) -
     )
 
 
-def close_line(queue: "AgentQueue", cold: bool, granted: int, wanted: int) -> bool:
+def close_line(queue: "AgentQueue", request: "Request", cold: bool, granted: int, wanted: int) -> bool:
     """Closes the queue, or its cold part, for the rest of a step in which a waiting request was granted less than it wanted;
     returns whether a cold prompt was granted nothing."""
+    queue.tried = request if granted else None
     if cold and granted < wanted:
         queue.colds_wait = True
     # Nothing is left for those behind it, whom vLLM 0.33 would ask for one by one.

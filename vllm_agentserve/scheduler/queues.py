@@ -57,6 +57,10 @@ class AgentQueue(RequestQueue):
         """Where the next `relevel` begins."""
         self.closed = False
         """Set by the scheduler for the rest of a step in which nobody else can be admitted."""
+        self.blocked = False
+        """Whether somebody was not admitted in the last step for want of KV blocks or of places."""
+        self.tried: Request | None = None
+        """Who was granted tokens last in this step."""
         self.colds_wait = False
         """Set by the scheduler for the rest of a step in which no further cold prefill can begin."""
         self.step = 0
@@ -213,6 +217,11 @@ class AgentQueue(RequestQueue):
             self._take(place, keep_key=True)
             self._awaited[request_id] = awaited
             insort(self._parked, place.entry)
+
+    def stepped(self, tokens_left: bool) -> None:
+        """A step has been scheduled; whether it could have had more tokens."""
+        refused = self.tried is not None and self.tried in self
+        self.blocked, self.tried = tokens_left and (refused or bool(self)), None
 
     def has_waited(self, request_id: str) -> bool:
         """Whether a request has waited for room in the lane for so long that it must not wait any longer."""

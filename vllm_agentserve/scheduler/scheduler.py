@@ -23,7 +23,7 @@ from vllm_agentserve.scheduler.admission import Admission
 from vllm_agentserve.scheduler.announcer import Announcer
 from vllm_agentserve.scheduler.integrity import Integrity
 from vllm_agentserve.scheduler.ledger import LaneLedger
-from vllm_agentserve.scheduler.planning import a_cold_prompt_goes_on, backlog_of, close_line, plan_step
+from vllm_agentserve.scheduler.planning import a_cold_prompt_goes_on, backlog_of, close_line, count_decodes, plan_step
 from vllm_agentserve.scheduler.preempter import Preempter
 from vllm_agentserve.scheduler.programs import ProgramTracker
 from vllm_agentserve.scheduler.queues import AgentQueue
@@ -118,7 +118,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         running = RequestStatus.RUNNING
         # Preempted prefills wait again; they are tagged anew when they are admitted.
         self._prefills = {key: prefill for key, prefill in self._prefills.items() if prefill.request.status == running}
-        decodes = self._count_decodes()
+        decodes = count_decodes(self.running, self._prefills, len(self._log) > 0 and not self._overlaps)
         context = self._decode_context() if decodes else 0
         if self._lane is not None:
             self._lane.decodes, self._lane.context = decodes, context
@@ -136,6 +136,8 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         setattr(self, compat.CHUNK_LIMIT, self._grant)
         try:
             output = super().schedule(throttle_prefills)
+            if self._queue is not None:
+                self._queue.stepped(output.total_num_scheduled_tokens < self.max_num_scheduled_tokens)
         finally:
             delattr(self, compat.CHUNK_LIMIT)
             if self._queue is not None:
@@ -184,7 +186,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
                 num_new_tokens = budget.grant(prefill.served_as, wanted, num_computed_tokens)
                 if self._queue is not None and request.status != RequestStatus.RUNNING:
                     cold = prefill.served_as is Phase.COLD_PREFILL
-                    self._cold_waited |= close_line(self._queue, cold, num_new_tokens, wanted)
+                    self._cold_waited |= close_line(self._queue, request, cold, num_new_tokens, wanted)
         return self._stock_limit(request, num_computed_tokens, num_new_tokens)
 
     def _admit(self, request: Request, computed: int) -> Prefill:
@@ -228,13 +230,6 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         if cold_finished and self._queue is not None:
             self._queue.retag(LOOK_AHEAD)
         return chunks, bool(new)
-
-    def _count_decodes(self) -> int:
-        """The sequences whose streams would notice a long step."""
-        if len(self._log) and not self._overlaps:
-            # Steps are in flight although none should be: what they carry has nothing to decode before they are back.
-            return sum(r.num_tokens > r.num_computed_tokens for r in self.running) - len(self._prefills)
-        return len(self.running) - len(self._prefills)
 
     def _decode_context(self) -> int:
         return sum([request.num_computed_tokens for request in self.running])
