@@ -91,8 +91,7 @@ class StreamLane:
         self._said_slots = False
         self._tokens, self._seconds = 0, 0.0
         self._open = True
-        self._why: str | None = None
-        """Why it was ended; None: it was not."""
+        self._why: str | None = None  # it was ended
 
     @classmethod
     def start(cls, options: Any, vllm_config: Any, kv_cache_config: Any) -> "StreamLane":
@@ -134,10 +133,9 @@ class StreamLane:
 
     def end(self, why: str) -> None:
         self._why = self._why or why
-        for request_id in list(self._held):
-            under_way = self._flight is not None and self._flight.chunk.job.request_id == request_id
-            if request_id in self._queue and not under_way:
-                self._end(request_id, self._why)
+        under_way = self._flight.chunk.job.request_id if self._flight is not None else None
+        for request_id in [one for one in self._held if one in self._queue and one != under_way]:
+            self._end(request_id, self._why)
 
     def jobs(self) -> list[str]:
         return list(self._held)
@@ -218,7 +216,7 @@ class StreamLane:
         self._flight = self._launched(chunk, stream)
 
     def _mark_inputs(self) -> None:
-        """The jobs that came with the step just launched read nothing that a later step writes."""
+        """The jobs that came with the step just launched begin when it has run."""
         fresh, self._fresh = [one for one in self._fresh if one in self._queue], []
         if fresh:
             event = self._cuda.Event()
