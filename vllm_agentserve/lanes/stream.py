@@ -84,12 +84,14 @@ class StreamLane:
         self._flight: Flight | None = None
         self._outcomes: list[Outcome] = []
         self._begin: Callable[[Any], None] | None = None
-        self._asked, self._computes, self._said_slots = 0, False, False
+        self._computes = False
+        self._asked = 0
         self._slot: int | None = None
         self._step_stream: Any = None
+        self._said_slots = False
         self._tokens, self._seconds = 0, 0.0
         self._open = True
-        self._why: str | None = None  # why it was ended, if it was
+        self._why: str | None = None  # it was ended
 
     @classmethod
     def start(cls, options: Any, vllm_config: Any, kv_cache_config: Any) -> "StreamLane":
@@ -131,10 +133,9 @@ class StreamLane:
 
     def end(self, why: str) -> None:
         self._why = self._why or why
-        flight = self._flight
-        for request_id in list(self._held):
-            if request_id in self._queue and (flight is None or flight.chunk.job.request_id != request_id):
-                self._end(request_id, self._why)
+        under_way = self._flight.chunk.job.request_id if self._flight is not None else None
+        for request_id in [one for one in self._held if one in self._queue and one != under_way]:
+            self._end(request_id, self._why)
 
     def jobs(self) -> list[str]:
         return list(self._held)
@@ -215,7 +216,7 @@ class StreamLane:
         self._flight = self._launched(chunk, stream)
 
     def _mark_inputs(self) -> None:
-        """The jobs that came with the step just launched read nothing that a later step writes."""
+        """The jobs that came with the step just launched begin when it has run."""
         fresh, self._fresh = [one for one in self._fresh if one in self._queue], []
         if fresh:
             event = self._cuda.Event()
@@ -248,11 +249,10 @@ class StreamLane:
         if flight.beside and flight.error is None:
             self._tokens += flight.chunk.tokens
             self._seconds += flight.seconds()
-        request_id, last = flight.chunk.job.request_id, flight.chunk.last
         if flight.cancelled:
-            self._end(request_id, None)
-        elif flight.error is not None or last or self._why is not None:
-            self._end(request_id, flight.error or (None if last else self._why))
+            self._end(flight.chunk.job.request_id, None)
+        elif flight.error is not None or flight.chunk.last or self._why is not None:
+            self._end(flight.chunk.job.request_id, flight.error or (None if flight.chunk.last else self._why))
 
     def _end(self, request_id: str, error: str | None) -> None:
         if self._queue.drop(request_id):
