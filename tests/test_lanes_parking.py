@@ -2,6 +2,7 @@
 
 import pytest
 from lane_driver import both, counts, started, status
+from pinned import PinnedController, PinnedModel
 from schedulers import BLOCK, make_request
 
 BASE = [(i * 13) % 3000 for i in range(30 * BLOCK)]
@@ -90,3 +91,49 @@ def test_overdue_prompts_are_first_when_there_is_room(room: int | None) -> None:
     assert queue[0].request_id == "old"
     assert queue.faults(scheduler.requests) == []
     assert status(scheduler, "old").name == "WAITING"
+
+
+@both
+def test_a_prompt_that_was_overdue_before_it_was_parked_goes_through_steps_too(asynchronous: bool) -> None:
+    """Every place is taken until it is overdue in line; then it is parked for a lane whose one job takes minutes."""
+    scheduler, driver = started(asynchronous, options={"lane_jobs": 1}, max_num_seqs=4)
+    scheduler.add_request(make_request("long", 3000))
+    for _ in range(2):
+        driver.step()
+    for number in range(3):
+        scheduler.add_request(make_request(f"short-{number}", 20, max_tokens=BOUND + 20))
+    driver.step()
+    scheduler.add_request(make_request("C", 300))
+    for _ in range(BOUND + 25):
+        driver.step()
+    assert scheduler._queue.parked
+    rows = [driver.step() for _ in range(2 * BOUND)]
+    assert sum(row.get("C", 0) for row in rows) >= 300
+    assert scheduler.integrity.faults() == []
+
+
+@both
+def test_room_in_the_lane_does_not_let_a_cold_prompt_for_steps_block_the_line(asynchronous: bool) -> None:
+    """Two cold prompts too short for the lane, one of them being read; the lane has room all the time. Tool results go on."""
+    options = {"lane_min_tokens": 15_000, "tpot_slo_ms": 10, "first_chunk_tokens": 4096, "chunk_granularity_tokens": 1}
+    scheduler, driver = started(asynchronous, options=options, num_blocks=20_000)
+    controller = PinnedController(scheduler._controller.limits)
+    controller.whole.model = PinnedModel()
+    scheduler._controller = scheduler._log._controller = scheduler._stats._controller = controller
+    scheduler.add_request(make_request("base", BASE, max_tokens=1))
+    driver.until("base")
+    driver.step()
+    scheduler.add_request(make_request("read", 12_000))
+    driver.step()
+    scheduler.add_request(make_request("next", 4000))
+    for _ in range(BOUND + 6):
+        driver.step()
+    assert scheduler._lane.room
+    first: dict[str, int] = {}
+    for step in range(20):
+        scheduler.add_request(
+            make_request(f"R{step}", BASE + [3000 + (step * 31 + i) % 900 for i in range(20)], max_tokens=1)
+        )
+        for name in driver.step():
+            first.setdefault(name, step)
+    assert all(first[f"R{step}"] <= step + 2 for step in range(16))

@@ -110,8 +110,11 @@ def test_without_one_a_backlog_gets_longer_steps_and_resume_prefills_their_share
     assert alone.target_ms == pytest.approx(45.0)
     assert many.target_ms == pytest.approx(0.45 * (9.0 + 0.2 * 2048))
     assert many.prefill_ms == pytest.approx(many.target_ms - 9.0)
-    assert many.resume_tokens == int(256 * many.target_ms / 45.0)
-    assert made.step_target_ms == many.target_ms
+    assert many.resume_tokens == 1024, "256 x 188 / 45, and at most resume_budget_max_tokens"
+    some = made.plan(10, 1000, 2048, resumes=True, colds=True, backlog=Backlog(2, 1000))
+    assert 45.0 < some.target_ms < 150.0
+    assert some.resume_tokens == int(256 * some.target_ms / 45.0)
+    assert made.step_target_ms == some.target_ms
     assert made.target_ms == pytest.approx(45.0)
     assert made.plan(0, 0, 2048, colds=True, backlog=MANY).prefill_ms == UNLIMITED
 

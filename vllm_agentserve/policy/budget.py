@@ -45,6 +45,10 @@ class TrustRegion:
         tokens, attended = self._measures(chunks)
         by_tokens, by_attended = tokens / self._tokens, attended / self._attended
         if by_tokens + by_attended < 0.75:
+            if ratio > 2.0:
+                # Far inside, and far too long: what lies beyond was trusted too much.
+                self._tokens = max(min(self._tokens, 2 * tokens), self._tokens / 2, self._first)
+                self._attended = max(min(self._attended, 2 * attended), self._attended / 2, self._first * self.CONTEXT)
             return
         # However long a step took, it halves the region at most: a machine that stood still says nothing of chunks.
         stride = 2.0 if ratio < 0.5 else 1.25 if ratio < 0.9 else 1.0 if ratio < 1.1 else max(1.0 / ratio, 0.5)
@@ -114,7 +118,7 @@ class StepBudget:
         self.stretch_ms = stretch_ms
         self.stretched_target_ms = stretched_target_ms
         self.rounded = 0
-        """Tokens that were allowed and taken away again to give the step one of few sizes."""
+        """Tokens that the last chunk was allowed and lost again to give the step one of few sizes."""
         self.granted: list[tuple[Phase, int, int]] = []
         """(phase, tokens, context before the chunk) of every chunk granted so far."""
         self._floor_left = {Phase.COLD_PREFILL: True, Phase.RESUME_PREFILL: True}
@@ -140,7 +144,7 @@ class StepBudget:
             tokens = self._round_down(tokens)
         if self._floor_left[phase]:
             tokens = max(tokens, min(wanted, self.floor_tokens))
-        self.rounded += max(allowed - tokens, 0)
+        self.rounded = max(allowed - tokens, 0)
         if tokens > 0:
             self._spend(phase, tokens, context)
         return tokens

@@ -269,7 +269,8 @@ class BudgetController:
         if sequences:
             self.step_target_ms = target_ms
         # With a longer step the share of resume prefills grows as the step does.
-        resume_tokens = int(self.resume_tokens * target_ms / self._target_ms) if colds else tokens
+        share = min(int(self.resume_tokens * target_ms / self._target_ms), limits.resume_budget_max_tokens)
+        resume_tokens = share if colds else tokens
         reserved = min(waiting_resume_tokens, resume_tokens, tokens // 2)
         prefill_ms = self._prefill_ms(regime, sequences, context, target_ms)
         prefill_ms -= regime.admission_ms if admits else 0.0

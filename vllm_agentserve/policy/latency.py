@@ -102,8 +102,8 @@ class StepModel:
     OUTLIER = 2.5
     """A step this many times slower, or faster, than predicted is taken in as that and no more: a hiccup is not a trend."""
     TREND = 4
-    """So many steps in a row that were faster than that are a trend: the next is taken in as it is, or a model that once
-    learned from a machine that stood still would never again allow a chunk long enough to learn from."""
+    """So many mixed steps in a row that were all faster, or all slower, than that are a trend: the next is taken in as it is. A
+    model that once learned from a machine that stood still would never again allow a chunk long enough to learn from."""
     DECODE_PACE = 0.05
     """Of a new step of decodes in how slow decodes are just now."""
     MAX_ERROR = 10.0
@@ -119,8 +119,10 @@ class StepModel:
         """How slow chunks are just now, as a factor of what the coefficients say."""
         self._decode_slowness = 1.0
         """The same of decodes: at a constant number of them the coefficients are not free to follow."""
-        self._fast_steps = 0
-        """Mixed steps in a row that took less than the prediction divided by `OUTLIER`."""
+        self._fast_steps = self._slow_steps = 0
+        """Mixed steps in a row that took less than the prediction divided by `OUTLIER`, or more than it times that."""
+        self._constrained: tuple[int, list[float]] = (-1, [])
+        """The coefficients of chunks after so many samples, none below zero."""
         self._shortest_ms = 0.0
         """The shortest step of decodes seen: no step takes less, however few decodes it has."""
         self.error = 0.0
@@ -211,7 +213,8 @@ class StepModel:
                 error = min(abs(predicted - duration_ms) / max(duration_ms, 0.1), self.MAX_ERROR)
                 self.error += 0.05 * (error - self.error)
             self._fast_steps = self._fast_steps + 1 if duration_ms < predicted / self.OUTLIER else 0
-            if self._fast_steps <= self.TREND:
+            self._slow_steps = self._slow_steps + 1 if duration_ms > predicted * self.OUTLIER else 0
+            if max(self._fast_steps, self._slow_steps) <= self.TREND:
                 noise_ms = predicted
                 duration_ms = self._plausible(duration_ms, predicted)
             ratio = (duration_ms - base) / max(predicted - base, 0.1) * self._slowness
@@ -236,7 +239,9 @@ class StepModel:
     def _coefficients(self) -> list[float]:
         weights, slowness = self._prefill.weights, self._slowness
         if min(weights) < 0.0:
-            weights = self._prefill.at_least_zero((0, 1, 2, 3))
+            if self._constrained[0] != self._prefill.samples:
+                self._constrained = self._prefill.samples, self._prefill.at_least_zero((0, 1, 2, 3))
+            weights = self._constrained[1]
         return [weight * slowness for weight in weights]
 
 

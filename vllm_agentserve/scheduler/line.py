@@ -1,6 +1,7 @@
 """Waiting requests in order, and what a step has to know of them together."""
 
 from bisect import bisect_left, insort
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,19 +53,25 @@ class Line:
         self.entries: list[Entry] = []
         self.resumes: list[Entry] = []
         self._tokens = 0
-        self._came_s = 0.0
+        self._waited_for, self._waited_tokens, self._came_s = 0, 0, 0.0
+        """Of the requests that somebody waits for: how many, their tokens, and the sum of the times when their waits began."""
 
     def add(self, entry: Entry, came_s: float) -> None:
         for line in self._lines(entry):
             insort(line, entry)
-        self._tokens += entry[0].tokens
-        self._came_s += came_s
+        self._count(entry[0], came_s, 1)
 
     def remove(self, entry: Entry, came_s: float) -> None:
         for line in self._lines(entry):
             del line[bisect_left(line, entry)]
-        self._tokens -= entry[0].tokens
-        self._came_s = self._came_s - came_s if self.entries else 0.0
+        self._count(entry[0], came_s, -1)
+
+    def _count(self, key: AdmissionKey, came_s: float, sign: int) -> None:
+        self._tokens += sign * key.tokens
+        if not key.batch:
+            self._waited_for += sign
+            self._waited_tokens += sign * key.tokens
+            self._came_s = self._came_s + sign * came_s if self._waited_for else 0.0
 
     def _lines(self, entry: Entry) -> tuple[list[Entry], ...]:
         return (self.entries,) if entry[0].cold else (self.entries, self.resumes)
@@ -82,10 +89,15 @@ class Line:
         cold_first = any(entry[0].cold for entry in self.offered(colds_wait)[:places])
         return sum(key.uncached for key, _, _ in self.resumes[: max(places - cold_first, 0)])
 
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens of all that are in line, not yet computed."""
+        return self._tokens
+
     def backlog(self, now_s: float) -> Backlog:
-        """The prompts in line, and how long they have waited on average."""
-        prompts = len(self.entries)
-        return Backlog(prompts, self._tokens, 1000 * (now_s - self._came_s / prompts)) if prompts else Backlog()
+        """The prompts in line that somebody waits for, and how long they have waited on average; not those of class batch."""
+        prompts = self._waited_for
+        return Backlog(prompts, self._waited_tokens, 1000 * (now_s - self._came_s / prompts)) if prompts else Backlog()
 
     def faults(self) -> list[str]:
         """What does not agree; O(n)."""
@@ -98,3 +110,27 @@ class Line:
         if self._tokens != tokens:
             found.append(f"the queue counts {self._tokens} tokens that wait, and has {tokens}")
         return found
+
+
+def queue_faults(
+    places: Mapping[str, Place],
+    line: Line,
+    parked: Sequence[Entry],
+    awaited: Mapping[str, object],
+    known: Container[str],
+) -> list[str]:
+    """What does not agree in a queue: its line, its parked entries, and what it knows of the `known` requests; O(n)."""
+    found = [f"the queue remembers {name!r}, which is gone" for name in places if name not in known]
+    entries = [*line.entries, *parked]
+    listed = {name: (key, number) for key, number, name in entries}
+    if len(listed) != len(entries):
+        found.append("a request is in the queue twice")
+    if list(parked) != sorted(parked):
+        found.append("the queue is not in order")
+    for name, place in places.items():
+        if listed.get(name) != (None if place.key is None else (place.key, place.number)):
+            found.append(f"{name!r} is not in the queue where its key says")
+    found += [f"{name!r} is in the queue without a place" for name in listed if name not in places]
+    if awaited.keys() != {name for _, _, name in parked}:
+        found.append("not the same requests are parked and wait for something")
+    return found + line.faults()

@@ -30,11 +30,16 @@ def count_decodes(running: "Collection[Request]", prefills: "Collection[str]", m
     return len(running) - len(prefills)
 
 
-def backlog_of(prefills: "Collection[Prefill]", queue: "AgentQueue | None", places: int | None = None) -> Backlog:
-    """The prompts that are not computed yet: those that are being read, and of those that wait for steps as many as there are
-    `places` for; None counts them all."""
-    waiting = queue.backlog() if queue is not None and places != 0 else NOTHING
-    if places is not None and places < waiting.prompts:
+def tokens_left(prefills: "Collection[Prefill]", queue: "AgentQueue | None") -> int:
+    """Prompt tokens still to be computed in steps, of prompts that are being read and of those that wait."""
+    return sum(prefill.left for prefill in prefills) + (queue.tokens if queue is not None else 0)
+
+
+def backlog_of(prefills: "Collection[Prefill]", queue: "AgentQueue | None", places: int) -> Backlog:
+    """The prompts for which a longer step is worth something: those that are being read, and of those that somebody waits for as
+    many as there are `places` for."""
+    waiting = queue.backlog() if queue is not None and places > 0 else NOTHING
+    if places < waiting.prompts:
         tokens = waiting.tokens * places // waiting.prompts
         waiting = Backlog(places, tokens, waiting.waited_ms)
     left = sum(prefill.left for prefill in prefills)
@@ -72,6 +77,8 @@ def plan_step(
         places = 0
     if queue is not None and places > 0:
         waiting_resumes = queue.waiting_resume_tokens(min(places, LOOK_AHEAD))
+    # A cold prompt may be asked first although it runs beside them.
+    waiting_resumes += sum(prefill.left for prefill in prefills if prefill.served_as is Phase.RESUME_PREFILL)
     return controller.plan(
         decodes,
         context,
@@ -98,6 +105,9 @@ def close_line(queue: "AgentQueue", request: "Request", cold: bool, granted: int
     """Closes the queue, or its cold part, for the rest of a step in which a waiting request was granted less than it wanted;
     returns whether a cold prompt was granted nothing."""
     queue.tried = request if granted else None
+    if cold and not granted and request in queue and not queue.key(request.request_id).cold:
+        # What it had cached when it came is gone.
+        queue.stale = request.request_id
     if cold and granted < wanted:
         queue.colds_wait = True
     # Nothing is left for those behind it, whom vLLM 0.33 would ask for one by one.

@@ -10,7 +10,7 @@ from vllm.v1.request import Request
 
 from vllm_agentserve.policy.order import AdmissionKey, Patience, Urgency, ahead
 from vllm_agentserve.policy.target import Backlog
-from vllm_agentserve.scheduler.line import Entry, Line, Place
+from vllm_agentserve.scheduler.line import Entry, Line, Place, queue_faults
 
 
 class AgentQueue(RequestQueue):
@@ -61,6 +61,8 @@ class AgentQueue(RequestQueue):
         """Whether somebody was not admitted in the last step for want of KV blocks or of places."""
         self.tried: Request | None = None
         """Who was granted tokens last in this step."""
+        self.stale = ""
+        """Who turned out in this step to be cold, and stands in line as a resume prefill."""
         self.colds_wait = False
         """Set by the scheduler for the rest of a step in which no further cold prefill can begin."""
         self.step = 0
@@ -151,21 +153,8 @@ class AgentQueue(RequestQueue):
             self._out(place)
 
     def faults(self, known: Container[str]) -> list[str]:
-        """What does not balance, `known` being the requests there are; O(n)."""
-        found = [f"the queue remembers {name!r}, which is gone" for name in self._places if name not in known]
-        entries = [*self._order, *self._parked]
-        listed = {name: (key, number) for key, number, name in entries}
-        if len(listed) != len(entries):
-            found.append("a request is in the queue twice")
-        if self._parked != sorted(self._parked):
-            found.append("the queue is not in order")
-        for name, place in self._places.items():
-            if listed.get(name) != (None if place.key is None else (place.key, place.number)):
-                found.append(f"{name!r} is not in the queue where its key says")
-        found += [f"{name!r} is in the queue without a place" for name in listed if name not in self._places]
-        if self._awaited.keys() != {name for _, _, name in self._parked}:
-            found.append("not the same requests are parked and wait for something")
-        return found + self._line.faults()
+        """What does not agree, `known` being the requests there are; O(n)."""
+        return queue_faults(self._places, self._line, self._parked, self._awaited, known)
 
     @property
     def parked(self) -> int:
@@ -179,6 +168,10 @@ class AgentQueue(RequestQueue):
                 self._take(place, keep_key=True)
                 self._awaited[request_id] = awaited
                 insort(self._parked, place.entry)
+                if place.entry[0].urgency <= Urgency.OVERDUE:
+                    # Its bound was up in line, or it had none there; in the park it has one.
+                    place.overdue = True
+                    place.patience.enter(request_id, self.step)
 
     def release(self, room: int | None, filling: Container[Hashable]) -> None:
         """Puts parked requests back.
@@ -222,6 +215,9 @@ class AgentQueue(RequestQueue):
         """A step has been scheduled; whether it could have had more tokens."""
         refused = self.tried is not None and self.tried in self
         self.blocked, self.tried = tokens_left and (refused or bool(self)), None
+        stale, self.stale = self.stale, ""
+        if stale in self._places and self._places[stale].key is not None and stale not in self._awaited:
+            self._rekey([stale])
 
     def has_waited(self, request_id: str) -> bool:
         """Whether a request has waited for room in the lane for so long that it must not wait any longer."""
@@ -236,8 +232,13 @@ class AgentQueue(RequestQueue):
         """Whether a request waits that is not a short resume prefill."""
         return self._line.has_cold()
 
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens, not yet computed, of all that wait for steps."""
+        return self._line.tokens
+
     def backlog(self) -> Backlog:
-        """The prompts that wait for steps; not those that wait for the prefill lane."""
+        """The prompts that wait for steps and that somebody waits for; not those that wait for the prefill lane."""
         return self._line.backlog(self._clock())
 
     def promote_overdue(self) -> int:

@@ -23,7 +23,7 @@ from vllm_agentserve.scheduler.admission import Admission
 from vllm_agentserve.scheduler.announcer import Announcer
 from vllm_agentserve.scheduler.integrity import Integrity
 from vllm_agentserve.scheduler.ledger import LaneLedger
-from vllm_agentserve.scheduler.planning import a_cold_prompt_goes_on, backlog_of, close_line, count_decodes, plan_step
+from vllm_agentserve.scheduler.planning import a_cold_prompt_goes_on, close_line, count_decodes, plan_step, tokens_left
 from vllm_agentserve.scheduler.preempter import Preempter
 from vllm_agentserve.scheduler.programs import ProgramTracker
 from vllm_agentserve.scheduler.queues import AgentQueue
@@ -93,7 +93,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
             if self._programs is not None and options.program_preempt_share > 0:
                 share = options.program_preempt_share
                 self._preempter = Preempter(share, self, self._queue, self._admission, self._programs, self._stats)
-        self._stats.backlog = lambda: backlog_of(self._prefills.values(), self._queue)
+        self._stats.tokens_left = lambda: tokens_left(self._prefills.values(), self._queue)
         self._to_lane: LaneLedger | None = None
         if self._lane is not None:
             self._to_lane = LaneLedger(self._lane, self._controller, self._stats, self._admission, self._programs)

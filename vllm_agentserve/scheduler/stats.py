@@ -7,7 +7,6 @@ from typing import Protocol
 from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.policy.programs import ProgramTable
-from vllm_agentserve.policy.target import Backlog
 from vllm_agentserve.scheduler.program_series import program_report
 
 COUNTERS = {
@@ -84,8 +83,8 @@ class StatsCollector:
         """Every counter since the start."""
         self._reported = dict(self.counts)
         self._last_chunk = 0
-        self.backlog: Callable[[], Backlog] = Backlog
-        """The prompts that are not computed yet; set by the scheduler."""
+        self.tokens_left: Callable[[], int] = int
+        """Prompt tokens still to be computed in steps; set by the scheduler."""
         self.lane: LaneGauges | None = None
         """Set where there are lanes."""
         self.programs: ProgramTable | None = None
@@ -132,7 +131,7 @@ class StatsCollector:
         self._reported = dict(counts)
         report["tpot_target_seconds"] = controller.target_ms / 1000
         report["step_target_seconds"] = controller.step_target_ms / 1000
-        report["waiting_prefill_tokens"] = self.backlog().tokens
+        report["waiting_prefill_tokens"] = self.tokens_left()
         report["tpot_seconds"] = controller.tpot.ewma / 1000
         report["tpot_p95_seconds"] = controller.tpot.quantile(0.95) / 1000
         report["resume_budget_tokens"] = controller.resume_tokens
