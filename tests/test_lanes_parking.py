@@ -115,7 +115,7 @@ def test_a_prompt_that_was_overdue_before_it_was_parked_goes_through_steps_too(a
 @both
 def test_room_in_the_lane_does_not_let_a_cold_prompt_for_steps_block_the_line(asynchronous: bool) -> None:
     """Two cold prompts too short for the lane, one of them being read; the lane has room all the time. Tool results go on."""
-    options = {"lane_min_tokens": 15_000, "tpot_slo_ms": 10, "first_chunk_tokens": 4096, "chunk_granularity_tokens": 1}
+    options = {"lane_min_tokens": 15_000, "tpot_slo_ms": 10, "first_chunk_tokens": 4096, "chunk_granularity_tokens": 16}
     scheduler, driver = started(asynchronous, options=options, num_blocks=20_000)
     controller = PinnedController(scheduler._controller.limits)
     controller.whole.model = PinnedModel()
