@@ -9,9 +9,11 @@ import pytest
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes import process
 from vllm_agentserve.lanes.cores import Cores
+from vllm_agentserve.lanes.process import ProcessLanes
 from vllm_agentserve.lanes.runner import LaneRunner, Setup
+from vllm_agentserve.lanes.worker import LaneWorker
 from vllm_agentserve.policy.jobs import Chunk, ChunkQueue, Job
-from vllm_agentserve.vllm_compat import cpu
+from vllm_agentserve.vllm_compat import LaneError, cpu
 
 
 @pytest.mark.parametrize(
@@ -110,3 +112,20 @@ def test_the_first_chunk_says_nothing_of_the_rate() -> None:
     runner.step()
     assert runner.board["tokens"] == 64.0
     assert runner.board["seconds"] > 0.0
+
+
+def test_a_worker_with_one_core_has_no_lane_and_mode_auto_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_agentserve.vllm_compat.cpu.worker_cores", lambda: [0])
+    for mode in ("auto", "lanes"):
+        lanes = ProcessLanes(AgentServeConfig(mode=mode), None, None)  # type: ignore[arg-type]
+        worker = LaneWorker(lanes._options, lanes.memory, lanes.start, lanes.restart)
+        if mode == "auto":
+            worker.start()
+            assert worker._lane is None
+        else:
+            with pytest.raises(LaneError, match="two lanes need two cores, and vLLM's worker has 1: see VLLM_CPU_OMP"):
+                worker.start()
+
+
+def test_a_range_of_cores_that_no_machine_has_takes_no_memory() -> None:
+    assert cpu.pinned_cores("0-9999999999") == list(range(4096))

@@ -280,3 +280,21 @@ def test_drain_ends_a_lane_that_does_not_answer(lanes: Callable[..., Any], monke
     assert worker.drain() == {"a", "b"}
     assert worker._lane is not lane
     assert worker.report() == LaneReport(down=True), "the scheduler hears of it"
+
+
+def test_a_lane_is_not_ended_for_time_in_which_everything_stood_still(
+    lanes: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container that is paused for ten minutes: at the first look afterwards the lane has had no chance to begin a chunk."""
+    lane = lanes("ready", "hold")
+    lane.wait_until_ready()
+    lane.submit(job("a"))
+    assert lane.poll() == []
+    real, skipped = time.monotonic, [600.0]
+    monkeypatch.setattr(process, "time", SimpleNamespace(monotonic=lambda: real() + skipped[0]))
+    lane.poll()
+    assert lane.alive()
+    for _ in range(int(process.CHUNK_TIMEOUT_S) + 1):
+        skipped[0] += 1.0
+        lane.poll()
+    assert not lane.alive(), "a minute that was watched counts"

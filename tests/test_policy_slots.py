@@ -76,3 +76,28 @@ def test_a_rate_does_not_drift_beyond_the_share_of_the_device() -> None:
     assert rate.tokens_per_s(4000.0) == pytest.approx(2000.0)
     assert rate.tokens_per_s(100.0) == 1000.0
     assert rate.tokens_per_s(None) == 1000.0
+
+
+def test_intervals_that_are_long_every_other_time_are_no_stalls() -> None:
+    """10 and 100 ms in turns: 55 ms on average is no slot for a target of 40."""
+    chooser = SlotChooser([4, 12])
+    assert settled(chooser, 5.0, 40.0) == 0
+    for number in range(60):
+        chooser.observe(100.0 if number % 2 else 10.0)
+        chooser.choose(40.0)
+    assert chooser.slot == 1
+
+
+def test_one_wrong_first_report_does_not_shut_the_lane_out_for_ever() -> None:
+    """A lane of 600 tokens/s beside steps of 300, first reported with 6; its share of the device says 250."""
+    rate, policy = LaneRate(0.25), LanePolicy(16, 2, compares=True)
+    rate.report(60, 10.0)
+    tried = 0
+    for _ in range(4000):
+        reason = policy.route(Prompt(4000, True, 300.0, rate.tokens_per_s(1000.0)), 2, 0)[1]
+        if reason is Reason.LOOSE_TARGET:
+            rate.passed_over()
+        else:
+            tried += 1
+            rate.report(6000, 10.0)
+    assert tried > 3000

@@ -47,15 +47,17 @@ class Child:
     def _run(self) -> None:
         how = "it could not be started"
         try:
-            process = subprocess.Popen(
-                self._command, pass_fds=self._descriptors, stdin=subprocess.DEVNULL, env=self._environment
-            )
+            try:
+                process = subprocess.Popen(
+                    self._command, pass_fds=self._descriptors, stdin=subprocess.DEVNULL, env=self._environment
+                )
+            finally:
+                self._on_start()
             with self._lock:
                 self._process, self._pid = process, process.pid
                 if self._killed:
                     process.kill()
             self._made.set()
-            self._on_start()
             # Without reaping it: until then nobody else gets its number, so a kill meets no stranger.
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
             with self._lock:
@@ -63,8 +65,6 @@ class Child:
                 how = f"its process ended with exit code {process.wait()}"
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             how = f"its process could not be started: {error}"
-            if not self._made.is_set():
-                self._on_start()
         finally:
             self.how = how
             self._made.set()

@@ -58,6 +58,8 @@ class LaneDispatch:
         self.starts: dict[str, int] = {}
         """By request on its way or under way: the first token whose KV the lane writes."""
         self._held: dict[str, Any] = {}
+        self.is_wanted: Callable[[str], bool] = lambda request_id: True
+        """Whether a request has not ended."""
         self.failed: set[str] = set()
         """Requests on which a lane failed: they go through steps, lest one of them ends every lane. Their owner forgets them."""
         self.filling: set[Any] = set()
@@ -173,7 +175,7 @@ class LaneDispatch:
             # A prefix may be in two jobs when its first block was in nobody's: rebuilt, for there are few jobs.
             self.filling = {one for hashes in self._in_flight.values() for one in hashes}
         if failed:
-            self.failed |= failed
+            self.failed |= {request_id for request_id in failed if self.is_wanted(request_id)}
             self.policy.failed()
             for _ in failed:
                 self.on_failure()

@@ -29,6 +29,8 @@ CHUNK_TIMEOUT_S = 60.0
 CHUNK_TIMEOUT_FACTOR = 20.0
 """A lane that has begun no chunk for so long while it has jobs hangs, and is ended: a minute, or so many times what a chunk
 took in warm-up if that is longer, since a chunk at the end of a long context takes longer than one at its beginning."""
+MOST_UNWATCHED_S = 1.0
+"""Most that the time between two looks at the lane counts."""
 RUNNER = (sys.executable, "-m", "vllm_agentserve.lanes.runner")
 
 
@@ -57,7 +59,10 @@ class ProcessLane:
         self._ready = False
         self._said_slots = False
         self._reported = 0.0, 0.0
-        self._submitted = self._started = time.monotonic()
+        self._looked = time.monotonic()
+        self._silent_s = 0.0
+        """How long it has been silent while it was watched, see `_watch`."""
+        self._heard = 0.0
         self._chunk_s = 0.0
         """What a chunk took in warm-up."""
         self._why: str | None = None
@@ -129,7 +134,7 @@ class ProcessLane:
 
     def submit(self, job: Job) -> None:
         if not self._in_flight:
-            self._submitted = time.monotonic()
+            self._silent_s = 0.0
         self._in_flight.add(job.request_id)
         self._channel.send(("job", job))
 
@@ -156,7 +161,7 @@ class ProcessLane:
         try:
             for kind, value, more in self._channel.receive(0.0 if gone else patience_s):
                 if kind == "ready":
-                    self._ready, self._chunk_s = True, more
+                    self._ready, self._chunk_s, self._silent_s = True, more, 0.0
                 elif kind == "failed":
                     # It ends, and its jobs with it, when nothing writes their blocks any more.
                     self._errors[value] = more
@@ -178,15 +183,21 @@ class ProcessLane:
         return f"{self._why or 'it died'}; {self._child.how}"
 
     def _watch(self) -> None:
-        now = time.monotonic()
+        """Ends a lane that is silent for too long. Time in which nobody looked counts for a second at most: when the whole engine
+        stood still, the lane may have stood still with it."""
+        now, beat = time.monotonic(), self._board["beat"]
+        looked, self._looked = self._looked, now
         if not self.alive():
             return
+        self._silent_s += min(now - looked, MOST_UNWATCHED_S)
         if not self._ready:
-            if now - self._started > self._start_timeout_s:
+            if self._silent_s > self._start_timeout_s:
                 self.end(f"it was not ready within {self._start_timeout_s:g} s, see 'lane_start_timeout_s'")
             return
+        if beat != self._heard or not self.busy:
+            self._heard, self._silent_s = beat, 0.0
         limit = max(CHUNK_TIMEOUT_S, CHUNK_TIMEOUT_FACTOR * self._chunk_s)
-        if self.busy and now - max(self._board["beat"], self._submitted) > limit:
+        if self._silent_s > limit:
             self.end(f"it has begun no chunk for {limit:.0f} s")
 
     def end(self, why: str) -> None:
@@ -241,6 +252,11 @@ class ProcessLanes:
 
     def _lane(self, alone: bool) -> ProcessLane:
         every = cpu.worker_cores()
+        if len(every) < 2:
+            raise LaneError(
+                f"two lanes need two cores, and vLLM's worker has {len(every)}: see VLLM_CPU_OMP_THREADS_BIND, or serve in mode "
+                "'time-sliced'"
+            )
         memory = self.memory.memory
         if memory is None:
             raise LaneError("vLLM has not allocated its KV cache in the memory that the lane shares")

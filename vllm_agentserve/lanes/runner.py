@@ -63,8 +63,10 @@ class LaneRunner:
         self._worker = SecondWorker(setup.vllm_config, setup.kv_cache_config, memory.allocation())
 
     def warm_up(self) -> float:
-        """Compiles the model; returns how many seconds the longest chunk of the smallest slot takes then."""
-        return self._worker.warm_up(min(self.setup.chunk_tokens, self.setup.most_tokens))
+        """Compiles the model; returns how many seconds the longest chunk of the smallest slot takes then, on its cores."""
+        smallest = min(self.setup.slot_cores, key=len)
+        tokens = min(self.setup.chunk_tokens, self.setup.most_tokens)
+        return self._worker.warm_up(tokens, lambda: self.cores.take(smallest))
 
     def step(self) -> str | None:
         """Computes one chunk; returns the id of a job that is through. Raises `ChunkError`."""

@@ -61,6 +61,8 @@ class LaneWorker:
         self._retired: PrefillLane | None = None
         """A lane that is gone, and is closed with the engine only: it shares the device with the steps."""
         self._fence: StepFence[Job] = StepFence()
+        self._sent: set[str] = set()
+        """The requests whose jobs came with the step that has just run."""
         self._refused: list[Outcome] = []
         """Jobs that no lane took, until their outcome is told."""
 
@@ -90,8 +92,9 @@ class LaneWorker:
 
     def launched(self) -> None:
         """The worker's step has run, or is launched where the device works on its own; only now the lane hears of its jobs."""
-        lane = self._lane
-        for job in self._fence.step_has_run():
+        lane, jobs = self._lane, self._fence.step_has_run()
+        self._sent = {job.request_id for job in jobs}
+        for job in jobs:
             if lane is not None and lane.ready:
                 lane.submit(job)
             else:
@@ -100,11 +103,12 @@ class LaneWorker:
             lane.launch()
 
     def after_step(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        """The jobs that ended; `finished_req_ids` are requests nobody wants any more."""
+        """The jobs that ended; `finished_req_ids` are requests nobody wants any more. They ended before the step was scheduled: a
+        job of this step with such an id is that of another request, which came later under the same id."""
         lane = self._lane
         outcomes: list[Outcome] = []
         if lane is not None:
-            for request_id in finished_req_ids:
+            for request_id in finished_req_ids - self._sent:
                 lane.cancel(request_id)
             waits = lane.busy and not self._computes and not self._refused
             if lane.busy or not lane.ready:

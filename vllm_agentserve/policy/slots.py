@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from vllm_agentserve.policy.preemption import FIRST, Rank
 
@@ -51,7 +52,8 @@ class SlotChooser:
     too small again, up to `RETRIES` times as many."""
     RETRIES = 64
     OUTLIER = 5.0
-    """An interval so many times the average is a stall, which says nothing of the slot, unless the next one is as long."""
+    """An interval so many times the average is a stall, which says nothing of the slot, unless the next one is as long, or the
+    last one was fewer than `SETTLE` intervals ago."""
 
     def __init__(self, decode_units: Sequence[int]) -> None:
         self._units = list(decode_units)
@@ -59,6 +61,7 @@ class SlotChooser:
         self._average_ms = 0.0
         self._stay = self.SETTLE
         self._stalled = False
+        self._since_stall = self.SETTLE
         self._retry = dict.fromkeys(range(len(self._units)), self.RETRY)
         """By slot: how long the next larger one is kept after this one was too small."""
         self.slot = len(self._units) - 1
@@ -66,7 +69,9 @@ class SlotChooser:
     def observe(self, interval_ms: float) -> None:
         """Takes in the time between two tokens of a stream, beside a working lane on the present slot."""
         stalled, self._stalled = self._stalled, 0.0 < self.OUTLIER * self._average_ms < interval_ms
-        if self._stalled and not stalled:
+        self._since_stall += 1
+        if self._stalled and not stalled and self._since_stall > self.SETTLE:
+            self._since_stall = 0
             return
         if self._seen == 1 and self.OUTLIER * interval_ms < self._average_ms:
             self._seen = 0  # the first one was a stall
@@ -109,6 +114,9 @@ class LaneRate:
     """Of the way from what was measured to the share of the device, for every prompt that did not go to the lane because of it. A
     wrong measurement would otherwise never be corrected, since only prompts that go there measure."""
 
+    TRY = 256
+    """After so many such prompts the next one goes to the lane whatever is known: the share may be wrong too."""
+
     def __init__(self, prefill_share: float) -> None:
         self.prefill_share = prefill_share
         self._measured: float | None = None
@@ -137,6 +145,8 @@ class LaneRate:
         share = None if whole_device is None else self.prefill_share * whole_device
         if self._measured is None or share is None:
             return share if self._measured is None else self._measured
+        if self._passed and self._passed % self.TRY == 0:
+            return inf
         drifted = 1.0 - (1.0 - self.DRIFT) ** self._passed
         return self._measured + drifted * max(share - self._measured, 0.0)
 

@@ -43,6 +43,7 @@ class LaneLedger:
         lane.on_failure = self.failed
         lane.rank_of = admission.rank
         lane.has_waited = admission.has_waited
+        lane.is_wanted = self._phases.__contains__
         stats.lane = lane
 
     def __len__(self) -> int:

@@ -55,15 +55,17 @@ class SecondWorker:
         self._block_sizes = [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups]
         self._finished: set[str] = set()
 
-    def warm_up(self, tokens: int) -> float:
+    def warm_up(self, tokens: int, before_second: Callable[[], None]) -> float:
         """Computes a chunk of so many tokens twice, into the block that vLLM keeps for nobody: the first compiles the model,
-        unless vLLM runs eagerly. Returns how many seconds the second took."""
+        unless vLLM runs eagerly. Returns how many seconds the second took, and calls `before_second` in between."""
         from vllm.v1.worker.cpu_model_runner import _set_global_compilation_settings
 
         blocks = tuple([0] * -(-(tokens + 1) // size) for size in self._block_sizes)
         took = 0.0
         with _set_global_compilation_settings(self._config):
             for number in range(2):
+                if number:
+                    before_second()
                 job = Job(f"{WARM_UP}-{number}", [0] * (tokens + 1), blocks, 0)
                 began = time.monotonic()
                 self.compute(Chunk(job, 0, tokens, True, True))
@@ -131,6 +133,10 @@ def worker_cores() -> list[int]:
     return pinned_cores(os.environ.get("GOMP_CPU_AFFINITY", "")) or sorted(os.sched_getaffinity(0))
 
 
+MOST_CORES = 4096
+"""More than any machine has."""
+
+
 def pinned_cores(affinity: str) -> list[int]:
     """The cores of `GOMP_CPU_AFFINITY`: numbers, ranges like `0-15`, and ranges with a stride like `0-15:2`, between spaces or
     commas. Empty when it is anything else, as libgomp ignores it then."""
@@ -142,7 +148,7 @@ def pinned_cores(affinity: str) -> list[int]:
         first, last, stride = int(found[1]), int(found[2] or found[1]), int(found[3] or 1)
         if last < first:
             return []
-        cores += range(first, last + 1, stride)
+        cores += range(first, min(last, MOST_CORES - 1) + 1, stride)
     return list(dict.fromkeys(cores))
 
 
