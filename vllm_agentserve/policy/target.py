@@ -38,9 +38,9 @@ class TargetTrade:
     streams wait half as long. T follows from the moment alone and has no memory, so that it cannot oscillate by itself.
     """
 
-    weight: float = 10.0
+    weight: float = 5.0
     """What a ms of waiting for a prompt counts against a ms between two tokens."""
-    stock_share: float = 0.35
+    stock_share: float = 0.45
     """The limit, as a share of the duration of a step with as many prompt tokens as the engine takes."""
 
     stretch: float = 0.5
