@@ -108,9 +108,9 @@ def test_without_one_a_backlog_gets_longer_steps_and_resume_prefills_their_share
     alone = made.plan(16, 1000, 2048, resumes=True, colds=True, backlog=Backlog(1, 500))
     many = made.plan(3, 1000, 2048, resumes=True, colds=True, backlog=MANY)
     assert alone.target_ms == pytest.approx(45.0)
-    assert many.target_ms == pytest.approx(0.45 * (9.0 + 0.2 * 2048))
+    assert many.target_ms == pytest.approx(0.55 * (9.0 + 0.2 * 2048))
     assert many.prefill_ms == pytest.approx(many.target_ms - 9.0)
-    assert many.resume_tokens == 1024, "256 x 188 / 45, and at most resume_budget_max_tokens"
+    assert many.resume_tokens == 1024, "256 x 230 / 45, and at most resume_budget_max_tokens"
     some = made.plan(10, 1000, 2048, resumes=True, colds=True, backlog=Backlog(2, 1000))
     assert 45.0 < some.target_ms < 150.0
     assert some.resume_tokens == int(256 * some.target_ms / 45.0)
@@ -120,10 +120,10 @@ def test_without_one_a_backlog_gets_longer_steps_and_resume_prefills_their_share
 
 
 def test_a_step_is_longer_where_that_ends_a_prompt() -> None:
-    """45 ms, less 9 for the decodes: 180 tokens. 270 take 63 ms, within one and a half targets; 320 take 73."""
+    """45 ms, less 9 for the decodes: 180 tokens. 270 take 63 ms, within one and a half targets; 320 take 73, and are cut in two."""
     backlog = Backlog(1, 300)
     made = controller(chunk_granularity_tokens=1)
-    for wanted, granted in ((180, 180), (270, 270), (320, 176)):
+    for wanted, granted in ((180, 180), (270, 270), (320, 160)):
         step = made.plan(16, 1000, 2048, colds=True, backlog=backlog)
         assert step.stretch_ms == pytest.approx(22.5)
         assert step.finishes(wanted, 0) is (wanted == granted)
@@ -132,6 +132,22 @@ def test_a_step_is_longer_where_that_ends_a_prompt() -> None:
     asked = controller(tpot_slo_ms=45.0).plan(16, 1000, 2048, colds=True, backlog=backlog)
     assert asked.stretch_ms == 0.0
     assert asked.grant(Phase.COLD_PREFILL, 270, 0) < 200
+
+
+def test_a_prompt_of_a_few_steps_is_cut_into_equal_chunks() -> None:
+    """Steps of 180 tokens: 500 are three chunks of 167 and not 180, 180 and 140, each in one of the sizes of steps; 2000 are more
+    than four, and cut as they come. With a target that was given nothing changes."""
+    backlog = Backlog(1, 500)
+    for wanted, first in ((320, 160), (500, 176), (2000, 176)):
+        step = controller(chunk_granularity_tokens=1).plan(16, 1000, 2048, colds=True, backlog=backlog)
+        assert step.grant(Phase.COLD_PREFILL, wanted, 0) == first
+    made, left, chunks = controller(chunk_granularity_tokens=8), 410, []
+    while left:
+        chunks.append(made.plan(16, 1000, 2048, colds=True, backlog=backlog).grant(Phase.COLD_PREFILL, left, 0))
+        left -= chunks[-1]
+    assert chunks == [144, 266]
+    asked = controller(tpot_slo_ms=45.0, chunk_granularity_tokens=1).plan(16, 1000, 2048, colds=True, backlog=backlog)
+    assert asked.grant(Phase.COLD_PREFILL, 320, 0) == 176
 
 
 def test_no_step_is_stretched_beyond_the_limit() -> None:

@@ -41,7 +41,7 @@ class AgentServeConfig:
         "ms",
         "Target for the time between two tokens of a stream while others prefill; it holds whoever waits. Not set: `tpot_factor` "
         "times the median decode step this engine has seen without prefill beside it, and more while many prompts wait beside "
-        "few streams, up to 0.45 of the step that stock vLLM would run.",
+        "few streams, up to 0.55 of the step that stock vLLM would run.",
         low=1.0,
         high=60_000.0,
     )

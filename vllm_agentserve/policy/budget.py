@@ -88,7 +88,11 @@ class StepBudget:
         target_ms: the time between two tokens of a stream that the step is planned for.
         stretch_ms: time beyond that for a prompt that then ends, instead of taking one more step for the little that is left.
         stretched_target_ms: what a step that takes it is planned for.
+        even: whether a prompt that takes a few steps is cut into equal chunks: as many steps, and the longest is shorter.
     """
+
+    PARTS = 4
+    """Prompts of more parts are not cut evenly: their last chunk matters little."""
 
     def __init__(
         self,
@@ -104,6 +108,7 @@ class StepBudget:
         target_ms: float = UNLIMITED,
         stretch_ms: float = 0.0,
         stretched_target_ms: float = UNLIMITED,
+        even: bool = False,
     ) -> None:
         self.model = model
         self.prefill_ms = prefill_ms
@@ -117,6 +122,7 @@ class StepBudget:
         self.target_ms = target_ms
         self.stretch_ms = stretch_ms
         self.stretched_target_ms = stretched_target_ms
+        self.even = even
         self.rounded = 0
         """Tokens that the last chunk was allowed and lost again to give the step one of few sizes."""
         self.granted: list[tuple[Phase, int, int]] = []
@@ -142,6 +148,12 @@ class StepBudget:
         allowed = tokens
         if tokens < wanted and self.prefill_ms != UNLIMITED:
             tokens = self._round_down(tokens)
+            if (
+                self.even
+                and phase is Phase.COLD_PREFILL
+                and tokens == self._round_down(self._time_for(context, self.reserved_tokens))
+            ):
+                allowed = tokens = self._equal_part(wanted, tokens)
         if self._floor_left[phase]:
             tokens = max(tokens, min(wanted, self.floor_tokens))
         self.rounded = max(allowed - tokens, 0)
@@ -178,6 +190,17 @@ class StepBudget:
         while quantum // 2 >= self.granularity and total % quantum > tokens // 4:
             quantum //= 2
         return max(total - total % quantum - self.other_tokens, 0)
+
+    def _equal_part(self, wanted: int, most: int) -> int:
+        """The chunk of a prompt that is cut into as few parts as `most` tokens allow, all as long as each other, in one of the
+        sizes of steps."""
+        parts = -(-wanted // max(most, 1))
+        if parts > self.PARTS:
+            return most
+        total = self.other_tokens - (-wanted // parts)
+        return min(
+            total + -total % max(self.granularity, 1 << max(total.bit_length() - 4, 0)) - self.other_tokens, most
+        )
 
     def charge(self, phase: Phase, tokens: int, context: int) -> None:
         """Takes in a chunk that runs whatever the budget says."""

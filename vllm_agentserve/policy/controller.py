@@ -287,4 +287,5 @@ class BudgetController:
             target_ms,
             stretch_ms / self._depth,
             target_ms + stretch_ms,
+            even=limits.tpot_slo_ms is None,
         )

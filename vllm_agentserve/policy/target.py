@@ -40,7 +40,7 @@ class TargetTrade:
 
     weight: float = 5.0
     """What a ms of waiting for a prompt counts against a ms between two tokens."""
-    stock_share: float = 0.45
+    stock_share: float = 0.55
     """The limit, as a share of the duration of a step with as many prompt tokens as the engine takes."""
 
     stretch: float = 0.5
