@@ -120,7 +120,7 @@ def test_without_one_a_backlog_gets_longer_steps_and_resume_prefills_their_share
 
 
 def test_a_step_is_longer_where_that_ends_a_prompt() -> None:
-    """45 ms, less 9 for the decodes: 180 tokens. 270 take 63 ms, within one and a half targets; 320 take 73, and are cut in two."""
+    """45 ms, less 9 for the decodes: 180 tokens. 270 take 63 ms, within one and a half targets; 320 take 73: two chunks."""
     backlog = Backlog(1, 300)
     made = controller(chunk_granularity_tokens=1)
     for wanted, granted in ((180, 180), (270, 270), (320, 160)):

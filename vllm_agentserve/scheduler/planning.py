@@ -35,13 +35,10 @@ def tokens_left(prefills: "Collection[Prefill]", queue: "AgentQueue | None") -> 
     return sum(prefill.left for prefill in prefills) + (queue.tokens if queue is not None else 0)
 
 
-def backlog_of(prefills: "Collection[Prefill]", queue: "AgentQueue | None", places: int) -> Backlog:
-    """The prompts for which a longer step is worth something: those that are being read, and of those that somebody waits for as
-    many as there are `places` for."""
-    waiting = queue.backlog() if queue is not None and places > 0 else NOTHING
-    if places < waiting.prompts:
-        tokens = waiting.tokens * places // waiting.prompts
-        waiting = Backlog(places, tokens, waiting.waited_ms)
+def backlog_of(prefills: "Collection[Prefill]", queue: "AgentQueue | None") -> Backlog:
+    """The prompts for which a longer step is worth something: those that are being read and those that somebody waits for. Those
+    that wait for a place or for KV blocks too: these come free the sooner the less time is lost between chunks."""
+    waiting = queue.backlog() if queue is not None else NOTHING
     left = sum(prefill.left for prefill in prefills)
     return Backlog(waiting.prompts + len(prefills), waiting.tokens + left, waiting.waited_ms)
 
@@ -88,7 +85,7 @@ def plan_step(
         waiting_resume_tokens=waiting_resumes,
         admits=waits and not prefills,
         beside_lane=beside_lane,
-        backlog=backlog_of(prefills, queue, max(places, 0)),
+        backlog=backlog_of(prefills, queue),
     )
 
 
