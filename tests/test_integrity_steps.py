@@ -105,6 +105,10 @@ def miscount_colds(scheduler: Any) -> None:
     scheduler._queue._line.resumes.append(scheduler._queue._order[-1])
 
 
+def miscount_prompts(scheduler: Any) -> None:
+    scheduler._queue._line._waited_for += 1
+
+
 def miscount_tokens(scheduler: Any) -> None:
     scheduler._queue._line._tokens += 1
 
@@ -133,6 +137,7 @@ def keep_a_call(scheduler: Any) -> None:
         (lose_a_place, "they cannot be read (KeyError('c'))"),
         (await_nothing, "not the same requests are parked and wait for something"),
         (miscount_colds, "the line of resume prefills is not that of the queue"),
+        (miscount_prompts, "prompts that somebody waits for, and has"),
         (miscount_tokens, "the queue counts 101 tokens that wait, and has 100"),
         (keep_a_call, "the call 'ghost' of a program is gone"),
     ],

@@ -216,9 +216,10 @@ class BudgetController:
         self, sequences: int, context: int, max_tokens: int, backlog: Backlog, regime: Regime
     ) -> tuple[float, float]:
         """The target of a step with these decodes for which these prompts wait, and how much longer it may take to end one."""
-        model = regime.model
-        rate = self.device_rate(max(backlog.tokens // max(backlog.prompts, 1), 1), 0)
-        if self.limits.tpot_slo_ms is not None or not sequences or not backlog.prompts or rate is None:
+        if self.limits.tpot_slo_ms is not None or not sequences or not backlog.prompts:
+            return self._target_ms, 0.0
+        model, rate = regime.model, self.device_rate(max(backlog.tokens // backlog.prompts, 1), 0)
+        if rate is None:
             return self._target_ms, 0.0
         alone_ms = model.decode_ms(sequences, context) * self._depth
         stock_ms = model.step_ms(sequences, context, [(max_tokens, 0)]) * self._depth

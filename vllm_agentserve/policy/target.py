@@ -27,15 +27,15 @@ class TargetTrade:
     """The target between a floor and a limit, by who waits.
 
     A step of T ms beside decodes of d ms gives prefill T - d. Reading everything that waits takes R ms of the whole device, and
-    so R d / (T - d) ms more than that; every one of m prompts waits so much longer, and longer still the longer it has waited.
-    Each of n streams sees T - d ms more between two tokens. The sum of both, m (R + waited) d / (T - d) + n (T - d) / w, is
-    smallest at
+    so R d / (T - d) ms more than that; every one of m prompts waits so much longer, and counts more the longer it has waited, w.
+    Each of n streams sees T - d ms more between two tokens. The sum of both, k m (R + w) d / (T - d) + n (T - d), with the
+    weight k, is smallest at
 
-        T = d + sqrt(w m (R + waited) d / n)
+        T = d + sqrt(k m (R + w) d / n)
 
-    So one prompt beside many streams gets the floor, many prompts beside few streams get the limit. The limit is a share of the
-    step that stock vLLM would run: half as long reads a prompt nearly as fast, since decodes are short beside either, and
-    streams wait half as long. T follows from the moment alone and has no memory, so that it cannot oscillate by itself.
+    So one prompt beside many streams gets the floor, many prompts beside few streams get the limit, a share of the step that
+    stock vLLM would run: a shorter one costs prompts more, a longer one streams. T follows from the moment alone and has no
+    memory, so that it cannot oscillate by itself.
     """
 
     weight: float = 5.0

@@ -109,6 +109,11 @@ class Line:
         tokens = sum(key.tokens for key, _, _ in self.entries)
         if self._tokens != tokens:
             found.append(f"the queue counts {self._tokens} tokens that wait, and has {tokens}")
+        waited_for = [key.tokens for key, _, _ in self.entries if not key.batch]
+        if (self._waited_for, self._waited_tokens) != (len(waited_for), sum(waited_for)):
+            found.append(
+                f"the queue counts {self._waited_for} prompts that somebody waits for, and has {len(waited_for)}"
+            )
         return found
 
 
