@@ -41,7 +41,7 @@ def test_the_default_budget_has_room_for_every_part() -> None:
 
 def probed(**changes: Any) -> dict[str, Any]:
     seen = {"decode": [0, 1], "prefill": [2, 3, 4], "graph": [0, 1]}
-    arms = [{"arm": "alone", "p50_ms": 0.2, "p99_ms": 0.25, "max_ms": 0.3}]
+    arms = [{"arm": "alone", "p50_ms": 0.2, "p99_ms": 0.25, "max_ms": 0.3, "n": 200, "storm_per_s": 0.0}]
     found = {"driver": 13000, "units": 5, "splits": [{"asked": 2, "got": 2, "rest": 3}, {"asked": 9, "error": "NO"}]}
     return found | {"slots": [{"decode": 2, "prefill": 3}], "seen": [seen | changes], "seen_primary": [0], "arms": arms}
 
@@ -70,6 +70,7 @@ def test_the_probe_has_a_page() -> None:
         "| 9 | NO |",
         "| 2+3 | 2 | 3 | 0 | 2 |",
         "| alone | 0.200 |",
+        "| 0.300 | 200 | 0 |",
     ):
         assert words in text
     assert "Triton is not installed" in "\n".join(probe.page_of(probed() | {"seen": None}))

@@ -31,10 +31,11 @@ PARTS = {
     for part in (
         Part("Environment", environment.run, Span("environment", 5, 40)),
         Part("Green contexts", probe.run, Span("green", 20, 75)),
-        Part("Tokens equal stock vLLM's", equality.run, Span("equality", 50, 170)),
+        Part("Tokens equal stock vLLM's, as users run it", equality.run_bfloat16, Span("equality", 80, 170)),
         Part("Agents, A/B", contest.run, Span("agents", 80, 600)),
-        Part("Throughput against share of the device", shares.run, Span("shares", 25, 60)),
         Part("Faults", faults.run, Span("faults", 30, 90)),
+        Part("Tokens equal stock vLLM's, float32", equality.run_float32, Span("equality-float32", 50, 170)),
+        Part("Throughput against share of the device", shares.run, Span("shares", 25, 60)),
     )
 }
 """All parts, in the order in which they run."""

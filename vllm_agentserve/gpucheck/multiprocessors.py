@@ -5,6 +5,7 @@ The ladder under test is the one the lanes use, `lanes.green.GreenLadder`.
 
 import importlib
 import importlib.util
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -134,6 +135,7 @@ class Storm:
         self.stream = stream
         self.one, self.other = product_input(STORM, STORM), product_input(STORM, STORM)
         self.result = torch.empty_like(self.one)
+        self.launched = 0
         self._under_way: list[Any] = []
 
     def keep_going(self) -> None:
@@ -145,6 +147,7 @@ class Storm:
                 event = torch.cuda.Event()
                 event.record()
             self._under_way.append(event)
+            self.launched += 1
 
 
 def product_input(rows: int, columns: int) -> Any:
@@ -152,9 +155,20 @@ def product_input(rows: int, columns: int) -> Any:
 
 
 def arm(name: str, decode: Any, storm: Any) -> dict[str, Any]:
-    """The decode-like chain on stream `decode` beside a storm on stream `storm`, None for alone; times in ms."""
-    times = Decode(decode).times_ms(Storm(storm).keep_going if storm is not None else lambda: None)
-    return {"arm": name, "p50_ms": times[len(times) // 2], "p99_ms": times[len(times) * 99 // 100], "max_ms": times[-1]}
+    """The decode-like chain on stream `decode` beside a storm on stream `storm`, None for alone; times in ms, products of the
+    storm per second of it."""
+    beside = Storm(storm) if storm is not None else None
+    began = time.perf_counter()
+    times = Decode(decode).times_ms(beside.keep_going if beside is not None else lambda: None)
+    seconds = time.perf_counter() - began
+    return {
+        "arm": name,
+        "n": len(times),
+        "p50_ms": times[len(times) // 2],
+        "p99_ms": times[len(times) * 99 // 100],
+        "max_ms": times[-1],
+        "storm_per_s": beside.launched / seconds if beside is not None else 0.0,
+    }
 
 
 def probe(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,13 +197,24 @@ def probe(options: Mapping[str, Any]) -> dict[str, Any]:
         found["seen_primary"] = sorted(seen_on(torch.cuda.Stream()))
         print("multiprocessors seen", flush=True)
     one, other = torch.cuda.Stream(), torch.cuda.Stream()
-    arms = [arm("plain streams, alone", one, None), arm("plain streams, storm beside", one, other)]
+    _, least, greatest = driver.cuCtxGetStreamPriorityRange()
+    first, last = torch.cuda.Stream(priority=int(greatest)), torch.cuda.Stream(priority=int(least))
+    arms = [
+        arm("plain streams, alone", one, None),
+        arm("plain streams, storm beside", one, other),
+        # What costs nothing: no green contexts, only priorities. The lanes have to be better than this.
+        arm("plain streams, decode of high priority, storm of low", first, last),
+    ]
+    print(arms, flush=True)
     for slot, streams in zip(ladder.slots, ladder.streams, strict=True):
         name = f"green {slot.decode}+{slot.prefill}"
         arms.append(arm(f"{name}, alone", streams.decode, None))
         arms.append(arm(f"{name}, storm on the prefill lane", streams.decode, streams.prefill))
+        # CUDA promises less of a split's remainder than of its group: does it matter which of them decodes?
+        arms.append(arm(f"{name} swapped, alone", streams.prefill, None))
+        arms.append(arm(f"{name} swapped, storm on the other", streams.prefill, streams.decode))
         arms.append(arm(f"{name}, storm on the primary context", streams.decode, other))
-        print(arms[-3:], flush=True)
+        print(arms[-5:], flush=True)
     return found | {"arms": arms}
 
 

@@ -48,9 +48,12 @@ def page_of(found: Mapping[str, Any]) -> list[str]:
             counts = f"{len(seen['decode'])} | {len(seen['prefill'])} | {both} | {len(seen['graph'])}"
             lines.append(f"| {slot['decode']}+{slot['prefill']} | {counts} |")
         lines += ["", f"An ordinary stream was seen on {len(found['seen_primary'])}."]
-    lines += ["", "| decode-like chain | p50 (ms) | p99 (ms) | max (ms) |", "|---|---:|---:|---:|"]
+    lines += ["", "| decode-like chain | p50 (ms) | p99 (ms) | max (ms) | n | products of the storm per second |"]
+    lines += ["|---|---:|---:|---:|---:|---:|"]
     lines += [
-        f"| {one['arm']} | {one['p50_ms']:.3f} | {one['p99_ms']:.3f} | {one['max_ms']:.3f} |" for one in found["arms"]
+        f"| {one['arm']} | {one['p50_ms']:.3f} | {one['p99_ms']:.3f} | {one['max_ms']:.3f} | {one['n']} | "
+        f"{one['storm_per_s']:.4g} |"
+        for one in found["arms"]
     ]
     return lines
 
