@@ -34,7 +34,9 @@ SHOWN = (
     "slow_steps",
 )
 """Counters in the summary; all of them are in the raw data."""
-HEADLINE = "gaps beside a prompt above twice stock's quiet step"
+HEADLINE = "all gaps above twice stock's quiet step"
+"""All arms generate the same tokens, so they have the same number of gaps. An arm that prefills for longer has more of them beside
+a prompt."""
 
 
 @dataclass

@@ -32,9 +32,15 @@ class Gaps:
         """Median of the quiet gaps; NaN without any."""
         return quantile(self.quiet, 0.5)
 
-    def long(self, step_ms: float) -> int:
-        """How many gaps beside a prompt take more than `LONG` times `step_ms`."""
-        return int((self.beside > LONG * step_ms).sum())
+    @property
+    def all(self) -> Values:
+        return np.concatenate([self.quiet, self.beside])
+
+
+def count(values: Values, step_ms: float) -> dict[str, Any]:
+    """How many take more than `LONG` times `step_ms`, and of how many; None where there are none, or no such step is known."""
+    known = math.isfinite(step_ms) and len(values) > 0
+    return {"n": len(values), "count": int((values > LONG * step_ms).sum()) if known else None}
 
 
 def gaps_of(rounds: Sequence[Sequence[Record]]) -> Gaps:
@@ -67,13 +73,10 @@ def figures(gaps: Gaps, stock: Gaps | None) -> dict[str, dict[str, Any]]:
     }
     for name, q in {"p50": 0.5, "p95": 0.95, "p99": 0.99, "longest": 1.0}.items():
         rows[f"gap beside a prompt, {name}"] = quantile_of(gaps.beside, q)
-    steps = {"its own": gaps.quiet_step, "stock's": stock.quiet_step if stock is not None else float("nan")}
-    for whose, step in steps.items():
-        known = math.isfinite(step) and len(gaps.beside) > 0
-        rows[f"gaps beside a prompt above twice {whose} quiet step"] = {
-            "n": len(gaps.beside),
-            "count": gaps.long(step) if known else None,
-        }
+    theirs = stock.quiet_step if stock is not None else math.nan
+    rows["gaps beside a prompt above twice its own quiet step"] = count(gaps.beside, gaps.quiet_step)
+    rows["gaps beside a prompt above twice stock's quiet step"] = count(gaps.beside, theirs)
+    rows["all gaps above twice stock's quiet step"] = count(gaps.all, theirs)
     return rows
 
 

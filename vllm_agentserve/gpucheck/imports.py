@@ -26,6 +26,7 @@ STEPS = {
         Step("torch", "install the torch that this vLLM was built for, with its NVIDIA libraries"),
         Step("vllm", "install vLLM with all its requirements: the error names the one that is missing"),
         Step("vllm._C_stable_libtorch", "install a vLLM built for CUDA, with the torch it was built for"),
+        Step("vllm.vllm_flash_attn", "install a vLLM built for CUDA, with its FlashAttention extensions"),
         Step("cuda.bindings.driver", "install cuda-bindings, with the packages cuda-pathfinder and typing-extensions"),
         Step("triton", "install the triton that torch asks for"),
         Step("vllm_agentserve.vllm_compat.cuda_worker", OURS),
