@@ -14,6 +14,24 @@ from vllm_agentserve.gpucheck.summary import Done
 LATE = Ended(None, "x: not done after 9 s\n", 9.0, out_of_time=True)
 HUNG = Ended(None, "x: not done after 9 s\n", 9.0, hung=True)
 DIED = Ended(None, "x: exit code 1\n", 1.0)
+RECORD = {
+    "arm": "stock",
+    "round": 0,
+    "part": "measured",
+    "session": "a",
+    "agent": "a",
+    "kind": "agent",
+    "phase": "cold",
+    "turn": 0,
+    "prompt": "",
+    "prompt_tokens": 9,
+    "wanted_tokens": 3,
+    "sent_us": 0,
+    "ended_us": 3000,
+    "stamps_us": [1000, 2000, 3000],
+}
+RESULT: dict[str, object] = {"records": [RECORD], "seconds": 1.0, "counters": {"lane_requests": 1}, "start_s": 2.0}
+RESULT |= {"lane": None, "memory": None}
 
 
 def test_the_clock_of_the_part_and_the_childs_own_limit_are_told_apart(
@@ -60,27 +78,29 @@ def test_parts_pass_on_why_a_child_ended(tmp_path: Path, ended: Ended, status: S
 def test_an_arm_hangs_only_where_stock_came_to_its_end(
     tmp_path: Path, stock: bool, ended: dict[str, Ended], status: Status
 ) -> None:
-    record = {
-        "arm": "stock",
-        "round": 0,
-        "part": "measured",
-        "session": "a",
-        "agent": "a",
-        "kind": "agent",
-        "phase": "cold",
-        "turn": 0,
-        "prompt": "",
-        "prompt_tokens": 9,
-        "wanted_tokens": 3,
-        "sent_us": 0,
-        "ended_us": 3000,
-        "stamps_us": [1000, 2000, 3000],
-    }
     arm = contest.Arm()
-    result = {"records": [record], "seconds": 1.0, "counters": {}, "start_s": 2.0, "lane": None, "memory": None}
-    arm.add(0, result)
+    arm.add(0, RESULT)
     arms = {"stock": arm} if stock else {}
     assert contest.finding(here(tmp_path), arms, ended).status == status
+
+
+def test_an_arm_without_time_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake engine takes 60 of 100 seconds, so the second arm has too little, and its rest goes to later parts."""
+    where = here(tmp_path)
+    where.small, now = False, [0.0]
+    monkeypatch.setattr(Place, "left_s", lambda self: 100.0 - now[0])
+
+    def replay(place: Place, name: str, number: int, limit_s: float) -> Ended:
+        now[0] += 60.0
+        return Ended(RESULT, None, 60.0)
+
+    monkeypatch.setattr(contest, "replay", replay)
+    finding = contest.run(where)
+    assert now[0] == 60.0
+    assert finding.status == "ran out of time"
+    assert finding.line.startswith(
+        "no time for stock, time-sliced; all gaps above twice its own quiet step: lanes 0 of 2"
+    )
 
 
 @pytest.mark.parametrize(

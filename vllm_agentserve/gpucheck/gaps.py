@@ -76,6 +76,7 @@ def figures(gaps: Gaps, stock: Gaps | None) -> dict[str, dict[str, Any]]:
     theirs = stock.quiet_step if stock is not None else math.nan
     rows["gaps beside a prompt above twice its own quiet step"] = count(gaps.beside, gaps.quiet_step)
     rows["gaps beside a prompt above twice stock's quiet step"] = count(gaps.beside, theirs)
+    rows["all gaps above twice its own quiet step"] = count(gaps.all, gaps.quiet_step)
     rows["all gaps above twice stock's quiet step"] = count(gaps.all, theirs)
     return rows
 
