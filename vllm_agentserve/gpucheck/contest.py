@@ -37,7 +37,7 @@ SHOWN = (
 ENOUGH = 0.8
 """An arm is begun when so much of what the longest one took is left; what is not used goes to later parts."""
 HEADLINE, WITHOUT_STOCK = "all gaps above twice stock's quiet step", "all gaps above twice its own quiet step"
-"""All arms generate the same tokens, so they have the same number of gaps, but more beside a prompt if they prefill for longer."""
+"""All arms have the same number of gaps, since they generate the same tokens; which of them are beside a prompt differs."""
 
 
 @dataclass
