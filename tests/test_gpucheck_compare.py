@@ -1,12 +1,13 @@
 """The GPU kit's comparison of answers: what counts as a difference, as noise, as a tie."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from gpu_kit import answer
 
 from vllm_agentserve.gpucheck.compare import ROUNDING, Comparison, Difference, compare, wrong
-from vllm_agentserve.gpucheck.jobs import Answer, Job, from_json, mixed_jobs, to_json
+from vllm_agentserve.gpucheck.jobs import Answer, Job, from_json, mixed_jobs, pinned_jobs, to_json
 
 
 def job(name: str = "a", abort_after: int | None = None) -> Job:
@@ -55,6 +56,12 @@ def test_noise_is_that_of_equal_contexts() -> None:
     assert compare({"a": answer([1, 2, 7])}, {"a": other}, [job()]).noise == 0.5
 
 
+def test_the_mean_is_over_all_positions_with_the_same_context() -> None:
+    other = Answer([1, 2, 7], [{1: -1.25}, {2: -0.75}, {7: -1.25}])
+    found = compare({"a": answer([1, 2, 7])}, {"a": other}, [job()])
+    assert (found.noise, found.mean, found.positions) == (0.25, 0.25, 3)
+
+
 EQUAL = Comparison(2, 2, 1e-6)
 TIED = Comparison(2, 1, 0.05, [Difference("a", 3, 0.02)])
 
@@ -74,6 +81,12 @@ TIED = Comparison(2, 1, 0.05, [Difference("a", 3, 0.02)])
         (Comparison(2, 2, 1e-3), EQUAL, "log-probabilities differ by up to 0.001, rounding allows 0.0002"),
         (Comparison(2, 2, 1e-3), Comparison(2, 2, 5e-4), None),
         (Comparison(2, 2, 0.3), TIED, "log-probabilities differ by up to 0.3"),
+        (Comparison(2, 2, 0.05, [], 0.004), replace(TIED, mean=0.002), None),
+        (
+            Comparison(2, 2, 0.05, [], 0.005),
+            replace(TIED, mean=0.002),
+            "differ by 0.005 on average, rounding allows 0.004",
+        ),
     ],
 )
 def test_an_arm_may_differ_only_where_stock_differs_from_itself(
@@ -82,6 +95,14 @@ def test_an_arm_may_differ_only_where_stock_differs_from_itself(
     why = wrong(comparison, control)
     assert (why is None) == (words is None)
     assert words is None or words in str(why)
+
+
+def test_pinned_requests_are_the_same_but_for_their_answers() -> None:
+    free = mixed_jobs(20, seeded=False)
+    pinned = pinned_jobs(free)
+    assert [one.prompt for one in pinned] == [one.prompt for one in free]
+    assert len({one.pinned for one in pinned}) == 20
+    assert not {one.name for one in pinned} & {one.name for one in free}
 
 
 def test_answers_survive_json() -> None:

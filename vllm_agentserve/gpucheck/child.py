@@ -6,18 +6,24 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
-from vllm_agentserve.gpucheck.place import STACK_BEFORE_END_S
+STACK_BEFORE_END_S = 2.0
+"""A child writes the stacks of its threads to its log so long before its time is up."""
 
 
 def main() -> None:
     """Arguments: PACKAGE.MODULE:FUNCTION, the file for the result, and the time limit in seconds."""
-    function, result, limit_s = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
+    work(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), json.load(sys.stdin))
+
+
+def work(function: str, result: Path, limit_s: float, options: Any) -> None:
+    """Calls the function, writes what it returns, and ends the process."""
     faulthandler.enable()
     faulthandler.dump_traceback_later(max(limit_s - STACK_BEFORE_END_S, 0.1))
     module, _, name = function.partition(":")
     task = getattr(importlib.import_module(module), name)
-    answer = json.dumps(task(json.load(sys.stdin)))
+    answer = json.dumps(task(options))
     faulthandler.cancel_dump_traceback_later()
     # In one move, so that a file that is there is whole.
     partial = result.with_suffix(".part")

@@ -33,12 +33,15 @@ class Comparison:
     Args:
         compared: requests; equal: of these, the ones with the same tokens.
         noise: largest difference of a chosen token's log-probability where the contexts were the same.
+        mean: of these differences, over `positions` of them: it sees what is a little wrong everywhere.
     """
 
     compared: int
     equal: int
     noise: float
     differences: list[Difference] = field(default_factory=list)
+    mean: float = 0.0
+    positions: int = 0
 
     @property
     def exact(self) -> bool:
@@ -52,7 +55,7 @@ def compare(reference: Answers, other: Answers, jobs: Iterable[Job]) -> Comparis
         ValueError: the reference lacks a request.
     """
     compared = equal = 0
-    noise = 0.0
+    apart: list[float] = []
     differences = []
     for job in jobs:
         if job.name not in reference:
@@ -63,12 +66,13 @@ def compare(reference: Answers, other: Answers, jobs: Iterable[Job]) -> Comparis
         if job.abort_after is not None:
             length = max(min(len(theirs.tokens), len(ours.tokens)), 1)
         position = first_difference(theirs.tokens, ours.tokens, length)
-        noise = max(noise, *(chosen_apart(theirs, ours, i) for i in range(min(position + 1, length))), 0.0)
+        apart += [chosen_apart(theirs, ours, index) for index in range(min(position + 1, length))]
         if position == length:
             equal += 1
         else:
             differences.append(Difference(job.name, position, margin_at(theirs, ours, position)))
-    return Comparison(compared, equal, noise, differences)
+    mean = sum(apart) / len(apart) if apart else 0.0
+    return Comparison(compared, equal, max(apart, default=0.0), differences, mean, len(apart))
 
 
 def first_difference(one: Sequence[int], other: Sequence[int], length: int) -> int:
@@ -102,7 +106,7 @@ def wrong(comparison: Comparison, control: Comparison | None) -> str | None:
 
     The control is the reference against itself with other chunks: what rounding alone does on this machine. Where it changes
     no token, none may change. Where it does, every first difference must be a tie: a margin that rounding can turn. In both
-    cases log-probabilities may be no further apart than three times what rounding made of them.
+    cases log-probabilities may be no further apart than three times what rounding made of them, and on average twice.
 
     Args:
         control: None when it was not run: then no token may differ.
@@ -119,4 +123,6 @@ def wrong(comparison: Comparison, control: Comparison | None) -> str | None:
         allowed = 3 * rounding
     if comparison.noise > allowed:
         return f"log-probabilities differ by up to {comparison.noise:.2g}, rounding allows {allowed:.2g}"
+    if control is not None and comparison.mean > (usual := max(2 * control.mean, EXACT)):
+        return f"log-probabilities differ by {comparison.mean:.2g} on average, rounding allows {usual:.2g}"
     return None

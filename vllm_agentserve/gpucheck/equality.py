@@ -1,12 +1,21 @@
 """Tokens of every mode against stock vLLM's: in bfloat16 as users run it, up to ties, and the same requests in float32."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from vllm_agentserve.gpucheck.compare import Comparison, compare, wrong
 from vllm_agentserve.gpucheck.engines import TOY, Setting, counters, make_engine
-from vllm_agentserve.gpucheck.jobs import Answers, Job, beside_jobs, from_json, mixed_jobs, run_jobs, to_json
+from vllm_agentserve.gpucheck.jobs import (
+    Answers,
+    Job,
+    beside_jobs,
+    from_json,
+    mixed_jobs,
+    pinned_jobs,
+    run_jobs,
+    to_json,
+)
 from vllm_agentserve.gpucheck.place import PACKAGE, Finding, Place
 
 ORDER = {
@@ -50,8 +59,15 @@ def setting(place: Place, arm: str, dtype: str) -> Setting:
 
 
 def jobs_of(dtype: str, small: bool) -> list[Job]:
-    """Sampling with seeds only in float32: in bfloat16 a difference of a sampled token is no tie and proves nothing."""
-    return mixed_jobs(6 if small else 20, seeded=dtype == "float32")
+    """Sampling with seeds only in float32: in bfloat16 a difference of a sampled token is no tie and proves nothing. There
+    the same requests come once more with pinned answers: contexts stay equal, so every position is compared."""
+    free = mixed_jobs(6 if small else 20, seeded=dtype == "float32")
+    return free if dtype == "float32" else [*free, *later(pinned_jobs(free), 2 * len(free))]
+
+
+def later(jobs: list[Job], steps: int) -> list[Job]:
+    """The same requests, so many steps later."""
+    return [replace(job, step=job.step + steps) for job in jobs]
 
 
 def answer(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,7 +95,8 @@ def row(dtype: str, arm: str, comparison: Comparison, lane_requests: int) -> str
     margins = [one.margin for one in comparison.differences]
     shown = ", ".join("?" if margin is None else f"{margin:.4f}" for margin in margins[:6]) or "none"
     equal = f"{comparison.equal} of {comparison.compared}"
-    return f"| {dtype} | {arm} | {equal} | {comparison.noise:.2g} | {shown} | {lane_requests} |"
+    apart = f"{comparison.noise:.2g}, {comparison.mean:.2g} ({comparison.positions})"
+    return f"| {dtype} | {arm} | {equal} | {apart} | {shown} | {lane_requests} |"
 
 
 def run_bfloat16(place: Place) -> Finding:
@@ -95,8 +112,8 @@ def run_float32(place: Place) -> Finding:
 def run(place: Place, dtype: str) -> Finding:
     """Every arm's answers in this dtype against stock's."""
     page = [
-        "| dtype | arm | requests with stock's tokens | log-probabilities apart, at most | margin of the first other token | "
-        "requests of the lane |",
+        "| dtype | arm | requests with stock's tokens | log-probabilities apart: most, mean (n) | "
+        "margin of the first other token | requests of the lane |",
         "|---" * 6 + "|",
     ]
     problems: list[str] = []

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 TOP = 5
@@ -17,6 +17,8 @@ class Job:
         step: engine step before which it comes.
         temperature: 0 is greedy; otherwise `seed` is given.
         abort_after: its client goes away after so many tokens.
+        pinned: every token of its answer has to be this one, so every run has the same context at every position; the
+            log-probabilities are those of the free choice all the same.
     """
 
     name: str
@@ -26,6 +28,7 @@ class Job:
     temperature: float = 0.0
     seed: int | None = None
     abort_after: int | None = None
+    pinned: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,11 @@ def beside_jobs() -> list[Job]:
     return [*streams, *(Job(f"cold-{n}", 6, prompt, 12) for n, prompt in enumerate(prompts))]
 
 
+def pinned_jobs(jobs: Sequence[Job]) -> list[Job]:
+    """The same requests with pinned answers, each of a token of its own."""
+    return [replace(job, name=f"pinned-{job.name}", pinned=5 + 131 * number) for number, job in enumerate(jobs)]
+
+
 def run_jobs(
     engine: Any, jobs: Sequence[Job], prefix: str = "", before_step: Callable[[int], None] = lambda step: None
 ) -> Answers:
@@ -95,6 +103,7 @@ def run_jobs(
                 ignore_eos=True,
                 logprobs=TOP,
                 detokenize=False,
+                allowed_token_ids=None if job.pinned is None else [job.pinned],
             )
             engine.add_request(prefix + job.name, {"prompt_token_ids": list(job.prompt)}, parameters)
         before_step(step)

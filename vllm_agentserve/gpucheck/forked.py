@@ -1,0 +1,125 @@
+"""Child processes forked from one in which vLLM is imported already: on many machines the imports take longer than the task."""
+
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+PRELOAD = (
+    "vllm",
+    "vllm.entrypoints.llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.engine.llm_engine",
+    "vllm.model_executor.models.qwen2",
+    "vllm_agentserve.lanes.connector",
+    "vllm_agentserve.scheduler.scheduler",
+)
+PRELOAD_CUDA = (
+    "vllm.v1.worker.gpu_worker",
+    "vllm.v1.worker.gpu.model_runner",
+    "vllm.v1.attention.backends.flash_attn",
+    "vllm.v1.attention.backends.triton_attn",
+    "vllm_agentserve.lanes.parts",
+)
+"""Imported before the first child is forked. None of them may start CUDA; where one does, children start afresh, see `main`."""
+
+
+class ForkedChild:
+    """A task in a forked process, which leads a process group of its own.
+
+    Args:
+        function: "package.module:function"; called with `options`.
+        result: the file for what it returns, as JSON.
+        limit_s: it writes the stacks of its threads to its log shortly before so many seconds have passed.
+        options: JSON.
+        log: the file that gets what it writes.
+        environment: its variables.
+    """
+
+    def __init__(
+        self,
+        function: str,
+        result: Path,
+        limit_s: float,
+        options: Any,
+        log: Path,
+        environment: Mapping[str, str],
+    ) -> None:
+        arguments = (function, str(result), limit_s, json.dumps(options), str(log), dict(environment))
+        self._process = multiprocessing.get_context("forkserver").Process(target=main, args=arguments)
+        with variables(environment):
+            self._process.start()
+        self.pid = int(self._process.pid or 0)
+
+    def wait(self, timeout_s: float) -> int | None:
+        """The exit code, negative for a signal; None when it still runs after so many seconds."""
+        self._process.join(timeout_s)
+        return self._process.exitcode
+
+
+def preload(modules: tuple[str, ...], environment: Mapping[str, str]) -> None:
+    """Starts the process that children are forked from; it imports these modules while the caller goes on. A module that
+    cannot be imported is left out. Only the first call in a process has an effect."""
+    forkserver.set_forkserver_preload(list(modules))
+    with variables(environment):
+        forkserver.ensure_running()
+
+
+@contextmanager
+def variables(environment: Mapping[str, str]) -> Iterator[None]:
+    """Within, the environment of this process is another one."""
+    before, wanted = dict(os.environ), dict(environment)
+    os.environ.clear()
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def main(function: str, result: str, limit_s: float, options: str, log: str, environment: dict[str, str]) -> None:
+    """The child. Where CUDA was started before the fork it cannot be used, so a new interpreter takes over."""
+    from vllm_agentserve.gpucheck import child
+
+    os.setsid()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    if cuda_is_lost():
+        print("CUDA was started before the fork: a new interpreter takes over", flush=True)
+        reading, writing = os.pipe()
+        if os.fork() == 0:
+            os.close(reading)
+            os.write(writing, options.encode())
+            os._exit(0)
+        os.close(writing)
+        os.dup2(reading, 0)
+        os.execve(sys.executable, [sys.executable, "-m", child.__name__, function, result, str(limit_s)], environment)
+    child.work(function, Path(result), limit_s, json.loads(options))
+
+
+def cuda_is_lost() -> bool:
+    """Whether this process was forked from one in which CUDA had started."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda._is_in_bad_fork():
+        return True
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        return False
+    try:
+        return int(driver.cuInit(0)[0]) == NOT_INITIALIZED
+    except RuntimeError:  # no driver
+        return False
+
+
+NOT_INITIALIZED = 3
+"""What `cuInit` returns in a process that was forked from one where it had been called."""
