@@ -124,7 +124,7 @@ def free_gib(place: Place) -> float | None:
 
 def run(place: Place) -> Finding:
     """The part."""
-    ended = place.run("environment", f"{PACKAGE}.environment:collect", {"device": place.device})
+    ended = place.run("environment", f"{PACKAGE}.environment:collect", {"device": place.device}, fresh=True)
     if ended.error is not None:
         return Finding(ended.status, "the machine could not be described", [ended.error])
     facts = ended.result

@@ -62,7 +62,7 @@ def run(place: Place) -> Finding:
     """The part."""
     if place.device == "cpu":
         return Finding("not run", "no CUDA device")
-    ended = place.run("green", f"{PACKAGE}.multiprocessors:probe", {})
+    ended = place.run("green", f"{PACKAGE}.multiprocessors:probe", {}, fresh=True)
     if ended.error is not None:
         return Finding(ended.status, "the probe did not come to its end", ["```", *ended.error.splitlines(), "```"])
     found, page = ended.result, page_of(ended.result)
