@@ -1,5 +1,6 @@
 """Child processes forked from one in which vLLM is imported already: on many machines the imports take longer than the task."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -112,7 +113,7 @@ def cuda_is_lost() -> bool:
     if torch is not None and torch.cuda._is_in_bad_fork():
         return True
     try:
-        from cuda.bindings import driver
+        driver = importlib.import_module("cuda.bindings.driver")
     except ImportError:
         return False
     try:

@@ -122,6 +122,7 @@ class Place:
         ended = self._run(name, function, options, limit_s, fresh)
         (self._out_of_time.add if ended.out_of_time else self._out_of_time.discard)(name)
         write_archive(self.folder)
+        print(f"  {name}: {ended.status} ({ended.seconds:.0f} s)", flush=True)
         return ended
 
     def _run(self, name: str, function: str, options: Any, limit_s: float | None, fresh: bool) -> Ended:
