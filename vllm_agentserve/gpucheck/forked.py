@@ -10,6 +10,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+from vllm_agentserve.vllm_compat.cuda import cuda_driver
+
 PRELOAD = (
     "vllm",
     "vllm.entrypoints.llm",
@@ -112,12 +114,8 @@ def cuda_is_lost() -> bool:
     if torch is not None and torch.cuda._is_in_bad_fork():
         return True
     try:
-        from cuda.bindings import driver
-    except ImportError:
-        return False
-    try:
-        return int(driver.cuInit(0)[0]) == NOT_INITIALIZED
-    except RuntimeError:  # no driver
+        return int(cuda_driver().cuInit(0)[0]) == NOT_INITIALIZED
+    except (ImportError, RuntimeError):  # no bindings, or no driver
         return False
 
 
