@@ -182,6 +182,7 @@ def test_the_command_without_a_gpu(tmp_path: Path) -> None:
     assert command.main(given) == 0
     found = json.loads((tmp_path / "summary.json").read_text())["parts"]
     assert {name: part["status"] for name, part in found.items()} == {
+        "imports": "ok",
         "environment": "ok",
         "green": "not run",
         "shares": "ok",

@@ -10,8 +10,21 @@ import msgspec
 from vllm_agentserve.bench.closed_loop import ClosedLoop
 from vllm_agentserve.bench.drawing import Shape, draw_sessions
 from vllm_agentserve.bench.sessions import warm_up_of
-from vllm_agentserve.bench.workloads import REACT
-from vllm_agentserve.gpucheck.engines import Setting, counters, make_engine
+from vllm_agentserve.bench.workloads import HeavyTail, Uniform, find_workload
+from vllm_agentserve.gpucheck.engines import PRIORITY, Setting, counters, make_engine
+from vllm_agentserve.gpucheck.launches import LaunchLog, by_place, memory
+
+CODING = replace(
+    find_workload("coding"),
+    turns=Uniform(5, 5),
+    system=Uniform(5000, 8000),
+    result=HeavyTail(1400, 900, 3500),
+    answer=Uniform(60, 160),
+    tool_s=Uniform(0.1, 0.6),
+    shared=0.1,
+)
+"""As `coding`, in a minute: long cold prompts, four of five results long enough for the lane, short tools, so that a prompt
+always meets streams."""
 
 
 def replay(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,13 +35,21 @@ def replay(options: Mapping[str, Any]) -> dict[str, Any]:
             agents), `seed` and `round`.
     """
     setting = Setting(**options["setting"])
+    log = None
+    if setting.device == "cuda":
+        import torch
+
+        log = LaunchLog(setting.arm == PRIORITY, torch.cuda)
+        log.attach()
     began = perf_counter()
     llm = make_engine(setting)
     started_s = perf_counter() - began
-    workload = replace(REACT, stagger_s=options["stagger_s"])
+    workload = replace(CODING, stagger_s=options["stagger_s"])
     sessions = draw_sessions(workload, Shape(**options["shape"]), options["seed"])
     ClosedLoop(llm.llm_engine, warm_up_of(sessions, str(options["seed"]))).run()
     before = counters(llm)
+    if log is not None:
+        log.clear()
     loop = ClosedLoop(llm.llm_engine, sessions, setting.arm, options["round"])
     records = loop.run()
     return {
@@ -36,4 +57,6 @@ def replay(options: Mapping[str, Any]) -> dict[str, Any]:
         "seconds": loop.seconds,
         "start_s": started_s,
         "counters": {name: value - before[name] for name, value in counters(llm).items()},
+        "lane": None if log is None else {"slots": log.slots, "chunks": by_place(log.launched())},
+        "memory": None if log is None else memory(torch.cuda),
     }

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vllm_agentserve.bench.server import has_nvidia_driver, serving_environment
-from vllm_agentserve.gpucheck import contest, environment, equality, faults, probe, shares, summary
+from vllm_agentserve.gpucheck import contest, environment, equality, faults, imports, probe, shares, summary
+from vllm_agentserve.gpucheck.archive import write_archive
 from vllm_agentserve.gpucheck.place import Finding, Place, child_environment
 from vllm_agentserve.gpucheck.schedule import Span, allowance
 from vllm_agentserve.gpucheck.summary import Done
@@ -19,26 +20,43 @@ from vllm_agentserve.gpucheck.summary import Done
 BUDGET_S = 470.0
 
 
+CPU_LEAST = 0.4
+"""Of the least times, without a GPU: what is kept for later parts, in a check that only tests itself."""
+FAILED, NO_IMPORT, NO_TIME = 1, 3, 4
+"""Exit codes; 2 is argparse's."""
+
+
 @dataclass(frozen=True)
 class Part:
+    """One part.
+
+    Args:
+        needed: whether the check ends at once when it fails.
+        always: whether it runs whatever parts were asked for.
+    """
+
     title: str
     run: Callable[[Place], Finding]
     span: Span
+    needed: bool = False
+    always: bool = False
 
 
 PARTS = {
     part.span.name: part
     for part in (
-        Part("Environment", environment.run, Span("environment", 5, 40)),
+        Part("Imports", imports.run, Span("imports", 5, 60), needed=True, always=True),
+        # The others ask it how much memory there is.
+        Part("Environment", environment.run, Span("environment", 5, 40), always=True),
         Part("Green contexts", probe.run, Span("green", 20, 75)),
-        Part("Tokens equal stock vLLM's, as users run it", equality.run_bfloat16, Span("equality", 80, 170)),
-        Part("Agents, A/B", contest.run, Span("agents", 80, 600)),
-        Part("Faults", faults.run, Span("faults", 30, 90)),
-        Part("Tokens equal stock vLLM's, float32", equality.run_float32, Span("equality-float32", 50, 170)),
-        Part("Throughput against share of the device", shares.run, Span("shares", 25, 60)),
+        Part("Tokens equal stock vLLM's, as users run it", equality.run_bfloat16, Span("equality", 120, 200)),
+        Part("Agents, A/B", contest.run, Span("agents", 180, 600)),
+        Part("Faults", faults.run, Span("faults", 60, 150)),
+        Part("Tokens equal stock vLLM's, float32", equality.run_float32, Span("equality-float32", 45, 170)),
+        Part("Throughput against share of the device", shares.run, Span("shares", 20, 60)),
     )
 }
-"""All parts, in the order in which they run."""
+"""All parts, in the order in which they run: what decides most comes first, should the time run out."""
 
 
 def chosen_device(wanted: str) -> str:
@@ -47,7 +65,8 @@ def chosen_device(wanted: str) -> str:
 
 
 def check(place: Place, names: Sequence[str], budget_s: float, command: str) -> list[Done]:
-    """Runs the parts called `names`; writes the summary after each. A part that raises has failed, and the next one runs."""
+    """Runs the parts called `names`; writes summary and archive after each. A part that raises has failed, and the next one
+    runs, unless the part is `needed`. What is ended from outside leaves its summary too, and ends the check."""
     end = time.monotonic() + budget_s
     done: list[Done] = []
     for index, name in enumerate(names):
@@ -56,24 +75,43 @@ def check(place: Place, names: Sequence[str], budget_s: float, command: str) -> 
         later = [PARTS[other].span for other in names[index + 1 :]]
         # A longer check is longer in all its parts.
         span = replace(part.span, most_s=part.span.most_s * max(budget_s / BUDGET_S, 1.0))
+        if place.device == "cpu":
+            later = [replace(one, least_s=one.least_s * CPU_LEAST) for one in later]
         allowed = allowance(span, later, end - began)
+        ended = False
         if allowed is None:
             finding = Finding("not run", f"only {max(end - began, 0.0):.0f} s of the time were left")
         else:
             place.end = began + allowed
             try:
                 finding = part.run(place)
+            except KeyboardInterrupt:
+                finding, ended = Finding("ran out of time", "the check was ended from outside"), True
             except Exception as error:
                 trace = traceback.format_exc().splitlines()
                 finding = Finding("failed", f"{type(error).__name__}: {error}", ["```", *trace, "```"])
-        done.append(Done(name, part.title, finding, time.monotonic() - began))
+        done.append(Done(name, part.title, finding, time.monotonic() - began, left_out=allowed is None))
         summary.write(place.folder, done, command)
+        write_archive(place.folder)
         print(f"{part.title}: {finding.status}: {finding.line} ({done[-1].seconds:.0f} s)", flush=True)
+        if ended or (part.needed and finding.status == "failed"):
+            break
     return done
 
 
+def exit_code(done: Sequence[Done]) -> int:
+    """See `main`."""
+    failed = [one.name for one in done if one.finding.status == "failed"]
+    if any(PARTS[name].needed for name in failed):
+        return NO_IMPORT
+    if failed:
+        return FAILED
+    return NO_TIME if any(one.left_out or one.finding.status == "ran out of time" for one in done) else 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 when nothing failed, 1 when a part did, 2 for wrong arguments."""
+    """The exit code: 0 when all parts that apply here came to their end and none failed, 1 when one failed, 2 for wrong
+    arguments, 3 when an import failed, 4 when nothing failed but the time did not suffice for all."""
     parser = argparse.ArgumentParser(
         prog="python -m vllm_agentserve.gpucheck", description="Shows what of vllm_agentserve holds on this machine."
     )
@@ -93,9 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     device = chosen_device(given.device)
     place = Place(given.output, device, given.small, child_environment(os.environ, serving_environment(base={})))
-    # The others ask the first part how much memory there is.
-    names = [name for name in PARTS if name in given.parts or name == "environment"]
+    names = [name for name, part in PARTS.items() if name in given.parts or part.always]
     shown = " ".join(["python -m vllm_agentserve.gpucheck", *(sys.argv[1:] if arguments is None else arguments)])
     done = check(place, names, given.budget_s, shown)
     print(f"summary: {given.output / 'summary.md'}")
-    return int(any(one.finding.status == "failed" for one in done))
+    return exit_code(done)

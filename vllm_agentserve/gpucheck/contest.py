@@ -1,67 +1,84 @@
-"""Stock vLLM, time-sliced and lanes serving the same agents, in alternating rounds."""
+"""Lanes, stock vLLM, time-sliced, and stream priorities in place of green contexts, serving the same agents round by round."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import msgspec
 
 from vllm_agentserve.bench.drawing import Shape
-from vllm_agentserve.bench.measure import RoundFigures, Values, pool, quantile, round_figures
+from vllm_agentserve.bench.measure import RoundFigures, pool, round_figures
 from vllm_agentserve.bench.records import Record
-from vllm_agentserve.gpucheck.engines import TOY, Setting, kv_cache_bytes, shape_for
+from vllm_agentserve.gpucheck.engines import PRIORITY, TOY, Setting, kv_cache_bytes, shape_for
 from vllm_agentserve.gpucheck.environment import free_gib
-from vllm_agentserve.gpucheck.place import PACKAGE, Finding, Place
+from vllm_agentserve.gpucheck.gaps import cell, figures, gaps_of
+from vllm_agentserve.gpucheck.place import PACKAGE, Ended, Finding, Place
 
-ARMS = ("stock", "time-sliced", "lanes")
+ARMS = ("lanes", "stock", "time-sliced", PRIORITY)
+"""What tells most comes first, should the time run out."""
 ROUNDS = 4
 STAGGER_S = 0.4
 """Between the first starts of two agents: so short that a prompt always meets somebody who decodes."""
-SHOWN = ("lane_requests", "lane_tokens", "lane_failed_requests", "mixed_steps", "prefill_chunks", "slow_steps")
+PATIENCE = 1.5
+"""Times the patience with a small engine: this one is large."""
+SHOWN = (
+    "cold_prefill_requests",
+    "resume_prefill_requests",
+    "lane_requests",
+    "lane_tokens",
+    "lane_failed_requests",
+    "steps_beside_lane",
+    "mixed_steps",
+    "prefill_chunks",
+    "slow_steps",
+)
 """Counters in the summary; all of them are in the raw data."""
+ENOUGH = 0.8
+"""An arm is begun when so much of what the longest one took is left; what is not used goes to later parts."""
+HEADLINE, WITHOUT_STOCK = "all gaps above twice stock's quiet step", "all gaps above twice its own quiet step"
+"""All arms have the same number of gaps, since they generate the same tokens; which of them are beside a prompt differs."""
 
 
 @dataclass
 class Arm:
-    """What one arm gave: figures and counters, round by round."""
+    """What one arm gave, round by round: records, figures, counters, and the rest of what its process returned."""
 
+    records: list[list[Record]] = field(default_factory=list)
     rounds: list[RoundFigures] = field(default_factory=list)
     counters: list[Mapping[str, int]] = field(default_factory=list)
+    engines: list[Mapping[str, Any]] = field(default_factory=list)
+
+    def add(self, number: int, result: Mapping[str, Any]) -> None:
+        """Takes in what `agents.replay` returned for this round."""
+        records = msgspec.convert(result["records"], list[Record])
+        self.records.append(records)
+        self.rounds.append(round_figures(number, result["seconds"], records, {}))
+        self.counters.append(result["counters"])
+        self.engines.append({key: result[key] for key in ("start_s", "lane", "memory")})
 
 
-def mean(values: Values) -> float:
-    return float(values.mean()) if len(values) else float("nan")
-
-
-ROWS: dict[str, tuple[str, Callable[[Values], float]]] = {
-    "ITL p50 (ms)": ("gaps", lambda values: quantile(values, 0.5)),
-    "ITL p95 (ms)": ("gaps", lambda values: quantile(values, 0.95)),
-    "ITL p99 (ms)": ("gaps", lambda values: quantile(values, 0.99)),
-    "ITL while somebody prefills, p50 (ms)": ("gaps_prefill", lambda values: quantile(values, 0.5)),
-    "ITL while somebody prefills, p95 (ms)": ("gaps_prefill", lambda values: quantile(values, 0.95)),
-    "ITL while somebody prefills, p99 (ms)": ("gaps_prefill", lambda values: quantile(values, 0.99)),
-    "TTFT of cold prompts, mean (ms)": ("ttft_cold", mean),
-    "TTFT of resumed turns, mean (ms)": ("ttft_resume", mean),
-}
-"""Rows of the table over all rounds together: which values of the sessions, and what of them."""
-
-
-def figures_of(arm: Arm) -> dict[str, float]:
-    """One column of the table; NaN where there is nothing to measure."""
+def figures_of(arm: Arm, stock: Arm | None) -> dict[str, Any]:
+    """One column of the first table, by row; a row with a quantile or a mean has its number of values."""
     sessions = [session for one in arm.rounds for session in one.sessions]
-    column = {row: of(pool(sessions, name)) for row, (name, of) in ROWS.items()}
+    column: dict[str, Any] = dict(figures(gaps_of(arm.records), None if stock is None else gaps_of(stock.records)))
+    for row, name in {"cold prompts": "ttft_cold", "resumed turns": "ttft_resume"}.items():
+        values = pool(sessions, name)
+        column[f"TTFT of {row}, mean"] = {"n": len(values), "ms": float(values.mean()) if len(values) else None}
     column["session from first request to last token, mean (s)"] = statistics.fmean(one.seconds for one in sessions)
     column["generated tokens per second, median of rounds"] = statistics.median(one.tokens_per_s for one in arm.rounds)
     column["rounds"] = len(arm.rounds)
     return column
 
 
-def table(columns: Mapping[str, Mapping[str, float]]) -> list[str]:
+def table(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Columns by arm, as Markdown."""
     names = list(columns)
     lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     for row in next(iter(columns.values()), {}):
-        lines.append(f"| {row} | " + " | ".join(f"{columns[name][row]:.4g}" for name in names) + " |")
+        found = [columns[name][row] for name in names]
+        cells = [cell(one) if isinstance(one, Mapping) else f"{one:.4g}" for one in found]
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -75,16 +92,48 @@ def counter_table(arms: Mapping[str, Arm]) -> list[str]:
     return lines if ours else []
 
 
-def order_of(round_number: int) -> Sequence[str]:
+def engine_table(arms: Mapping[str, Arm]) -> list[str]:
+    """Start and memory of the engines, one line per arm and round."""
+    lines = [
+        "| arm, round | engine start (s) | memory reserved (GiB) | free (GiB) | slots |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for name, arm in arms.items():
+        for one, of_round in zip(arm.engines, arm.rounds, strict=True):
+            memory, lane = one["memory"] or {}, one["lane"] or {}
+            cells = [f"{memory[key]:.2f}" if key in memory else "-" for key in ("reserved_gib", "free_gib")]
+            slots = ", ".join(lane.get("slots", ())) or "-"
+            lines.append(f"| {name}, {of_round.round} | {one['start_s']:.1f} | {' | '.join(cells)} | {slots} |")
+    return lines
+
+
+def chunk_table(arms: Mapping[str, Arm]) -> list[str]:
+    """The lane's chunks by where they ran, one line per arm, round and slot; nothing where none was seen."""
+    lines = [
+        "| arm, round | SMs for decode + prefill | chunks | tokens, p50 | host ms per launch, p50 | longest | device ms, p50 "
+        "| tokens per second of the device's time |",
+        "|---|---|" + "---:|" * 6,
+    ]
+    rows = len(lines)
+    for name, arm in arms.items():
+        for one, of_round in zip(arm.engines, arm.rounds, strict=True):
+            for place, chunks in ((one["lane"] or {}).get("chunks") or {}).items():
+                keys = ("n", "tokens", "host_ms", "host_most_ms", "device_ms", "tokens_per_s")
+                cells = ["-" if chunks[key] is None else f"{chunks[key]:.4g}" for key in keys]
+                lines.append(f"| {name}, {of_round.round} | {place} | {' | '.join(cells)} |")
+    return lines if len(lines) > rows else []
+
+
+def order_of(round_number: int, arms: Sequence[str] = ARMS) -> Sequence[str]:
     """Every other round runs backwards, so that no arm always follows the same one."""
-    return ARMS if round_number % 2 == 0 else ARMS[::-1]
+    return arms if round_number % 2 == 0 else arms[::-1]
 
 
 def setting(place: Place, arm: str) -> Setting:
     free = free_gib(place)
     model = shape_for(free)
     engine = {
-        "max_model_len": 8192,
+        "max_model_len": 24576,
         "max_num_seqs": 32,
         "max_num_batched_tokens": 8192,
         "kv_cache_memory_bytes": kv_cache_bytes(free),
@@ -95,56 +144,94 @@ def setting(place: Place, arm: str) -> Setting:
 
 
 def shape_of(small: bool) -> Shape:
-    return Shape(agents=4, sessions=1, turns=3, scale=0.4) if small else Shape(agents=5, sessions=2, turns=4)
+    return Shape(agents=4, sessions=1, turns=3, scale=0.2) if small else Shape(agents=6, sessions=2)
+
+
+def replay(place: Place, name: str, number: int, limit_s: float | None) -> Ended:
+    """One arm of one round."""
+    options = {
+        "setting": asdict(setting(place, name)),
+        "shape": asdict(shape_of(place.small)),
+        "stagger_s": STAGGER_S,
+        "seed": number,
+        "round": number,
+    }
+    return place.run(f"agents-{number}-{name}", f"{PACKAGE}.agents:replay", options, limit_s)
 
 
 def run(place: Place) -> Finding:
-    """The part: at least one round, and more for as long as the next one fits."""
-    arms = {name: Arm() for name in ARMS}
-    failed: dict[str, str] = {}
-    slowest = 0.0
+    """The part: one round as far as the time goes, and more for as long as the next whole one fits."""
+    names = [name for name in ARMS if name != PRIORITY or place.device == "cuda"]
+    arms = {name: Arm() for name in names}
+    failed: dict[str, Ended] = {}
+    slowest = longest = 0.0
+    limit = PATIENCE * place.patience_s
     for number in range(1 if place.small else ROUNDS):
         before = place.left_s()
         if before < 1.1 * slowest:
             break
-        for name in order_of(number):
+        for name in order_of(number, names):
             if name in failed:
                 continue
-            options = {
-                "setting": asdict(setting(place, name)),
-                "shape": asdict(shape_of(place.small)),
-                "stagger_s": STAGGER_S,
-                "seed": number,
-                "round": number,
-            }
-            limit = None if name == "stock" else place.patience_s
-            ended = place.run(f"agents-{number}-{name}", f"{PACKAGE}.agents:replay", options, limit)
-            if ended.error is not None:
-                failed[name] = ended.error
+            if place.left_s() < ENOUGH * longest:
+                failed[name] = Ended(None, "not started: too little time was left", 0.0, out_of_time=True)
                 continue
-            records = msgspec.convert(ended.result["records"], list[Record])
-            arms[name].rounds.append(round_figures(number, ended.result["seconds"], records, {}))
-            arms[name].counters.append(ended.result["counters"])
+            ended = replay(place, name, number, limit)
+            longest = max(longest, ended.seconds)
+            if ended.error is not None:
+                failed[name] = ended
+                continue
+            arms[name].add(number, ended.result)
         slowest = max(slowest, before - place.left_s())
     return finding(place, {name: arm for name, arm in arms.items() if arm.rounds}, failed)
 
 
-def finding(place: Place, arms: Mapping[str, Arm], failed: Mapping[str, str]) -> Finding:
-    """The verdict: that all arms ran, and what the figures are; which arm is better is for the reader to say."""
-    columns = {name: figures_of(arm) for name, arm in arms.items()}
+def finding(place: Place, arms: Mapping[str, Arm], ended: Mapping[str, Ended]) -> Finding:
+    """The verdict: that the arms ran, and what the figures are; which arm is better is for the reader to say.
+
+    Args:
+        arms: those with a round.
+        ended: those of which a process gave no result.
+    """
+    columns = {name: figures_of(arm, arms.get("stock")) for name, arm in arms.items()}
     model = setting(place, "stock").model
     weights = "real random weights" if model == TOY.name else "vLLM's dummy weights"
     shape = shape_of(place.small)
-    work = f"{shape.agents} agents, each {shape.sessions} times {shape.turns} turns, lengths times {shape.scale:g}"
-    page = [f"Model `{model}` ({weights}), bfloat16; workload `react`: {work}.", "", *table(columns), ""]
-    page += counter_table(arms)
-    for name, error in failed.items():
-        page += ["", f"`{name}`:", "", "```", *error.splitlines(), "```"]
-    figures = {"model": model, "arms": columns, "counters": {name: arm.counters for name, arm in arms.items()}}
+    work = f"{shape.agents} agents, {shape.sessions} sessions each, lengths times {shape.scale:g}"
+    page = [f"Model `{model}` ({weights}), bfloat16; workload as `coding`: {work}.", ""]
+    for lines in (table(columns) if columns else [], engine_table(arms), chunk_table(arms), counter_table(arms)):
+        page += [*lines, ""] if lines else []
+    if place.device == "cpu":
+        page += [f"`{PRIORITY}`: not run: no CUDA device.", ""]
+    for name, one in ended.items():
+        page += [f"`{name}`:", "", "```", *str(one.error).splitlines(), "```", ""]
+    figures = {
+        "model": model,
+        "arms": columns,
+        "counters": {name: arm.counters for name, arm in arms.items()},
+        "engines": {name: arm.engines for name, arm in arms.items()},
+    }
+    failed, late = failures(arms, ended)
+    row = HEADLINE if "stock" in arms else WITHOUT_STOCK
+    shown = ", ".join(f"{name} {cell(column[row])}" for name, column in columns.items())
+    rounds = ", ".join(f"{name} {len(arm.rounds)}" for name, arm in arms.items())
+    line = f"{row}: {shown}; rounds: {rounds}" if columns else "no arm came to its end"
     if failed:
-        return Finding("failed", f"{', '.join(failed)} did not finish", page, figures)
-    if not any(one.get("lane_requests") for one in arms["lanes"].counters):
-        return Finding("failed", "no prompt went to the lane", page, figures)
-    row = "ITL while somebody prefills, p99 (ms)"
-    shown = ", ".join(f"{name} {column[row]:.4g}" for name, column in columns.items())
-    return Finding("ok", f"{row}: {shown}; rounds: {len(arms['stock'].rounds)}", page, figures)
+        return Finding("failed", f"{', '.join(failed)} did not finish; {line}", page, figures)
+    for name in ("lanes", PRIORITY):
+        if name in arms and not any(one.get("lane_requests") for one in arms[name].counters):
+            return Finding("failed", f"{name}: no prompt went to the lane; {line}", page, figures)
+    if late := [name for name in late if name not in arms]:
+        return Finding("ran out of time", f"no time for {', '.join(late)}; {line}", page, figures)
+    return Finding("ok", line, page, figures)
+
+
+def failures(arms: Mapping[str, Arm], ended: Mapping[str, Ended]) -> tuple[list[str], list[str]]:
+    """Which arms failed, and which ones only ran out of time.
+
+    An arm that took longer than its limit hangs where stock vLLM came to its end within the same limit. Where stock did not, the
+    machine is slow.
+    """
+    hangs = "stock" in arms
+    failed = [name for name, one in ended.items() if not one.out_of_time and (hangs or not one.hung)]
+    return failed, [name for name in ended if name not in failed]

@@ -10,7 +10,11 @@ from vllm_agentserve.config import SERIES
 from vllm_agentserve.toy import make_toy_model
 from vllm_agentserve.vllm_compat import SCHEDULER_NAME
 
-OURS = ("time-sliced", "lanes")
+PRIORITY = "priority"
+"""The arm of `PlainLadder`, which the check puts in the place of green contexts; users do not have it."""
+MODES = {"time-sliced": "time-sliced", "lanes": "lanes", PRIORITY: "lanes"}
+"""The mode of our scheduler, by arm."""
+OURS = tuple(MODES)
 STOCK = ("stock", "stock-chunk")
 GRAPH_SIZES = (1, 2, 4, 8)
 """Decode batches that are CUDA graphs: agents are few, and every size takes start-up time."""
@@ -141,7 +145,7 @@ def engine_arguments(setting: Setting) -> dict[str, Any]:
         given["max_num_batched_tokens"] = CONTROL_CHUNK
     if setting.arm in OURS:
         given["scheduler_cls"] = SCHEDULER_NAME
-        given["additional_config"] = {"agentserve": {"mode": setting.arm, **setting.options}}
+        given["additional_config"] = {"agentserve": {"mode": MODES[setting.arm], **setting.options}}
     return given
 
 

@@ -124,9 +124,9 @@ def free_gib(place: Place) -> float | None:
 
 def run(place: Place) -> Finding:
     """The part."""
-    ended = place.run("environment", f"{PACKAGE}.environment:collect", {"device": place.device})
+    ended = place.run("environment", f"{PACKAGE}.environment:collect", {"device": place.device}, fresh=True)
     if ended.error is not None:
-        return Finding("failed", "the machine could not be described", [ended.error])
+        return Finding(ended.status, "the machine could not be described", [ended.error])
     facts = ended.result
     rows = {**facts["versions"], "torch built for CUDA": facts["torch_cuda"], "cores": facts["cores"]}
     rows |= {f"GPU {name}": value for name, value in (facts["gpu"] or {}).items()}

@@ -130,8 +130,9 @@ def run(place: Place, dtype: str) -> Finding:
         answers = answers_of(place, dtype, arm)
         slowest = max(slowest, before - place.left_s())
         if isinstance(answers, str):
-            problems.append(f"{dtype} {arm}: no answers")
-            page.append(f"| {dtype} | {arm} | failed | | | |")
+            late = place.ran_out(name_of(dtype, arm))
+            problems += [] if late else [f"{dtype} {arm}: no answers"]
+            page.append(f"| {dtype} | {arm} | {'ran out of time' if late else 'failed'} | | | |")
             figures[name_of(dtype, arm)] = {"error": answers}
             if arm == "stock":
                 break
@@ -155,8 +156,8 @@ def run(place: Place, dtype: str) -> Finding:
     if problems:
         return Finding("failed", "; ".join(problems), page, figures)
     if not judged:
-        return Finding("not run", "the time was used up before two arms had answered", page, figures)
-    exact = all(one["equal"] == one["compared"] for one in figures.values())
+        return Finding("ran out of time", "the time was used up before two arms had answered", page, figures)
+    exact = all(one.equal == one.compared for one in [*judged.values(), *([control] if control is not None else [])])
     line = "all tokens are stock's" if exact else "all tokens are stock's, up to ties that stock has with itself"
     return Finding("ok", f"{line} ({len(judged)} of {len(ORDER[dtype]) - 2} comparisons)", page, figures)
 

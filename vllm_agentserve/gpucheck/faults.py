@@ -1,18 +1,24 @@
-"""What becomes of the tokens when a chunk of the lane raises, and when a client goes away while the lane works."""
+"""What becomes of the tokens when a client goes away while the lane works, when one chunk raises, and when three in a row do."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from vllm_agentserve.gpucheck.compare import compare
+from vllm_agentserve.gpucheck.compare import Comparison, compare, wrong
 from vllm_agentserve.gpucheck.engines import Setting, counters, make_engine
-from vllm_agentserve.gpucheck.equality import answers_of, engine_limits, name_of, setting
+from vllm_agentserve.gpucheck.equality import CONTROL, engine_limits, jobs_of, name_of, setting
 from vllm_agentserve.gpucheck.jobs import Answers, beside_jobs, from_json, run_jobs, to_json
-from vllm_agentserve.gpucheck.place import PACKAGE, Finding, Place
+from vllm_agentserve.gpucheck.place import PACKAGE, Ended, Finding, Place
 
-DTYPE = "float32"
+DTYPES = ("bfloat16", "float32")
+"""The first as users run it, with CUDA graphs and up to ties; the second exactly, if time is left."""
 LEAST_TOKENS = 1000
 """The jobs whose chunks raise have at least so many: the prompts of `beside_jobs`, and no warm-up."""
+TRIES = 4
+"""So often the jobs are run until three chunks have raised in a row: one run has two long prompts, and a lane that has failed may
+get none for a while."""
+IN_A_ROW, RETIRED = "in a row", "retired"
+"""Scenarios: the runs in which all long jobs fail, and the one after them, without a lane."""
 
 
 @dataclass
@@ -73,7 +79,10 @@ class LaneSpy:
 
 
 def scenarios(options: Mapping[str, Any]) -> dict[str, Any]:
-    """All of them with one engine, in a child process. The abort comes first: a failure leaves no lane for a while."""
+    """All of them with one engine, in a child process. The abort comes first, since a failure leaves no lane for a while, and
+    the failures in a row last, since they leave none at all."""
+    from vllm_agentserve.lanes.worker import FAILURES_IN_A_ROW
+
     setting = Setting(**options["setting"])
     spy = LaneSpy(setting.device)
     spy.attach()
@@ -100,17 +109,36 @@ def scenarios(options: Mapping[str, Any]) -> dict[str, Any]:
     spy.spoil = 1
     scenario("raise")
     scenario("after")
-    return {"scenarios": results, "aborted": aborted, "spoilt": 1 - spy.spoil}
+    found = {"scenarios": results, "aborted": aborted, "spoilt": 1 - spy.spoil, "in_a_row": None}
+    if setting.device == "cpu":
+        # A chunk that raises there ends the lane's process, and another one is started.
+        return found
+    spy.spoil = FAILURES_IN_A_ROW
+    for number in range(1, TRIES + 1):
+        scenario(f"{IN_A_ROW} {number}")
+        if not spy.spoil:
+            break
+    left, spy.spoil = spy.spoil, 0
+    scenario(RETIRED)
+    return found | {"in_a_row": FAILURES_IN_A_ROW - left, "wanted": FAILURES_IN_A_ROW}
 
 
-def judge(reference: Answers, found: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the results of `scenarios`; nothing when all is well."""
+def judge(reference: Answers, found: Mapping[str, Any], control: Comparison | None = None) -> list[str]:
+    """What is wrong with the results of `scenarios` up to the one chunk that raised; nothing when all is well.
+
+    Args:
+        reference: stock's answers.
+        control: as for `compare.wrong`; without it every token has to be stock's.
+    """
     problems = []
     for name, one in found["scenarios"].items():
         missing = set(found["aborted"]) if name == "abort" else set()
         jobs = [job for job in beside_jobs() if job.name not in missing]
         comparison = compare(reference, from_json(one["answers"]), jobs)
-        if not comparison.exact:
+        if control is not None:
+            if (why := wrong(comparison, control)) is not None:
+                problems.append(f"{name}: {why}")
+        elif not comparison.exact:
             problems.append(
                 f"{name}: {comparison.compared - comparison.equal} of {comparison.compared} have other tokens"
             )
@@ -124,25 +152,89 @@ def judge(reference: Answers, found: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def run(place: Place) -> Finding:
-    """The part; takes stock's answers from the equality part where they are there."""
-    told = place.raw(name_of(DTYPE, "stock"))
-    reference = from_json(told["answers"]) if told is not None else answers_of(place, DTYPE, "stock")
-    if isinstance(reference, str):
-        return Finding("failed", "stock vLLM gave no reference", ["```", *reference.splitlines(), "```"])
+def judge_retired(found: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the end of the lane after failures in a row; the tokens are for `judge`."""
+    if found["in_a_row"] is None:
+        return []
+    gained = {name: one["gained"] for name, one in found["scenarios"].items()}
+    failed = sum(one.get("lane_failed_requests", 0) for name, one in gained.items() if name.startswith(IN_A_ROW))
+    if min(found["in_a_row"], failed) < found["wanted"]:
+        return [f"only {min(found['in_a_row'], failed)} of {found['wanted']} chunks raised in a row"]
+    if asked := gained[RETIRED].get("lane_requests"):
+        return [f"the lane got {asked} prompts after {failed} failures in a row"]
+    return []
+
+
+def reference_of(place: Place, dtype: str, arm: str) -> Answers | Ended:
+    """The answers of an arm of the equality part, from that part where it has run."""
+    told = place.raw(name_of(dtype, arm))
+    if told is None:
+        options = {"setting": asdict(setting(place, arm, dtype)), "small": place.small}
+        ended = place.run(name_of(dtype, arm), f"{PACKAGE}.equality:answer", options)
+        if ended.error is not None:
+            return ended
+        told = ended.result
+    return from_json(told["answers"])
+
+
+def ended_early(dtype: str, line: str, ended: Ended) -> Finding:
+    """One dtype without a verdict."""
+    page = ["", f"{dtype}:", "", "```", *str(ended.error).splitlines(), "```"]
+    return Finding(ended.status, f"{dtype}: {line}", page)
+
+
+def run_one(place: Place, dtype: str) -> Finding:
+    """All scenarios in one dtype."""
+    reference = reference_of(place, dtype, "stock")
+    if isinstance(reference, Ended):
+        return ended_early(dtype, "stock vLLM gave no reference", reference)
+    control = None
+    if dtype != "float32":
+        other = reference_of(place, dtype, CONTROL)
+        if isinstance(other, Ended):
+            return ended_early(dtype, f"{CONTROL} gave no reference", other)
+        control = compare(reference, other, [*jobs_of(dtype, place.small), *beside_jobs()])
+    given = setting(place, "lanes", dtype)
     # A cache with room: what is looked at here is the lane, not preemption.
-    given = setting(place, "lanes", DTYPE)
     blocks = 2 * engine_limits(place.device)["num_gpu_blocks_override"]
     given = replace(given, engine={**given.engine, "num_gpu_blocks_override": blocks})
-    ended = place.run("faults", f"{PACKAGE}.faults:scenarios", {"setting": asdict(given)})
+    ended = place.run(f"faults-{dtype}", f"{PACKAGE}.faults:scenarios", {"setting": asdict(given)}, place.patience_s)
     if ended.error is not None:
-        return Finding("failed", "the engine did not live through it", ["```", *ended.error.splitlines(), "```"])
-    problems = judge(reference, ended.result)
-    page = ["| scenario | requests of the lane | of these failed and computed again |", "|---|---|---|"]
-    for name, one in ended.result["scenarios"].items():
+        return ended_early(dtype, "the engine did not live through it", ended)
+    found = ended.result
+    problems = judge(reference, found, control) + judge_retired(found)
+    page = []
+    for name, one in found["scenarios"].items():
         gained = one["gained"]
-        page.append(f"| {name} | {gained.get('lane_requests', 0)} | {gained.get('lane_failed_requests', 0)} |")
-    figures = {name: one["gained"] for name, one in ended.result["scenarios"].items()}
+        page.append(
+            f"| {dtype} | {name} | {gained.get('lane_requests', 0)} | {gained.get('lane_failed_requests', 0)} |"
+        )
+    figures = {name: one["gained"] for name, one in found["scenarios"].items()}
     if problems:
-        return Finding("failed", "; ".join(problems), page, figures)
-    return Finding("ok", "all tokens are stock's after an abort and after a chunk that raised", page, figures)
+        return Finding("failed", "; ".join(f"{dtype}: {one}" for one in problems), page, figures)
+    return Finding("ok", dtype, page, figures)
+
+
+def run(place: Place) -> Finding:
+    """The part: all scenarios in every dtype that there is time for."""
+    found: dict[str, Finding] = {}
+    before = place.left_s()
+    for dtype in DTYPES:
+        # The second needs a reference of its own, so twice as long as the first.
+        if found and place.left_s() < 2 * (before - place.left_s()):
+            break
+        found[dtype] = run_one(place, dtype)
+    page = ["| dtype | scenario | requests of the lane | of these failed and computed again |", "|---|---|---|---|"]
+    for status in ("ok", "failed", "ran out of time"):
+        page += [line for one in found.values() for line in one.page if one.status == status]
+    figures = {dtype: one.figures for dtype, one in found.items()}
+    if failed := [one.line for one in found.values() if one.status == "failed"]:
+        return Finding("failed", "; ".join(failed), page, figures)
+    through = [dtype for dtype, one in found.items() if one.status == "ok"]
+    if not through:
+        return Finding("ran out of time", "; ".join(one.line for one in found.values()), page, figures)
+    row = ", and three in a row, which retire the lane" if place.device == "cuda" else ""
+    line = f"all tokens are stock's after an abort and a chunk that raised{row}"
+    if not row:
+        page += ["", "Three chunks that raise in a row: not run: no CUDA device."]
+    return Finding("ok", f"{line} ({', '.join(through)} of {', '.join(DTYPES)})", page, figures)

@@ -1,23 +1,20 @@
 """Where a check runs and what it may take: the folder, the device, the clock, and child processes with a time limit."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vllm_agentserve.gpucheck.archive import write_archive
+from vllm_agentserve.gpucheck.child import STACK_BEFORE_END_S
+from vllm_agentserve.gpucheck.processes import Starter, Task, end_group
+
 PACKAGE = "vllm_agentserve.gpucheck"
 TAIL_LINES = 12
-STACK_BEFORE_END_S = 2.0
-"""A child writes the stacks of its threads to its log so long before its time is up."""
-GONE_S = 20.0
 
-Status = Literal["ok", "failed", "not run"]
+Status = Literal["ok", "failed", "ran out of time", "not run"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,8 @@ class Finding:
     """What a part found.
 
     Args:
-        status: "failed" when something is wrong or could not be finished, "not run" when it does not apply here.
+        status: "failed" when something is wrong or hangs, "ran out of time" when the clock ended it before it could tell,
+            "not run" when it does not apply here or was not begun.
         line: the verdict, one sentence.
         page: Markdown lines for the summary.
         figures: the same for machines, JSON.
@@ -39,11 +37,24 @@ class Finding:
 
 @dataclass(frozen=True)
 class Ended:
-    """A child process that ended: its result, or why there is none, with the last lines it wrote."""
+    """A child process that ended: its result, or why there is none, with the last lines it wrote.
+
+    Args:
+        seconds: it took so long.
+        out_of_time: whether the time of the part or of the check ended it, which says nothing of what it did.
+        hung: whether it took longer than its own limit.
+    """
 
     result: Any
     error: str | None
     seconds: float
+    out_of_time: bool = False
+    hung: bool = False
+
+    @property
+    def status(self) -> Status:
+        """Of a part that needs its result."""
+        return "ok" if self.error is None else "ran out of time" if self.out_of_time else "failed"
 
 
 def child_environment(base: Mapping[str, str], serving: Mapping[str, str]) -> dict[str, str]:
@@ -78,7 +89,9 @@ class Place:
         self.small = small
         self.environment = dict(environment)
         self.end = float("inf")
+        self.starter = Starter()
         self._ran: set[str] = set()
+        self._out_of_time: set[str] = set()
         for name in ("raw", "logs"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
 
@@ -96,54 +109,49 @@ class Place:
         path = self.folder / "raw" / f"{name}.json"
         return json.loads(path.read_text()) if name in self._ran and path.exists() else None
 
-    def run(self, name: str, function: str, options: Any, limit_s: float | None = None) -> Ended:
+    def ran_out(self, name: str) -> bool:
+        """Whether the child called `name` has no result because the clock ended it, or there was no time to start it."""
+        return name in self._out_of_time
+
+    def run(self, name: str, function: str, options: Any, limit_s: float | None = None, fresh: bool = False) -> Ended:
         """Calls `function` ("package.module:function") with `options` in a process of its own.
 
-        Its result goes to `raw/NAME.json`, what it writes to `logs/NAME.log`. It ends after `limit_s` seconds or when the
-        part's time is up, with everything it started.
+        Its result goes to `raw/NAME.json`, what it writes to `logs/NAME.log`, and the archive is written anew. It ends after
+        `limit_s` seconds or when the part's time is up, with everything it started. `fresh`: it needs no vLLM.
         """
+        ended = self._run(name, function, options, limit_s, fresh)
+        (self._out_of_time.add if ended.out_of_time else self._out_of_time.discard)(name)
+        write_archive(self.folder)
+        print(f"  {name}: {ended.status} ({ended.seconds:.0f} s)", flush=True)
+        return ended
+
+    def _run(self, name: str, function: str, options: Any, limit_s: float | None, fresh: bool) -> Ended:
         result, log = self.folder / "raw" / f"{name}.json", self.folder / "logs" / f"{name}.log"
         result.unlink(missing_ok=True)
         self._ran.add(name)
-        limit = min(self.left_s(), limit_s or float("inf"), 86_400.0)
+        left = self.left_s()
+        limit = min(left, limit_s or float("inf"), 86_400.0)
+        out_of_time = hung = False
         began = time.monotonic()
-        if limit <= STACK_BEFORE_END_S:
-            return Ended(None, "not started: the time of this part was used up", 0.0)
-        command = [sys.executable, "-m", f"{PACKAGE}.child", function, str(result), str(limit)]
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=self.environment,
-                start_new_session=True,
-            )
-            try:
-                process.communicate(json.dumps(options).encode(), timeout=limit)
-                why = f"exit code {process.returncode}" if process.returncode else None
-            except subprocess.TimeoutExpired:
-                why = f"not done after {limit:.0f} s"
-            finally:
-                end_group(process)
+        if left <= STACK_BEFORE_END_S:
+            return Ended(None, "not started: the time of this part was used up", 0.0, out_of_time=True)
+        task = Task(function, result, limit, options, log, self.environment)
+        child = self.starter.start(task, fresh)
+        try:
+            code = child.wait(max(limit - (time.monotonic() - began), 0.0))
+        finally:
+            end_group(child)
+        why = f"exit code {code}" if code else None
+        if code is None:
+            why = f"not done after {limit:.0f} s"
+            out_of_time = limit == left
+            hung = not out_of_time
         seconds = time.monotonic() - began
         if why is None and not result.exists():
             why = "no result"
         if why is not None:
-            return Ended(None, f"{name}: {why}\n{tail(log)}", seconds)
+            return Ended(None, f"{name}: {why}\n{tail(log)}", seconds, out_of_time, hung)
         return Ended(json.loads(result.read_text()), None, seconds)
-
-
-def end_group(process: "subprocess.Popen[bytes]") -> None:
-    """Ends a process that leads a group, and what is left of the group; waits for the process for a while."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    try:
-        process.wait(GONE_S)
-    except subprocess.TimeoutExpired:
-        print(f"process {process.pid} does not end: it may hang in the driver", file=sys.stderr)
 
 
 def tail(log: Path) -> str:

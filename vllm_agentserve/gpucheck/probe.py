@@ -62,9 +62,9 @@ def run(place: Place) -> Finding:
     """The part."""
     if place.device == "cpu":
         return Finding("not run", "no CUDA device")
-    ended = place.run("green", f"{PACKAGE}.multiprocessors:probe", {})
+    ended = place.run("green", f"{PACKAGE}.multiprocessors:probe", {}, fresh=True)
     if ended.error is not None:
-        return Finding("failed", "the probe did not come to its end", ["```", *ended.error.splitlines(), "```"])
+        return Finding(ended.status, "the probe did not come to its end", ["```", *ended.error.splitlines(), "```"])
     found, page = ended.result, page_of(ended.result)
     p99 = {one["arm"]: one["p99_ms"] for one in found["arms"]}
     times = "chain p99: " + ", ".join(f"{name} {value:.3g} ms" for name, value in list(p99.items())[:5])

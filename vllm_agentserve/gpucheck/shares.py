@@ -28,9 +28,9 @@ def run(place: Place) -> Finding:
     """The part."""
     shape = shape_for(free_gib(place))
     options = {"shape": asdict(shape), "device": place.device, "small": place.small}
-    ended = place.run("shares", f"{PACKAGE}.stack:measure", options)
+    ended = place.run("shares", f"{PACKAGE}.stack:measure", options, fresh=True)
     if ended.error is not None:
-        return Finding("failed", "throughput was not measured", ["```", *ended.error.splitlines(), "```"])
+        return Finding(ended.status, "throughput was not measured", ["```", *ended.error.splitlines(), "```"])
     points, unit = ended.result["points"], ended.result["unit"]
     page = [
         f"{LAYERS} layers of the sizes of `{shape.name}`, in plain torch; in brackets the part of the largest share.",

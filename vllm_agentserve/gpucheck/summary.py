@@ -12,12 +12,14 @@ from vllm_agentserve.gpucheck.place import Finding
 
 @dataclass(frozen=True)
 class Done:
-    """A part that was asked for: its name, title, what it found, and how long that took, in seconds."""
+    """A part that was asked for: its name, title, what it found, how long that took, in seconds, and whether it was left out
+    because too little time was left."""
 
     name: str
     title: str
     finding: Finding
     seconds: float
+    left_out: bool = False
 
 
 def page(done: Sequence[Done], command: str) -> str:

@@ -1,0 +1,56 @@
+"""How the GPU kit starts its children: forked where that works, and in a new interpreter where it does not."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gpu_kit import here
+
+from vllm_agentserve.gpucheck import processes
+from vllm_agentserve.gpucheck.place import Place
+
+
+@pytest.fixture
+def forks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """A place whose children are forked, without the imports of vLLM."""
+    monkeypatch.setattr(processes, "PRELOAD", ("json",))
+    where = here(tmp_path)
+    where.starter.prepare("cpu", where.environment)
+    return where
+
+
+def test_forked_children_answer_fail_and_hang_as_fresh_ones_do(forks: Place) -> None:
+    assert forks.run("fine", "math:sqrt", 16).result == 4.0
+    wrong = forks.run("wrong", "math:sqrt", "text")
+    assert "wrong: exit code 1" in str(wrong.error)
+    assert "TypeError" in str(wrong.error)
+    hangs = forks.run("hangs", "time:sleep", 600, limit_s=4.0)
+    assert (hangs.hung, hangs.out_of_time) == (True, False)
+    assert 3.0 < hangs.seconds < 30.0
+    assert "Thread" in str(hangs.error)
+    assert forks.run("fresh", "math:sqrt", 9, fresh=True).result == 3.0
+
+
+def test_where_no_fork_can_be_had_a_new_interpreter_does_the_task(
+    forks: Place, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    def broken(function: str, *args: Any) -> None:
+        asked.append(function)
+        raise EOFError
+
+    monkeypatch.setattr(processes, "ForkedChild", broken)
+    assert forks.run("one", "math:sqrt", 16).result == 4.0
+    assert forks.run("two", "math:sqrt", 9).result == 3.0
+    assert asked == ["math:sqrt"], "it is tried once"
+    assert "children cannot be forked here" in capfd.readouterr().err
+
+
+def test_a_fork_that_does_not_come_is_not_waited_for(forks: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "FORK_S", 0.2)
+    monkeypatch.setattr(processes, "ForkedChild", lambda *args: time.sleep(30))
+    began = time.monotonic()
+    assert forks.run("one", "math:sqrt", 16).result == 4.0
+    assert time.monotonic() - began < 20

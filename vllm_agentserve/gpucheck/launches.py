@@ -1,0 +1,132 @@
+"""What the lane's chunks cost: time of the host's thread, time of the device, memory; measured from outside the lane."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+from vllm_agentserve.gpucheck.plain import PlainLadder
+from vllm_agentserve.lanes.lane import Slot
+
+LADDER = "GreenLadder"
+"""The name by which `lanes.parts` makes its ladder."""
+ALONE = "alone"
+"""The place of chunks that run on the whole device, since nobody decodes."""
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One chunk.
+
+    Args:
+        place: "DECODE+PREFILL" in SMs, or `ALONE`.
+        host_ms: how long its launch kept the thread that launches decode steps.
+        device_ms: the device's time for it.
+    """
+
+    place: str
+    tokens: int
+    host_ms: float
+    device_ms: float
+
+
+class LaunchLog:
+    """Sees every chunk that a stream lane of this process launches, and the ladder it has.
+
+    Args:
+        priority: whether the lane gets a `PlainLadder` in place of green contexts.
+        cuda: `torch.cuda`, or what stands in for it.
+    """
+
+    def __init__(self, priority: bool, cuda: Any) -> None:
+        self._cuda = cuda
+        self._make: Callable[..., Any] | None = PlainLadder if priority else None
+        self._slots: tuple[Slot, ...] = ()
+        self._places: dict[Any, str] = {}
+        self._seen: list[tuple[str, int, float, Any, Any]] = []
+
+    def attach(self) -> None:
+        """Sits between every lane made from now on, its ladder and its runner."""
+        from vllm_agentserve.lanes import parts
+        from vllm_agentserve.vllm_compat.cuda_runner import LaneModelRunner
+
+        make = self._make or getattr(parts, LADDER)
+
+        def ladder(*arguments: Any) -> Any:
+            made = make(*arguments)
+            self.know(made)
+            return made
+
+        run = LaneModelRunner.run
+
+        def timed(runner: Any, chunk: Any) -> object:
+            return self.watch(chunk.tokens, lambda: run(runner, chunk))
+
+        setattr(parts, LADDER, ladder)
+        LaneModelRunner.run = timed  # type: ignore[method-assign,assignment]
+
+    def know(self, ladder: Any) -> None:
+        """The ladder of the lane: its streams say where a chunk runs."""
+        self._slots = ladder.slots
+        for slot, streams in zip(ladder.slots, ladder.streams, strict=True):
+            self._places[streams.prefill.cuda_stream] = f"{slot.decode}+{slot.prefill}"
+
+    def watch(self, tokens: int, launch: Callable[[], object]) -> object:
+        """Calls `launch`, which launches a chunk on the current stream."""
+        begin, end = self._cuda.Event(enable_timing=True), self._cuda.Event(enable_timing=True)
+        stream = self._cuda.current_stream()
+        begin.record(stream)
+        began = perf_counter()
+        kept = launch()
+        host_ms = (perf_counter() - began) * 1000
+        end.record(stream)
+        self._seen.append((self._places.get(stream.cuda_stream, ALONE), tokens, host_ms, begin, end))
+        return kept
+
+    def clear(self) -> None:
+        """Forgets the chunks of the warm-up."""
+        self._seen.clear()
+
+    def launched(self) -> list[Launched]:
+        """All chunks since `clear`; waits for the device."""
+        self._cuda.synchronize()
+        return [
+            Launched(place, tokens, host_ms, float(begin.elapsed_time(end)))
+            for place, tokens, host_ms, begin, end in self._seen
+        ]
+
+    @property
+    def slots(self) -> list[str]:
+        return [f"{slot.decode}+{slot.prefill}" for slot in self._slots]
+
+
+def memory(cuda: Any) -> dict[str, float]:
+    """GiB: what torch has reserved, and what the device has free and in all."""
+    free, total = cuda.mem_get_info()
+    gib = {"reserved": cuda.memory_reserved(), "free": free, "total": total}
+    return {f"{name}_gib": round(value / 2**30, 2) for name, value in gib.items()}
+
+
+def middle(values: Sequence[float]) -> float | None:
+    """The median, None of nothing."""
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2] if ordered else None
+
+
+def by_place(launched: Sequence[Launched]) -> dict[str, dict[str, Any]]:
+    """Figures of the chunks of every place: their number `n`, medians and the longest launch in ms, tokens a second of the
+    device's time."""
+    figures: dict[str, dict[str, Any]] = {}
+    for place in sorted({one.place for one in launched}):
+        own = [one for one in launched if one.place == place]
+        device_s = sum(one.device_ms for one in own) / 1000
+        tokens = sum(one.tokens for one in own)
+        figures[place] = {
+            "n": len(own),
+            "tokens": middle([one.tokens for one in own]),
+            "host_ms": middle([one.host_ms for one in own]),
+            "host_most_ms": max(one.host_ms for one in own),
+            "device_ms": middle([one.device_ms for one in own]),
+            "tokens_per_s": tokens / device_s if device_s > 0 else None,
+        }
+    return figures

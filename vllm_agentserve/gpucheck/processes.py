@@ -1,0 +1,123 @@
+"""How child processes start and end: forked from one that has imported vLLM where that works, else in a new interpreter."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from vllm_agentserve.gpucheck.forked import PRELOAD, PRELOAD_CUDA, ForkedChild, preload
+
+FORK_S = 60.0
+"""A fork that has not begun after so long, since the imports hang or are slow, is given up for a new interpreter."""
+GONE_S = 20.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a child does: see `ForkedChild`."""
+
+    function: str
+    result: Path
+    limit_s: float
+    options: Any
+    log: Path
+    environment: Mapping[str, str]
+
+
+class Child(Protocol):
+    """A process that leads a group of its own."""
+
+    pid: int
+
+    def wait(self, timeout_s: float) -> int | None:
+        """The exit code, negative for a signal; None when it still runs after so many seconds."""
+
+
+class FreshChild:
+    """A task in a new interpreter."""
+
+    def __init__(self, task: Task) -> None:
+        command = [sys.executable, "-m", "vllm_agentserve.gpucheck.child"]
+        with task.log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [*command, task.function, str(task.result), str(task.limit_s)],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=task.environment,
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+        self._options: bytes | None = json.dumps(task.options).encode()
+
+    def wait(self, timeout_s: float) -> int | None:
+        given, self._options = self._options, None
+        try:
+            self._process.communicate(given, timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+        return self._process.returncode
+
+
+class Starter:
+    """Starts children."""
+
+    def __init__(self) -> None:
+        self._forks = False
+
+    def prepare(self, device: str, environment: Mapping[str, str]) -> None:
+        """Begins to import what engines need in the process that later children are forked from; does not wait for it."""
+        modules = PRELOAD + (PRELOAD_CUDA if device == "cuda" else ())
+        with contextlib.suppress(OSError):
+            preload(modules, environment)
+            self._forks = True
+
+    def start(self, task: Task, fresh: bool) -> Child:
+        """Starts a task; `fresh` for one that does not need vLLM, and so need not wait for its imports."""
+        if self._forks and not fresh:
+            forked = self._forked(task)
+            if forked is not None:
+                return forked
+            print("children cannot be forked here: each gets a new interpreter", file=sys.stderr, flush=True)
+            self._forks = False
+        return FreshChild(task)
+
+    def _forked(self, task: Task) -> ForkedChild | None:
+        made: list[ForkedChild] = []
+        abandoned = threading.Event()
+
+        def fork() -> None:
+            # The process that forks has ended, or its socket is gone: whatever is raised, a new interpreter can do the task.
+            with contextlib.suppress(Exception):
+                child = ForkedChild(task.function, task.result, task.limit_s, task.options, task.log, task.environment)
+                made.append(child)
+                if abandoned.is_set():
+                    end_group(child)
+
+        thread = threading.Thread(target=fork, daemon=True)
+        thread.start()
+        thread.join(min(FORK_S, task.limit_s))
+        if not made:
+            abandoned.set()
+        return made[0] if made else None
+
+
+def end_group(child: Child) -> None:
+    """Ends a process that leads a group, and what is left of the group; waits for the process for a while."""
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        # A forked one may not lead its group yet.
+        if child.wait(0.0) is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.pid, signal.SIGKILL)
+    if child.wait(GONE_S) is None:
+        print(f"process {child.pid} does not end: it may hang in the driver", file=sys.stderr)
