@@ -1,6 +1,5 @@
 """Child processes forked from one in which vLLM is imported already: on many machines the imports take longer than the task."""
 
-import importlib
 import json
 import multiprocessing
 import os
@@ -10,6 +9,8 @@ from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+
+from vllm_agentserve.vllm_compat.cuda import cuda_driver
 
 PRELOAD = (
     "vllm",
@@ -113,12 +114,8 @@ def cuda_is_lost() -> bool:
     if torch is not None and torch.cuda._is_in_bad_fork():
         return True
     try:
-        driver = importlib.import_module("cuda.bindings.driver")
-    except ImportError:
-        return False
-    try:
-        return int(driver.cuInit(0)[0]) == NOT_INITIALIZED
-    except RuntimeError:  # no driver
+        return int(cuda_driver().cuInit(0)[0]) == NOT_INITIALIZED
+    except (ImportError, RuntimeError):  # no bindings, or no driver
         return False
 
 
