@@ -54,3 +54,30 @@ def test_a_fork_that_does_not_come_is_not_waited_for(forks: Place, monkeypatch: 
     began = time.monotonic()
     assert forks.run("one", "math:sqrt", 16).result == 4.0
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(("trial", "forked"), [("math:sqrt", True), ("os:_exit", False), ("os:no_such_call", False)])
+def test_forks_are_used_on_a_gpu_only_where_a_trial_could_use_cuda(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    trial: str,
+    forked: bool,
+) -> None:
+    monkeypatch.setattr(processes, "PRELOAD", ("json",))
+    monkeypatch.setattr(processes, "TRIAL", trial)
+    made: list[str] = []
+    fork = processes.ForkedChild
+
+    def counted(function: str, *args: Any) -> Any:
+        made.append(function)
+        result, limit_s, options, *rest = args
+        return fork(function, result, limit_s, 4 if options is None else options, *rest)
+
+    monkeypatch.setattr(processes, "ForkedChild", counted)
+    where = here(tmp_path)
+    where.starter.prepare("cuda", where.environment)
+    assert where.run("one", "math:sqrt", 16).result == 4.0
+    assert where.run("two", "math:sqrt", 9).result == 3.0
+    assert len(made) == (3 if forked else 1)
+    assert ("children cannot be forked here" in capfd.readouterr().err) is not forked

@@ -10,25 +10,16 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-from vllm_agentserve.vllm_compat.cuda import cuda_driver
-
 PRELOAD = (
     "vllm",
     "vllm.entrypoints.llm",
     "vllm.v1.engine.core",
     "vllm.v1.engine.llm_engine",
-    "vllm.model_executor.models.qwen2",
     "vllm_agentserve.lanes.connector",
     "vllm_agentserve.scheduler.scheduler",
 )
-PRELOAD_CUDA = (
-    "vllm.v1.worker.gpu_worker",
-    "vllm.v1.worker.gpu.model_runner",
-    "vllm.v1.attention.backends.flash_attn",
-    "vllm.v1.attention.backends.triton_attn",
-    "vllm_agentserve.lanes.parts",
-)
-"""Imported before the first child is forked. None of them may start CUDA; where one does, children start afresh, see `main`."""
+"""Imported before the first child is forked: what vLLM's own server has imported when it forks its engine. Models and the GPU
+worker are not among them: with them, the first CUDA call of a child was a segmentation fault (H200, driver 580)."""
 
 
 class ForkedChild:
@@ -109,15 +100,13 @@ def main(function: str, result: str, limit_s: float, options: str, log: str, env
 
 
 def cuda_is_lost() -> bool:
-    """Whether this process was forked from one in which CUDA had started."""
+    """Whether torch knows that this process was forked from one in which CUDA had started."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda._is_in_bad_fork():
-        return True
-    try:
-        return int(cuda_driver().cuInit(0)[0]) == NOT_INITIALIZED
-    except (ImportError, RuntimeError):  # no bindings, or no driver
-        return False
+    return torch is not None and bool(torch.cuda._is_in_bad_fork())
 
 
-NOT_INITIALIZED = 3
-"""What `cuInit` returns in a process that was forked from one where it had been called."""
+def try_cuda(options: Any) -> bool:
+    """A task that only uses CUDA: whether children can be forked here. What ends it, a signal too, says that they cannot."""
+    import torch
+
+    return bool(torch.ones(1, device="cuda").item() == 1.0)

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from vllm_agentserve.gpucheck.forked import PRELOAD, PRELOAD_CUDA, ForkedChild, preload
+from vllm_agentserve.gpucheck.forked import PRELOAD, ForkedChild, preload
 
 FORK_S = 60.0
 """A fork that has not begun after so long, since the imports hang or are slow, is given up for a new interpreter."""
 GONE_S = 20.0
+TRIAL = "vllm_agentserve.gpucheck.forked:try_cuda"
 
 
 @dataclass(frozen=True)
@@ -71,23 +72,39 @@ class Starter:
 
     def __init__(self) -> None:
         self._forks = False
+        self._untried = False
+        """Whether no forked child has used CUDA yet."""
 
     def prepare(self, device: str, environment: Mapping[str, str]) -> None:
         """Begins to import what engines need in the process that later children are forked from; does not wait for it."""
-        modules = PRELOAD + (PRELOAD_CUDA if device == "cuda" else ())
         with contextlib.suppress(OSError):
-            preload(modules, environment)
+            preload(PRELOAD, environment)
             self._forks = True
+            self._untried = device == "cuda"
 
     def start(self, task: Task, fresh: bool) -> Child:
         """Starts a task; `fresh` for one that does not need vLLM, and so need not wait for its imports."""
         if self._forks and not fresh:
-            forked = self._forked(task)
+            forked = self._forked(task) if self._can_use_cuda(task) else None
             if forked is not None:
                 return forked
             print("children cannot be forked here: each gets a new interpreter", file=sys.stderr, flush=True)
             self._forks = False
         return FreshChild(task)
+
+    def _can_use_cuda(self, task: Task) -> bool:
+        """Whether forked children can use CUDA; tried once, before the first task, with its folder and variables."""
+        if not self._untried:
+            return True
+        self._untried = False
+        result, log = (file.with_name(f"fork-trial{file.suffix}") for file in (task.result, task.log))
+        trial = self._forked(Task(TRIAL, result, FORK_S, None, log, task.environment))
+        if trial is None:
+            return False
+        try:
+            return trial.wait(FORK_S) == 0
+        finally:
+            end_group(trial)
 
     def _forked(self, task: Task) -> ForkedChild | None:
         made: list[ForkedChild] = []
