@@ -4,9 +4,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from gpu_kit import here
+from gpu_kit import answer, here
 
-from vllm_agentserve.gpucheck import command, contest, faults, imports, place, probe, shares
+from vllm_agentserve.gpucheck import command, contest, equality, faults, imports, place, probe, shares
+from vllm_agentserve.gpucheck.jobs import beside_jobs, to_json
 from vllm_agentserve.gpucheck.place import Ended, Finding, Place, Status
 from vllm_agentserve.gpucheck.schedule import Span
 from vllm_agentserve.gpucheck.summary import Done
@@ -54,13 +55,32 @@ def test_the_clock_of_the_part_and_the_childs_own_limit_are_told_apart(
 @pytest.mark.parametrize(("ended", "status"), [(LATE, "ran out of time"), (HUNG, "failed"), (DIED, "failed")])
 def test_parts_pass_on_why_a_child_ended(tmp_path: Path, ended: Ended, status: Status) -> None:
     class Cut(Place):
-        def run(self, *args: object, **kwargs: object) -> Ended:
+        def _run(self, *args: object, **kwargs: object) -> Ended:
             return ended
 
     where = Cut(tmp_path, "cuda", True, {})
     where.end = place.time.monotonic() + 100
-    for part in (imports.run, probe.run, shares.run, faults.run):
+    for part in (imports.run, probe.run, equality.run_bfloat16, faults.run, equality.run_float32, shares.run):
         assert part(where).status == status
+
+
+def test_without_a_gpu_float32_has_no_control(tmp_path: Path) -> None:
+    """vLLM's CPU runner fails when a prompt that samples with a seed is cut, so every token has to be stock's there."""
+    asked: list[str] = []
+
+    class Answering(Place):
+        def _run(self, name: str, *args: object, **kwargs: object) -> Ended:
+            asked.append(name)
+            return Ended({"answers": answers, "counters": {"lane_requests": 1}}, None, 1.0)
+
+        def raw(self, name: str) -> object:
+            return {"counters": {"lane_requests": 1}}
+
+    jobs = [*equality.jobs_of("float32", True), *beside_jobs()]
+    answers = to_json({job.name: answer([1, 2]) for job in jobs})
+    finding = equality.run_float32(Answering(tmp_path, "cpu", True, {}))
+    assert (finding.status, len(asked)) == ("ok", 3)
+    assert "stock-chunk | not run: vLLM on CPUs" in "\n".join(finding.page)
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,7 @@ def finding(place: Place, arms: Mapping[str, Arm], ended: Mapping[str, Ended]) -
         page += [f"`{PRIORITY}`: not run: no CUDA device.", ""]
     for name, one in ended.items():
         page += [f"`{name}`:", "", "```", *str(one.error).splitlines(), "```", ""]
+    page = page[:-1]
     figures = {
         "model": model,
         "arms": columns,

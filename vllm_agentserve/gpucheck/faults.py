@@ -240,4 +240,5 @@ def run(place: Place) -> Finding:
     line = f"all tokens are stock's after an abort and a chunk that raised{row}"
     if not row:
         page += ["", "Three chunks that raise in a row: not run: no CUDA device."]
-    return Finding("ok", f"{line} ({', '.join(through)} of {', '.join(DTYPES)})", page, figures)
+    late = "".join(f"; {dtype}: too little time" for dtype in DTYPES if dtype not in through)
+    return Finding("ok", f"{line}, in {' and in '.join(through)}{late}", page, figures)
