@@ -8,7 +8,7 @@ import pytest
 from gpu_kit import here
 
 from vllm_agentserve.gpucheck import processes
-from vllm_agentserve.gpucheck.place import Place
+from vllm_agentserve.gpucheck.place import Place, tail
 
 
 @pytest.fixture
@@ -81,3 +81,32 @@ def test_forks_are_used_on_a_gpu_only_where_a_trial_could_use_cuda(
     assert where.run("two", "math:sqrt", 9).result == 3.0
     assert len(made) == (3 if forked else 1)
     assert ("children cannot be forked here" in capfd.readouterr().err) is not forked
+
+
+def test_a_forked_child_that_a_signal_ends_is_run_again_in_a_new_interpreter(
+    forks: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fork can be what crashes a library, so a crash counts only where the child was not forked."""
+    (tmp_path / "forked_only.py").write_text(
+        "import os, signal, sys\n"
+        "def run(options):\n"
+        "    if 'multiprocessing.forkserver' in sys.modules:\n"
+        "        os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "    return options\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    forks.environment["PYTHONPATH"] = f"{tmp_path}:{forks.environment.get('PYTHONPATH', '')}"
+    ended = forks.run("one", "forked_only:run", 5)
+    assert ended.result == 5
+    assert "Fatal Python error" in (tmp_path / "logs" / "one-forked.log").read_text()
+    (tmp_path / "raw" / "one.json").unlink()
+    assert forks.run("two", "forked_only:run", 6).result == 6
+    assert not (tmp_path / "logs" / "two-forked.log").exists(), "no other child is forked"
+
+
+def test_of_a_crash_the_first_lines_are_shown(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    frames = [f'  File "<unknown>", line 0, in frame {number}' for number in range(50)]
+    log.write_text("\n".join(["loading", "Fatal Python error: Segmentation fault", "", "Current thread", *frames]))
+    assert tail(log).splitlines()[:3] == ["Fatal Python error: Segmentation fault", "", "Current thread"]
+    assert len(tail(log).splitlines()) == 12

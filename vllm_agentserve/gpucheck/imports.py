@@ -20,21 +20,28 @@ class Step:
     remedy: str
 
 
+VLLM = "install vLLM with all its requirements: the error names the one that is missing"
 OURS = "unpack the whole wheel of vllm-agentserve, and put its folder on PYTHONPATH"
 STEPS = {
     "cuda": (
         Step("torch", "install the torch that this vLLM was built for, with its NVIDIA libraries"),
-        Step("vllm", "install vLLM with all its requirements: the error names the one that is missing"),
+        Step("vllm", VLLM),
         Step("vllm._C_stable_libtorch", "install a vLLM built for CUDA, with the torch it was built for"),
         Step("vllm.vllm_flash_attn", "install a vLLM built for CUDA, with its FlashAttention extensions"),
         Step("cuda.bindings.driver", "install cuda-bindings, with the packages cuda-pathfinder and typing-extensions"),
         Step("triton", "install the triton that torch asks for"),
         Step("vllm_agentserve.vllm_compat.cuda_worker", OURS),
         Step("vllm_agentserve.scheduler", OURS),
+        # What an engine imports late, when it loads a model and chooses its attention.
+        Step("vllm.v1.worker.gpu.model_runner", VLLM),
+        Step("vllm.model_executor.layers.quantization.online.base", VLLM),
+        Step("vllm.model_executor.models.qwen2", VLLM),
+        Step("vllm.v1.attention.backends.flash_attn", VLLM),
+        Step("vllm.v1.attention.backends.triton_attn", VLLM),
     ),
     "cpu": (
         Step("torch", "install the torch that this vLLM was built for"),
-        Step("vllm", "install vLLM with all its requirements: the error names the one that is missing"),
+        Step("vllm", VLLM),
         Step("vllm._C", "install a vLLM built for CPUs"),
         Step("vllm_agentserve.scheduler", OURS),
     ),

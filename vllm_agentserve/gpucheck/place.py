@@ -141,6 +141,9 @@ class Place:
             code = child.wait(max(limit - (time.monotonic() - began), 0.0))
         finally:
             end_group(child)
+        if code is not None and code < 0 and self.starter.distrust(child):
+            log.replace(log.with_name(f"{name}-forked.log"))
+            return self._run(name, function, options, limit_s, fresh=True)
         why = f"exit code {code}" if code else None
         if code is None:
             why = f"not done after {limit:.0f} s"
@@ -155,5 +158,8 @@ class Place:
 
 
 def tail(log: Path) -> str:
-    """The last lines of a log."""
-    return "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
+    """The last lines of a log; of a crash the first ones that tell of it, since hundreds of the C stack may follow."""
+    lines = log.read_text(errors="replace").splitlines()
+    crashes = [number for number, line in enumerate(lines) if line.startswith("Fatal Python error")]
+    begin = crashes[-1] if crashes else max(len(lines) - TAIL_LINES, 0)
+    return "\n".join(lines[begin : begin + TAIL_LINES])

@@ -88,9 +88,20 @@ class Starter:
             forked = self._forked(task) if self._can_use_cuda(task) else None
             if forked is not None:
                 return forked
-            print("children cannot be forked here: each gets a new interpreter", file=sys.stderr, flush=True)
-            self._forks = False
+            self._give_up()
         return FreshChild(task)
+
+    def distrust(self, child: Child) -> bool:
+        """A child was ended by a signal that nobody here has sent. If it was forked that may be why, so no other will be; returns
+        whether it was."""
+        if not isinstance(child, FreshChild):
+            self._give_up()
+            return True
+        return False
+
+    def _give_up(self) -> None:
+        print("children cannot be forked here: each gets a new interpreter", file=sys.stderr, flush=True)
+        self._forks = False
 
     def _can_use_cuda(self, task: Task) -> bool:
         """Whether forked children can use CUDA; tried once, before the first task, with its folder and variables."""
