@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_fakes import FakeDevice, FakeDriver, FakeStream
+from cuda_device import FakeDevice, FakeStream
+from cuda_fakes import FakeDriver
 
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes import parts

@@ -80,6 +80,11 @@ class LaneDispatch:
         return self._chooser.slot if self._chooser is not None else 0
 
     @property
+    def target_ms(self) -> float:
+        """Of a step, from the budget; 0 before there is one."""
+        return self.rates.target_ms if self.rates is not None else 0.0
+
+    @property
     def tokens_per_s(self) -> float:
         """What the lane computes beside decodes; 0 until it has."""
         return (self.rate.tokens_per_s(None) if self.rate is not None else None) or 0.0

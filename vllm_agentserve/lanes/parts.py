@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_agentserve.lanes.flight import settled
 from vllm_agentserve.lanes.green import SHARES, GreenLadder
 from vllm_agentserve.policy.slots import chunk_length
 from vllm_agentserve.vllm_compat import LaneError, cuda
@@ -59,9 +60,10 @@ def lane_parts(options: Any, vllm_config: Any, kv_cache_config: Any) -> LanePart
             torch.cuda.synchronize()
         torch.cuda.empty_cache()
     except BaseException as error:
-        if runner is not None:
-            runner.close()
-        ladder.close()
+        if settled(torch.cuda):
+            if runner is not None:
+                runner.close()
+            ladder.close()
         if not isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         raise LaneError(
