@@ -206,6 +206,14 @@ class FakeDevice:
         self.memory.take(stream, size)
         self.memory.give_back(stream, size)
 
+    def segments(self) -> list[dict[str, int]]:
+        """As `torch.cuda.memory_snapshot`."""
+        memory = self.memory
+        return [
+            {"stream": one.cuda_stream, "total_size": memory.of(one.name), "allocated_size": memory.live[one.name]}
+            for one in self.streams
+        ]
+
     def finish(self, name: str = "") -> None:
         """What is launched and begins with `name` is through, and what it waited for."""
         for work in self.log:

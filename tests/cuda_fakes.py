@@ -1,6 +1,6 @@
 """A CUDA driver that splits multiprocessors; the device is in `cuda_device`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,6 +35,10 @@ class FakeDriver:
         self.contexts: dict[int, set[int]] = {}
         self.streams: dict[int, tuple[int, int]] = {}
         """By handle: context and priority."""
+        self.on_context: Callable[[int], None] = lambda change: None
+        """Called when a context is made (1) or destroyed (-1)."""
+        self.on_destroy: Callable[[int], None] = lambda handle: None
+        """Called with the handle of a stream that is destroyed."""
         self._next = 100
 
     def __getattribute__(self, name: str) -> Any:
@@ -86,6 +90,7 @@ class FakeDriver:
     def cuGreenCtxCreate(self, descriptor: tuple[int, ...], device: int, flags: int) -> Any:
         context = self._handle()
         self.contexts[context] = set(descriptor)
+        self.on_context(1)
         return 0, context
 
     def cuGreenCtxGetDevResource(self, context: int, kind: str) -> Any:
@@ -97,10 +102,12 @@ class FakeDriver:
         return 0, handle
 
     def cuStreamDestroy(self, handle: int) -> Any:
+        self.on_destroy(handle)
         del self.streams[handle]
         return (0,)
 
     def cuGreenCtxDestroy(self, context: int) -> Any:
         assert context not in [owner for owner, _ in self.streams.values()], "a context destroyed before its stream"
         del self.contexts[context]
+        self.on_context(-1)
         return (0,)

@@ -1,4 +1,4 @@
-"""The stream lane inside vLLM's steps: what breaks there ends no step, loses no job, and tears nothing down before the engine ends."""
+"""The stream lane inside vLLM's steps: what breaks there ends no step, loses no job, and tears nothing down too early."""
 
 from collections.abc import Callable
 from typing import Any

@@ -78,6 +78,10 @@ class StreamLane:
         self._steps = StepStreams(cuda, ladder)
         self._said_slots = False
         self._pace = Pace(base)
+        self.memory: dict[str, int] = {}
+        """Bytes by stream that warm-up was seen to take."""
+        self.warmed_up: Callable[[int], None] = lambda reserved: None
+        """See `LaneParts.warmed_up`."""
         self._open = True
         self._why: str | None = None  # it was ended
 
@@ -92,6 +96,7 @@ class StreamLane:
 
         parts = lane_parts(options, vllm_config, kv_cache_config)
         lane = cls(parts.runner, parts.ladder, parts.alone, parts.base, parts.most, parts.cuda)
+        lane.memory, lane.warmed_up = parts.memory.by_stream, parts.warmed_up
         parts.runner.lead(lane.step, lane.step_goes_on)
         return lane
 
@@ -134,7 +139,8 @@ class StreamLane:
         tokens, seconds, launches, launch_s = self._pace.take()
         if not slots and not tokens and not launches:
             return None
-        return LaneReport(slots, tokens, seconds, launches=launches, launch_s=launch_s)
+        memory = tuple(self.memory.items()) if slots else ()
+        return LaneReport(slots, tokens, seconds, launches=launches, launch_s=launch_s, memory=memory)
 
     # -- the worker's steps ---------------------------------------------------------------------------------------------
 
