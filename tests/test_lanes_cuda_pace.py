@@ -9,6 +9,8 @@ from cuda_steps import WorkerBench
 from lane_driver import LaneDriver, started
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from vllm_agentserve.lanes.lane import LaneReport, Slot
+
 
 def beside(bench: Bench, chunks: int, wait_s: float, slot: int = 1) -> None:
     """Chunks beside decode steps, each seen to have ended `wait_s` before the step that launches the next one."""
@@ -155,3 +157,17 @@ def test_the_scheduler_sends_its_target(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(LaneDriver, "transfers", watched)
     started(options={"tpot_slo_ms": 40.0})
     assert sent == [40.0] * 3
+
+
+def test_launches_and_memory_are_series_of_their_own() -> None:
+    scheduler, driver = started()
+    driver.report = LaneReport((Slot(1, 1),), launches=3, launch_s=0.012, memory=(("alone", 5), ("decode 0", 7)))
+    driver.step()
+    driver.report = LaneReport((), tokens=64, seconds=0.04, launches=1, launch_s=0.004)
+    driver.step()
+    report = scheduler._stats.take()
+    assert (report["lane_launches"], report["lane_launch_seconds"]) == (4, pytest.approx(0.016))
+    assert (report["lane_memory_bytes:alone"], report["lane_memory_bytes:decode 0"]) == (5, 7)
+    later = scheduler._stats.take()
+    assert "lane_launches" not in later
+    assert later["lane_memory_bytes:alone"] == 5

@@ -14,7 +14,6 @@ from vllm_agentserve.lanes.lane import Slot
 from vllm_agentserve.lanes.stream import StreamLane
 from vllm_agentserve.vllm_compat import LaneError
 
-
 BYTES_PER_TOKEN = MIB
 BUFFERS = 40 * MIB
 STEP = 10 * MIB

@@ -72,8 +72,8 @@ class Boot:
 
         monkeypatch.setenv("VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS", str(int(estimates)))
         monkeypatch.setattr(startup_plan, "compute_plan_fingerprint", lambda *args: "fingerprint")
-        monkeypatch.setattr(gpu_worker.Worker, "determine_available_memory", lambda worker: self.profiled(worker))
-        monkeypatch.setattr(gpu_worker.Worker, "compile_or_warm_up_model", lambda worker: self.warmed_up(worker))
+        monkeypatch.setattr(gpu_worker.Worker, "determine_available_memory", lambda _: self.profiled())
+        monkeypatch.setattr(gpu_worker.Worker, "compile_or_warm_up_model", lambda _: self.warmed_up())
         monkeypatch.setattr(cuda_worker, "local_worker_half", lambda: SimpleNamespace(warmed_up=self.reserved.append))
         self.plan = startup_plan
         self.estimates = estimates
@@ -90,7 +90,8 @@ class Boot:
         )
         self.worker = worker
 
-    def profiled(self, worker: Any) -> int:
+    def profiled(self) -> int:
+        worker = self.worker
         self.plan.maybe_apply_startup_plan(worker)
         if worker.cache_config.kv_cache_memory_bytes:
             return int(worker.cache_config.kv_cache_memory_bytes)
@@ -98,7 +99,8 @@ class Boot:
         worker.cudagraph_memory_estimate = 2 * GIB
         return 66 * GIB - int(worker.peak_activation_memory)
 
-    def warmed_up(self, worker: Any) -> str:
+    def warmed_up(self) -> str:
+        worker = self.worker
         if worker.cache_config.kv_cache_memory_bytes is None:
             self.plan.maybe_save_startup_plan(worker, 66 * GIB - worker.peak_activation_memory)
         return "times"
@@ -139,6 +141,21 @@ def test_the_second_start_keeps_the_reserve(monkeypatch: pytest.MonkeyPatch) -> 
     second = Boot(monkeypatch)
     assert second.start() == 60 * GIB - EXPECTED
     assert second.worker.cache_config.kv_cache_memory_bytes == 60 * GIB - EXPECTED, "the plan was used"
+
+
+def test_vllm_saves_the_plan_with_what_it_takes_for_activations() -> None:
+    import vllm
+
+    _, _, source = (
+        (Path(vllm.__file__).parent / "v1/worker/gpu_worker.py").read_text().partition("non_kv_cache_memory = (")
+    )
+    for text in (
+        "+ self.peak_activation_memory",
+        "- non_kv_cache_memory",
+        "maybe_save_startup_plan(self, kv_cache_memory",
+    ):
+        _, found, source = source.partition(text)
+        assert found
 
 
 def test_the_users_own_size_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """GPU memory of a prefill lane: what is kept free for it before the KV cache is sized, and what its warm-up was seen to take."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 

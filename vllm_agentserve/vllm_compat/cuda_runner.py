@@ -137,6 +137,7 @@ class LaneModelRunner:
         def warm(tokens: int) -> None:
             torch.cuda.synchronize()
             # As for profiling: so it takes no graph. Sampling allocates for its stream too.
+            tokens = min(tokens, main.max_num_reqs)
             _, sampled = main._dummy_run(tokens, uniform_decode=True, skip_eplb=True, is_profile=True)
             main._dummy_sampler_run(sampled)
             torch.cuda.synchronize()
