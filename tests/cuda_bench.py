@@ -1,8 +1,10 @@
 """A worker's steps around a stream lane on a fake device."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
-from cuda_fakes import FakeDevice, FakeLadder, FakeRunner, FakeStream, blocks
+from cuda_device import FakeDevice, FakeLadder, FakeRunner, FakeStream, blocks
 
 from vllm_agentserve.lanes.lane import Outcome
 from vllm_agentserve.lanes.stream import StreamLane
@@ -20,6 +22,7 @@ class Bench:
         self.runner = FakeRunner(self.device)
         self.ladder = FakeLadder(self.device)
         self.now = 0.0
+        self.target_ms = 0.0
         self.ended: list[Outcome] = []
         self.lane = StreamLane(
             self.runner,
@@ -36,11 +39,10 @@ class Bench:
     def sleep(self, seconds: float) -> None:
         self.now += seconds
 
-    def begin(self, metadata: tuple[Sequence[Job], bool, int]) -> None:
-        jobs, computes, slot = metadata
-        for job in jobs:
+    def begin(self, metadata: Any) -> None:
+        for job in metadata.jobs:
             self.lane.submit(job)
-        self.lane.begin_step(computes, slot)
+        self.lane.begin_step(metadata.computes, metadata.slot)
 
     def step(
         self,
@@ -52,7 +54,7 @@ class Bench:
         patience_s: float = 0.0,
     ) -> list[Outcome]:
         """vLLM zeroes new blocks, runs the model, samples; the connector then launches and polls."""
-        with self.lane.step((jobs, computes, slot)):
+        with self.lane.step(SimpleNamespace(jobs=jobs, computes=computes, slot=slot, target_ms=self.target_ms)):
             if jobs:
                 self.device.launch(
                     "zero", writes=[one for job in jobs for one in blocks(job, job.end)[job.start // 16 :]]

@@ -1,15 +1,8 @@
-"""A CUDA driver that splits multiprocessors, and a device that knows which work is ordered behind which."""
+"""A CUDA driver that splits multiprocessors; the device is in `cuda_device`."""
 
-import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
-
-from vllm_agentserve.lanes.green import SlotStreams
-from vllm_agentserve.lanes.lane import Slot
-from vllm_agentserve.policy.jobs import Chunk, Job
 
 ERRORS = {1: b"CUDA_ERROR_INVALID_VALUE", 2: b"CUDA_ERROR_OUT_OF_MEMORY", 801: b"CUDA_ERROR_NOT_SUPPORTED"}
 
@@ -42,6 +35,10 @@ class FakeDriver:
         self.contexts: dict[int, set[int]] = {}
         self.streams: dict[int, tuple[int, int]] = {}
         """By handle: context and priority."""
+        self.on_context: Callable[[int], None] = lambda change: None
+        """Called when a context is made (1) or destroyed (-1)."""
+        self.on_destroy: Callable[[int], None] = lambda handle: None
+        """Called with the handle of a stream that is destroyed."""
         self._next = 100
 
     def __getattribute__(self, name: str) -> Any:
@@ -93,6 +90,7 @@ class FakeDriver:
     def cuGreenCtxCreate(self, descriptor: tuple[int, ...], device: int, flags: int) -> Any:
         context = self._handle()
         self.contexts[context] = set(descriptor)
+        self.on_context(1)
         return 0, context
 
     def cuGreenCtxGetDevResource(self, context: int, kind: str) -> Any:
@@ -104,174 +102,12 @@ class FakeDriver:
         return 0, handle
 
     def cuStreamDestroy(self, handle: int) -> Any:
+        self.on_destroy(handle)
         del self.streams[handle]
         return (0,)
 
     def cuGreenCtxDestroy(self, context: int) -> Any:
         assert context not in [owner for owner, _ in self.streams.values()], "a context destroyed before its stream"
         del self.contexts[context]
+        self.on_context(-1)
         return (0,)
-
-
-@dataclass(eq=False)
-class Work:
-    """Something launched: what it reads and writes, and what is ordered before it."""
-
-    name: str
-    reads: frozenset[str]
-    writes: frozenset[str]
-    after: frozenset["Work"]
-
-
-class Temporary:
-    """What a chunk holds; see `FakeDevice.temporary`."""
-
-
-class FakeStream:
-    def __init__(self, device: "FakeDevice", name: str) -> None:
-        self.device = device
-        self.name = name
-        self.behind: set[Work] = set()
-        """Whatever is launched next runs after these."""
-
-    def wait_event(self, event: "FakeEvent") -> None:
-        self.behind |= event.covers
-
-    def wait_stream(self, other: "FakeStream") -> None:
-        self.behind |= other.behind
-
-
-class FakeEvent:
-    def __init__(self, device: "FakeDevice", enable_timing: bool = False) -> None:
-        self.device = device
-        self.timing = enable_timing
-        self.covers: set[Work] = set()
-        self.recorded = False
-
-    def record(self, stream: FakeStream) -> None:
-        self.covers = set(stream.behind)
-        self.recorded = True
-
-    def query(self) -> bool:
-        if self.device.broken is not None:
-            raise RuntimeError(self.device.broken)
-        assert self.recorded, "an event that was never recorded is always through"
-        if not self.covers <= self.device.done:
-            return False
-        self.device.seen |= self.covers
-        return True
-
-    def elapsed_time(self, end: "FakeEvent") -> float:
-        assert self.timing
-        assert end.timing
-        return 30.0
-
-
-@dataclass
-class FakeDevice:
-    """Stands for `torch.cuda` and the device below it. `wrong` collects every violation of order.
-
-    Work conflicts when both touch a block and one writes it. It must then be ordered: by streams and events, or because the
-    host has seen the earlier one to be through.
-    """
-
-    done: set[Work] = field(default_factory=set)
-    seen: set[Work] = field(default_factory=set)
-    log: list[Work] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-    broken: str | None = None
-
-    def __post_init__(self) -> None:
-        self.plain = FakeStream(self, "plain")
-        self._current = [self.plain]
-
-    def Event(self, enable_timing: bool = False) -> FakeEvent:
-        return FakeEvent(self, enable_timing)
-
-    def current_stream(self) -> FakeStream:
-        return self._current[-1]
-
-    @contextmanager
-    def stream(self, stream: FakeStream) -> Iterator[None]:
-        self._current.append(stream)
-        try:
-            yield
-        finally:
-            self._current.pop()
-
-    def launch(self, name: str, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> Work:
-        stream = self.current_stream()
-        work = Work(f"{name} on {stream.name}", frozenset(reads), frozenset(writes), frozenset(stream.behind))
-        for other in self.log:
-            meets = (work.writes & (other.reads | other.writes)) | (work.reads & other.writes)
-            if meets and other not in work.after and other not in self.seen:
-                self.wrong.append(f"{work.name} is not ordered behind {other.name} for {sorted(meets)}")
-        stream.behind.add(work)
-        self.log.append(work)
-        return work
-
-    def finish(self, name: str = "") -> None:
-        """What is launched and begins with `name` is through, and what it waited for."""
-        for work in self.log:
-            if work.name.startswith(name):
-                self.done |= {work, *work.after}
-
-    def temporary(self, work: Work) -> Any:
-        """An object that must live until `work` is through."""
-        made = Temporary()
-        weakref.finalize(made, self._released, work)
-        return made
-
-    def _released(self, work: Work) -> None:
-        if work not in self.done:
-            self.wrong.append(f"a temporary of {work.name} was released before it was through")
-
-
-class FakeLadder:
-    """Three slots of a device of 132 SMs."""
-
-    def __init__(self, device: FakeDevice) -> None:
-        self.slots = (Slot(32, 100), Slot(64, 68), Slot(96, 36))
-        self.streams = tuple(
-            SlotStreams(FakeStream(device, f"decode{n}"), FakeStream(device, f"prefill{n}")) for n in range(3)
-        )
-        self.closed = False
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def blocks(job: Job, end: int, size: int = 16) -> list[str]:
-    """Names of the blocks of tokens [0, end) of a job."""
-    return [f"block {one}" for one in job.block_ids[0][: -(-end // size)]]
-
-
-class FakeRunner:
-    """Launches chunks: each reads the blocks before it and writes its own."""
-
-    def __init__(self, device: FakeDevice) -> None:
-        self.device = device
-        self.chunks: list[Chunk] = []
-        self.forgotten: list[str] = []
-        self.selected: list[int | None] = []
-        self.fails: Exception | None = None
-        self.closed = False
-
-    def run(self, chunk: Chunk) -> object:
-        self.chunks.append(chunk)
-        before = blocks(chunk.job, chunk.position)
-        own = blocks(chunk.job, chunk.position + chunk.tokens)[chunk.position // 16 :]
-        work = self.device.launch(f"chunk {chunk.job.request_id}@{chunk.position}", before, own)
-        if self.fails is not None:
-            raise self.fails
-        return self.device.temporary(work)
-
-    def forget(self, request_id: str) -> None:
-        self.forgotten.append(request_id)
-
-    def select(self, slot: int | None) -> None:
-        self.selected.append(slot)
-
-    def close(self) -> None:
-        assert not any(work.name.startswith("chunk") and work not in self.device.done for work in self.device.log)
-        self.closed = True

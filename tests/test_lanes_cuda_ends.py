@@ -224,7 +224,7 @@ def test_three_failures_end_the_lane_inside_a_step_and_the_steps_go_on() -> None
     told: dict[str, bool] = {}
 
     def step(*jobs: Job) -> None:
-        with bench.lane.step(SimpleNamespace(jobs=list(jobs), computes=True, slot=0)):
+        with bench.lane.step(SimpleNamespace(jobs=list(jobs), computes=True, slot=0, target_ms=0.0)):
             bench.device.launch("decode", ["state"], ["state"])
         with bench.lane.step_goes_on():
             bench.device.launch("sample", ["state"], ["state"])

@@ -5,13 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_fakes import FakeDevice, FakeDriver, FakeStream
+from cuda_device import MIB, FakeDevice, FakeStream
+from cuda_fakes import FakeDriver
 
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes import parts
 from vllm_agentserve.lanes.lane import Slot
 from vllm_agentserve.lanes.stream import StreamLane
 from vllm_agentserve.vllm_compat import LaneError
+
+BYTES_PER_TOKEN = MIB
+BUFFERS = 40 * MIB
+STEP = 10 * MIB
 
 
 class Runner:
@@ -27,13 +32,22 @@ class Runner:
         self.closed = False
         GPU.runner = self
 
-    def capture_for(self, streams: list[FakeStream], largest: int) -> None:
+    def capture_for(self, streams: list[FakeStream], largest: int, taking: Any) -> None:
         self.graphs = ([stream.name for stream in streams], largest)
+        self.streams, self.taking = streams, taking
+        GPU.device.memory.take("plain", BUFFERS)
 
     def warm_up(self, tokens: int) -> None:
         self.warmed.append((GPU.device.current_stream().name, tokens))
+        GPU.device.launch("chunk", size=tokens * BYTES_PER_TOKEN)
         if self.fails is not None:
             raise self.fails
+
+    def warm_steps(self) -> None:
+        """As the capture of graphs on every decode stream, and the steps before it."""
+        for slot, stream in enumerate(self.streams):
+            with self.taking(slot), GPU.device.stream(stream):
+                GPU.device.launch("decode", size=STEP)
 
     def lead(self, step: Any, step_goes_on: Any) -> None:
         self.led = (step, step_goes_on)
@@ -53,6 +67,10 @@ class GPU:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> type[GPU]:
     GPU.device, GPU.driver, GPU.runner = FakeDevice(), FakeDriver(132), None
+    device, driver = GPU.device, GPU.driver
+    device.workspace = 32 * MIB
+    driver.on_context = lambda change: setattr(device.memory, "driver", device.memory.driver + change * 10 * MIB)
+    driver.on_destroy = lambda handle: device.destroy(*(one for one in device.streams if one.cuda_stream == handle))
     main = SimpleNamespace(max_num_tokens=1600, max_model_len=4096)
     monkeypatch.setattr(parts.cuda, "cuda_obstacle", lambda vllm_config: vllm_config.obstacle)
     monkeypatch.setattr(parts.cuda, "runner_obstacle", lambda runner: getattr(runner, "obstacle", None))
@@ -62,12 +80,17 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> type[GPU]:
     monkeypatch.setattr(Runner, "fails", None)
     for name, value in {
         "current_device": lambda: 0,
-        "ExternalStream": lambda handle, device: FakeStream(GPU.device, f"green {GPU.driver.streams[handle][0]}"),
-        "Stream": lambda device: FakeStream(GPU.device, "alone"),
+        "ExternalStream": lambda handle, device: FakeStream(
+            GPU.device, f"green {GPU.driver.streams[handle][0]}", handle
+        ),
+        "Stream": lambda device: FakeStream(GPU.device, "alone", 7),
         "stream": GPU.device.stream,
         "current_stream": GPU.device.current_stream,
-        "synchronize": lambda: None,
-        "empty_cache": lambda: None,
+        "synchronize": device.synchronize,
+        "empty_cache": device.memory.cached.clear,
+        "memory_reserved": lambda: device.memory.reserved,
+        "mem_get_info": lambda: (device.memory.free, device.memory.total),
+        "memory_snapshot": device.segments,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     return GPU
@@ -132,3 +155,61 @@ def test_a_failure_at_warm_up_leaves_nothing_behind(
     assert gpu.runner is not None
     assert gpu.runner.closed
     assert (gpu.driver.contexts, gpu.driver.streams) == ({}, {})
+    assert gpu.device.wrong == [], "a stream is destroyed when nothing runs on it any more"
+
+
+def test_a_lane_that_fails_on_a_lost_device_leaves_it_alone(gpu: type[GPU], monkeypatch: pytest.MonkeyPatch) -> None:
+    def warm_up(self: Runner, tokens: int) -> None:
+        gpu.device.broken = "CUDA error: an illegal memory access was encountered"
+        raise RuntimeError(gpu.device.broken)
+
+    monkeypatch.setattr(Runner, "warm_up", warm_up)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        StreamLane.start(options(), CONFIG, None)
+    assert "cuStreamDestroy" not in gpu.driver.calls
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------------
+
+
+def test_what_warm_up_takes_is_seen_on_every_stream(gpu: type[GPU]) -> None:
+    """torch caches per stream: chunks of four sizes stay with their four streams, each with its own workspace."""
+    lane = StreamLane.start(options(), CONFIG, None)
+    lane.warmed_up(0)
+    report = lane.report()
+    assert report is not None
+    assert {name: size // MIB for name, size in report.memory} == {
+        "prefill 0": 704 + 32,
+        "prefill 1": 448 + 32,
+        "prefill 2": 256 + 32,
+        "alone": 1600 + 32,
+        "buffers": 40,
+        "driver": 60,
+        "decode 0": 42,
+        "decode 1": 42,
+        "decode 2": 42,
+    }
+    assert gpu.device.memory.flushes == 0
+
+
+@pytest.mark.parametrize("spare", [-1, 0])
+def test_a_lane_is_refused_that_would_run_out_of_memory_in_service(gpu: type[GPU], spare: int) -> None:
+    """One chunk at a time fits always; what the caches of all streams hold together has to."""
+    chunks, kept = 704 + 448 + 256 + 1600, 4 * 32 + 40 + 60
+    gpu.device.memory.total = (chunks + kept + spare) * MIB
+    if spare < 0:
+        with pytest.raises(LaneError, match=r"3007 MiB are left .* took 3008 MiB .*lower --gpu-memory-utilization"):
+            StreamLane.start(options(), CONFIG, None)
+        assert (gpu.driver.contexts, gpu.driver.streams) == ({}, {})
+        assert gpu.device.wrong == []
+        return
+    lane = StreamLane.start(options(), CONFIG, None)
+    with pytest.raises(LaneError, match=r"2882 MiB are left .* took 3008 MiB .*by at least 126 MiB"):
+        lane.warmed_up(0)
+
+
+def test_a_startup_plan_is_named_where_it_may_be_the_cause(gpu: type[GPU], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_STARTUP_PLAN", "1")
+    gpu.device.memory.total = 3100 * MIB
+    with pytest.raises(LaneError, match=r"VLLM_ENABLE_STARTUP_PLAN is set.*startup_plan"):
+        StreamLane.start(options(), CONFIG, None)

@@ -3,7 +3,7 @@
 import pytest
 
 from vllm_agentserve.policy.routes import LanePolicy, Prompt, Reason
-from vllm_agentserve.policy.slots import LaneRate, SlotChooser
+from vllm_agentserve.policy.slots import LaneRate, SlotChooser, chunk_alone
 
 
 def settled(chooser: SlotChooser, step_ms: float, target_ms: float, steps: int = 8) -> int:
@@ -101,3 +101,32 @@ def test_one_wrong_first_report_does_not_shut_the_lane_out_for_ever() -> None:
             tried += 1
             rate.report(6000, 10.0)
     assert tried > 3000
+
+
+@pytest.mark.parametrize(
+    ("rate", "target_ms", "quiet_s", "tokens"),
+    [
+        # nobody was there for a while, or ever
+        (None, 0.0, float("inf"), 4096),
+        (30_000.0, 50.0, 10.0, 4096),
+        # a stream was there: as long as a step may take
+        (30_000.0, 50.0, 9.9, 1472),
+        (30_000.0, 50.0, 0.0, 1472),
+        (9_000.0, 30.0, 0.0, 256),
+        (1_000_000.0, 50.0, 0.0, 4096),
+        # never nothing
+        (1_000.0, 10.0, 0.0, 64),
+        # nothing known: a short one
+        (None, 50.0, 0.0, 256),
+        (30_000.0, 0.0, 0.0, 256),
+        (30_000.0, float("inf"), 0.0, 256),
+    ],
+)
+def test_a_chunk_alone_is_bounded_in_time(rate: float | None, target_ms: float, quiet_s: float, tokens: int) -> None:
+    assert chunk_alone(1024, 4096, rate, target_ms, quiet_s) == tokens
+
+
+@pytest.mark.parametrize(("base", "longest", "tokens"), [(128, 4096, 128), (1024, 100, 100)])
+def test_a_first_chunk_alone_is_no_longer_than_any_other(base: int, longest: int, tokens: int) -> None:
+    assert chunk_alone(base, longest, None, 50.0, 0.0) == tokens
+    assert chunk_alone(base, longest, 1e9, 50.0, 0.0) == longest

@@ -3,7 +3,7 @@
 import sys
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -222,6 +222,27 @@ def test_steps_run_on_the_stream_they_are_given_and_dummy_steps_as_in_stock(proc
     runner.close()
     assert main.execute_model == stock
     assert main.sample_tokens(None) is None, "the stream is vLLM's to find again"
+
+
+def test_a_step_that_warms_a_slot_up_samples_too(process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from vllm_agentserve.vllm_compat import cuda_runner
+
+    main, runner, _ = lane_runner()
+    seen: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("synchronize"))
+    monkeypatch.setattr(cuda_runner, "SlotGraphs", lambda *args: args)
+    main.cudagraph_manager, main.max_num_reqs = "manager", 32  # type: ignore[attr-defined]
+    main._dummy_run = lambda tokens, **how: (None, seen.append((tokens, how)) or "sampled")  # type: ignore[attr-defined,func-returns-value]
+    main._dummy_sampler_run = seen.append  # type: ignore[attr-defined]
+    runner.capture_for(["decode0"], 64, nullcontext)
+    made: Any = runner._graphs
+    made[3](8)
+    made[3](64)
+    how = {"uniform_decode": True, "skip_eplb": True, "is_profile": True}
+    assert seen[:4] == ["synchronize", (8, how), "sampled", "synchronize"]
+    assert seen[5] == (32, how), "a batch has no more requests than vLLM's buffers"
 
 
 def test_the_connector_finds_the_runner_of_its_worker() -> None:

@@ -148,3 +148,24 @@ def test_slots_whose_graphs_do_not_fit_are_refused() -> None:
     with pytest.raises(LaneError, match=r"decode slot 0 could not be captured: CUDA out of memory. Lower --gpu-memory"):
         bench.manager.capture("model")
     assert bench.manager._capture_stream(Shape(Mode.FULL, 8, 8)) == "plain"
+
+
+def test_slots_without_graphs_are_warmed_up_and_their_memory_is_seen() -> None:
+    bench = GraphBench()
+    seen: list[int] = []
+
+    @contextmanager
+    def taking(slot: int) -> Iterator[None]:
+        seen.append(slot)
+        yield
+
+    bench.slots._taking = taking
+    bench.manager.capture("model")
+    bench.slots.warm_steps()
+    assert (seen, bench.warmed) == ([0, 1], [("decode0", 64), ("decode1", 64)]), "those with graphs are warm"
+
+    bench = GraphBench(largest=0)
+    bench.slots._taking = taking
+    bench.slots.warm_steps()
+    bench.slots.warm_steps()
+    assert (seen, bench.warmed) == ([0, 1, 0, 1], [("decode0", 1), ("decode1", 1)])

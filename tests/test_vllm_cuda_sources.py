@@ -174,12 +174,17 @@ def test_the_worker_has_a_workspace_lane_more_and_shows_its_runner(monkeypatch: 
 def test_the_worker_leaves_memory_for_chunks(monkeypatch: pytest.MonkeyPatch, own_size: int | None, left: int) -> None:
     from vllm.v1.worker import gpu_worker
 
+    from vllm_agentserve.policy.reserve import Reserve
+    from vllm_agentserve.vllm_compat import cuda_worker
     from vllm_agentserve.vllm_compat.cuda_worker import LaneGpuWorker
 
     monkeypatch.setattr(gpu_worker.Worker, "determine_available_memory", lambda self: 1000)
+    monkeypatch.setattr(cuda_worker, "reserve_for", lambda config, activation, graphs, major: Reserve(activation))
     worker = object.__new__(LaneGpuWorker)
+    worker.vllm_config = None
     worker.cache_config = SimpleNamespace(kv_cache_memory_bytes=own_size)
     worker.peak_activation_memory = 300
+    worker.cudagraph_memory_estimate = 0
     assert worker.determine_available_memory() == left
 
 

@@ -33,11 +33,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class LaneMetadata(KVConnectorMetadata):
-    """From the scheduler to the worker, every step: new jobs, whether the step runs the model, how the device is divided."""
+    """From the scheduler to the worker, every step: new jobs, whether the step runs the model, how the device is divided, and the
+    target of a step in ms, 0 while it is not known."""
 
     jobs: list[Job] = field(default_factory=list)
     computes: bool = False
     slot: int = 0
+    target_ms: float = 0.0
 
 
 @dataclass
@@ -72,7 +74,8 @@ class LaneConnector(KVConnectorBase_V1):
             self.half.dispatch(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
-        return LaneMetadata(self.half.take_new(), scheduler_output.total_num_scheduled_tokens > 0, self.half.slot)
+        computes = scheduler_output.total_num_scheduled_tokens > 0
+        return LaneMetadata(self.half.take_new(), computes, self.half.slot, self.half.target_ms)
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
         self.half.ended(connector_output.finished_recving or set(), connector_output.failed_recving or set())

@@ -51,6 +51,10 @@ class LaneDispatch:
         """Why each prompt that was asked about goes where it goes; taken out when it is admitted."""
         self.rate: LaneRate | None = None
         """None until the worker has said how its device is divided."""
+        self.launches, self.launch_s = 0, 0.0
+        """Chunks that the worker launched beside decodes itself, and the seconds that took its thread."""
+        self.memory: dict[str, int] = {}
+        """Bytes by stream of the lane."""
         self._slots: tuple[Slot, ...] = ()
         self._chooser: SlotChooser | None = None
         self._new: list[Job] = []
@@ -78,6 +82,11 @@ class LaneDispatch:
     @property
     def slot(self) -> int:
         return self._chooser.slot if self._chooser is not None else 0
+
+    @property
+    def target_ms(self) -> float:
+        """Of a step, from the budget; 0 before there is one."""
+        return self.rates.target_ms if self.rates is not None else 0.0
 
     @property
     def tokens_per_s(self) -> float:
@@ -195,6 +204,9 @@ class LaneDispatch:
             self.rate = LaneRate(largest.prefill / (largest.decode + largest.prefill))
         if self.rate is not None:
             self.rate.report(report.tokens, report.seconds)
+        self.launches += report.launches
+        self.launch_s += report.launch_s
+        self.memory |= dict(report.memory)
 
     def decided(self, reason: Reason) -> None:
         """A prompt was admitted, and goes where it goes for this reason."""

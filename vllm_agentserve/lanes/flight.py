@@ -20,6 +20,8 @@ class Cuda(Protocol):
 
     def current_stream(self) -> Any: ...
 
+    def synchronize(self) -> None: ...
+
 
 class ChunkRunner(Protocol):
     """What computes chunks: `vllm_compat.cuda.LaneModelRunner`."""
@@ -53,7 +55,11 @@ class Flight:
         self.error: str | None = None
         """Why it was not launched in full."""
         self.launched = 0.0
-        """Host time in seconds."""
+        """When its launch began, in the host's seconds."""
+        self.launch_s = 0.0
+        """How long the launch took the host."""
+        self.joined = False
+        """Whether a decode step came beside it."""
         self._cuda = cuda
         self._begun = cuda.Event(enable_timing=True)
         self._ended = cuda.Event(enable_timing=True)
@@ -95,3 +101,13 @@ def is_fatal(failure: BaseException) -> bool:
     if "out of memory" in text:
         return False
     return type(failure).__name__ == "AcceleratorError" or any(sign in text for sign in FATAL)
+
+
+def settled(cuda: Cuda) -> bool:
+    """Waits until nothing runs on the device, so that streams, contexts and graphs can be destroyed; False when the device is
+    lost, and nothing can be."""
+    try:
+        cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_agentserve.lanes.lane import Slot
+from vllm_agentserve.policy.reserve import DECODE_SHARES
 from vllm_agentserve.vllm_compat import LaneError
 
-SHARES = (0.25, 0.5, 0.75)
-"""Parts of the device that the decode lane gets. Few: every slot costs start-up time, streams and a set of CUDA graphs."""
+SHARES = DECODE_SHARES
 BARRIER_SMS = 16
 """A decode slot has more SMs than this: sampling kernels with a barrier over so many blocks would wait for ever on fewer."""
 INSTEAD = "or use mode 'time-sliced', which needs no green contexts"

@@ -29,9 +29,12 @@ class LaneReport:
     Args:
         slots: how the device can be divided, whenever a lane is new or can take jobs again; else empty.
         tokens: prompt tokens computed beside decodes since the last report.
-        seconds: the time their chunks took.
+        seconds: the time their chunks took, from the launch of one to the launch of the next, or to its end when none waits.
         down: whether the lane is gone: nothing is to be sent until one says its slots.
         new: whether the slots are those of a lane that has reported nothing before.
+        launches: chunks beside decodes that ended since the last report, where the worker's thread launches them.
+        launch_s: the time of that thread that their launches took, in seconds.
+        memory: bytes by stream that the lane was seen to take, with its slots; empty where it shares no device with the steps.
     """
 
     slots: tuple[Slot, ...] = ()
@@ -39,6 +42,9 @@ class LaneReport:
     seconds: float = 0.0
     down: bool = False
     new: bool = True
+    launches: int = 0
+    launch_s: float = 0.0
+    memory: tuple[tuple[str, int], ...] = ()
 
 
 class PrefillLane(Protocol):

@@ -3,18 +3,22 @@
 from dataclasses import dataclass
 from typing import Any
 
+from vllm.logger import init_logger
+
+from vllm_agentserve.lanes.flight import settled
 from vllm_agentserve.lanes.green import SHARES, GreenLadder
+from vllm_agentserve.policy.reserve import CHUNK_TOKENS, LONGEST_CHUNKS, MIB
 from vllm_agentserve.policy.slots import chunk_length
 from vllm_agentserve.vllm_compat import LaneError, cuda
+from vllm_agentserve.vllm_compat.cuda_memory import LaneMemory
 from vllm_agentserve.vllm_compat.cuda_runner import LaneModelRunner
 
-CHUNK_TOKENS = 1024
-"""Default of `lane_chunk_tokens` here: a chunk is launched kernel by kernel, which only a long one pays back."""
+logger = init_logger("vllm.agentserve")
 
 
 @dataclass(frozen=True)
 class LaneParts:
-    """Arguments of `StreamLane`."""
+    """Arguments of `StreamLane`, and the memory they were seen to take."""
 
     runner: LaneModelRunner
     ladder: GreenLadder
@@ -22,6 +26,24 @@ class LaneParts:
     base: int
     most: int
     cuda: Any
+    memory: LaneMemory
+
+    def warmed_up(self, reserved: int) -> None:
+        """vLLM's own warm-up is over, its CUDA graphs and those of the slots are captured.
+
+        Args:
+            reserved: bytes that were kept free for the lane, 0 where the user has set the size of the KV cache.
+
+        Raises:
+            LaneError: what is left on the device does not suffice for service.
+        """
+        self.runner.warm_steps()
+        self.memory.refuse()
+        logger.info(
+            "agentserve: the prefill lane took %s in warm-up; %.0f MiB were kept free for it.",
+            self.memory,
+            reserved / MIB,
+        )
 
 
 def lane_parts(options: Any, vllm_config: Any, kv_cache_config: Any) -> LaneParts:
@@ -38,6 +60,8 @@ def lane_parts(options: Any, vllm_config: Any, kv_cache_config: Any) -> LanePart
     device = torch.cuda.current_device()
     share = options.lane_decode_share
     shares = SHARES if share is None else (share,)
+    memory = LaneMemory(torch.cuda)
+    memory.begin()
     ladder = GreenLadder(
         cuda.cuda_driver(), device, shares, lambda handle: torch.cuda.ExternalStream(handle, device=device)
     )
@@ -45,30 +69,32 @@ def lane_parts(options: Any, vllm_config: Any, kv_cache_config: Any) -> LanePart
     try:
         base = options.lane_chunk_tokens or CHUNK_TOKENS
         # A job never fills the context, and the lane leaves its last token to the decode lane.
-        most = min(8 * base, main.max_num_tokens, main.max_model_len - 1)
+        most = min(LONGEST_CHUNKS * base, main.max_num_tokens, main.max_model_len - 1)
         runner = LaneModelRunner(main, vllm_config, kv_cache_config, options.lane_jobs + 1, most)
-        runner.capture_for([streams.decode for streams in ladder.streams], options.lane_graph_tokens)
+        runner.capture_for([streams.decode for streams in ladder.streams], options.lane_graph_tokens, memory.taking)
         alone = torch.cuda.Stream(device)
         slots = ladder.slots
         smallest = min(slot.prefill for slot in slots)
         lengths = [chunk_length(base, slot.prefill, smallest) for slot in slots] + [most]
+        streams = {f"prefill {slot}": streams.prefill for slot, streams in enumerate(ladder.streams)} | {"alone": alone}
         torch.cuda.synchronize()
-        for stream, length in zip([*(streams.prefill for streams in ladder.streams), alone], lengths, strict=True):
+        for (name, stream), length in zip(streams.items(), lengths, strict=True):
             with torch.cuda.stream(stream):
                 runner.warm_up(min(length, most))
-            torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+            memory.chunk_seen(name, stream)
+        memory.chunks_ended()
     except BaseException as error:
-        if runner is not None:
-            runner.close()
-        ladder.close()
+        if settled(torch.cuda):
+            if runner is not None:
+                runner.close()
+            ladder.close()
         if not isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         raise LaneError(
             f"the second model runner does not fit into the memory that is left: lower --gpu-memory-utilization or "
             f"'lane_chunk_tokens' ({error})"
         ) from error
-    return LaneParts(runner, ladder, alone, base, most, torch.cuda)
+    return LaneParts(runner, ladder, alone, base, most, torch.cuda, memory)
 
 
 def refuse(obstacle: str | None) -> None:

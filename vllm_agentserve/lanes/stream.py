@@ -6,12 +6,13 @@ multiprocessors, over one KV cache. Streams are chosen anew for every step and e
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
-from vllm_agentserve.lanes.flight import ChunkRunner, Cuda, Flight
-from vllm_agentserve.lanes.green import SlotStreams
+from vllm_agentserve.lanes.flight import ChunkRunner, Cuda, Flight, settled
 from vllm_agentserve.lanes.lane import LaneReport, Outcome, Slot
+from vllm_agentserve.lanes.pace import Pace
+from vllm_agentserve.lanes.steps import Ladder, StepStreams
 from vllm_agentserve.policy.jobs import Chunk, ChunkQueue, Job
 from vllm_agentserve.policy.slots import chunk_length
 from vllm_agentserve.vllm_compat import LaneError
@@ -22,23 +23,11 @@ GLANCE_S = 0.0002
 """Time between two looks at an event while there is nothing else to do."""
 
 
-class Ladder(Protocol):
-    """What the lane needs of `GreenLadder`."""
-
-    @property
-    def slots(self) -> tuple[Slot, ...]: ...
-
-    @property
-    def streams(self) -> tuple[SlotStreams, ...]: ...
-
-    def close(self) -> None: ...
-
-
 class StreamLane:
     """One chunk is under way at a time, which bounds how long a cancelled job holds its blocks.
 
     A step of the worker runs inside `step`, on the stream of the slot while both lanes have work and else on the stream vLLM
-    chose. A slot's stream waits for vLLM's and vLLM's then for the slot's, so steps follow one another wherever they run.
+    chose. Nothing of the lane is made or given back inside one.
     A job's first chunk waits for the step it was sent with (`policy/fence.py`), by an event: when that step has run, the blocks
     it reads are written and its own are zeroed. Nothing waits for a chunk but the host, before it tells that the job has ended.
 
@@ -86,10 +75,13 @@ class StreamLane:
         self._begin: Callable[[Any], None] | None = None
         self._computes = False
         self._asked = 0
-        self._slot: int | None = None
-        self._step_stream: Any = None
+        self._steps = StepStreams(cuda, ladder)
         self._said_slots = False
-        self._tokens, self._seconds = 0, 0.0
+        self._pace = Pace(base)
+        self.memory: dict[str, int] = {}
+        """Bytes by stream that warm-up was seen to take."""
+        self.warmed_up: Callable[[int], None] = lambda reserved: None
+        """See `LaneParts.warmed_up`."""
         self._open = True
         self._why: str | None = None  # it was ended
 
@@ -104,6 +96,7 @@ class StreamLane:
 
         parts = lane_parts(options, vllm_config, kv_cache_config)
         lane = cls(parts.runner, parts.ladder, parts.alone, parts.base, parts.most, parts.cuda)
+        lane.memory, lane.warmed_up = parts.memory.by_stream, parts.warmed_up
         parts.runner.lead(lane.step, lane.step_goes_on)
         return lane
 
@@ -143,9 +136,11 @@ class StreamLane:
     def report(self) -> LaneReport | None:
         slots = () if self._said_slots else self._slots
         self._said_slots = True
-        tokens, self._tokens = self._tokens, 0
-        seconds, self._seconds = self._seconds, 0.0
-        return LaneReport(slots, tokens, seconds) if slots or tokens else None
+        tokens, seconds, launches, launch_s = self._pace.take()
+        if not slots and not tokens and not launches:
+            return None
+        memory = tuple(self.memory.items()) if slots else ()
+        return LaneReport(slots, tokens, seconds, launches=launches, launch_s=launch_s, memory=memory)
 
     # -- the worker's steps ---------------------------------------------------------------------------------------------
 
@@ -157,35 +152,28 @@ class StreamLane:
     @contextmanager
     def step(self, metadata: Any) -> Iterator[Any]:
         """Around the launch of a step's forward pass; gives its stream. `metadata` is the connector's, None in warm-up."""
-        self._computes, self._slot = False, None
+        self._computes, self._steps.slot = False, None
         if metadata is not None and self._begin is not None:
+            self._pace.target_ms = metadata.target_ms
             self._begin(metadata)
-        self._runner.select(self._slot)
-        with self.step_goes_on() as stream:
+        self._runner.select(self._steps.slot)
+        with self._steps.step() as stream:
             yield stream
 
-    @contextmanager
-    def step_goes_on(self) -> Iterator[Any]:
-        """Around the launch of what belongs to the last step: sampling."""
-        plain = self._cuda.current_stream()
-        if self._slot is None:
-            self._step_stream = plain
-            yield plain
-            return
-        stream = self._step_stream = self._ladder.streams[self._slot].decode
-        stream.wait_stream(plain)
-        try:
-            with self._cuda.stream(stream):
-                yield stream
-        finally:
-            plain.wait_stream(stream)
+    def step_goes_on(self) -> AbstractContextManager[Any]:
+        """Around the launch of what belongs to the last step: sampling, and vLLM's calls to the connector."""
+        return self._steps.step()
 
     def begin_step(self, computes: bool, slot: int) -> None:
         self._look()
         self._computes = computes
+        if computes:
+            self._pace.stream_exists(self._clock())
+            if self._flight is not None:
+                self._flight.joined = True
         self._asked = min(max(slot, 0), len(self._slots) - 1)
         # A job stays in the queue until its last chunk is through.
-        self._slot = self._asked if computes and len(self._queue) else None
+        self._steps.slot = self._asked if computes and len(self._queue) else None
 
     # -- jobs -----------------------------------------------------------------------------------------------------------
 
@@ -205,31 +193,37 @@ class StreamLane:
     def launch(self) -> None:
         self._look()
         self._mark_inputs()
-        if self._flight is not None or not len(self._queue):
+        if self._flight is not None:
+            return
+        if not len(self._queue):
+            self._pace.idle()
             return
         if self._computes:
-            stream, units = self._ladder.streams[self._asked].prefill, self._slots[self._asked].prefill
+            stream, tokens = self._ladder.streams[self._asked].prefill, self._length(self._slots[self._asked].prefill)
         else:
-            stream, units = self._alone, self._slots[0].decode + self._slots[0].prefill
-        smallest = min(slot.prefill for slot in self._slots)
-        chunk = self._queue.take(min(chunk_length(self._base, units, smallest), self._most))
-        self._flight = self._launched(chunk, stream)
+            longest = self._length(self._slots[0].decode + self._slots[0].prefill)
+            stream, tokens = self._alone, self._pace.tokens_alone(longest, self._clock())
+        self._flight = self._launched(self._queue.take(tokens), stream)
+
+    def _length(self, units: int) -> int:
+        """Tokens of a chunk on so many multiprocessors."""
+        return min(chunk_length(self._base, units, min(slot.prefill for slot in self._slots)), self._most)
 
     def _mark_inputs(self) -> None:
         """The jobs that came with the step just launched begin when it has run."""
         fresh, self._fresh = [one for one in self._fresh if one in self._queue], []
         if fresh:
-            event = self._cuda.Event()
-            event.record(self._step_stream if self._step_stream is not None else self._cuda.current_stream())
-            self._inputs.update(dict.fromkeys(fresh, event))
+            self._inputs.update(dict.fromkeys(fresh, self._steps.event()))
 
     def _launched(self, chunk: Chunk, stream: Any) -> Flight:
         flight = Flight(chunk, self._cuda, beside=self._computes)
+        flight.launched = self._clock()
+        self._pace.launching(flight.launched)
         try:
             flight.launch(self._runner, stream, self._inputs.pop(chunk.job.request_id) if chunk.first else None)
         except Exception as failure:
             raise self._lost(f"launching a prefill chunk broke the CUDA context: {failure}") from failure
-        flight.launched = self._clock()
+        flight.launch_s = self._clock() - flight.launched
         return flight
 
     def _look(self) -> None:
@@ -242,13 +236,13 @@ class StreamLane:
         except Exception as failure:
             raise self._lost(f"a prefill chunk broke the CUDA context: {failure}") from failure
         if not through:
-            if self._clock() - flight.launched > self._watchdog_s:
+            if self._clock() - flight.launched - flight.launch_s > self._watchdog_s:
                 raise self._lost(f"a prefill chunk is not through after {self._watchdog_s:.0f} s")
             return
         self._flight = None
-        if flight.beside and flight.error is None:
-            self._tokens += flight.chunk.tokens
-            self._seconds += flight.seconds()
+        self._pace.through(flight, self._clock())
+        if flight.chunk.last and not flight.cancelled and flight.error is None:
+            self._pace.stream_exists(self._clock())
         if flight.cancelled:
             self._end(flight.chunk.job.request_id, None)
         elif flight.error is not None or flight.chunk.last or self._why is not None:
@@ -284,17 +278,21 @@ class StreamLane:
         )
 
     def close(self) -> None:
-        """Waits for the chunk under way; does nothing when the device is lost, which only the end of the process clears up.
+        """Waits for the chunk under way and for everything else on the device, then gives back streams, contexts and graphs. Does
+        nothing when the device is lost, which only the end of the process clears up.
 
         Raises:
-            LaneError: the chunk hangs.
+            LaneError: the chunk hangs, or a step is under way, whose stream would be destroyed.
         """
         if not self._open:
             return
+        if self._steps.running:
+            raise LaneError("the prefill lane cannot be closed inside a step, which may be on one of its streams")
         while self._flight is not None:
             self._look()
             if self._flight is not None:
                 self._sleep(GLANCE_S)
         self._open = False
-        self._runner.close()
-        self._ladder.close()
+        if settled(self._cuda):
+            self._runner.close()
+            self._ladder.close()

@@ -63,6 +63,8 @@ class LaneWorker:
         self._fence: StepFence[Job] = StepFence()
         self._sent: set[str] = set()
         """The requests whose jobs came with the step that has just run."""
+        self.warmed_up: Callable[[int], None] = lambda reserved: None
+        """Called when vLLM's own warm-up is over, with the bytes kept free for the lane; raises `LaneError`."""
         self._refused: list[Outcome] = []
         """Jobs that no lane took, until their outcome is told."""
 
@@ -230,6 +232,7 @@ def lane_worker(options: AgentServeConfig, vllm_config: Any, kv_cache_config: An
     def start() -> PrefillLane:
         lane = StreamLane.start(options, vllm_config, kv_cache_config)
         lane.follow(worker.begin)
+        worker.warmed_up = lane.warmed_up
         return lane
 
     worker = LaneWorker(options, None, start, None)

@@ -191,3 +191,30 @@ def chunk_length(base: int, units: int, smallest: int) -> int:
     """Tokens of a chunk on `units` of the device when `base` tokens are right for the `smallest` prefill slot: in proportion,
     so that a chunk takes about as long on every slot, in multiples of 64, and at most eight times as long."""
     return base if units <= smallest else max(min(base * units // smallest, 8 * base) // 64 * 64, base)
+
+
+FIRST_ALONE = 256
+"""Tokens of a chunk on the whole device before it is known how long it takes."""
+QUIET_S = 10.0
+"""No stream for so long: the next one is not expected within a chunk."""
+
+
+def chunk_alone(base: int, longest: int, tokens_per_s: float | None, target_ms: float, quiet_s: float) -> int:
+    """Tokens of a chunk on the whole device, which no decode step uses just now. A stream that begins meanwhile shares the device
+    with the chunk until its end, so the chunk takes no longer than a step may.
+
+    Args:
+        base: tokens of a chunk on the smallest prefill slot.
+        longest: tokens it never exceeds; what it has when no stream was there for `QUIET_S`.
+        tokens_per_s: what the lane computes on the whole device; None before it has.
+        target_ms: of a step; not above 0 while it is not known.
+        quiet_s: time since a stream was last there.
+
+    Returns:
+        Tokens, in multiples of 64 but for `longest`; 64 at least.
+    """
+    if quiet_s >= QUIET_S:
+        return longest
+    if tokens_per_s is None or not 0.0 < target_ms < inf:
+        return min(base, FIRST_ALONE, longest)
+    return min(max(int(tokens_per_s * target_ms / 1000.0) // 64 * 64, 64), longest)

@@ -1,4 +1,5 @@
-"""What is reported of programs: counts by level and by service, and a row each of a few of them.
+"""What is reported with one label more. Of programs: counts by level and by service, and a row each of a few of them. Of the
+prefill lane: memory by stream.
 
 No label and no value is made of a session id or of a prompt, but for `program_row_id`, which is 24 bits of a hash; and there
 are `program_levels` values of `level` and `le` and `ROW_LABELS` of `row`, however many programs there are.
@@ -37,7 +38,13 @@ ROWS = {
     "program_row_cached_ratio": "Share of its prompts that was cached at admission; left out until a call is admitted.",
     "program_row_kv_tokens": "Tokens whose KV its calls hold; what they share counts for each.",
 }
-LABELLED = BY_LEVEL | {name: ("row", text) for name, text in ROWS.items()}
+BY_STREAM = {
+    "lane_memory_bytes": (
+        "stream",
+        "Device memory that a stream of the prefill lane, or the driver for all of them, took in warm-up; with a lane on a GPU.",
+    ),
+}
+LABELLED = BY_LEVEL | {name: ("row", text) for name, text in ROWS.items()} | BY_STREAM
 """Gauges with one label more, (label, meaning) by the name they have behind the prefix.
 
 A report holds their values under `name:label value`.

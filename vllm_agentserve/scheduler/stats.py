@@ -33,6 +33,8 @@ COUNTERS = {
     "step_unknown_requests": "Long prompts computed in steps because nothing had been measured yet.",
     "steps_beside_lane": "Engine steps with decodes only, beside a prefill lane that worked.",
     "lane_failed_requests": "Prompts the prefill lane failed on, which were computed again.",
+    "lane_launches": "Prefill chunks that the thread of the decode steps launched beside one; with a lane on a GPU.",
+    "lane_launch_seconds": "Seconds of that thread these took; it launches no decode step meanwhile.",
     "program_told_requests": "Requests whose session id names their program; this and the next five with plas or atlas only.",
     "program_inferred_requests": "Requests that go on from an earlier answer, and so belong to its program.",
     "program_first_requests": "Requests without session id that go on from nothing known: the first of a program.",
@@ -72,6 +74,15 @@ class LaneGauges(Protocol):
 
     @property
     def tokens_per_s(self) -> float: ...
+
+    @property
+    def launches(self) -> int: ...
+
+    @property
+    def launch_s(self) -> float: ...
+
+    @property
+    def memory(self) -> dict[str, int]: ...
 
 
 class StatsCollector:
@@ -125,6 +136,8 @@ class StatsCollector:
         counts["slow_steps"] = controller.slow_steps
         if self.programs is not None:
             counts["program_promotions"] = self.programs.promotions
+        if self.lane is not None:
+            counts["lane_launches"], counts["lane_launch_seconds"] = self.lane.launches, self.lane.launch_s
         report: dict[str, float] = {
             name: count - before[name] for name, count in counts.items() if count > before[name]
         }
@@ -143,4 +156,6 @@ class StatsCollector:
         if self.lane is not None:
             report["lane_tokens_per_second"] = self.lane.tokens_per_s
             report["lane_slot"] = self.lane.slot
+            for stream, size in self.lane.memory.items():
+                report[f"lane_memory_bytes:{stream}"] = size
         return report

@@ -1,6 +1,7 @@
 """CUDA graphs of vLLM's decode steps, one set per slot: a graph runs on the multiprocessors it was captured on."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,18 +20,28 @@ class SlotGraphs:
         largest: batches of more tokens get no graph on the slots; 0 for none at all.
         warm: runs a step of so many tokens without graph on the current stream.
         on: makes a stream the current one, as `torch.cuda.stream`.
+        taking: around what takes memory for a slot.
 
     Retired by: `CudaGraphManager` keeping a graph per (descriptor, stream), with `_capture_stream` as its public hook.
     """
 
     def __init__(
-        self, manager: Any, streams: Sequence[Any], largest: int, warm: Callable[[int], None], on: Callable[[Any], Any]
+        self,
+        manager: Any,
+        streams: Sequence[Any],
+        largest: int,
+        warm: Callable[[int], None],
+        on: Callable[[Any], Any],
+        taking: Callable[[int], Any] = lambda slot: nullcontext(),
     ) -> None:
         self._manager = manager
         self._streams = list(streams)
         self._largest = largest
         self._warm = warm
         self._on = on
+        self._taking = taking
+        self._cold = set(range(len(self._streams)))
+        """Slots on whose stream no step has run."""
         self._plain = manager.graphs
         self._sets: list[dict[Any, Any]] = [{} for _ in streams]
         self._slot: int | None = None
@@ -51,14 +62,15 @@ class SlotGraphs:
         self._plain = self._manager.graphs
         for slot, stream in enumerate(self._streams):
             try:
-                self._sets[slot] = self._captured_on(stream, args, kwargs)
+                with self._taking(slot):
+                    self._sets[slot] = self._captured_on(slot, stream, args, kwargs)
             except RuntimeError as error:
                 raise LaneError(
                     f"CUDA graphs of decode slot {slot} could not be captured: {error}. Lower --gpu-memory-utilization, or "
                     "set --enforce-eager, or use mode 'time-sliced'"
                 ) from error
 
-    def _captured_on(self, stream: Any, args: Any, kwargs: Any) -> dict[Any, Any]:
+    def _captured_on(self, slot: int, stream: Any, args: Any, kwargs: Any) -> dict[Any, Any]:
         manager, every, graphs = self._manager, self._manager._capture_descs, dict[Any, Any]()
         # Piecewise graphs belong to the compiled module, which has one set only.
         wanted = {
@@ -72,6 +84,7 @@ class SlotGraphs:
         # Libraries allocate per stream when they first see it, which must not land in the graphs' memory pool.
         with self._on(stream):
             self._warm(max(sizes))
+        self._cold.discard(slot)
         manager._capture_descs, manager.graphs = wanted, graphs
         manager._capture_stream = lambda desc: stream
         try:
@@ -80,6 +93,13 @@ class SlotGraphs:
             manager._capture_descs, manager.graphs = every, self._plain
             del manager._capture_stream
         return graphs
+
+    def warm_steps(self) -> None:
+        """Runs a step on every slot that has captured nothing, so that what its stream needs is taken and seen."""
+        for slot in sorted(self._cold):
+            with self._taking(slot), self._on(self._streams[slot]):
+                self._warm(max(self._largest, 1))
+        self._cold.clear()
 
     def _dispatch(self, num_reqs: int, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
         found = self._stock_dispatch(num_reqs, num_tokens, *args, **kwargs)

@@ -126,17 +126,28 @@ class LaneModelRunner:
         self._finished: set[str] = set()
         self._graphs: SlotGraphs | None = None
 
-    def capture_for(self, streams: Sequence[Any], largest: int) -> None:
+    def capture_for(
+        self, streams: Sequence[Any], largest: int, taking: Callable[[int], AbstractContextManager[None]]
+    ) -> None:
         """When vLLM captures its CUDA graphs, it will capture those of these decode streams too; see `SlotGraphs`."""
         import torch
 
+        main = self._main
+
         def warm(tokens: int) -> None:
             torch.cuda.synchronize()
-            # As for profiling: so it takes no graph.
-            self._main._dummy_run(tokens, uniform_decode=True, skip_eplb=True, is_profile=True)
+            # As for profiling: so it takes no graph. Sampling allocates for its stream too.
+            tokens = min(tokens, main.max_num_reqs)
+            _, sampled = main._dummy_run(tokens, uniform_decode=True, skip_eplb=True, is_profile=True)
+            main._dummy_sampler_run(sampled)
             torch.cuda.synchronize()
 
-        self._graphs = SlotGraphs(self._main.cudagraph_manager, streams, largest, warm, torch.cuda.stream)
+        self._graphs = SlotGraphs(main.cudagraph_manager, streams, largest, warm, torch.cuda.stream, taking)
+
+    def warm_steps(self) -> None:
+        """Runs a step on the decode streams for which no graphs were captured."""
+        if self._graphs is not None:
+            self._graphs.warm_steps()
 
     def select(self, slot: int | None) -> None:
         if self._graphs is not None:

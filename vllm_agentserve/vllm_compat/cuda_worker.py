@@ -3,18 +3,29 @@
 import os
 from typing import Any
 
+from vllm import envs
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.worker import workspace
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_agentserve.vllm_compat import cuda
+from vllm_agentserve.policy.reserve import MIB, Reserve
+from vllm_agentserve.vllm_compat import LaneError, cuda
+from vllm_agentserve.vllm_compat.cuda_memory import reserve_for
+from vllm_agentserve.vllm_compat.lanes import local_worker_half
+
+logger = init_logger("vllm.agentserve")
 
 
 class LaneGpuWorker(Worker):
     """vLLM's GPU worker with scratch memory for a second lane, less KV cache for the sake of its chunks, and a runner that
-    the connector finds.
+    the connector finds. What the lane takes is estimated before the KV cache is sized, and measured after warm-up.
 
     Retired by: an option for the number of workspace lanes, and connectors that can reserve memory and are given the runner.
     """
+
+    _lane_reserve = Reserve()
+    """Empty where the size of the KV cache was given."""
 
     def init_device(self) -> None:
         # Streams on disjoint multiprocessors still wait for one another when they share one of the default eight queues.
@@ -31,9 +42,40 @@ class LaneGpuWorker(Worker):
         return runner
 
     def determine_available_memory(self) -> int:
-        # A chunk is no longer than a step, so it needs no more than the profiled step did; nothing where the user has set
-        # the size of the KV cache.
+        given = self.cache_config.kv_cache_memory_bytes
         available = int(super().determine_available_memory())
-        if self.cache_config.kv_cache_memory_bytes:
+        if given or self.cache_config.kv_cache_memory_bytes:
+            # The user's own size, or that of a startup plan, which was saved with the reserve taken off.
             return available
-        return available - int(self.peak_activation_memory)
+        graphs = int(self.cudagraph_memory_estimate)
+        counted = graphs if envs.VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS else 0
+        capability = current_platform.get_device_capability()
+        self._lane_reserve = reserve_for(
+            self.vllm_config,
+            max(int(self.peak_activation_memory) - counted, 0),
+            graphs,
+            capability.major if capability is not None else 9,
+        )
+        reserved = self._lane_reserve.total
+        logger.info(
+            "agentserve: %.0f MiB are kept free for the prefill lane (%s), %.0f MiB are left for the KV cache.",
+            reserved / MIB,
+            ", ".join(f"{name} {size / MIB:.0f}" for name, size in vars(self._lane_reserve).items()),
+            (available - reserved) / MIB,
+        )
+        if available <= reserved:
+            raise LaneError(
+                f"the prefill lane needs {reserved / MIB:.0f} MiB, and only {available / MIB:.0f} MiB are left for it and the "
+                "KV cache: raise --gpu-memory-utilization, lower --max-num-batched-tokens or 'lane_chunk_tokens', or use mode "
+                "'time-sliced'"
+            )
+        # vLLM suggests a --kv-cache-memory, and saves a startup plan, from this figure.
+        self.peak_activation_memory += reserved
+        return available - reserved
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        half = local_worker_half()
+        if half is not None:
+            half.warmed_up(self._lane_reserve.total)
+        return times
