@@ -6,6 +6,12 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from vllm_agentserve.vllm_compat import LaneError
+from vllm_agentserve.vllm_compat.shared_state import (
+    kept_scratch,
+    settings_of_arguments,
+    settings_of_config,
+    shared_state_obstacle,
+)
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -55,9 +61,7 @@ def engine_obstacle(arguments: Any, model: "ModelConfig") -> str | None:
         return V1_RUNNER
     if arguments.worker_cls not in ("auto", WORKER):
         return f"--worker-cls is {arguments.worker_cls!r}, and lanes need their own"
-    return shared_state_obstacle(
-        model, arguments.enable_dbo, arguments.kv_sharing_fast_prefill, arguments.compilation_config.mode
-    )
+    return shared_state_obstacle(settings_of_arguments(arguments, model), capability_major())
 
 
 def cuda_obstacle(vllm_config: "VllmConfig") -> str | None:
@@ -68,12 +72,7 @@ def cuda_obstacle(vllm_config: "VllmConfig") -> str | None:
         return V1_RUNNER
     if vllm_config.parallel_config.worker_cls != WORKER:
         return f"--worker-cls is {vllm_config.parallel_config.worker_cls!r}, and lanes need their own"
-    return shared_state_obstacle(
-        vllm_config.model_config,
-        vllm_config.parallel_config.enable_dbo,
-        vllm_config.cache_config.kv_sharing_fast_prefill,
-        vllm_config.compilation_config.mode,
-    )
+    return shared_state_obstacle(settings_of_config(vllm_config), capability_major())
 
 
 def machine_obstacle() -> str | None:
@@ -88,32 +87,20 @@ def machine_obstacle() -> str | None:
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         if "expandable_segments:True" in os.environ.get(name, "").replace(" ", ""):
             return f"{name} turns on expandable segments, which vLLM refuses beside a KV connector"
+    if (percentage := os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "100")) not in ("", "100"):
+        return (
+            f"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE={percentage} lets MPS choose the multiprocessors, which would move those of the "
+            "lanes: unset it"
+        )
     return driver_obstacle()
 
 
-def shared_state_obstacle(model: "ModelConfig", dual_batch: bool, fast_prefill: bool, mode: Any) -> str | None:
-    """What two runners over one module would both write, as far as it is known; None if nothing.
+def capability_major() -> int:
+    """Major part of the GPU's compute capability; 0 where it is not known."""
+    from vllm.platforms import current_platform
 
-    Args:
-        model: vLLM's configuration of it.
-        dual_batch: whether dual-batch overlap is on.
-        fast_prefill: whether prefill skips layers that share a KV cache.
-        mode: vLLM's `CompilationMode`, None for its default.
-    """
-    if model.quantization is not None:
-        # Marlin keeps locks per layer, some FP8 kernels a workspace per process.
-        return f"kernels of quantization {model.quantization!r} may keep scratch memory that two lanes would both write"
-    if model.is_moe and os.environ.get("VLLM_DISABLE_SHARED_EXPERTS_STREAM", "0") in ("", "0"):
-        return "shared experts run on one more stream for both lanes: set VLLM_DISABLE_SHARED_EXPERTS_STREAM=1"
-    if model.enable_sleep_mode:
-        return "sleep mode unmaps memory that a lane may be using"
-    if dual_batch:
-        return "dual-batch overlap has streams of its own"
-    if fast_prefill:
-        return "fast prefill over shared KV layers skips what the lane computes"
-    if mode is not None and mode.name == "STOCK_TORCH_COMPILE":
-        return "compilation mode STOCK_TORCH_COMPILE would compile the model once per runner"
-    return None
+    capability = current_platform.get_device_capability()
+    return 0 if capability is None else int(capability.major)
 
 
 def cuda_driver() -> Any:
@@ -151,6 +138,8 @@ def runner_obstacle(runner: Any) -> str | None:
             f"attention backend {wrong[0]} may keep scratch memory that two lanes would both write: set --attention-backend "
             "to FLASH_ATTN"
         )
+    if (scratch := kept_scratch(runner.get_model())) is not None:
+        return f"the model keeps scratch memory in {scratch}, which two lanes would both write"
     if workspace.current_workspace_manager()._num_lanes <= WORKSPACE_LANE:
         return f"vLLM's scratch memory has no lane for it: --worker-cls must be {WORKER}"
     return None

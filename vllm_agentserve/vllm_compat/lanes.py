@@ -7,12 +7,20 @@ from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
 from vllm_agentserve.policy.routes import lanes_may_pay
 from vllm_agentserve.policy.slots import core_ladder
 from vllm_agentserve.vllm_compat import cuda
+from vllm_agentserve.vllm_compat.weights import CONNECTOR
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
     from vllm.v1.request import Request
 
-CONNECTOR = "LaneConnector"
+PARALLEL = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "prefill_context_parallel_size",
+    "decode_context_parallel_size",
+)
+"""Arguments of vLLM of which each makes more than one worker."""
 
 
 def choose_lanes(arguments: Any, options: AgentServeConfig) -> str | None:
@@ -80,7 +88,9 @@ def arguments_obstacle(arguments: Any) -> str | None:
         return (
             "--kv-transfer-config names another KV connector, which would be told of none of the blocks the lane fills"
         )
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+    if arguments.kv_offloading_size is not None:
+        return "--kv-offloading-size puts another KV connector in the place of the lane's"
+    for name in PARALLEL:
         if getattr(arguments, name) > 1:
             return f"--{name.replace('_', '-')} is {getattr(arguments, name)}, and a lane has one worker"
     if arguments.speculative_config is not None:
