@@ -1,6 +1,6 @@
 """The part of the contract behind what two lanes on a GPU are refused for: what both would write, and weights that change."""
 
-from vllm_agentserve.vllm_compat.symbols import overrides, reads, says
+from vllm_agentserve.vllm_compat.symbols import exports, overrides, reads, says
 
 SHARED, WEIGHTS = "vllm_compat/shared_state.py", "vllm_compat/weights.py"
 ARGS = "vllm.engine.arg_utils:EngineArgs"
@@ -59,6 +59,15 @@ SHARED_STATE = (
         "vllm_compat/lanes.py",
         "self.kv_transfer_config.kv_connector = ",
     ),
+    # Plugins are loaded in every process before CUDA starts there, and when `EngineArgs` are made.
+    *exports("vllm.envs", "vllm_compat/cuda.py", "VLLM_ENABLE_V1_MULTIPROCESSING"),
+    *says(f"{ARGS}.__post_init__", "vllm_compat/cuda.py plugin.py", "load_general_plugins()"),
+    *says(
+        "vllm.v1.worker.worker_base:WorkerWrapperBase.init_worker",
+        "vllm_compat/cuda.py plugin.py",
+        "load_general_plugins()",
+    ),
+    *says(f"{WORKER}.init_device", "vllm_compat/cuda.py", "set_device_index(self.device)"),
     # Weights that change: a worker has its configuration, and these methods take what vLLM passes on.
     *reads(WORKER, WEIGHTS, "vllm_config"),
     *overrides(

@@ -23,6 +23,8 @@ WORKSPACE_LANE = 1
 """vLLM's scratch memory of the prefill lane; its own steps use lane 0."""
 BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
 """Attention backends that keep their buffers in the metadata builder, which every runner has its own of."""
+QUEUES_VARIABLE, QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS", "32"
+"""How many hardware queues CUDA gives a process: read once, when CUDA starts there. The default is 8, the most 32."""
 
 V1_RUNNER = (
     "vLLM uses its V1 model runner here: unset VLLM_USE_V2_MODEL_RUNNER, and see vLLM's warning for other reasons"
@@ -73,6 +75,31 @@ def cuda_obstacle(vllm_config: "VllmConfig") -> str | None:
     if vllm_config.parallel_config.worker_cls != WORKER:
         return f"--worker-cls is {vllm_config.parallel_config.worker_cls!r}, and lanes need their own"
     return shared_state_obstacle(settings_of_config(vllm_config), capability_major())
+
+
+def ask_for_queues() -> str | None:
+    """Asks for as many hardware queues as there are, in this process and those it starts: streams on disjoint
+    multiprocessors still wait for one another when they share one. vLLM's workers start CUDA later, in `init_device`.
+
+    Returns:
+        Why lanes may share queues nevertheless, and what to do; None if they will not.
+    """
+    import torch
+    from vllm import envs
+
+    found = os.environ.get(QUEUES_VARIABLE)
+    if found == QUEUES:
+        return None
+    remedy = f"set {QUEUES_VARIABLE}={QUEUES} in the environment of the server"
+    if found is not None:
+        return f"{QUEUES_VARIABLE} is {found}, so the lanes may wait for one another in hardware queues; {remedy}"
+    os.environ[QUEUES_VARIABLE] = QUEUES
+    if torch.cuda.is_initialized() and not envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+        return (
+            f"CUDA has started in this process before {QUEUES_VARIABLE} was set, and this engine runs here, so the lanes may "
+            f"wait for one another in eight hardware queues; {remedy}"
+        )
+    return None
 
 
 def machine_obstacle() -> str | None:

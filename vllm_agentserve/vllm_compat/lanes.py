@@ -1,5 +1,6 @@
 """Whether two lanes can run, and the connector that carries them."""
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
     from vllm.v1.request import Request
 
+logger = logging.getLogger("vllm.agentserve")
+
 PARALLEL = (
     "tensor_parallel_size",
     "pipeline_parallel_size",
@@ -24,7 +27,8 @@ PARALLEL = (
 
 
 def choose_lanes(arguments: Any, options: AgentServeConfig) -> str | None:
-    """Adds the connector to these `EngineArgs` where lanes are to run, as `--kv-transfer-config` would.
+    """Adds the connector to these `EngineArgs` where lanes are to run, as `--kv-transfer-config` would. The worker's process does
+    not exist yet, or has not started CUDA, so on GPUs its environment is set here too.
 
     Returns:
         Why mode `auto` runs time-sliced; None where lanes run, or were not asked for.
@@ -49,6 +53,8 @@ def choose_lanes(arguments: Any, options: AgentServeConfig) -> str | None:
         add_lane_connector(arguments)
         if not on_cpu:
             arguments.worker_cls = cuda.WORKER
+            if (shared := cuda.ask_for_queues()) is not None:
+                logger.warning("agentserve: %s.", shared)
         return None
     if options.mode == "lanes":
         raise OptionError(
