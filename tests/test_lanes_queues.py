@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from cuda_fakes import FakeDriver
 
-from vllm_agentserve.lanes.green import GreenLadder, planned_slots
+from vllm_agentserve.lanes.green import Device, GreenLadder, device_plan
 from vllm_agentserve.lanes.lane import Slot
 from vllm_agentserve.vllm_compat import LaneError
 
@@ -28,6 +28,10 @@ class NewDriver(FakeDriver):
         self.knows, self.grants = knows, grants
         self.queues: list[tuple[int, int]] = []
         """Of every context, in order: the scope of its queues, and how many."""
+        self.version = 13010
+
+    def cuDriverGetVersion(self) -> Any:
+        return 0, self.version
 
     def cuInit(self, flags: int) -> Any:
         return (0,)
@@ -91,14 +95,15 @@ def test_a_context_that_fails_without_queues_too_is_an_error() -> None:
 @pytest.mark.parametrize("coarse", [1, 64])
 def test_the_plan_is_what_the_ladder_gets(coarse: int) -> None:
     driver = NewDriver(140, coarse=coarse)
-    assert planned_slots(driver, 0) == ladder_of(NewDriver(140, coarse=coarse)).slots
+    assert device_plan(driver, 0).slots == ladder_of(NewDriver(140, coarse=coarse)).slots
     assert driver.contexts == {}, "nothing is created for it"
 
 
 def test_what_the_driver_tells_goes_before_what_is_known_of_the_architecture() -> None:
     """Reports of compute capability 12.0 differ; the driver of the machine decides."""
-    assert planned_slots(NewDriver(170, tells=False, major=12), 0) == (Slot(40, 130), Slot(88, 82), Slot(128, 42))
-    assert planned_slots(NewDriver(170, smallest=2, step=2, major=12), 0) == (
+    plain = device_plan(NewDriver(170, tells=False, major=12), 0)
+    assert plain == Device(12, 170, (Slot(40, 130), Slot(88, 82), Slot(128, 42)))
+    assert device_plan(NewDriver(170, smallest=2, step=2, major=12), 0).slots == (
         Slot(42, 128),
         Slot(86, 84),
         Slot(128, 42),
@@ -112,4 +117,4 @@ def test_a_driver_that_refuses_leaves_time_slicing(call: str) -> None:
     with pytest.raises(
         LaneError, match=rf"{call} failed: CUDA_ERROR_NOT_SUPPORTED.*mode 'time-sliced', which needs no"
     ):
-        planned_slots(driver, 0)
+        device_plan(driver, 0)

@@ -96,15 +96,34 @@ def splits(driver: Any, device: Any, shares: Sequence[float]) -> list[tuple[Any,
     return list(found.values())
 
 
-def planned_slots(driver: Any, ordinal: int, shares: Sequence[float] = SHARES) -> tuple[Slot, ...]:
-    """The slots that a ladder would have on this device, in SMs, as the driver grants them; makes no CUDA context.
+@dataclass(frozen=True)
+class Device:
+    """A GPU and how a ladder would divide it.
+
+    Attributes:
+        major: compute capability.
+        units: its SMs.
+        slots: in SMs, as the driver grants them.
+    """
+
+    major: int
+    units: int
+    slots: tuple[Slot, ...]
+
+
+def device_plan(driver: Any, ordinal: int, shares: Sequence[float] = SHARES) -> Device:
+    """How a ladder would divide this device; makes no CUDA context.
 
     Raises:
         LaneError: as `splits`, or there is no such device.
     """
     call(driver, "cuInit", 0)
     device = call(driver, "cuDeviceGet", ordinal)
-    return tuple(Slot(int(group.sm.smCount), int(rest.sm.smCount)) for group, rest in splits(driver, device, shares))
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+    slots = tuple(Slot(int(group.sm.smCount), int(rest.sm.smCount)) for group, rest in splits(driver, device, shares))
+    return Device(
+        int(call(driver, "cuDeviceGetAttribute", attribute, device)), slots[0].decode + slots[0].prefill, slots
+    )
 
 
 def balanced_queues(driver: Any, device: Any) -> Any:

@@ -185,7 +185,7 @@ CONTRACT = (
     *says(f"{STATE}:has_kv_transfer_group", RUNNER, "_KV_CONNECTOR_AGENT is not None"),
     *calls("vllm.distributed.kv_transfer", LANES, get_kv_transfer_group="", has_kv_transfer_group=""),
     # What the plugin wraps in every process.
-    *exports("vllm.engine.arg_utils", HOOKS, "EngineArgs"),
+    *exports("vllm.engine.arg_utils", f"{HOOKS} doctor_engine.py", "EngineArgs"),
     *overrides(f"{ARGS}", HOOKS, create_engine_config="..."),
     *reads(ARGS, HOOKS, "scheduler_cls"),
     *reads(ARGS, UPSTREAM, "additional_config"),
@@ -197,7 +197,7 @@ CONTRACT = (
     *reads(ARGS, f"{LANES} {SHARED}", "weight_transfer_config"),
     *reads(ARGS, f"{LANES} {CUDA}", "worker_cls"),
     *reads(ARGS, LANES, "decode_context_parallel_size kv_offloading_size prefill_context_parallel_size"),
-    *calls(ARGS, LANES, create_model_config=""),
+    *calls(ARGS, f"{LANES} doctor_engine.py", create_model_config=""),
     *exports("vllm.v1.engine.input_processor", HOOKS, "InputProcessor"),
     *overrides("vllm.v1.engine.input_processor:InputProcessor", HOOKS, process_inputs="request_id prompt params ..."),
     *reads("vllm.v1.engine.input_processor:InputProcessor", HOOKS, "vllm_config"),

@@ -13,6 +13,7 @@ SHARED_STATE = (
     # Settings, in both places where vLLM has them.
     *reads(ARGS, SHARED, "aux_output_config compilation_config enable_dbo enable_eplb enable_return_routed_experts"),
     *reads(ARGS, SHARED, "kernel_config kv_sharing_fast_prefill linear_backend moe_backend offload_backend"),
+    *reads(ARGS, "doctor_engine.py", "enable_sleep_mode model quantization"),
     *reads(ARGS, SHARED, "offload_group_size ubatch_size"),
     *reads(CONFIG, SHARED, "aux_output_config kernel_config offload_config weight_transfer_config"),
     *reads("vllm.config:CacheConfig", SHARED, "kv_sharing_fast_prefill"),

@@ -55,15 +55,18 @@ def worker_runner() -> Any:
 def engine_obstacle(arguments: Any, model: "ModelConfig") -> str | None:
     """Why two lanes cannot run on GPUs with these `EngineArgs` and this model, and what to do; None if they can, as far as
     they tell. Makes no CUDA context, so the API server may ask."""
+    return machine_obstacle() or arguments_obstacle(arguments, model, capability_major())
+
+
+def arguments_obstacle(arguments: Any, model: "ModelConfig", capability: int) -> str | None:
+    """The part of `engine_obstacle` that is not the machine's, but for the major part of the GPU's compute capability."""
     from vllm import envs
 
-    if (reason := machine_obstacle()) is not None:
-        return reason
     if envs.VLLM_USE_V2_MODEL_RUNNER is False:
         return V1_RUNNER
     if arguments.worker_cls not in ("auto", WORKER):
         return f"--worker-cls is {arguments.worker_cls!r}, and lanes need their own"
-    return shared_state_obstacle(settings_of_arguments(arguments, model), capability_major())
+    return shared_state_obstacle(settings_of_arguments(arguments, model), capability)
 
 
 def cuda_obstacle(vllm_config: "VllmConfig") -> str | None:
@@ -111,6 +114,11 @@ def machine_obstacle() -> str | None:
     capability = current_platform.get_device_capability()
     if capability is None or capability.major < 8:
         return f"lanes need compute capability 8.0 or newer, this GPU has {capability}"
+    return environment_obstacle() or driver_obstacle()
+
+
+def environment_obstacle() -> str | None:
+    """The part of `machine_obstacle` that is in environment variables."""
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         if "expandable_segments:True" in os.environ.get(name, "").replace(" ", ""):
             return f"{name} turns on expandable segments, which vLLM refuses beside a KV connector"
@@ -119,7 +127,7 @@ def machine_obstacle() -> str | None:
             f"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE={percentage} lets MPS choose the multiprocessors, which would move those of the "
             "lanes: unset it"
         )
-    return driver_obstacle()
+    return None
 
 
 def capability_major() -> int:
