@@ -11,7 +11,7 @@ import torch
 from cuda_machine import arguments_of, machine
 
 from vllm_agentserve.vllm_compat import cuda, shared_state
-from vllm_agentserve.vllm_compat.lanes import arguments_obstacle
+from vllm_agentserve.vllm_compat.lanes import arguments_obstacle, model_obstacle
 
 
 @pytest.fixture
@@ -173,6 +173,19 @@ class Layer(torch.nn.Module):
             setattr(self, name, value)
 
 
+class Stream:
+    """In place of `torch.cuda.Stream`, which a CPU build cannot make."""
+
+
+def found_in(monkeypatch: pytest.MonkeyPatch, model: torch.nn.Module) -> str | None:
+    """What stands against a worker whose runner has this model."""
+    from vllm.v1.worker import workspace
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(workspace, "_manager", workspace.WorkspaceManager("cpu", 1, 2))
+    return cuda.runner_obstacle(SimpleNamespace(attn_groups=[], get_model=lambda: model))
+
+
 @pytest.mark.parametrize(
     ("name", "scratch"),
     [
@@ -181,20 +194,30 @@ class Layer(torch.nn.Module):
         ("locks", True),
         ("topk_indices_buffer", True),
         ("_inputs_embeds_buf", True),
+        ("_ds_buffers", True),
         ("q_range", False),
         ("blocks", False),
     ],
 )
 def test_scratch_memory_of_a_model(monkeypatch: pytest.MonkeyPatch, name: str, scratch: bool) -> None:
-    from vllm.v1.worker import workspace
+    for kept in (torch.zeros(2), [torch.zeros(2)]):
+        model = torch.nn.Sequential(Layer(), Layer(**{name: kept}))
+        says = f"the model keeps scratch memory in 1.{name}, which two lanes would both write"
+        assert found_in(monkeypatch, model) == (says if scratch else None)
+    assert found_in(monkeypatch, Layer(**{name: 3})) is None, "only tensors are memory"
 
-    monkeypatch.setattr(workspace, "_manager", workspace.WorkspaceManager("cpu", 1, 2))
-    model = torch.nn.Sequential(Layer(), Layer(**{name: torch.zeros(2)}))
-    found = cuda.runner_obstacle(SimpleNamespace(attn_groups=[], get_model=lambda: model))
-    assert found == (
-        f"the model keeps scratch memory in 1.{name}, which two lanes would both write" if scratch else None
-    )
-    assert shared_state.kept_scratch(Layer(**{name: 3})) is None, "only tensors are memory"
+
+@pytest.mark.parametrize("kept", [Stream(), [None, Stream()]])
+def test_streams_of_a_model(monkeypatch: pytest.MonkeyPatch, kept: Any) -> None:
+    model = torch.nn.Sequential(Layer(), Layer(aside=kept))
+    assert "on a stream of its own in 1.aside, which both lanes would share" in str(found_in(monkeypatch, model))
+
+
+def test_the_stream_that_vllm_has_once_per_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.utils import torch_utils
+
+    monkeypatch.setattr(torch_utils, "_aux_stream", Stream())
+    assert "vLLM's auxiliary stream" in str(found_in(monkeypatch, Layer()))
 
 
 # -- arguments that replace the connector or make more workers --------------------------------------------------------------
@@ -213,3 +236,16 @@ def test_arguments_that_leave_no_room_for_a_lane(toy_model: Path, given: dict[st
 
     assert arguments_obstacle(EngineArgs(model=str(toy_model))) is None
     assert says in str(arguments_obstacle(EngineArgs(model=str(toy_model), **given)))
+
+
+def test_a_diffusion_model_has_no_lanes() -> None:
+    plain: dict[str, Any] = {
+        "runner_type": "generate",
+        "is_encoder_decoder": False,
+        "is_multimodal_model": False,
+        "is_hybrid": False,
+        "is_attention_free": False,
+        "get_sliding_window": lambda: None,
+    }
+    assert model_obstacle(SimpleNamespace(**plain, is_diffusion=False)) is None
+    assert "token by token" in str(model_obstacle(SimpleNamespace(**plain, is_diffusion=True)))

@@ -237,7 +237,11 @@ CONTRACT = (
     *reads("vllm.config.compilation:CUDAGraphMode", GRAPHS, "FULL"),
     *reads("vllm.config:DeviceConfig", COMPAT, "device_type"),
     *reads("vllm.config:ModelConfig", METRICS, "served_model_name"),
-    *reads("vllm.config:ModelConfig", LANES, "is_attention_free is_encoder_decoder is_hybrid is_multimodal_model"),
+    *reads(
+        "vllm.config:ModelConfig",
+        LANES,
+        "is_attention_free is_diffusion is_encoder_decoder is_hybrid is_multimodal_model",
+    ),
     *reads("vllm.config:ModelConfig", LANES, "runner_type"),
     *calls("vllm.config:ModelConfig", LANES, get_sliding_window=""),
     *reads("vllm.config:ParallelConfig", SCHED, "pipeline_parallel_size"),

@@ -39,6 +39,13 @@ SHARED_STATE = (
         "p.data = get_accelerator_view_from_cpu_tensor(cpu_data)\nv.to(device, non_blocking=True)\nfunctional_call(",
     ),
     *says("vllm.compilation.backends:make_copy_and_call", SHARED, "static_tensor.copy_(runtime_tensor)"),
+    *exports("vllm.utils.torch_utils", SHARED, "_aux_stream"),
+    *says("vllm.utils.torch_utils:aux_stream", SHARED, "_aux_stream = torch.cuda.Stream()"),
+    *says(
+        "vllm.model_executor.layers.fused_moe.runner.shared_experts:SharedExperts.__init__",
+        SHARED,
+        "envs.VLLM_DISABLE_SHARED_EXPERTS_STREAM\nself._stream = None\nself._stream = aux_stream()",
+    ),
     *says("vllm.config:ParallelConfig.use_ubatching", SHARED, "self.enable_dbo or self.ubatch_size > 1"),
     *says(
         "vllm.model_executor.layers.fused_moe.oracle.unquantized:_get_priority_backends",

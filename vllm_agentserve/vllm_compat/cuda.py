@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_agentserve.vllm_compat import LaneError
 from vllm_agentserve.vllm_compat.shared_state import (
-    kept_scratch,
+    model_obstacle,
     settings_of_arguments,
     settings_of_config,
     shared_state_obstacle,
@@ -173,8 +173,8 @@ def runner_obstacle(runner: Any) -> str | None:
             f"attention backend {wrong[0]} may keep scratch memory that two lanes would both write: set --attention-backend "
             "to FLASH_ATTN"
         )
-    if (scratch := kept_scratch(runner.get_model())) is not None:
-        return f"the model keeps scratch memory in {scratch}, which two lanes would both write"
+    if (reason := model_obstacle(runner.get_model())) is not None:
+        return reason
     if workspace.current_workspace_manager()._num_lanes <= WORKSPACE_LANE:
         return f"vLLM's scratch memory has no lane for it: --worker-cls must be {WORKER}"
     return None

@@ -114,7 +114,7 @@ def arguments_obstacle(arguments: Any) -> str | None:
 
 def model_obstacle(model: "ModelConfig") -> str | None:
     """Why two lanes cannot serve this model; None if they can."""
-    if model.runner_type != "generate" or model.is_encoder_decoder:
+    if model.runner_type != "generate" or model.is_encoder_decoder or model.is_diffusion:
         return "the model does not generate token by token from a prompt of its own"
     if model.is_multimodal_model:
         return "the model takes more than text"

@@ -160,15 +160,26 @@ def batch_obstacle(settings: Settings) -> str | None:
     return None
 
 
-def kept_scratch(model: Any) -> str | None:
-    """The first layer of a loaded model that keeps a tensor to write into, as 'layer.tensor'; None if none does by its name.
+def model_obstacle(model: Any) -> str | None:
+    """What the layers of a loaded model keep that two lanes would both write, or queue work on; None if there is nothing.
 
-    Parameters, registered buffers and the KV cache are not meant: vLLM writes the first two when weights are loaded only.
+    Parameters, registered buffers and the KV cache are not meant: vLLM writes the first two when weights are loaded only. A
+    stream that both lanes use runs on the whole device, and memory that one lane frees on it may go to the other while the first
+    still reads it.
     """
     import torch
+    from vllm.utils import torch_utils
 
     for layer, module in model.named_modules():
         for name, value in vars(module).items():
-            if isinstance(value, torch.Tensor) and SCRATCH.search(name):
-                return f"{layer}.{name}" if layer else name
+            held = value if isinstance(value, list | tuple) else [value]
+            place = f"{layer}.{name}" if layer else name
+            if SCRATCH.search(name) and any(isinstance(one, torch.Tensor) for one in held):
+                return f"the model keeps scratch memory in {place}, which two lanes would both write"
+            if any(isinstance(one, torch.Stream | torch.cuda.Stream) for one in held):
+                return (
+                    f"the model runs a part of its work on a stream of its own in {place}, which both lanes would share"
+                )
+    if torch_utils._aux_stream is not None:
+        return "a layer of the model uses vLLM's auxiliary stream, which both lanes would share"
     return None
