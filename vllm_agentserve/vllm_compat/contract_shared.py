@@ -88,5 +88,6 @@ SHARED_STATE = (
         start_draft_weight_update="...",
         update_weights="...",
         finish_weight_update="...",
+        sleep="...",
     ),
 )

@@ -111,6 +111,8 @@ WORKERS = (
     *says(f"{GPU_CONNECTOR}.pre_forward", CONNECTOR, "handle_preemptions("),
     *says(f"{GPU_CONNECTOR}.post_forward", CONNECTOR, "self._start_load_kv()"),
     *says(f"{GPU_CONNECTOR}.no_forward", CONNECTOR, "self.post_forward("),
+    # The sampled tokens are on their way to the host before the next chunk is launched in the same thread.
+    *says(f"{GPU}:GPUModelRunner.sample_tokens", CONNECTOR, "AsyncOutput(\nself.kv_connector.post_forward("),
     *says(
         "vllm.model_executor.layers.attention.kv_transfer_utils:maybe_transfer_kv_layer",
         RUNNER,

@@ -1,4 +1,4 @@
-"""Weights that somebody replaces while the engine runs: refused in a worker that has a prefill lane."""
+"""Calls that replace or unmap weights while the engine runs: refused in a worker that has a prefill lane."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +14,10 @@ UPDATES = (
     "start_draft_weight_update",
     "update_weights",
     "finish_weight_update",
+    "sleep",
 )
-"""Methods of vLLM's workers, called over `collective_rpc`, that write weights or prepare for it."""
+"""Methods of vLLM's workers, called over `collective_rpc`, that write or unmap weights, or prepare for it. `sleep` may be called
+without sleep mode too, and unmaps memory then where vLLM's own allocator is on."""
 
 
 def refuse_weight_updates() -> None:
@@ -39,7 +41,7 @@ def refusing(name: str, stock: Callable[..., Any]) -> Callable[..., Any]:
         if has_lane(self.vllm_config):
             raise LaneError(
                 f"{name} is refused: the prefill lane may be computing with the weights, or has a copy of its own; "
-                "start the server with mode 'time-sliced' to replace weights while it runs"
+                "start the server with mode 'time-sliced' for it"
             )
         return stock(self, *args, **kwargs)
 
