@@ -227,6 +227,7 @@ def test_the_stream_that_vllm_has_once_per_process(monkeypatch: pytest.MonkeyPat
     ("given", "says"),
     [
         ({"kv_offloading_size": 4.0}, "--kv-offloading-size puts another KV connector"),
+        ({"worker_extension_cls": "trainer.WeightSync"}, "may replace weights while the lane works"),
         ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size is 2"),
         ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size is 2"),
     ],

@@ -197,6 +197,7 @@ CONTRACT = (
     *reads(ARGS, f"{LANES} {SHARED}", "weight_transfer_config"),
     *reads(ARGS, f"{LANES} {CUDA}", "worker_cls"),
     *reads(ARGS, LANES, "decode_context_parallel_size kv_offloading_size prefill_context_parallel_size"),
+    *reads(ARGS, LANES, "worker_extension_cls"),
     *calls(ARGS, f"{LANES} doctor_engine.py", create_model_config=""),
     *exports("vllm.v1.engine.input_processor", HOOKS, "InputProcessor"),
     *overrides("vllm.v1.engine.input_processor:InputProcessor", HOOKS, process_inputs="request_id prompt params ..."),

@@ -103,6 +103,8 @@ def arguments_obstacle(arguments: Any) -> str | None:
         return "speculative decoding is on"
     if arguments.enable_lora:
         return "LoRA is on"
+    if arguments.worker_extension_cls:
+        return "--worker-extension-cls adds calls to the worker that may replace weights while the lane works, as trainers do"
     if current_platform.is_cpu() and arguments.weight_transfer_config is not None:
         return "weights are replaced while the engine runs, and the lane has a copy of its own"
     if arguments.enable_prefix_caching is False:
