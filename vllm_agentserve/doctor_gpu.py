@@ -104,9 +104,10 @@ def plan_text(device: Device) -> str:
     """Slots in multiprocessors, and the memory that lanes take of the device beside weights and KV cache."""
     slots = ", ".join(f"{slot.decode}+{slot.prefill}" for slot in device.slots)
     streams = 2 * len(device.slots) + 1
-    workspace_mib = 32 if device.major >= 9 else 8
+    # As torch sizes them, one per stream.
+    workspaces_mib = streams * (32 if device.major >= 9 else 8.125)
     return (
-        f"of {device.units} multiprocessors, decode + prefill: {slots}. Set aside before the KV cache is sized: the activations "
-        f"of one more step, measured at start. Besides: cuBLAS workspaces of {streams} streams, up to "
-        f"{streams * workspace_mib} MiB"
+        f"of {device.units} multiprocessors, decode + prefill: {slots}. Before the KV cache is sized, the worker sets memory "
+        f"aside for what chunks take beside a step, as measured at start; cuBLAS workspaces of {streams} streams alone are "
+        f"{workspaces_mib:.0f} MiB"
     )
