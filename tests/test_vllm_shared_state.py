@@ -207,6 +207,16 @@ def test_scratch_memory_of_a_model(monkeypatch: pytest.MonkeyPatch, name: str, s
     assert found_in(monkeypatch, Layer(**{name: 3})) is None, "only tensors are memory"
 
 
+@pytest.mark.parametrize(("backend", "fits"), [("TRITON", True), ("FLASHINFER_CUTLASS", False)])
+def test_experts_that_vllm_took_in_the_end(monkeypatch: pytest.MonkeyPatch, backend: str, fits: bool) -> None:
+    from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+
+    chosen = SimpleNamespace(unquantized_backend=UnquantizedMoeBackend[backend])
+    model = torch.nn.Sequential(Layer(quant_method=object()), Layer(quant_method=chosen))
+    says = "experts of 1 run on FlashInfer CUTLASS, which may keep scratch memory: set --moe-backend triton"
+    assert found_in(monkeypatch, model) == (None if fits else says)
+
+
 @pytest.mark.parametrize("kept", [Stream(), [None, Stream()]])
 def test_streams_of_a_model(monkeypatch: pytest.MonkeyPatch, kept: Any) -> None:
     model = torch.nn.Sequential(Layer(), Layer(aside=kept))

@@ -5,6 +5,7 @@ from vllm_agentserve.vllm_compat.symbols import exports, overrides, reads, says
 SHARED, WEIGHTS = "vllm_compat/shared_state.py", "vllm_compat/weights.py"
 ARGS = "vllm.engine.arg_utils:EngineArgs"
 CONFIG = "vllm.config:VllmConfig"
+EXPERTS = "vllm.model_executor.layers.fused_moe"
 OFFLOAD = "vllm.config.offload"
 PREFETCH = "vllm.model_executor.offloader.prefetch"
 WORKER = "vllm.v1.worker.gpu_worker:Worker"
@@ -51,6 +52,13 @@ SHARED_STATE = (
         "vllm.model_executor.layers.fused_moe.oracle.unquantized:_get_priority_backends",
         SHARED,
         "is_device_capability_family(90)\n_move_to_back(_AVAILABLE_BACKENDS, UnquantizedMoeBackend.FLASHINFER_TRTLLM)",
+    ),
+    *reads(f"{EXPERTS}.oracle.unquantized:UnquantizedMoeBackend", SHARED, "TRITON"),
+    *reads(f"{EXPERTS}.unquantized_fused_moe_method:UnquantizedFusedMoEMethod", SHARED, "unquantized_backend"),
+    *says(
+        f"{EXPERTS}.routed_experts:RoutedExperts.__init__",
+        SHARED,
+        "self.quant_method",
     ),
     *says(
         "vllm.model_executor.layers.utils:dispatch_unquantized_gemm",

@@ -171,6 +171,10 @@ def model_obstacle(model: Any) -> str | None:
     from vllm.utils import torch_utils
 
     for layer, module in model.named_modules():
+        # What vLLM took in the end; it passes over Triton where that does not support the layer.
+        experts = getattr(getattr(module, "quant_method", module), "unquantized_backend", None)
+        if experts is not None and experts.name != "TRITON":
+            return f"experts of {layer} run on {experts.value}, which may keep scratch memory: set --moe-backend triton"
         for name, value in vars(module).items():
             held = value if isinstance(value, list | tuple) else [value]
             place = f"{layer}.{name}" if layer else name
