@@ -6,65 +6,17 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from cuda_machine import arguments_of, machine
 
 from vllm_agentserve.vllm_compat import cuda
 
 # -- obstacles ------------------------------------------------------------------------------------------------------------
 
 
-class Platform:
-    """As vLLM's `current_platform` on an H200."""
-
-    cuda = True
-    capability: Any = SimpleNamespace(major=9, minor=0)
-
-    def is_cuda(self) -> bool:
-        return self.cuda
-
-    def get_device_capability(self) -> Any:
-        return self.capability
-
-
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A machine, driver and configuration where nothing stands against two lanes."""
-    import vllm.platforms
-
-    found = SimpleNamespace(platform=Platform(), version=(0, 12080), config=configuration())
-    monkeypatch.setattr(vllm.platforms, "_current_platform", found.platform)
-    driver = ModuleType("cuda.bindings.driver")
-    driver.cuDriverGetVersion = lambda: found.version  # type: ignore[attr-defined]
-    for name, module in (
-        ("cuda", ModuleType("cuda")),
-        ("cuda.bindings", ModuleType("cuda.bindings")),
-        (driver.__name__, driver),
-    ):
-        monkeypatch.setitem(sys.modules, name, module)
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "VLLM_DISABLE_SHARED_EXPERTS_STREAM"):
-        monkeypatch.delenv(name, raising=False)
-    found.driver = driver
-    return found
-
-
-def configuration() -> Any:
-    return SimpleNamespace(
-        use_v2_model_runner=True,
-        model_config=SimpleNamespace(quantization=None, is_moe=False, enable_sleep_mode=False),
-        parallel_config=SimpleNamespace(worker_cls=cuda.WORKER, enable_dbo=False),
-        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
-        compilation_config=SimpleNamespace(mode=SimpleNamespace(name="VLLM_COMPILE")),
-    )
-
-
-def arguments_of(config: Any) -> Any:
-    """`EngineArgs` that would give this configuration."""
-    ours = config.parallel_config.worker_cls == cuda.WORKER
-    return SimpleNamespace(
-        worker_cls="auto" if ours else config.parallel_config.worker_cls,
-        enable_dbo=config.parallel_config.enable_dbo,
-        kv_sharing_fast_prefill=config.cache_config.kv_sharing_fast_prefill,
-        compilation_config=config.compilation_config,
-    )
+    return machine(monkeypatch)
 
 
 def test_nothing_stands_against_lanes(gpu: Any) -> None:
@@ -147,7 +99,7 @@ def test_obstacles_of_a_runner(
 
     monkeypatch.setattr(workspace, "_manager", workspace.WorkspaceManager("cpu", 1, lanes))
     groups = [[SimpleNamespace(backend=SimpleNamespace(get_name=lambda name=name: name))] for name in backends]
-    found = cuda.runner_obstacle(SimpleNamespace(attn_groups=groups))
+    found = cuda.runner_obstacle(SimpleNamespace(attn_groups=groups, get_model=torch.nn.Module))
     assert (found is None) if says is None else (says in str(found))
 
 

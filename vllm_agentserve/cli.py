@@ -64,8 +64,10 @@ def make_parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="what will run on this machine and why, with a remedy per finding")
     doctor.add_argument("--options", default="{}", help=f'options of "{KEY}" to check, as a JSON object')
-
     doctor.add_argument("--model", help="a model folder, to say what lanes would cost")
+    doctor.add_argument(
+        "--engine", default="{}", help="arguments of vllm serve that lanes must fit, as a JSON object with underscores"
+    )
 
     toy = commands.add_parser("toy-model", help="make the toy model and print its folder")
     toy.add_argument("--output", type=Path, help="where (default: the user's cache)")
@@ -109,7 +111,7 @@ def top(arguments: argparse.Namespace) -> int:
 def doctor(arguments: argparse.Namespace) -> int:
     from vllm_agentserve.doctor import examine, print_findings
 
-    return print_findings(examine(arguments.options, arguments.model))
+    return print_findings(examine(arguments.options, arguments.model, arguments.engine))
 
 
 def toy_model(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,5 @@
 """`agentserve doctor`: what will run on this machine and why, with a remedy for everything that is wrong."""
 
-import enum
 import json
 import os
 import platform
@@ -8,33 +7,15 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
 from vllm_agentserve import __version__, vllm_compat
 from vllm_agentserve.config import AgentServeConfig, OptionError
-from vllm_agentserve.vllm_compat.cuda import driver_obstacle
+from vllm_agentserve.doctor_engine import EngineArguments, EngineArgumentsError, check_engine, engine_arguments
+from vllm_agentserve.doctor_gpu import Finding, Level, asked_smi, check_mig, check_mps, gpu_findings, plan_text, planned
+from vllm_agentserve.vllm_compat.cuda import driver_obstacle, environment_obstacle
 from vllm_agentserve.vllm_compat.lanes import no_gain
-
-MIN_DRIVER = 550
-"""First NVIDIA driver branch with CUDA 12.4."""
-
-
-class Level(enum.Enum):
-    OK = "ok"
-    NOTE = "note"
-    PROBLEM = "problem"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at: what it is, what was found, and what to do about it (empty where nothing is to be done)."""
-
-    subject: str
-    level: Level
-    found: str
-    remedy: str = ""
 
 
 def check_python() -> Finding:
@@ -97,36 +78,12 @@ def check_plugin() -> Finding:
 
 
 def check_gpu() -> list[Finding]:
-    smi = shutil.which("nvidia-smi")
-    if smi is None:
+    if shutil.which("nvidia-smi") is None:
         return [Finding("GPU", Level.NOTE, "no NVIDIA driver found: vLLM runs on the CPU")]
-    query = ["--query-gpu=name,driver_version,memory.total,memory.free", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run([smi, *query], capture_output=True, text=True, check=False, timeout=30)
-    except subprocess.TimeoutExpired:
-        return [Finding("GPU", Level.PROBLEM, "nvidia-smi did not answer within 30 s", "check the driver")]
-    if done.returncode != 0:
-        said = (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
-        return [Finding("GPU", Level.PROBLEM, f"nvidia-smi: {said}", "check the driver")]
-    return [finding for line in done.stdout.strip().splitlines() for finding in gpu_findings(line)]
-
-
-def gpu_findings(line: str) -> list[Finding]:
-    """Reads one line of nvidia-smi: name, driver, total and free memory in MiB."""
-    fields = [field.strip() for field in line.split(",")]
-    if len(fields) != 4 or not all(re.fullmatch(r"\d+", field) for field in fields[2:]):
-        return [Finding("GPU", Level.PROBLEM, f"nvidia-smi said {line!r}", "check the driver")]
-    name, driver, total, free = fields[0], fields[1], int(fields[2]), int(fields[3])
-    branch = int(driver.split(".")[0]) if driver.split(".")[0].isdigit() else 0
-    ok = branch >= MIN_DRIVER
-    remedy = "" if ok else f"install driver {MIN_DRIVER} or newer"
-    findings = [Finding("GPU", Level.OK if ok else Level.PROBLEM, f"{name}, driver {driver}", remedy)]
-    if free < 0.8 * total:
-        found = f"{free} of {total} MiB free"
-        findings.append(
-            Finding("GPU memory", Level.NOTE, found, "end what else uses the GPU, or lower --gpu-memory-utilization")
-        )
-    return findings
+    lines = asked_smi("name,driver_version,memory.total,memory.free")
+    if isinstance(lines, Finding):
+        return [lines]
+    return [*(finding for line in lines for finding in gpu_findings(line)), *check_mig(), *check_mps()]
 
 
 def check_options(text: str) -> Finding:
@@ -144,23 +101,26 @@ def check_options(text: str) -> Finding:
     return Finding("options", Level.OK, f"mode {config.mode}; target time between tokens: {target}")
 
 
-def check_lanes(options: str, model: str | None) -> Finding | None:
-    """Whether two lanes run on this machine with these options, and what they cost; None where nobody asks for them."""
+def check_lanes(options: str, model: str | None, engine: str = "{}") -> Finding | None:
+    """Whether two lanes run on this machine with these options and arguments of vLLM, how they divide it and what they cost; None
+    where nobody asks for them."""
     try:
         config = AgentServeConfig.from_mapping(json.loads(options))
-    except (json.JSONDecodeError, OptionError):
+        given = engine_arguments(engine, model)
+    except (json.JSONDecodeError, OptionError, EngineArgumentsError):
         return None
     if config.mode not in ("lanes", "auto"):
         return None
     asked = config.mode == "lanes"
     if shutil.which("nvidia-smi") is not None:
-        obstacle = driver_obstacle()
+        obstacle, cost = gpu_lanes(config, given)
         if obstacle is None and not asked:
-            obstacle = "lanes on GPUs have not run on hardware yet, so mode auto leaves them alone"
-        cost = "a second model runner over the same weights and KV cache: its chunks' activations, and CUDA graphs per slot"
+            obstacle = (
+                f"lanes on GPUs have not run on hardware yet, so mode auto leaves them alone. With mode lanes: {cost}"
+            )
     else:
         cores = len(os.sched_getaffinity(0))
-        obstacle = "two lanes need two cores" if cores < 2 else None
+        obstacle = "two lanes need two cores" if cores < 2 else given.obstacle
         if obstacle is None and not asked:
             obstacle = no_gain(config, cores)
         cost = f"a second process with its own copy of the weights{weights(model)}; the KV cache is shared"
@@ -169,6 +129,20 @@ def check_lanes(options: str, model: str | None) -> Finding | None:
     if asked:
         return Finding("lanes", Level.PROBLEM, obstacle, "use mode 'auto', which takes what can run")
     return Finding("lanes", Level.NOTE, f"mode auto is time-sliced here: {obstacle}")
+
+
+def gpu_lanes(config: AgentServeConfig, given: EngineArguments) -> tuple[str | None, str]:
+    """Why two lanes cannot run on the first GPU, None if they can; and what they cost there."""
+    cost = "a second model runner over the same weights and KV cache: its chunks' activations, and CUDA graphs per slot"
+    obstacle = environment_obstacle() or driver_obstacle()
+    if obstacle is not None:
+        return obstacle, cost
+    plan = planned(config.lane_decode_share)
+    if isinstance(plan, str):
+        return plan, cost
+    if plan is not None:
+        cost += f"; {plan_text(plan)}"
+    return given.obstacle or given.gpu_obstacle(0 if plan is None else plan.major), cost
 
 
 def weights(model: str | None) -> str:
@@ -190,7 +164,7 @@ def check_scheduler() -> Finding:
     return Finding("scheduler", Level.PROBLEM, f"{vllm_compat.SCHEDULER_NAME} cannot be imported: {last}", "see above")
 
 
-def examine(options: str = "{}", model: str | None = None) -> list[Finding]:
+def examine(options: str = "{}", model: str | None = None, engine: str = "{}") -> list[Finding]:
     """Looks at everything; takes some seconds, because it imports torch and vLLM in processes of their own."""
     findings = [check_python(), check_vllm(), check_plugin()]
     named = check_distribution_name()
@@ -199,7 +173,10 @@ def examine(options: str = "{}", model: str | None = None) -> list[Finding]:
     findings += check_torch()
     findings += check_gpu()
     findings.append(check_options(options))
-    lanes = check_lanes(options, model)
+    wrong = check_engine(engine, model)
+    if wrong is not None:
+        findings.append(wrong)
+    lanes = check_lanes(options, model, engine)
     if lanes is not None:
         findings.append(lanes)
     if findings[1].level is Level.OK:

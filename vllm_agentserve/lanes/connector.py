@@ -22,6 +22,7 @@ from vllm_agentserve.lanes.dispatch import LaneDispatch
 from vllm_agentserve.lanes.lane import LaneReport
 from vllm_agentserve.lanes.worker import LaneWorker, lane_worker
 from vllm_agentserve.policy.jobs import Job
+from vllm_agentserve.vllm_compat.weights import refuse_weight_updates
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +63,7 @@ class LaneConnector(KVConnectorBase_V1):
         if role is KVConnectorRole.SCHEDULER:
             self.half = LaneDispatch(options, int(vllm_config.cache_config.block_size))
         else:
+            refuse_weight_updates()
             self.half = lane_worker(options, vllm_config, kv_cache_config)
 
     # -- scheduler side -------------------------------------------------------------------------------------------------

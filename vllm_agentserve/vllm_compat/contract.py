@@ -4,6 +4,7 @@ Imports neither vLLM nor torch. A symbol is found by reading sources (`sources.p
 a property, an assignment in the body of the class or of one of its bases, or `self.NAME = ...` in one of their methods.
 """
 
+from vllm_agentserve.vllm_compat.contract_shared import SHARED_STATE
 from vllm_agentserve.vllm_compat.contract_workers import WORKERS
 from vllm_agentserve.vllm_compat.symbols import calls, exports, implements, overrides, reads, says
 
@@ -12,6 +13,7 @@ HOOKS, LANES, CUDA, CPU = "vllm_compat/hooks.py", "vllm_compat/lanes.py", "vllm_
 RUNNER, GRAPHS, WORKER = "vllm_compat/cuda_runner.py", "vllm_compat/cuda_graphs.py", "vllm_compat/cuda_worker.py"
 CHUNKS, QUEUES, METRICS = "vllm_compat/chunks.py", "scheduler/queues.py", "scheduler/metrics.py"
 CONNECTOR, UPSTREAM = "lanes/connector.py", "scheduler/upstream.py"
+SHARED, WEIGHTS = "vllm_compat/shared_state.py", "vllm_compat/weights.py"
 BOOKS, BALANCE = "vllm_compat/integrity.py", "scheduler/integrity.py"
 
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
@@ -183,7 +185,7 @@ CONTRACT = (
     *says(f"{STATE}:has_kv_transfer_group", RUNNER, "_KV_CONNECTOR_AGENT is not None"),
     *calls("vllm.distributed.kv_transfer", LANES, get_kv_transfer_group="", has_kv_transfer_group=""),
     # What the plugin wraps in every process.
-    *exports("vllm.engine.arg_utils", HOOKS, "EngineArgs"),
+    *exports("vllm.engine.arg_utils", f"{HOOKS} doctor_engine.py", "EngineArgs"),
     *overrides(f"{ARGS}", HOOKS, create_engine_config="..."),
     *reads(ARGS, HOOKS, "scheduler_cls"),
     *reads(ARGS, UPSTREAM, "additional_config"),
@@ -191,10 +193,12 @@ CONTRACT = (
     *reads(
         ARGS, LANES, "data_parallel_size enable_chunked_prefill enable_lora enable_prefix_caching kv_transfer_config"
     ),
-    *reads(ARGS, LANES, "pipeline_parallel_size speculative_config tensor_parallel_size weight_transfer_config"),
+    *reads(ARGS, LANES, "pipeline_parallel_size speculative_config tensor_parallel_size"),
+    *reads(ARGS, f"{LANES} {SHARED}", "weight_transfer_config"),
     *reads(ARGS, f"{LANES} {CUDA}", "worker_cls"),
-    *reads(ARGS, CUDA, "compilation_config enable_dbo kv_sharing_fast_prefill"),
-    *calls(ARGS, LANES, create_model_config=""),
+    *reads(ARGS, LANES, "decode_context_parallel_size kv_offloading_size prefill_context_parallel_size"),
+    *reads(ARGS, LANES, "worker_extension_cls"),
+    *calls(ARGS, f"{LANES} doctor_engine.py", create_model_config=""),
     *exports("vllm.v1.engine.input_processor", HOOKS, "InputProcessor"),
     *overrides("vllm.v1.engine.input_processor:InputProcessor", HOOKS, process_inputs="request_id prompt params ..."),
     *reads("vllm.v1.engine.input_processor:InputProcessor", HOOKS, "vllm_config"),
@@ -214,32 +218,35 @@ CONTRACT = (
     ),
     *calls("vllm.v1.metrics.utils", METRICS, create_metric_per_engine="metric per_engine_labelvalues"),
     # Configuration, platform, parameters of requests.
-    *exports("vllm.config", f"vllm_compat/__init__.py {LANES} {CUDA} {CPU} {METRICS}", "ModelConfig VllmConfig"),
+    *exports(
+        "vllm.config", f"vllm_compat/__init__.py {LANES} {CUDA} {CPU} {METRICS} {SHARED}", "ModelConfig VllmConfig"
+    ),
     *reads(CONFIG, f"{SCHED} {CONNECTOR} {HOOKS} {UPSTREAM}", "additional_config"),
-    *reads(CONFIG, f"{CONNECTOR} {CUDA}", "cache_config"),
-    *reads(CONFIG, f"{CUDA} {CPU} {RUNNER}", "compilation_config"),
+    *reads(CONFIG, f"{CONNECTOR} {SHARED}", "cache_config"),
+    *reads(CONFIG, f"{SHARED} {CPU} {RUNNER}", "compilation_config"),
     *reads(CONFIG, f"vllm_compat/__init__.py {SCHED} {RUNNER}", "scheduler_config"),
     *reads(CONFIG, COMPAT, "device_config"),
-    *reads(CONFIG, f"{CUDA} {METRICS}", "model_config"),
-    *reads(CONFIG, CUDA, "parallel_config use_v2_model_runner"),
-    *reads(CONFIG, CPU, "kv_transfer_config"),
+    *reads(CONFIG, f"{SHARED} {METRICS}", "model_config"),
+    *reads(CONFIG, f"{CUDA} {SHARED}", "parallel_config"),
+    *reads(CONFIG, CUDA, "use_v2_model_runner"),
+    *reads(CONFIG, f"{CPU} {WEIGHTS}", "kv_transfer_config"),
     *reads("vllm.config:CacheConfig", f"{SCHED} {CONNECTOR}", "block_size"),
-    *reads("vllm.config:CacheConfig", CUDA, "kv_sharing_fast_prefill"),
     *reads("vllm.config:CacheConfig", WORKER, "kv_cache_memory_bytes"),
     *reads("vllm.config:CompilationConfig", f"{CPU} {RUNNER}", "static_forward_context"),
-    *reads("vllm.config:CompilationConfig", CUDA, "mode"),
     *reads("vllm.config:CompilationConfig", RUNNER, "cudagraph_mode"),
-    *reads("vllm.config.compilation:CompilationMode", CUDA, "STOCK_TORCH_COMPILE"),
     *reads("vllm.config.compilation:CUDAGraphMode", f"{RUNNER} {GRAPHS}", "NONE"),
     *reads("vllm.config.compilation:CUDAGraphMode", GRAPHS, "FULL"),
     *reads("vllm.config:DeviceConfig", COMPAT, "device_type"),
     *reads("vllm.config:ModelConfig", METRICS, "served_model_name"),
-    *reads("vllm.config:ModelConfig", CUDA, "enable_sleep_mode is_moe quantization"),
-    *reads("vllm.config:ModelConfig", LANES, "is_attention_free is_encoder_decoder is_hybrid is_multimodal_model"),
+    *reads(
+        "vllm.config:ModelConfig",
+        LANES,
+        "is_attention_free is_diffusion is_encoder_decoder is_hybrid is_multimodal_model",
+    ),
     *reads("vllm.config:ModelConfig", LANES, "runner_type"),
     *calls("vllm.config:ModelConfig", LANES, get_sliding_window=""),
     *reads("vllm.config:ParallelConfig", SCHED, "pipeline_parallel_size"),
-    *reads("vllm.config:ParallelConfig", CUDA, "enable_dbo worker_cls"),
+    *reads("vllm.config:ParallelConfig", CUDA, "worker_cls"),
     *reads("vllm.config:SchedulerConfig", "vllm_compat/__init__.py", "scheduler_cls"),
     *reads("vllm.config:SchedulerConfig", SCHED, "async_scheduling"),
     *reads("vllm.config:SchedulerConfig", COMPAT, "enable_chunked_prefill policy"),
@@ -249,7 +256,7 @@ CONTRACT = (
         LANES,
         KVTransferConfig="kv_connector= kv_connector_module_path= kv_role= kv_load_failure_policy=",
     ),
-    *reads("vllm.config:KVTransferConfig", LANES, "kv_connector"),
+    *reads("vllm.config:KVTransferConfig", f"{LANES} {WEIGHTS}", "kv_connector"),
     *calls("vllm.config", RUNNER, set_current_vllm_config="vllm_config"),
     *exports("vllm.platforms", f"{LANES} {CUDA} lanes/worker.py", "current_platform"),
     *calls("vllm.platforms.interface:Platform", f"{LANES} lanes/worker.py", is_cpu=""),
@@ -262,5 +269,6 @@ CONTRACT = (
     *reads(SAMPLING, COMPAT, "seed"),
     *reads(SAMPLING, LANES, "prompt_logprobs"),
     *WORKERS,
+    *SHARED_STATE,
 )
 """In no order that matters; a symbol stands here once per way it is used."""

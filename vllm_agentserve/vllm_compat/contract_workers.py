@@ -35,7 +35,6 @@ WORKERS = (
         RUNNER,
         __init__="vllm_config device",
         load_model="model=",
-        get_model="",
         initialize_kv_cache="kv_cache_config is_profiling=",
         execute_model="scheduler_output",
         postprocess_num_computed_tokens="input_batch",
@@ -47,6 +46,7 @@ WORKERS = (
     *reads(f"{GPU}:GPUModelRunner", RUNNER, "main_stream max_num_reqs req_states"),
     *reads(f"{GPU}:GPUModelRunner", f"{RUNNER} lanes/parts.py", "max_model_len"),
     *reads(f"{GPU}:GPUModelRunner", "lanes/parts.py", "max_num_tokens"),
+    *calls(f"{GPU}:GPUModelRunner", f"{RUNNER} {CUDA}", get_model=""),
     *reads(f"{GPU}:GPUModelRunner", CUDA, "attn_groups"),
     *reads(f"{GPU}:ExecuteModelState", RUNNER, "input_batch"),
     *calls("vllm.v1.worker.gpu.states:RequestState", RUNNER, apply_staged_writes=""),
@@ -120,6 +120,8 @@ WORKERS = (
     *says(f"{GPU_CONNECTOR}.pre_forward", CONNECTOR, "handle_preemptions("),
     *says(f"{GPU_CONNECTOR}.post_forward", CONNECTOR, "self._start_load_kv()"),
     *says(f"{GPU_CONNECTOR}.no_forward", CONNECTOR, "self.post_forward("),
+    # The sampled tokens are on their way to the host before the next chunk is launched in the same thread.
+    *says(f"{GPU}:GPUModelRunner.sample_tokens", CONNECTOR, "AsyncOutput(\nself.kv_connector.post_forward("),
     *says(
         "vllm.model_executor.layers.attention.kv_transfer_utils:maybe_transfer_kv_layer",
         RUNNER,

@@ -6,6 +6,12 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from vllm_agentserve.vllm_compat import LaneError
+from vllm_agentserve.vllm_compat.shared_state import (
+    model_obstacle,
+    settings_of_arguments,
+    settings_of_config,
+    shared_state_obstacle,
+)
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -17,6 +23,8 @@ WORKSPACE_LANE = 1
 """vLLM's scratch memory of the prefill lane; its own steps use lane 0."""
 BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
 """Attention backends that keep their buffers in the metadata builder, which every runner has its own of."""
+QUEUES_VARIABLE, QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS", "32"
+"""How many hardware queues CUDA gives a process: read once, when CUDA starts there. The default is 8, the most 32."""
 
 V1_RUNNER = (
     "vLLM uses its V1 model runner here: unset VLLM_USE_V2_MODEL_RUNNER, and see vLLM's warning for other reasons"
@@ -47,17 +55,18 @@ def worker_runner() -> Any:
 def engine_obstacle(arguments: Any, model: "ModelConfig") -> str | None:
     """Why two lanes cannot run on GPUs with these `EngineArgs` and this model, and what to do; None if they can, as far as
     they tell. Makes no CUDA context, so the API server may ask."""
+    return machine_obstacle() or arguments_obstacle(arguments, model, capability_major())
+
+
+def arguments_obstacle(arguments: Any, model: "ModelConfig", capability: int) -> str | None:
+    """The part of `engine_obstacle` that is not the machine's, but for the major part of the GPU's compute capability."""
     from vllm import envs
 
-    if (reason := machine_obstacle()) is not None:
-        return reason
     if envs.VLLM_USE_V2_MODEL_RUNNER is False:
         return V1_RUNNER
     if arguments.worker_cls not in ("auto", WORKER):
         return f"--worker-cls is {arguments.worker_cls!r}, and lanes need their own"
-    return shared_state_obstacle(
-        model, arguments.enable_dbo, arguments.kv_sharing_fast_prefill, arguments.compilation_config.mode
-    )
+    return shared_state_obstacle(settings_of_arguments(arguments, model), capability)
 
 
 def cuda_obstacle(vllm_config: "VllmConfig") -> str | None:
@@ -68,12 +77,32 @@ def cuda_obstacle(vllm_config: "VllmConfig") -> str | None:
         return V1_RUNNER
     if vllm_config.parallel_config.worker_cls != WORKER:
         return f"--worker-cls is {vllm_config.parallel_config.worker_cls!r}, and lanes need their own"
-    return shared_state_obstacle(
-        vllm_config.model_config,
-        vllm_config.parallel_config.enable_dbo,
-        vllm_config.cache_config.kv_sharing_fast_prefill,
-        vllm_config.compilation_config.mode,
-    )
+    return shared_state_obstacle(settings_of_config(vllm_config), capability_major())
+
+
+def ask_for_queues() -> str | None:
+    """Asks for as many hardware queues as there are, in this process and those it starts: streams on disjoint
+    multiprocessors still wait for one another when they share one. vLLM's workers start CUDA later, in `init_device`.
+
+    Returns:
+        Why lanes may share queues nevertheless, and what to do; None if they will not.
+    """
+    import torch
+    from vllm import envs
+
+    found = os.environ.get(QUEUES_VARIABLE)
+    if found == QUEUES:
+        return None
+    remedy = f"set {QUEUES_VARIABLE}={QUEUES} in the environment of the server"
+    if found is not None:
+        return f"{QUEUES_VARIABLE} is {found}, so the lanes may wait for one another in hardware queues; {remedy}"
+    os.environ[QUEUES_VARIABLE] = QUEUES
+    if torch.cuda.is_initialized() and not envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+        return (
+            f"CUDA has started in this process before {QUEUES_VARIABLE} was set, and this engine runs here, so the lanes may "
+            f"wait for one another in eight hardware queues; {remedy}"
+        )
+    return None
 
 
 def machine_obstacle() -> str | None:
@@ -85,35 +114,28 @@ def machine_obstacle() -> str | None:
     capability = current_platform.get_device_capability()
     if capability is None or capability.major < 8:
         return f"lanes need compute capability 8.0 or newer, this GPU has {capability}"
+    return environment_obstacle() or driver_obstacle()
+
+
+def environment_obstacle() -> str | None:
+    """The part of `machine_obstacle` that is in environment variables."""
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         if "expandable_segments:True" in os.environ.get(name, "").replace(" ", ""):
             return f"{name} turns on expandable segments, which vLLM refuses beside a KV connector"
-    return driver_obstacle()
-
-
-def shared_state_obstacle(model: "ModelConfig", dual_batch: bool, fast_prefill: bool, mode: Any) -> str | None:
-    """What two runners over one module would both write, as far as it is known; None if nothing.
-
-    Args:
-        model: vLLM's configuration of it.
-        dual_batch: whether dual-batch overlap is on.
-        fast_prefill: whether prefill skips layers that share a KV cache.
-        mode: vLLM's `CompilationMode`, None for its default.
-    """
-    if model.quantization is not None:
-        # Marlin keeps locks per layer, some FP8 kernels a workspace per process.
-        return f"kernels of quantization {model.quantization!r} may keep scratch memory that two lanes would both write"
-    if model.is_moe and os.environ.get("VLLM_DISABLE_SHARED_EXPERTS_STREAM", "0") in ("", "0"):
-        return "shared experts run on one more stream for both lanes: set VLLM_DISABLE_SHARED_EXPERTS_STREAM=1"
-    if model.enable_sleep_mode:
-        return "sleep mode unmaps memory that a lane may be using"
-    if dual_batch:
-        return "dual-batch overlap has streams of its own"
-    if fast_prefill:
-        return "fast prefill over shared KV layers skips what the lane computes"
-    if mode is not None and mode.name == "STOCK_TORCH_COMPILE":
-        return "compilation mode STOCK_TORCH_COMPILE would compile the model once per runner"
+    if (percentage := os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "100")) not in ("", "100"):
+        return (
+            f"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE={percentage} lets MPS choose the multiprocessors, which would move those of the "
+            "lanes: unset it"
+        )
     return None
+
+
+def capability_major() -> int:
+    """Major part of the GPU's compute capability; 0 where it is not known."""
+    from vllm.platforms import current_platform
+
+    capability = current_platform.get_device_capability()
+    return 0 if capability is None else int(capability.major)
 
 
 def cuda_driver() -> Any:
@@ -151,6 +173,8 @@ def runner_obstacle(runner: Any) -> str | None:
             f"attention backend {wrong[0]} may keep scratch memory that two lanes would both write: set --attention-backend "
             "to FLASH_ATTN"
         )
+    if (reason := model_obstacle(runner.get_model())) is not None:
+        return reason
     if workspace.current_workspace_manager()._num_lanes <= WORKSPACE_LANE:
         return f"vLLM's scratch memory has no lane for it: --worker-cls must be {WORKER}"
     return None

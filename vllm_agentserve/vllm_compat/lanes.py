@@ -1,5 +1,6 @@
 """Whether two lanes can run, and the connector that carries them."""
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -7,16 +8,27 @@ from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
 from vllm_agentserve.policy.routes import lanes_may_pay
 from vllm_agentserve.policy.slots import core_ladder
 from vllm_agentserve.vllm_compat import cuda
+from vllm_agentserve.vllm_compat.weights import CONNECTOR
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
     from vllm.v1.request import Request
 
-CONNECTOR = "LaneConnector"
+logger = logging.getLogger("vllm.agentserve")
+
+PARALLEL = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "prefill_context_parallel_size",
+    "decode_context_parallel_size",
+)
+"""Arguments of vLLM of which each makes more than one worker."""
 
 
 def choose_lanes(arguments: Any, options: AgentServeConfig) -> str | None:
-    """Adds the connector to these `EngineArgs` where lanes are to run, as `--kv-transfer-config` would.
+    """Adds the connector to these `EngineArgs` where lanes are to run, as `--kv-transfer-config` would. The worker's process does
+    not exist yet, or has not started CUDA, so on GPUs its environment is set here too.
 
     Returns:
         Why mode `auto` runs time-sliced; None where lanes run, or were not asked for.
@@ -41,6 +53,8 @@ def choose_lanes(arguments: Any, options: AgentServeConfig) -> str | None:
         add_lane_connector(arguments)
         if not on_cpu:
             arguments.worker_cls = cuda.WORKER
+            if (shared := cuda.ask_for_queues()) is not None:
+                logger.warning("agentserve: %s.", shared)
         return None
     if options.mode == "lanes":
         raise OptionError(
@@ -80,13 +94,17 @@ def arguments_obstacle(arguments: Any) -> str | None:
         return (
             "--kv-transfer-config names another KV connector, which would be told of none of the blocks the lane fills"
         )
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+    if arguments.kv_offloading_size is not None:
+        return "--kv-offloading-size puts another KV connector in the place of the lane's"
+    for name in PARALLEL:
         if getattr(arguments, name) > 1:
             return f"--{name.replace('_', '-')} is {getattr(arguments, name)}, and a lane has one worker"
     if arguments.speculative_config is not None:
         return "speculative decoding is on"
     if arguments.enable_lora:
         return "LoRA is on"
+    if arguments.worker_extension_cls:
+        return "--worker-extension-cls adds calls to the worker that may replace weights while the lane works, as trainers do"
     if current_platform.is_cpu() and arguments.weight_transfer_config is not None:
         return "weights are replaced while the engine runs, and the lane has a copy of its own"
     if arguments.enable_prefix_caching is False:
@@ -98,7 +116,7 @@ def arguments_obstacle(arguments: Any) -> str | None:
 
 def model_obstacle(model: "ModelConfig") -> str | None:
     """Why two lanes cannot serve this model; None if they can."""
-    if model.runner_type != "generate" or model.is_encoder_decoder:
+    if model.runner_type != "generate" or model.is_encoder_decoder or model.is_diffusion:
         return "the model does not generate token by token from a prompt of its own"
     if model.is_multimodal_model:
         return "the model takes more than text"

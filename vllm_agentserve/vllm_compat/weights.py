@@ -1,0 +1,55 @@
+"""Calls that replace or unmap weights while the engine runs: refused in a worker that has a prefill lane."""
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_agentserve.vllm_compat import LaneError
+
+CONNECTOR = "LaneConnector"
+UPDATES = (
+    "reload_weights",
+    "reset_weights",
+    "init_weight_transfer_engine",
+    "start_weight_update",
+    "start_draft_weight_update",
+    "update_weights",
+    "finish_weight_update",
+    "sleep",
+)
+"""Methods of vLLM's workers, called over `collective_rpc`, that write or unmap weights, or prepare for it. `sleep` may be called
+without sleep mode too, and unmaps memory then where vLLM's own allocator is on."""
+
+
+def refuse_weight_updates() -> None:
+    """Makes these methods of vLLM's worker raise `LaneError` in engines with a prefill lane; others stay as they are.
+
+    On CPUs the lane has a copy of the weights that no update reaches. On GPUs a chunk may be reading them, on a stream that the
+    update does not wait for, and the KV of one prompt would come from both old and new ones.
+
+    Retired by: a hook of connectors before weights are written.
+    """
+    from vllm.v1.worker.gpu_worker import Worker
+
+    for name in UPDATES:
+        stock = getattr(Worker, name)
+        if not getattr(stock, "agentserve", False):
+            setattr(Worker, name, refusing(name, stock))
+
+
+def refusing(name: str, stock: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if has_lane(self.vllm_config):
+            raise LaneError(
+                f"{name} is refused: the prefill lane may be computing with the weights, or has a copy of its own; "
+                "start the server with mode 'time-sliced' for it"
+            )
+        return stock(self, *args, **kwargs)
+
+    method.agentserve = True  # type: ignore[attr-defined]
+    return method
+
+
+def has_lane(vllm_config: Any) -> bool:
+    """Whether this engine's connector is the one that carries two lanes."""
+    transfer = vllm_config.kv_transfer_config
+    return transfer is not None and transfer.kv_connector == CONNECTOR
