@@ -10,7 +10,8 @@ import msgspec
 from vllm_agentserve.bench.drawing import Shape
 from vllm_agentserve.bench.measure import RoundFigures, pool, round_figures
 from vllm_agentserve.bench.records import Record
-from vllm_agentserve.gpucheck.engines import PRIORITY, TOY, Setting, kv_cache_bytes, shape_for
+from vllm_agentserve.gpucheck.engines import PRIORITY, TOY, Setting, kv_cache_blocks, kv_cache_bytes, shape_for
+from vllm_agentserve.gpucheck.engines import Shape as EngineShape
 from vllm_agentserve.gpucheck.environment import free_gib
 from vllm_agentserve.gpucheck.gaps import cell, figures, gaps_of
 from vllm_agentserve.gpucheck.place import PACKAGE, Ended, Finding, Place
@@ -18,6 +19,10 @@ from vllm_agentserve.gpucheck.place import PACKAGE, Ended, Finding, Place
 ARMS = ("lanes", "stock", "time-sliced", PRIORITY)
 """What tells most comes first, should the time run out."""
 ROUNDS = 4
+BLOCK = 16
+"""Tokens of a block of the KV cache, on a GPU."""
+UTILIZATION = 0.8
+"""Of the GPU's memory; a desktop's screen needs some of the rest."""
 STAGGER_S = 0.4
 """Between the first starts of two agents: so short that a prompt always meets somebody who decodes."""
 PATIENCE = 1.5
@@ -129,15 +134,23 @@ def order_of(round_number: int, arms: Sequence[str] = ARMS) -> Sequence[str]:
     return arms if round_number % 2 == 0 else arms[::-1]
 
 
+def kv_cache(place: Place, model: EngineShape) -> dict[str, Any]:
+    """Arguments of `LLM` for a KV cache that is the same in every arm. On a GPU it is sized as users have it sized, from what
+    vLLM's profile leaves, less what the lane keeps free; then it is cut to the same number of blocks."""
+    size = kv_cache_bytes(free_gib(place))
+    if place.device == "cpu":
+        return {"kv_cache_memory_bytes": size}
+    return {
+        "block_size": BLOCK,
+        "num_gpu_blocks_override": kv_cache_blocks(model, size, BLOCK),
+        "gpu_memory_utilization": UTILIZATION,
+    }
+
+
 def setting(place: Place, arm: str) -> Setting:
     free = free_gib(place)
     model = shape_for(free)
-    engine = {
-        "max_model_len": 24576,
-        "max_num_seqs": 32,
-        "max_num_batched_tokens": 8192,
-        "kv_cache_memory_bytes": kv_cache_bytes(free),
-    }
+    engine = {"max_model_len": 24576, "max_num_seqs": 32, "max_num_batched_tokens": 8192, **kv_cache(place, model)}
     options = {"lane_min_tokens": 128} if place.small else {}
     dtype = "bfloat16"
     return Setting(arm, model.name, dtype, place.device, str(place.folder), True, options, engine)

@@ -62,6 +62,12 @@ def kv_cache_bytes(free_gib: float | None) -> int:
     return 2 << 30 if free_gib is None else int(min(max(free_gib / 5, 1.0), 8.0) * 2**30)
 
 
+def kv_cache_blocks(shape: Shape, size: int, block: int) -> int:
+    """How many blocks of so many tokens a KV cache of `size` bytes in bfloat16 has."""
+    values = 2 * shape.layers * shape.kv_heads * shape.hidden // shape.heads
+    return size // (2 * values * block)
+
+
 @dataclass(frozen=True)
 class Setting:
     """One engine.
@@ -131,8 +137,8 @@ def engine_arguments(setting: Setting) -> dict[str, Any]:
     if setting.device == "cuda":
         # FlashAttention has no float32; and the choice is the same on every GPU.
         given["attention_config"] = {"backend": "TRITON_ATTN" if setting.dtype == "float32" else "FLASH_ATTN"}
-        # The size of the KV cache is given; this is only how much must be free at start.
-        given["gpu_memory_utilization"] = 0.3
+        # Where the size of the KV cache is given, this is only how much must be free at start.
+        given.setdefault("gpu_memory_utilization", 0.3)
     if setting.device == "cuda" and setting.graphs:
         given["compilation_config"] = {
             "mode": 0,

@@ -138,10 +138,11 @@ def balanced_queues(driver: Any, device: Any) -> Any:
         return None
     try:
         queues = call(driver, "cuDeviceGetDevResource", device, kind)
-    except LaneError:
+        queues.wqConfig.sharingScope = scopes.CU_WORKQUEUE_SCOPE_GREEN_CTX_BALANCED
+        queues.wqConfig.wqConcurrencyLimit = 1
+    except (LaneError, AttributeError, TypeError):
+        # A driver older than the bindings, or bindings with other names: queues are a help, not a need.
         return None
-    queues.wqConfig.sharingScope = scopes.CU_WORKQUEUE_SCOPE_GREEN_CTX_BALANCED
-    queues.wqConfig.wqConcurrencyLimit = 1
     return queues
 
 
