@@ -1,6 +1,5 @@
 """Every job that the worker half has taken is answered, whatever becomes of the lane; on vLLM's real scheduler."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ from lane_worker import FollowedLane, KvContents, WorkerDriver, at_work, no_wait
 from schedulers import make_request
 
 from vllm_agentserve.lanes import dispatch
-from vllm_agentserve.lanes.lane import Outcome
+from vllm_agentserve.lanes.lane import LaneReport, Outcome
 
 
 @pytest.fixture(autouse=True)
@@ -145,11 +144,11 @@ def test_a_lane_that_loads_gets_no_jobs_and_those_on_their_way_go_through_steps(
 def test_a_new_lane_begins_with_a_rate_of_its_own() -> None:
     scheduler, driver = at_work()
     lane: Any = scheduler._lane
-    report = SimpleNamespace(slots=(), tokens=100, seconds=10.0, down=False, new=False)
+    report = LaneReport((), tokens=100, seconds=10.0, new=False)
     lane.reported(report)
     assert lane.tokens_per_s == pytest.approx(10.0)
     driver.lanes[0].up = False
     for _ in range(3):
         driver.step()
-    lane.reported(SimpleNamespace(slots=(), tokens=5000, seconds=1.0, down=False, new=False))
+    lane.reported(LaneReport((), tokens=5000, seconds=1.0, new=False))
     assert lane.tokens_per_s == pytest.approx(5000.0)

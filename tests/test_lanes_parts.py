@@ -10,8 +10,10 @@ from cuda_fakes import FakeDriver
 
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes import parts
+from vllm_agentserve.lanes.green import SHARES
 from vllm_agentserve.lanes.lane import Slot
 from vllm_agentserve.lanes.stream import StreamLane
+from vllm_agentserve.policy.reserve import lane_reserve
 from vllm_agentserve.vllm_compat import LaneError
 
 BYTES_PER_TOKEN = MIB
@@ -175,7 +177,7 @@ def test_a_lane_that_fails_on_a_lost_device_leaves_it_alone(gpu: type[GPU], monk
 def test_what_warm_up_takes_is_seen_on_every_stream(gpu: type[GPU]) -> None:
     """torch caches per stream: chunks of four sizes stay with their four streams, each with its own workspace."""
     lane = StreamLane.start(options(), CONFIG, None)
-    lane.warmed_up(0)
+    lane.warmed_up(0, 0)
     report = lane.report()
     assert report is not None
     assert {name: size // MIB for name, size in report.memory} == {
@@ -205,7 +207,7 @@ def test_a_lane_is_refused_that_would_run_out_of_memory_in_service(gpu: type[GPU
         return
     lane = StreamLane.start(options(), CONFIG, None)
     with pytest.raises(LaneError, match=r"2882 MiB are left .* took 3008 MiB .*by at least 126 MiB"):
-        lane.warmed_up(0)
+        lane.warmed_up(0, 0)
 
 
 def test_a_startup_plan_is_named_where_it_may_be_the_cause(gpu: type[GPU], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,3 +215,31 @@ def test_a_startup_plan_is_named_where_it_may_be_the_cause(gpu: type[GPU], monke
     gpu.device.memory.total = 3100 * MIB
     with pytest.raises(LaneError, match=r"VLLM_ENABLE_STARTUP_PLAN is set.*startup_plan"):
         StreamLane.start(options(), CONFIG, None)
+
+
+def service(gpu: type[GPU], reserve: int, activation: int) -> None:
+    """A lane beside a KV cache that takes all but the reserve and a step, then chunks and largest steps on every stream."""
+    memory = gpu.device.memory
+    memory.total = 40_000 * MIB
+    memory.take("plain", memory.total - reserve - activation)
+    lane = StreamLane.start(options(), CONFIG, None)
+    lane.warmed_up(reserve, activation)
+    for _ in range(2):
+        gpu.device.launch("a step of the most tokens", size=activation)
+        for stream, tokens in zip([streams.prefill for streams in lane._ladder.streams], (704, 448, 256), strict=True):
+            with gpu.device.stream(stream):
+                gpu.device.launch("chunk", size=tokens * BYTES_PER_TOKEN)
+        with gpu.device.stream(lane._alone):
+            gpu.device.launch("chunk", size=1600 * BYTES_PER_TOKEN)
+
+
+def test_the_reserve_lasts_for_all_streams_in_service(gpu: type[GPU]) -> None:
+    """torch never has to empty its caches, which waits for the device."""
+    activation = 1600 * BYTES_PER_TOKEN
+    service(gpu, lane_reserve(activation, 1600, 4096, 256, SHARES, 16, 0, 1000, 9).total, activation)
+    assert gpu.device.memory.flushes == 0
+
+
+def test_a_reserve_of_one_activation_peak_is_too_little(gpu: type[GPU]) -> None:
+    with pytest.raises(LaneError, match="lower --gpu-memory-utilization"):
+        service(gpu, 1600 * BYTES_PER_TOKEN, 1600 * BYTES_PER_TOKEN)

@@ -37,7 +37,7 @@ def test_every_stream_of_the_lane_counts() -> None:
     assert found.graphs == 300 * MIB
     assert found.contexts == 6 * 16 * MIB
     assert found.steps == 3 * (GIB * 64 // 8192 + 12 * 152_064 * 64)
-    assert found.total == found.chunks + found.workspaces + found.graphs + found.contexts + found.steps
+    assert found.total == found.chunks + found.workspaces + found.graphs + found.contexts + found.steps + 64 * MIB
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ class Boot:
         monkeypatch.setattr(startup_plan, "compute_plan_fingerprint", lambda *args: "fingerprint")
         monkeypatch.setattr(gpu_worker.Worker, "determine_available_memory", lambda _: self.profiled())
         monkeypatch.setattr(gpu_worker.Worker, "compile_or_warm_up_model", lambda _: self.warmed_up())
-        monkeypatch.setattr(cuda_worker, "local_worker_half", lambda: SimpleNamespace(warmed_up=self.reserved.append))
+        monkeypatch.setattr(cuda_worker, "local_worker_half", lambda: SimpleNamespace(warmed_up=self.told))
         self.plan = startup_plan
         self.estimates = estimates
         self.reserved: list[int] = []
@@ -89,6 +89,10 @@ class Boot:
             compilation_config=SimpleNamespace(cudagraph_capture_sizes=[1, 2, 4, 8, 64, 128, 256, 512]),
         )
         self.worker = worker
+
+    def told(self, reserved: int, step: int) -> None:
+        assert step == (4 * GIB if reserved else 0)
+        self.reserved.append(reserved)
 
     def profiled(self) -> int:
         worker = self.worker

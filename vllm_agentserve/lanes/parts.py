@@ -28,17 +28,18 @@ class LaneParts:
     cuda: Any
     memory: LaneMemory
 
-    def warmed_up(self, reserved: int) -> None:
+    def warmed_up(self, reserved: int, step: int) -> None:
         """vLLM's own warm-up is over, its CUDA graphs and those of the slots are captured.
 
         Args:
             reserved: bytes that were kept free for the lane, 0 where the user has set the size of the KV cache.
+            step: bytes of the temporaries of vLLM's largest step, 0 likewise.
 
         Raises:
             LaneError: what is left on the device does not suffice for service.
         """
         self.runner.warm_steps()
-        self.memory.refuse()
+        self.memory.refuse(step)
         logger.info(
             "agentserve: the prefill lane took %s in warm-up; %.0f MiB were kept free for it.",
             self.memory,

@@ -80,7 +80,7 @@ class StreamLane:
         self._pace = Pace(base)
         self.memory: dict[str, int] = {}
         """Bytes by stream that warm-up was seen to take."""
-        self.warmed_up: Callable[[int], None] = lambda reserved: None
+        self.warmed_up: Callable[[int, int], None] = lambda reserved, step: None
         """See `LaneParts.warmed_up`."""
         self._open = True
         self._why: str | None = None  # it was ended

@@ -63,8 +63,9 @@ class LaneWorker:
         self._fence: StepFence[Job] = StepFence()
         self._sent: set[str] = set()
         """The requests whose jobs came with the step that has just run."""
-        self.warmed_up: Callable[[int], None] = lambda reserved: None
-        """Called when vLLM's own warm-up is over, with the bytes kept free for the lane; raises `LaneError`."""
+        self.warmed_up: Callable[[int, int], None] = lambda reserved, step: None
+        """Called when vLLM's own warm-up is over, with bytes: those kept free for the lane, and those of the temporaries of a
+        step. Raises `LaneError`."""
         self._refused: list[Outcome] = []
         """Jobs that no lane took, until their outcome is told."""
 

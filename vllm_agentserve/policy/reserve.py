@@ -14,6 +14,8 @@ LONGEST_CHUNKS = 8
 """A chunk on the whole device has so many times that many tokens at most."""
 CONTEXT_BYTES = 16 * MIB
 """What the driver is taken to need for a green context; our assumption, start-up measures it."""
+BUFFER_BYTES = 64 * MIB
+"""What the second model runner is taken to keep for its inputs and requests; our assumption, start-up measures it."""
 LOGITS = 3
 """Copies of the logits, in float32, that sampling holds at once."""
 
@@ -28,6 +30,7 @@ class Reserve:
         workspaces: what cuBLAS keeps on each of these streams.
         graphs: a set of CUDA graphs for every decode slot.
         contexts: what the driver keeps for green contexts.
+        buffers: what the second model runner keeps.
     """
 
     chunks: int = 0
@@ -35,10 +38,11 @@ class Reserve:
     workspaces: int = 0
     graphs: int = 0
     contexts: int = 0
+    buffers: int = 0
 
     @property
     def total(self) -> int:
-        return self.chunks + self.steps + self.workspaces + self.graphs + self.contexts
+        return self.chunks + self.steps + self.workspaces + self.graphs + self.contexts + self.buffers
 
 
 def workspace_bytes(major: int) -> int:
@@ -83,6 +87,7 @@ def lane_reserve(
         workspaces=workspace_bytes(major) * (2 * len(shares) + 1),
         graphs=graph_set * len(shares),
         contexts=CONTEXT_BYTES * 2 * len(shares),
+        buffers=BUFFER_BYTES,
     )
 
 

@@ -10,6 +10,8 @@ from vllm_agentserve.vllm_compat import LaneError
 
 DRIVER = "driver"
 """In place of a stream's name: what was taken outside of torch."""
+NO_POOL = (0, 0)
+"""Of memory that belongs to no pool of CUDA graphs."""
 BUFFERS = "buffers"
 """In place of a stream's name: what the second runner keeps."""
 
@@ -90,11 +92,11 @@ class LaneMemory:
         taken = reserved - self._reserved
         self.by_stream[DRIVER] = max(self._free - free - taken, 0)
         self._cuda.empty_cache()
-        free, reserved = self._settle()
+        _, reserved = self._settle()
         # The second runner's own buffers are not on the streams of the lane; what the streams keep is no cache.
         kept = sum(size for name, size in self.by_stream.items() if name != DRIVER) - self.cached
         self.by_stream[BUFFERS] = max(reserved - self._reserved - kept, 0)
-        self.refuse(free)
+        self.refuse()
 
     @contextmanager
     def taking(self, slot: int) -> Iterator[None]:
@@ -104,11 +106,23 @@ class LaneMemory:
         name = f"decode {slot}"
         self.by_stream[name] = self.by_stream.get(name, 0) + max(before - self._settle()[0], 0)
 
-    def refuse(self, free: int | None = None) -> None:
-        """Raises `LaneError` when so many free bytes, None for those of the device now, do not suffice for service."""
+    def refuse(self, step: int = 0) -> None:
+        """Raises `LaneError` when what is free on the device does not suffice for chunks on every stream and for a step.
+
+        Args:
+            step: bytes of the temporaries of vLLM's largest step, 0 where they are not known. What the current stream has cached
+                serves it.
+        """
         from vllm import envs
 
-        found = shortfall(self._settle()[0] if free is None else free, self.cached)
+        free, _ = self._settle()
+        current = self._cuda.current_stream().cuda_stream
+        own = sum(
+            int(one["total_size"]) - int(one["allocated_size"])
+            for one in self._cuda.memory_snapshot()
+            if one["stream"] == current and one.get("segment_pool_id", NO_POOL) == NO_POOL
+        )
+        found = shortfall(free, self.cached + max(step - own, 0))
         if found is None:
             return
         if envs.VLLM_ENABLE_STARTUP_PLAN:

@@ -24,8 +24,8 @@ class LaneGpuWorker(Worker):
     Retired by: an option for the number of workspace lanes, and connectors that can reserve memory and are given the runner.
     """
 
-    _lane_reserve = Reserve()
-    """Empty where the size of the KV cache was given."""
+    _lane_reserve, _activation = Reserve(), 0
+    """Nothing where the size of the KV cache was given."""
 
     def init_device(self) -> None:
         # Streams on disjoint multiprocessors still wait for one another when they share one of the default eight queues.
@@ -50,9 +50,10 @@ class LaneGpuWorker(Worker):
         graphs = int(self.cudagraph_memory_estimate)
         counted = graphs if envs.VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS else 0
         capability = current_platform.get_device_capability()
+        self._activation = max(int(self.peak_activation_memory) - counted, 0)
         self._lane_reserve = reserve_for(
             self.vllm_config,
-            max(int(self.peak_activation_memory) - counted, 0),
+            self._activation,
             graphs,
             capability.major if capability is not None else 9,
         )
@@ -77,5 +78,5 @@ class LaneGpuWorker(Worker):
         times = super().compile_or_warm_up_model()
         half = local_worker_half()
         if half is not None:
-            half.warmed_up(self._lane_reserve.total)
+            half.warmed_up(self._lane_reserve.total, self._activation)
         return times
