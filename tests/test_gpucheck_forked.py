@@ -62,7 +62,9 @@ def test_a_task_that_hangs_can_be_ended_as_a_group(tmp_path: Path, environment: 
 def test_where_cuda_was_started_before_the_fork_a_new_interpreter_takes_over(tmp_path: Path) -> None:
     (tmp_path / "started.py").write_text(
         "import sys, types\n"
-        "sys.modules['torch'] = types.SimpleNamespace(cuda=types.SimpleNamespace(_is_in_bad_fork=lambda: True))\n"
+        "torch = sys.modules['torch'] = types.ModuleType('torch')\n"
+        "torch.cuda = sys.modules['torch.cuda'] = types.ModuleType('torch.cuda')\n"
+        "torch.cuda._is_in_bad_fork = lambda: True\n"
     )
     (tmp_path / "script.py").write_text(
         textwrap.dedent(

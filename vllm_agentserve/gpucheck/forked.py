@@ -10,6 +10,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+from vllm_agentserve.vllm_compat.cuda import cuda_is_lost
+
 PRELOAD = (
     "vllm",
     "vllm.entrypoints.llm",
@@ -97,12 +99,6 @@ def main(function: str, result: str, limit_s: float, options: str, log: str, env
         os.dup2(reading, 0)
         os.execve(sys.executable, [sys.executable, "-m", child.__name__, function, result, str(limit_s)], environment)
     child.work(function, Path(result), limit_s, json.loads(options))
-
-
-def cuda_is_lost() -> bool:
-    """Whether torch knows that this process was forked from one in which CUDA had started."""
-    torch = sys.modules.get("torch")
-    return torch is not None and bool(torch.cuda._is_in_bad_fork())
 
 
 def try_cuda(options: Any) -> bool:

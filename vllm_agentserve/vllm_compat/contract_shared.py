@@ -85,7 +85,7 @@ SHARED_STATE = (
     ),
     *says(f"{WORKER}.init_device", "vllm_compat/cuda.py", "set_device_index(self.device)"),
     # Weights that change: a worker has its configuration, and these methods take what vLLM passes on.
-    *reads(WORKER, WEIGHTS, "vllm_config"),
+    *reads(WORKER, f"{WEIGHTS} vllm_compat/cuda_worker.py", "vllm_config"),
     *overrides(
         WORKER,
         WEIGHTS,

@@ -96,7 +96,7 @@ WORKERS = (
     *says(f"{GPU_GRAPHS}:ModelCudaGraphManager.capture.store_capture_output", GRAPHS, "if self.hidden_states is None:"),
     *overrides(GPU_WORKER, WORKER, init_device="", _make_model_runner="", determine_available_memory=""),
     *overrides(GPU_WORKER, WORKER, compile_or_warm_up_model=""),
-    *reads(GPU_WORKER, WORKER, "cache_config cudagraph_memory_estimate peak_activation_memory vllm_config"),
+    *reads(GPU_WORKER, WORKER, "cache_config cudagraph_memory_estimate peak_activation_memory"),
     *says(
         f"{GPU_WORKER}._init_workspace_and_model_runner",
         WORKER,

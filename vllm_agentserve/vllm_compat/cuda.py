@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +137,15 @@ def capability_major() -> int:
 
     capability = current_platform.get_device_capability()
     return 0 if capability is None else int(capability.major)
+
+
+def cuda_is_lost() -> bool:
+    """Whether torch knows that this process was forked from one in which CUDA had started. Does not import torch."""
+    if "torch" not in sys.modules:
+        return False
+    from torch import cuda
+
+    return bool(cuda._is_in_bad_fork())
 
 
 def cuda_driver() -> Any:
