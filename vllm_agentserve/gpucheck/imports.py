@@ -69,11 +69,12 @@ def try_all(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run(place: Place, steps: Sequence[Step] | None = None) -> Finding:
-    """The part. When all is well, the imports begin once more, for all the children to come, while the next parts run.
+    """The part. Beside it the imports begin in the process that all later children are forked from.
 
     Args:
         steps: what is imported; None for what the device needs.
     """
+    place.starter.prepare(place.device, place.environment)
     wanted = [asdict(step) for step in steps or STEPS[place.device]]
     ended = place.run("imports", f"{PACKAGE}.imports:try_all", {"steps": wanted}, LIMIT_S, fresh=True)
     if ended.error is not None:
@@ -82,5 +83,4 @@ def run(place: Place, steps: Sequence[Step] | None = None) -> Finding:
     page = ["| module | s |", "|---|---:|", *(f"| `{name}` | {took} |" for name, took in found["seconds"].items())]
     if (failed := found["failed"]) is not None:
         return Finding("failed", f"import {failed['module']}: {failed['error']}; {failed['remedy']}", page, found)
-    place.starter.prepare(place.device, place.environment)
     return Finding("ok", f"{len(wanted)} modules", page, found)
