@@ -19,7 +19,7 @@ class Bench:
 
     def __init__(self, base: int = 64, most: int = 512) -> None:
         self.device = FakeDevice()
-        self.runner = FakeRunner(self.device)
+        self.runner = FakeRunner(self.device, lambda: self.now)
         self.ladder = FakeLadder(self.device)
         self.now = 0.0
         self.target_ms = 0.0

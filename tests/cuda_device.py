@@ -1,8 +1,9 @@
 """A CUDA device that knows which work is ordered behind which, which streams still exist, and what every stream's cache holds."""
 
+import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from vllm_agentserve.lanes.green import SlotStreams
 from vllm_agentserve.lanes.lane import Slot
+from vllm_agentserve.lanes.relay import Relay
 from vllm_agentserve.policy.jobs import Chunk, Job
 
 MIB = 1 << 20
@@ -147,7 +149,12 @@ class FakeDevice:
 
     def __post_init__(self) -> None:
         self.plain = FakeStream(self, "plain")
-        self._current = [self.plain]
+        self._threads: dict[int, list[FakeStream]] = {}
+
+    @property
+    def _current(self) -> list[FakeStream]:
+        """As torch: every thread has a current stream of its own."""
+        return self._threads.setdefault(threading.get_ident(), [self.plain])
 
     def Event(self, enable_timing: bool = False) -> FakeEvent:
         return FakeEvent(self, enable_timing)
@@ -179,7 +186,7 @@ class FakeDevice:
             running = [work.name for work in self.log if work.stream == stream.name and work not in self.done]
             if running:
                 self.wrong.append(f"stream {stream.name} is destroyed while {running} run")
-            if stream in self._current:
+            if any(stream in current for current in self._threads.values()):
                 self.wrong.append(f"stream {stream.name} is destroyed while it is the current one")
             stream.destroyed = True
 
@@ -253,25 +260,47 @@ def blocks(job: Job, end: int, size: int = 16) -> list[str]:
     return [f"block {one}" for one in job.block_ids[0][: -(-end // size)]]
 
 
-class FakeRunner:
-    """Launches chunks: each reads the blocks before it and writes its own."""
+class NoState:
+    """Nothing is shared between the threads of a relay."""
 
-    def __init__(self, device: FakeDevice) -> None:
+    def take(self) -> None:
+        return None
+
+    def put(self, state: None) -> None: ...
+
+
+class FakeRunner:
+    """Launches chunks: each reads the blocks before it and writes its own.
+
+    Args:
+        clock: in seconds.
+    """
+
+    def __init__(self, device: FakeDevice, clock: Callable[[], float] = lambda: 0.0) -> None:
         self.device = device
+        self.relay = Relay(NoState(), clock=clock)
         self.chunks: list[Chunk] = []
         self.forgotten: list[str] = []
         self.selected: list[int | None] = []
         self.fails: Exception | None = None
+        self.layers = 1
+        """A launch may pause between two of them; only the last one writes the chunk's own blocks."""
         self.launching: Any = lambda: None
-        """Called within every launch."""
+        """Called before every layer."""
         self.closed = False
+        self.begin, self.go_on = self.relay.begin, self.relay.go_on
 
     def run(self, chunk: Chunk) -> object:
         self.chunks.append(chunk)
+        name = f"chunk {chunk.job.request_id}@{chunk.position}"
+        for layer in range(1, self.layers):
+            self.launching()
+            self.device.launch(f"{name} layer {layer}")
+            self.relay.pause()
         self.launching()
         before = blocks(chunk.job, chunk.position)
         own = blocks(chunk.job, chunk.position + chunk.tokens)[chunk.position // 16 :]
-        work = self.device.launch(f"chunk {chunk.job.request_id}@{chunk.position}", before, own)
+        work = self.device.launch(name, before, own)
         if self.fails is not None:
             raise self.fails
         return self.device.temporary(work)
@@ -287,4 +316,5 @@ class FakeRunner:
         running = [work.name for work in self.device.log if work not in self.device.done]
         if running:
             self.device.wrong.append(f"graphs and buffers are dropped while {running} run")
+        self.relay.close()
         self.closed = True

@@ -80,7 +80,10 @@ def test_mode_auto_is_time_sliced_and_says_what_lanes_would_be(
     machine("RTX 3090")
     code, words = said(capsys)
     assert code == 0
-    assert "[   note] lanes: mode auto is time-sliced here: lanes on GPUs have not run on hardware yet" in words
+    assert (
+        "[   note] lanes: mode auto is time-sliced here: on the one GPU they ran on, agents took longer with lanes"
+        in words
+    )
     assert "With mode lanes:" in words
     assert "20+62, 42+40, 62+20" in words
 

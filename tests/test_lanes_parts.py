@@ -26,7 +26,10 @@ class Runner:
 
     fails: BaseException | None = None
 
-    def __init__(self, main: Any, vllm_config: Any, kv_cache_config: Any, requests: int, tokens: int) -> None:
+    def __init__(
+        self, main: Any, vllm_config: Any, kv_cache_config: Any, requests: int, tokens: int, relay: Any
+    ) -> None:
+        self.relay = relay
         self.made = (main, vllm_config, kv_cache_config, requests, tokens)
         self.graphs: tuple[list[str], int] | None = None
         self.warmed: list[tuple[str, int]] = []
@@ -56,6 +59,7 @@ class Runner:
 
     def close(self) -> None:
         self.closed = True
+        self.relay.close()
 
 
 class GPU:
@@ -82,6 +86,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> type[GPU]:
     monkeypatch.setattr(Runner, "fails", None)
     for name, value in {
         "current_device": lambda: 0,
+        "set_device": lambda device: None,
         "ExternalStream": lambda handle, device: FakeStream(
             GPU.device, f"green {GPU.driver.streams[handle][0]}", handle
         ),

@@ -8,7 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from cuda_device import NoState
 
+from vllm_agentserve.lanes.relay import Relay
 from vllm_agentserve.policy.jobs import Chunk, Job
 from vllm_agentserve.vllm_compat import LaneError, cuda
 from vllm_agentserve.vllm_compat.cuda_runner import LaneModelRunner
@@ -40,6 +43,7 @@ class StockRunner:
             apply_staged_writes=lambda: self.log.append("flush blocks"), block_sizes=[16]
         )
         self.fails = False
+        self.layers: Any = lambda: None
         set_offloader(NoopOffloader())
 
     @property
@@ -47,7 +51,8 @@ class StockRunner:
         from vllm.distributed.kv_transfer import kv_transfer_state
         from vllm.v1.worker.workspace import _workspace_lane
 
-        return kv_transfer_state.has_kv_transfer_group(), _workspace_lane.get()
+        """Whether it is under the connector that drives the lane, and the lane of vLLM's scratch memory."""
+        return kv_transfer_state._KV_CONNECTOR_AGENT == "connector", _workspace_lane.get()
 
     def get_model(self) -> Any:
         return self.model
@@ -66,6 +71,7 @@ class StockRunner:
         if self.fails:
             raise RuntimeError("CUDA out of memory")
         self.log.append(("run", scheduled, self.surroundings))
+        self.layers()
         self.execute_model_state = SimpleNamespace(input_batch="batch", main_stream=vars(self).get("main_stream"))
 
     def sample_tokens(self, grammar: Any) -> Any:
@@ -99,6 +105,8 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Any:
         yield
 
     monkeypatch.setattr(vllm.config, "set_current_vllm_config", current)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "stream")
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", "connector")
     offloader = NoopOffloader()
     set_offloader(offloader)
@@ -110,7 +118,7 @@ def lane_runner(layer: Layer | None = None) -> tuple[StockRunner, LaneModelRunne
     main = StockRunner(None, "cuda:0")
     main.model = "module"
     config = configuration(layer or Layer())
-    runner = LaneModelRunner(main, config, {"groups": 1}, requests=3, tokens=1024)
+    runner = LaneModelRunner(main, config, {"groups": 1}, requests=3, tokens=1024, relay=Relay(NoState()))
     return main, runner, runner._second
 
 
@@ -123,7 +131,7 @@ def test_the_second_runner_shares_module_layers_and_kv_cache_and_leaves_no_trace
     set_offloader(process.offloader)
     main.model = "module"
     config = configuration(layer)
-    second = LaneModelRunner(main, config, {"groups": 1}, requests=3, tokens=1024)._second
+    second = LaneModelRunner(main, config, {"groups": 1}, requests=3, tokens=1024, relay=Relay(NoState()))._second
     assert (second.model, second.kv_caches, second.device) == ("module", ["kv"], "cuda:0")
     assert second.log == [("load", (False, 1)), ("kv", (False, 1))]
     made = second.config
@@ -225,8 +233,6 @@ def test_steps_run_on_the_stream_they_are_given_and_dummy_steps_as_in_stock(proc
 
 
 def test_a_step_that_warms_a_slot_up_samples_too(process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     from vllm_agentserve.vllm_compat import cuda_runner
 
     main, runner, _ = lane_runner()

@@ -12,7 +12,7 @@ from vllm_agentserve.bench.drawing import Shape, draw_sessions
 from vllm_agentserve.bench.sessions import warm_up_of
 from vllm_agentserve.bench.workloads import HeavyTail, Uniform, find_workload
 from vllm_agentserve.gpucheck.engines import PRIORITY, Setting, counters, make_engine
-from vllm_agentserve.gpucheck.launches import LaunchLog, by_place, memory
+from vllm_agentserve.gpucheck.launches import LaunchLog, by_place, memory, slices
 
 CODING = replace(
     find_workload("coding"),
@@ -57,6 +57,8 @@ def replay(options: Mapping[str, Any]) -> dict[str, Any]:
         "seconds": loop.seconds,
         "start_s": started_s,
         "counters": {name: value - before[name] for name, value in counters(llm).items()},
-        "lane": None if log is None else {"slots": log.slots, "chunks": by_place(log.launched())},
+        "lane": None
+        if log is None
+        else {"slots": log.slots, "chunks": by_place(log.launched()), "slices": slices(log.slices)},
         "memory": None if log is None else memory(torch.cuda),
     }

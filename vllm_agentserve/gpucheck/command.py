@@ -45,7 +45,7 @@ class Part:
 PARTS = {
     part.span.name: part
     for part in (
-        Part("Imports", imports.run, Span("imports", 5, 60), needed=True, always=True),
+        Part("Imports", imports.run, Span("imports", 30, 60), needed=True, always=True),
         # The others ask it how much memory there is.
         Part("Environment", environment.run, Span("environment", 5, 40), always=True),
         Part("Green contexts", probe.run, Span("green", 20, 75)),

@@ -100,15 +100,20 @@ def counter_table(arms: Mapping[str, Arm]) -> list[str]:
 def engine_table(arms: Mapping[str, Arm]) -> list[str]:
     """Start and memory of the engines, one line per arm and round."""
     lines = [
-        "| arm, round | engine start (s) | memory reserved (GiB) | free (GiB) | slots |",
-        "|---|---:|---:|---:|---|",
+        "| arm, round | engine start (s) | memory reserved (GiB) | free (GiB) | slots "
+        "| slices of launches: n, p50 and longest (ms) |",
+        "|---|---:|---:|---:|---|---:|",
     ]
     for name, arm in arms.items():
         for one, of_round in zip(arm.engines, arm.rounds, strict=True):
             memory, lane = one["memory"] or {}, one["lane"] or {}
             cells = [f"{memory[key]:.2f}" if key in memory else "-" for key in ("reserved_gib", "free_gib")]
             slots = ", ".join(lane.get("slots", ())) or "-"
-            lines.append(f"| {name}, {of_round.round} | {one['start_s']:.1f} | {' | '.join(cells)} | {slots} |")
+            sliced = lane.get("slices") or {"n": 0}
+            held = f"{sliced['n']}, {sliced['ms']:.3g}, {sliced['most_ms']:.3g}" if sliced["n"] else "-"
+            lines.append(
+                f"| {name}, {of_round.round} | {one['start_s']:.1f} | {' | '.join(cells)} | {slots} | {held} |"
+            )
     return lines
 
 

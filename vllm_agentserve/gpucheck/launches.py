@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 from vllm_agentserve.gpucheck.plain import PlainLadder
@@ -20,7 +20,7 @@ class Launched:
 
     Args:
         place: "DECODE+PREFILL" in SMs, or `ALONE`.
-        host_ms: how long its launch kept the thread that launches decode steps.
+        host_ms: processor time of its launch; where it is cut into slices, of all of them.
         device_ms: the device's time for it.
     """
 
@@ -44,6 +44,8 @@ class LaunchLog:
         self._slots: tuple[Slot, ...] = ()
         self._places: dict[Any, str] = {}
         self._seen: list[tuple[str, int, float, Any, Any]] = []
+        self.slices: list[float] = []
+        """How long each slice of a launch kept the thread that launches decode steps, in ms."""
 
     def attach(self) -> None:
         """Sits between every lane made from now on, its ladder and its runner."""
@@ -57,12 +59,20 @@ class LaunchLog:
             self.know(made)
             return made
 
-        run = LaneModelRunner.run
+        run, go_on = LaneModelRunner.run, LaneModelRunner.go_on
 
         def timed(runner: Any, chunk: Any) -> object:
             return self.watch(chunk.tokens, lambda: run(runner, chunk))
 
+        def slice_(runner: Any, *seconds: float) -> bool:
+            began = perf_counter()
+            try:
+                return go_on(runner, *seconds)
+            finally:
+                self.slices.append((perf_counter() - began) * 1000)
+
         setattr(parts, LADDER, ladder)
+        LaneModelRunner.go_on = slice_  # type: ignore[method-assign,assignment]
         LaneModelRunner.run = timed  # type: ignore[method-assign,assignment]
 
     def know(self, ladder: Any) -> None:
@@ -76,9 +86,10 @@ class LaunchLog:
         begin, end = self._cuda.Event(enable_timing=True), self._cuda.Event(enable_timing=True)
         stream = self._cuda.current_stream()
         begin.record(stream)
-        began = perf_counter()
+        # Of this thread: a launch stands still between its slices.
+        began = thread_time()
         kept = launch()
-        host_ms = (perf_counter() - began) * 1000
+        host_ms = (thread_time() - began) * 1000
         end.record(stream)
         self._seen.append((self._places.get(stream.cuda_stream, ALONE), tokens, host_ms, begin, end))
         return kept
@@ -86,6 +97,7 @@ class LaunchLog:
     def clear(self) -> None:
         """Forgets the chunks of the warm-up."""
         self._seen.clear()
+        self.slices.clear()
 
     def launched(self) -> list[Launched]:
         """All chunks since `clear`; waits for the device."""
@@ -111,6 +123,11 @@ def middle(values: Sequence[float]) -> float | None:
     """The median, None of nothing."""
     ordered = sorted(values)
     return ordered[len(ordered) // 2] if ordered else None
+
+
+def slices(values: Sequence[float]) -> dict[str, Any]:
+    """The number `n` of slices, their median and the longest, in ms."""
+    return {"n": len(values), "ms": middle(values), "most_ms": max(values, default=None)}
 
 
 def by_place(launched: Sequence[Launched]) -> dict[str, dict[str, Any]]:

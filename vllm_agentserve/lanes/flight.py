@@ -3,6 +3,7 @@
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from math import inf
 from typing import Any, Protocol
 
 from vllm_agentserve.policy.jobs import Chunk
@@ -26,8 +27,14 @@ class Cuda(Protocol):
 class ChunkRunner(Protocol):
     """What computes chunks: `vllm_compat.cuda.LaneModelRunner`."""
 
+    def begin(self, work: Callable[[], None]) -> None:
+        """Takes the launch of a chunk; nothing of it happens before `go_on`."""
+
+    def go_on(self, seconds: float = inf) -> bool:
+        """Goes on with the launch for about so many seconds; True when it has ended. Raises what it raised."""
+
     def run(self, chunk: Chunk) -> object:
-        """Launches a chunk on the current stream; returns what must live until it is through."""
+        """Launches a chunk on the current stream, within the work of `begin`; returns what must live until it is through."""
 
     def forget(self, request_id: str) -> None:
         """No further chunk of this request will come."""
@@ -45,39 +52,57 @@ class Flight:
     Args:
         chunk: what it computes.
         cuda: `torch.cuda`.
-        beside: whether it was launched while a step decodes.
+        beside: whether its launch begins while a step decodes.
+        launched: when that is, in the host's seconds.
     """
 
-    def __init__(self, chunk: Chunk, cuda: Cuda, beside: bool) -> None:
+    def __init__(self, chunk: Chunk, cuda: Cuda, beside: bool, launched: float) -> None:
         self.chunk = chunk
         self.beside = beside
         self.cancelled = False
         self.error: str | None = None
         """Why it was not launched in full."""
-        self.launched = 0.0
-        """When its launch began, in the host's seconds."""
+        self.launched = launched
         self.launch_s = 0.0
-        """How long the launch took the host."""
+        """How long the launch has kept the thread that launches decode steps."""
+        self.launch_ended = 0.0
+        """When the last slice of the launch ended."""
+        self.complete = False
+        """Whether all of it is launched."""
         self.joined = False
         """Whether a decode step came beside it."""
         self._cuda = cuda
         self._begun = cuda.Event(enable_timing=True)
         self._ended = cuda.Event(enable_timing=True)
+        self._runner: Any = None
         self._kept: object = None
         """Its temporaries: the allocator must not give them to anybody before it is through."""
 
-    def launch(self, runner: ChunkRunner, stream: Any, inputs: Any | None) -> None:
-        """Launches it on `stream`, behind the event `inputs`.
+    def begin(self, runner: ChunkRunner, stream: Any, inputs: Any | None) -> None:
+        """Prepares its launch on `stream`, behind the event `inputs`; `go_on` launches."""
+        self._runner = runner
+        runner.begin(lambda: self._launch(stream, inputs))
+
+    def go_on(self, seconds: float, clock: Callable[[], float]) -> None:
+        """Launches for about so many seconds, up to the next place where a launch may pause.
 
         Raises:
             Exception: the CUDA context is lost; any other failure is kept in `error`.
         """
+        if self.complete:
+            return
+        began = clock()
+        self.complete = self._runner.go_on(seconds)
+        self.launch_ended = clock()
+        self.launch_s += self.launch_ended - began
+
+    def _launch(self, stream: Any, inputs: Any | None) -> None:
         with self._cuda.stream(stream):
             if inputs is not None:
                 stream.wait_event(inputs)
             self._begun.record(stream)
             try:
-                self._kept = runner.run(self.chunk)
+                self._kept = self._runner.run(self.chunk)
             except Exception as failure:
                 if is_fatal(failure):
                     raise
@@ -88,7 +113,7 @@ class Flight:
 
     def through(self) -> bool:
         """Whether the device has computed it. Raises what CUDA raises when the context is lost."""
-        return bool(self._ended.query())
+        return self.complete and bool(self._ended.query())
 
     def seconds(self) -> float:
         """The device's time for it; only when it is through."""

@@ -7,9 +7,11 @@ from vllm.logger import init_logger
 
 from vllm_agentserve.lanes.flight import settled
 from vllm_agentserve.lanes.green import SHARES, GreenLadder
+from vllm_agentserve.lanes.relay import Relay
 from vllm_agentserve.policy.reserve import CHUNK_TOKENS, LONGEST_CHUNKS, MIB
 from vllm_agentserve.policy.slots import chunk_length
 from vllm_agentserve.vllm_compat import LaneError, cuda
+from vllm_agentserve.vllm_compat.cuda_launch import ForwardState, launching_thread
 from vllm_agentserve.vllm_compat.cuda_memory import LaneMemory
 from vllm_agentserve.vllm_compat.cuda_runner import LaneModelRunner
 
@@ -66,12 +68,13 @@ def lane_parts(options: Any, vllm_config: Any, kv_cache_config: Any) -> LanePart
     ladder = GreenLadder(
         cuda.cuda_driver(), device, shares, lambda handle: torch.cuda.ExternalStream(handle, device=device)
     )
+    relay = Relay(ForwardState(), lambda: launching_thread(device))
     runner: LaneModelRunner | None = None
     try:
         base = options.lane_chunk_tokens or CHUNK_TOKENS
         # A job never fills the context, and the lane leaves its last token to the decode lane.
         most = min(LONGEST_CHUNKS * base, main.max_num_tokens, main.max_model_len - 1)
-        runner = LaneModelRunner(main, vllm_config, kv_cache_config, options.lane_jobs + 1, most)
+        runner = LaneModelRunner(main, vllm_config, kv_cache_config, options.lane_jobs + 1, most, relay)
         runner.capture_for([streams.decode for streams in ladder.streams], options.lane_graph_tokens, memory.taking)
         alone = torch.cuda.Stream(device)
         slots = ladder.slots
@@ -88,6 +91,8 @@ def lane_parts(options: Any, vllm_config: Any, kv_cache_config: Any) -> LanePart
         if settled(torch.cuda):
             if runner is not None:
                 runner.close()
+            else:
+                relay.close()
             ladder.close()
         if not isinstance(error, torch.cuda.OutOfMemoryError):
             raise

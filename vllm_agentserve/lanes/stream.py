@@ -7,24 +7,28 @@ multiprocessors, over one KV cache. Streams are chosen anew for every step and e
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from math import inf
 from typing import Any
 
 from vllm_agentserve.lanes.flight import ChunkRunner, Cuda, Flight, settled
 from vllm_agentserve.lanes.lane import LaneReport, Outcome, Slot
 from vllm_agentserve.lanes.pace import Pace
 from vllm_agentserve.lanes.steps import Ladder, StepStreams
-from vllm_agentserve.policy.jobs import Chunk, ChunkQueue, Job
+from vllm_agentserve.policy.jobs import ChunkQueue, Job
 from vllm_agentserve.policy.slots import chunk_length
 from vllm_agentserve.vllm_compat import LaneError
 
+LAUNCH_SLICE_S = 0.004
+"""A launch goes on for about so long after each decode step, which the next step waits for."""
 WATCHDOG_S = 60.0
-"""A chunk that is not through so long after its launch hangs."""
+"""A chunk that is not through so long after the end of its launch hangs."""
 GLANCE_S = 0.0002
 """Time between two looks at an event while there is nothing else to do."""
 
 
 class StreamLane:
-    """One chunk is under way at a time, which bounds how long a cancelled job holds its blocks.
+    """One chunk is under way at a time, which bounds how long a cancelled job holds its blocks. While steps decode, its launch is
+    cut into slices between them, see `lanes/relay.py`.
 
     A step of the worker runs inside `step`, on the stream of the slot while both lanes have work and else on the stream vLLM
     chose. Nothing of the lane is made or given back inside one.
@@ -73,8 +77,7 @@ class StreamLane:
         self._flight: Flight | None = None
         self._outcomes: list[Outcome] = []
         self._begin: Callable[[Any], None] | None = None
-        self._computes = False
-        self._asked = 0
+        self._computes, self._asked = False, 0
         self._steps = StepStreams(cuda, ladder)
         self._said_slots = False
         self._pace = Pace(base)
@@ -89,9 +92,7 @@ class StreamLane:
     def start(cls, options: Any, vllm_config: Any, kv_cache_config: Any) -> "StreamLane":
         """Makes the lane of this worker; vLLM's own runner has its model and KV cache, and has captured no CUDA graphs yet.
 
-        Raises:
-            LaneError: it cannot run here; the message says why and what to do.
-        """
+        Raises `LaneError` when it cannot run here; the message says why and what to do."""
         from vllm_agentserve.lanes.parts import lane_parts
 
         parts = lane_parts(options, vllm_config, kv_cache_config)
@@ -142,8 +143,6 @@ class StreamLane:
         memory = tuple(self.memory.items()) if slots else ()
         return LaneReport(slots, tokens, seconds, launches=launches, launch_s=launch_s, memory=memory)
 
-    # -- the worker's steps ---------------------------------------------------------------------------------------------
-
     def follow(self, begin: Callable[[Any], None]) -> None:
         """Calls `begin` with the connector's metadata before anything of a step is launched, so that `submit` and
         `begin_step` come early enough to choose its stream: vLLM itself shows the metadata only when inputs are made."""
@@ -175,8 +174,6 @@ class StreamLane:
         # A job stays in the queue until its last chunk is through.
         self._steps.slot = self._asked if computes and len(self._queue) else None
 
-    # -- jobs -----------------------------------------------------------------------------------------------------------
-
     def submit(self, job: Job) -> None:
         if job.request_id in self._held:
             raise LaneError(f"request {job.request_id} came to the prefill lane twice")
@@ -193,17 +190,26 @@ class StreamLane:
     def launch(self) -> None:
         self._look()
         self._mark_inputs()
+        if self._flight is None:
+            self._flight = self._next()
         if self._flight is not None:
-            return
+            self._go_on(self._flight, LAUNCH_SLICE_S if self._computes else inf)
+
+    def _next(self) -> Flight | None:
+        """The next chunk, of which nothing is launched yet."""
         if not len(self._queue):
             self._pace.idle()
-            return
+            return None
         if self._computes:
             stream, tokens = self._ladder.streams[self._asked].prefill, self._length(self._slots[self._asked].prefill)
         else:
             longest = self._length(self._slots[0].decode + self._slots[0].prefill)
             stream, tokens = self._alone, self._pace.tokens_alone(longest, self._clock())
-        self._flight = self._launched(self._queue.take(tokens), stream)
+        chunk, now = self._queue.take(tokens), self._clock()
+        self._pace.launching(now)
+        flight = Flight(chunk, self._cuda, self._computes, now)
+        flight.begin(self._runner, stream, self._inputs.pop(chunk.job.request_id) if chunk.first else None)
+        return flight
 
     def _length(self, units: int) -> int:
         """Tokens of a chunk on so many multiprocessors."""
@@ -215,16 +221,11 @@ class StreamLane:
         if fresh:
             self._inputs.update(dict.fromkeys(fresh, self._steps.event()))
 
-    def _launched(self, chunk: Chunk, stream: Any) -> Flight:
-        flight = Flight(chunk, self._cuda, beside=self._computes)
-        flight.launched = self._clock()
-        self._pace.launching(flight.launched)
+    def _go_on(self, flight: Flight, seconds: float) -> None:
         try:
-            flight.launch(self._runner, stream, self._inputs.pop(chunk.job.request_id) if chunk.first else None)
+            flight.go_on(seconds, self._clock)
         except Exception as failure:
             raise self._lost(f"launching a prefill chunk broke the CUDA context: {failure}") from failure
-        flight.launch_s = self._clock() - flight.launched
-        return flight
 
     def _look(self) -> None:
         """Ends the chunk under way if it is through. Raises `LaneError` when it hangs, or the device is lost."""
@@ -236,7 +237,7 @@ class StreamLane:
         except Exception as failure:
             raise self._lost(f"a prefill chunk broke the CUDA context: {failure}") from failure
         if not through:
-            if self._clock() - flight.launched - flight.launch_s > self._watchdog_s:
+            if flight.complete and self._clock() - flight.launch_ended > self._watchdog_s:
                 raise self._lost(f"a prefill chunk is not through after {self._watchdog_s:.0f} s")
             return
         self._flight = None
@@ -289,6 +290,7 @@ class StreamLane:
         if self._steps.running:
             raise LaneError("the prefill lane cannot be closed inside a step, which may be on one of its streams")
         while self._flight is not None:
+            self._go_on(self._flight, inf)
             self._look()
             if self._flight is not None:
                 self._sleep(GLANCE_S)

@@ -21,6 +21,7 @@ REQUEST = "vllm.v1.request:Request"
 QUEUE = "vllm.v1.core.sched.request_queue:RequestQueue"
 OUTPUT = "vllm.v1.core.sched.output"
 CONNECTORS = "vllm.distributed.kv_transfer.kv_connector.v1.base"
+LAUNCH = "vllm_compat/cuda_launch.py"
 STATE = "vllm.distributed.kv_transfer.kv_transfer_state"
 LOGGERS = "vllm.v1.metrics.loggers"
 ARGS = "vllm.engine.arg_utils:EngineArgs"
@@ -147,7 +148,8 @@ CONTRACT = (
     *reads("vllm.v1.engine:EngineCoreOutputs", SCHED, "scheduler_stats"),
     *calls("vllm.logger", f"{SCHED} {METRICS} lanes/worker.py", init_logger="name"),
     # The connector of two lanes.
-    *exports(CONNECTORS, CONNECTOR, "KVConnectorBase_V1 KVConnectorMetadata KVConnectorRole KVConnectorWorkerMetadata"),
+    *exports(CONNECTORS, CONNECTOR, "KVConnectorMetadata KVConnectorRole KVConnectorWorkerMetadata"),
+    *exports(CONNECTORS, f"{CONNECTOR} {LAUNCH}", "KVConnectorBase_V1"),
     *exports("vllm.v1.core.kv_cache_manager", CONNECTOR, "KVCacheBlocks"),
     *calls("vllm.v1.core.kv_cache_manager:KVCacheBlocks", CONNECTOR, get_block_ids=""),
     *reads(f"{CONNECTORS}:KVConnectorRole", CONNECTOR, "SCHEDULER"),
@@ -157,7 +159,7 @@ CONTRACT = (
     *reads(f"{CONNECTORS}:KVConnectorTransferResults", "lanes/worker.py", "finished_recving"),
     *implements(
         f"{CONNECTORS}:KVConnectorBase_V1",
-        CONNECTOR,
+        f"{CONNECTOR} {LAUNCH}",
         "get_num_new_matched_tokens update_state_after_alloc build_connector_meta start_load_kv wait_for_layer_load "
         "save_kv_layer wait_for_save",
     ),
@@ -165,24 +167,40 @@ CONTRACT = (
         f"{CONNECTORS}:KVConnectorBase_V1",
         CONNECTOR,
         __init__="vllm_config role kv_cache_config",
-        get_num_new_matched_tokens="request num_computed_tokens",
-        update_state_after_alloc="request blocks num_external_tokens",
-        build_connector_meta="scheduler_output",
         update_connector_output="connector_output",
         get_mem_pool_context="",
         register_kv_caches="kv_caches",
         handle_preemptions="kv_connector_metadata",
-        start_load_kv="forward_context ...",
-        wait_for_layer_load="layer_name",
-        save_kv_layer="layer_name kv_layer attn_metadata ...",
-        wait_for_save="",
         get_transfer_results="finished_req_ids",
         build_connector_worker_meta="",
         shutdown="",
     ),
-    *exports("vllm.distributed.kv_transfer", RUNNER, "kv_transfer_state"),
-    *exports(STATE, RUNNER, "_KV_CONNECTOR_AGENT"),
-    *says(f"{STATE}:has_kv_transfer_group", RUNNER, "_KV_CONNECTOR_AGENT is not None"),
+    *overrides(
+        f"{CONNECTORS}:KVConnectorBase_V1",
+        f"{CONNECTOR} {LAUNCH}",
+        get_num_new_matched_tokens="request num_computed_tokens",
+        update_state_after_alloc="request blocks num_external_tokens",
+        build_connector_meta="scheduler_output",
+        start_load_kv="forward_context ...",
+        wait_for_layer_load="layer_name",
+        save_kv_layer="layer_name kv_layer attn_metadata ...",
+        wait_for_save="",
+    ),
+    *overrides(f"{CONNECTORS}:KVConnectorBase_V1", LAUNCH, has_connector_metadata=""),
+    *exports("vllm.distributed.kv_transfer", LAUNCH, "kv_transfer_state"),
+    *exports(STATE, LAUNCH, "_KV_CONNECTOR_AGENT"),
+    *says(f"{STATE}:has_kv_transfer_group", LAUNCH, "_KV_CONNECTOR_AGENT is not None"),
+    *says(
+        "vllm.model_executor.layers.attention.kv_transfer_utils:maybe_transfer_kv_layer",
+        LAUNCH,
+        "get_attention_context(layer_name)",
+        "connector.has_connector_metadata()",
+        "connector.wait_for_layer_load(layer_name)",
+        "func(*args, **kwargs)",
+    ),
+    *exports("vllm", LAUNCH, "forward_context"),
+    *exports("vllm.forward_context", LAUNCH, "_forward_context"),
+    *says("vllm.forward_context:get_forward_context", LAUNCH, "return _forward_context"),
     *calls("vllm.distributed.kv_transfer", LANES, get_kv_transfer_group="", has_kv_transfer_group=""),
     # What the plugin wraps in every process.
     *exports("vllm.engine.arg_utils", f"{HOOKS} doctor_engine.py", "EngineArgs"),

@@ -4,13 +4,15 @@ import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from math import inf
+from typing import Any, Protocol
 
 from vllm_agentserve.policy.jobs import Chunk, Job
 from vllm_agentserve.vllm_compat import LaneError
 from vllm_agentserve.vllm_compat.chunks import scheduled
 from vllm_agentserve.vllm_compat.cuda import WORKSPACE_LANE
 from vllm_agentserve.vllm_compat.cuda_graphs import SlotGraphs
+from vllm_agentserve.vllm_compat.cuda_launch import LayerHook, connector_instead
 
 WARM_UP = "agentserve-warm-up"
 WARM_UP_TAIL = 16
@@ -28,22 +30,6 @@ def second_runner_config(vllm_config: Any, requests: int, tokens: int) -> Any:
     config.scheduler_config.max_num_seqs = requests
     config.scheduler_config.max_num_batched_tokens = tokens
     return config
-
-
-@contextmanager
-def connector_hidden() -> Iterator[None]:
-    """Within, vLLM has no KV connector: layers and runners of the lane must not call the one that drives it.
-
-    Retired by: `load_model` and `initialize_kv_cache` taking a connector, and attention taking it from the forward context.
-    """
-    from vllm.distributed.kv_transfer import kv_transfer_state
-
-    agent = kv_transfer_state._KV_CONNECTOR_AGENT
-    kv_transfer_state._KV_CONNECTOR_AGENT = None
-    try:
-        yield
-    finally:
-        kv_transfer_state._KV_CONNECTOR_AGENT = agent
 
 
 @contextmanager
@@ -90,7 +76,7 @@ def second_runner(main: Any, vllm_config: Any, kv_cache_config: Any, requests: i
     before = {name: id(getattr(layer, "kv_cache", None)) for name, layer in layers.items()}
     with (
         set_current_vllm_config(config),
-        connector_hidden(),
+        connector_instead(None),
         kv_cache_kept(main),
         offloader_kept(),
         use_workspace_lane(WORKSPACE_LANE),
@@ -102,6 +88,18 @@ def second_runner(main: Any, vllm_config: Any, kv_cache_config: Any, requests: i
     if before != {name: id(getattr(layer, "kv_cache", None)) for name, layer in layers.items()}:
         raise LaneError("this vLLM bound its attention layers to another KV cache for the second model runner")
     return runner
+
+
+class Relay(Protocol):
+    """What is needed of `lanes.relay.Relay`."""
+
+    def begin(self, work: Callable[[], None]) -> None: ...
+
+    def go_on(self, seconds: float = inf) -> bool: ...
+
+    def pause(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class LaneModelRunner:
@@ -116,12 +114,18 @@ class LaneModelRunner:
         vllm_config, kv_cache_config: of the worker.
         requests: jobs there may be at once.
         tokens: of a chunk, at most.
+        relay: the thread that launches chunks in slices; this runner closes it. Warm-up is its work too, for libraries keep
+            handles and scratch memory per thread.
 
     Retired by: a second execution lane in vLLM's own runner.
     """
 
-    def __init__(self, main: Any, vllm_config: Any, kv_cache_config: Any, requests: int, tokens: int) -> None:
+    def __init__(
+        self, main: Any, vllm_config: Any, kv_cache_config: Any, requests: int, tokens: int, relay: Relay
+    ) -> None:
         self._main = main
+        self._relay = relay
+        self._hook = LayerHook(relay.pause)
         self._second = second_runner(main, vllm_config, kv_cache_config, requests, tokens)
         self._finished: set[str] = set()
         self._graphs: SlotGraphs | None = None
@@ -179,14 +183,23 @@ class LaneModelRunner:
 
         main.execute_model, main.sample_tokens = execute_model, sample_tokens
 
+    def begin(self, work: Callable[[], None]) -> None:
+        """Takes the launch of a chunk, see `lanes.relay.Relay`."""
+        self._relay.begin(work)
+
+    def go_on(self, seconds: float = inf) -> bool:
+        """Goes on with it for about so many seconds; True when all is launched."""
+        return self._relay.go_on(seconds)
+
     def run(self, chunk: Chunk) -> object:
-        """Launches a chunk on the current stream; returns what must live until it is through."""
+        """Launches a chunk on the current stream, pausing before a layer's attention where the relay says so; returns what must
+        live until it is through. Called by the relay."""
         from vllm.v1.worker.workspace import use_workspace_lane
 
         second = self._second
         finished, self._finished = self._finished, set()
         try:
-            with use_workspace_lane(WORKSPACE_LANE), connector_hidden():
+            with use_workspace_lane(WORKSPACE_LANE), connector_instead(self._hook):
                 second.execute_model(scheduled(chunk, finished))
                 state = second.execute_model_state
                 second.postprocess_num_computed_tokens(state.input_batch)
@@ -205,12 +218,21 @@ class LaneModelRunner:
     def warm_up(self, tokens: int) -> None:
         """Computes a chunk of so many tokens and a short one after it, on the current stream, into the block that vLLM keeps
         for nobody; so kernels are compiled and scratch memory has its size before vLLM forbids it to grow."""
+        import torch
+
         end = min(tokens + WARM_UP_TAIL, self._second.max_model_len - 1)
         first = min(tokens, end - 1)
         blocks = tuple([0] * -(-(end + 1) // size) for size in self._second.block_tables.block_sizes)
         job = Job(WARM_UP, [0] * (end + 1), blocks, 0)
-        self.run(Chunk(job, 0, first, True, False))
-        self.run(Chunk(job, first, end - first, False, True))
+        stream = torch.cuda.current_stream()
+
+        def work() -> None:
+            with torch.cuda.stream(stream):
+                self.run(Chunk(job, 0, first, True, False))
+                self.run(Chunk(job, first, end - first, False, True))
+
+        self.begin(work)
+        self.go_on()
         self.forget(WARM_UP)
 
     def close(self) -> None:
@@ -221,4 +243,5 @@ class LaneModelRunner:
             vars(main).pop(name, None)
         if self._graphs is not None:
             self._graphs.close()
+        self._relay.close()
         self._second = None
