@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from cuda_bench import Bench, job
+from cuda_steps import WorkerBench
 
 from vllm_agentserve.lanes.lane import Outcome
 from vllm_agentserve.lanes.worker import LaneWorker
@@ -247,3 +248,15 @@ def test_three_failures_end_the_lane_inside_a_step_and_the_steps_go_on() -> None
     assert bench.device.wrong == []
     worker.close()
     assert (bench.runner.closed, bench.ladder.closed) == (True, True)
+
+
+def test_a_job_that_nobody_wants_any_more_is_no_success_between_failures() -> None:
+    bench = WorkerBench()
+    failure = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    for number, name in enumerate("abcd", 1):
+        bench.runner.fails = None if name == "b" else failure
+        bench.work(job(name, 60, first_block=20 * number), through=False)
+        bench.work(finished=["b"])
+        bench.work()
+    assert bench.told == {"a": True, "b": False, "c": True, "d": True}
+    assert bench.worker._lane is None

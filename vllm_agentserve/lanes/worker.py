@@ -66,6 +66,8 @@ class LaneWorker:
         self.warmed_up: Callable[[int, int], None] = lambda reserved, step: None
         """Called when vLLM's own warm-up is over, with bytes: those kept free for the lane, and those of the temporaries of a
         step. Raises `LaneError`."""
+        self._cancelled: set[str] = set()
+        """Of the jobs the lane has: that they end without an error says nothing of the lane."""
         self._refused: list[Outcome] = []
         """Jobs that no lane took, until their outcome is told."""
 
@@ -112,7 +114,7 @@ class LaneWorker:
         outcomes: list[Outcome] = []
         if lane is not None:
             for request_id in finished_req_ids - self._sent:
-                lane.cancel(request_id)
+                self._cancel(lane, request_id)
             waits = lane.busy and not self._computes and not self._refused
             if lane.busy or not lane.ready:
                 outcomes = lane.poll(IDLE_PATIENCE_S if waits else 0.0)
@@ -131,12 +133,21 @@ class LaneWorker:
             finished_recving={outcome.request_id for outcome in outcomes}, failed_recving=set(failed)
         )
 
+    def _cancel(self, lane: PrefillLane, request_id: str) -> None:
+        if request_id in lane.jobs():
+            self._cancelled.add(request_id)
+            lane.cancel(request_id)
+
     def _count(self, outcomes: list[Outcome]) -> None:
-        """Counts failures of the lane in a row."""
-        failed = sum(outcome.error is not None for outcome in outcomes)
+        """Counts failures of the lane in a row; a job that was cancelled is none, and no success."""
+        judged = [
+            outcome for outcome in outcomes if outcome.error is not None or outcome.request_id not in self._cancelled
+        ]
+        self._cancelled.difference_update(outcome.request_id for outcome in outcomes)
+        failed = sum(outcome.error is not None for outcome in judged)
         if failed:
             self._failures += failed
-        elif outcomes:
+        elif judged:
             self._failures = 0
 
     def _keep_a_lane(self) -> None:
@@ -184,7 +195,7 @@ class LaneWorker:
         lane = self._lane
         if lane is not None:
             for request_id in lane.jobs():
-                lane.cancel(request_id)
+                self._cancel(lane, request_id)
         while lane is not None and lane.busy:
             ended |= self._results(lane.poll(DRAIN_PATIENCE_S)).finished_recving or set()
             if time.monotonic() > deadline:
