@@ -58,6 +58,28 @@ def test_a_resume_begins_where_the_cache_ends(asynchronous: bool) -> None:
 
 
 @both
+@pytest.mark.parametrize("session", ["known", None])
+def test_a_job_has_the_phase_that_queue_and_metrics_see(asynchronous: bool, session: str | None) -> None:
+    """A third of the context is cached: that is a resume prefill where the session is known, and else a cold one."""
+    scheduler, driver = started(asynchronous)
+    prompt = list(range(20 * BLOCK))
+    scheduler.add_request(make_request("turn-1", prompt, max_tokens=1, session=session))
+    driver.step()
+    driver.end("turn-1")
+    driver.until("turn-1")
+    for _ in range(3):
+        driver.step()
+    scheduler.add_request(make_request("turn-2", [*prompt, *range(2000, 2000 + 40 * BLOCK)], session=session))
+    driver.step()
+    driver.step()
+    assert driver.jobs["turn-2"].resume is (session is not None)
+    driver.end("turn-2")
+    driver.until("turn-2")
+    driver.step()
+    assert counts(scheduler).get("resume_prefill_requests", 0) == (session is not None)
+
+
+@both
 def test_a_job_carries_the_rank_of_its_call(asynchronous: bool) -> None:
     scheduler, driver = started(asynchronous)
     scheduler.add_request(make_request("batch", list(range(40 * BLOCK)), hints={"agent_class": "batch"}))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes.lane import LaneReport, Slot
 from vllm_agentserve.policy.jobs import Job
+from vllm_agentserve.policy.phase import Phase, classify
 from vllm_agentserve.policy.preemption import FIRST, Rank
 from vllm_agentserve.policy.routes import LanePolicy, Prompt, Reason, Route
 from vllm_agentserve.policy.slots import LaneRate, SlotChooser
@@ -42,7 +43,9 @@ class LaneDispatch:
         self.rates: Rates | None = None
         self.decodes = 0
         self.context = 0
-        self.on_dispatch: Callable[[Any, int], None] = lambda request, start: None
+        self.on_dispatch: Callable[[Any, int, Phase], None] = lambda request, start, phase: None
+        self.phase_of: Callable[[Any, int], Phase] = lambda request, start: classify(start, request.num_tokens - start)
+        """What a prompt is of which so many tokens are computed."""
         self.rank_of: Callable[[str], Rank] = lambda request_id: FIRST
         self.on_failure: Callable[[], None] = lambda: None
         self.has_waited: Callable[[str], bool] = lambda request_id: False
@@ -126,13 +129,14 @@ class LaneDispatch:
 
     def dispatch(self, request: "Request", block_ids: tuple[list[int], ...], tokens: int) -> None:
         start = request.num_tokens - 1 - tokens
+        phase = self.phase_of(request, start)
         self._new.append(
             Job(
                 request.request_id,
                 list(request.all_token_ids),
                 block_ids,
                 start,
-                resume=start > request.num_tokens // 2,
+                resume=phase is Phase.RESUME_PREFILL,
                 rank=self.rank_of(request.request_id),
             )
         )
@@ -144,7 +148,7 @@ class LaneDispatch:
         if request.prefill_stats is not None and request.num_preemptions <= 0:
             # vLLM takes them for found elsewhere; they are computed, and no client is told otherwise.
             request.prefill_stats.set(request.num_prompt_tokens, min(start, request.num_prompt_tokens), 0)
-        self.on_dispatch(request, start)
+        self.on_dispatch(request, start, phase)
 
     def drain(self) -> set[str]:
         """Takes every job back; returns the requests whose blocks nobody writes any more, filled or not.

@@ -35,12 +35,12 @@ class LaneLedger:
     ) -> None:
         self._lane = lane
         self._stats = stats
-        self._admission = admission
         self._programs = programs
         self._phases: dict[str, Phase] = {}
         lane.rates = controller
         lane.on_dispatch = self.dispatched
         lane.on_failure = self.failed
+        lane.phase_of = admission.phase
         lane.rank_of = admission.rank
         lane.has_waited = admission.has_waited
         lane.is_wanted = self._phases.__contains__
@@ -49,10 +49,9 @@ class LaneLedger:
     def __len__(self) -> int:
         return len(self._phases)
 
-    def dispatched(self, request: "Request", start: int) -> None:
+    def dispatched(self, request: "Request", start: int, phase: Phase) -> None:
         """A prompt goes to the lane, which computes everything from `start` to its last token."""
         uncached = request.num_tokens - start
-        phase = self._admission.phase(request, start)
         self._phases[request.request_id] = phase
         self._stats.counts["lane_requests"] += 1
         self._stats.counts["lane_tokens"] += uncached - 1
