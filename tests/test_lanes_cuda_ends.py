@@ -90,12 +90,22 @@ def test_a_chunk_that_does_not_launch_fails_its_job_only_and_only_when_the_devic
     assert bench.lane.alive()
 
 
-def test_out_of_memory_in_other_words_is_not_the_end() -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: invalid configuration argument",
+        "Triton Error [CUDA]: invalid argument",
+    ],
+)
+def test_out_of_memory_in_other_words_and_one_bad_launch_are_not_the_end(words: str) -> None:
     bench = Bench()
-    bench.runner.fails = RuntimeError("CUDA error: out of memory")
+    bench.runner.fails = RuntimeError(words)
     bench.step(job("a", 300))
     bench.until("a")
-    assert "out of memory" in str(bench.ended[0].error)
+    assert words in str(bench.ended[0].error)
+    assert bench.lane.alive()
 
 
 def test_a_cancelled_job_that_fails_has_no_error() -> None:

@@ -123,6 +123,71 @@ def test_a_prompt_that_ends_begins_a_stream() -> None:
     assert [(chunk.job.request_id, chunk.tokens) for chunk in bench.runner.chunks] == [("a", 300), ("b", 192)]
 
 
+def host_bound(bench: Bench, name: str, tokens: int, first_block: int) -> list[int]:
+    """Tokens of the chunks of a prompt where a launch takes the host 29 ms, and the device reads 28 tokens per ms, as an H200."""
+    before = len(bench.runner.chunks)
+    bench.runner.launching = lambda: bench.sleep(0.029)
+    bench.step(job(name, tokens, first_block=first_block), computes=False)
+    while name not in {outcome.request_id for outcome in bench.ended}:
+        bench.device.elapsed_ms = max(29.0, bench.runner.chunks[-1].tokens / 28.0)
+        bench.now += bench.device.elapsed_ms / 1000 - 0.029
+        bench.device.finish()
+        bench.step(computes=False)
+    return [chunk.tokens for chunk in bench.runner.chunks[before:]]
+
+
+def test_chunks_do_not_get_shorter_than_their_launch_is_worth() -> None:
+    """A chunk of 256 tokens takes as long as one of 800: chunks grow until it is the device that takes the time."""
+    bench = Bench(base=1024, most=8192)
+    bench.target_ms = 27.5
+    bench.step()
+    lengths = host_bound(bench, "cold", 7000, 500)
+    assert lengths[0] == 256
+    assert lengths[:6] == sorted(lengths[:6])
+    assert min(lengths[6:-1]) >= 700
+    assert len(lengths) <= 13
+    bench.step()
+    assert len(host_bound(bench, "next", 7000, 1000)) <= 10
+    assert max(lengths) / 28.0 <= 1.3 * 29.0, "nor longer than a step or a launch may be"
+
+
+def test_the_little_that_is_left_of_a_prompt_says_nothing_of_the_next_one() -> None:
+    bench = Bench(base=1024, most=8192)
+    bench.target_ms = 27.5
+    bench.step()
+    host_bound(bench, "cold", 7000, 500)
+    bench.step()
+    host_bound(bench, "short", 40, 1000)
+    bench.step()
+    assert min(host_bound(bench, "next", 7000, 2000)[:-1]) >= 700
+
+
+def test_a_chunk_that_was_slow_once_is_not_believed_for_ever() -> None:
+    bench = Bench(base=1024, most=8192)
+    bench.target_ms = 27.5
+    bench.step()
+    host_bound(bench, "cold", 7000, 500)
+    bench.lane._pace._alone_took(800, 1.0, 0.029)
+    bench.step()
+    lengths = host_bound(bench, "next", 12000, 1000)
+    assert lengths[0] < 100
+    assert lengths[-2] >= 700
+
+
+def test_a_chunk_that_failed_says_nothing() -> None:
+    bench = Bench(base=400, most=4000)
+    bench.target_ms = 20.0
+    bench.step()
+    bench.runner.fails = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    bench.device.elapsed_ms = 1000.0
+    bench.step(job("fails", 300), computes=False)
+    bench.runner.fails = None
+    bench.device.finish()
+    bench.step(computes=False)
+    bench.device.elapsed_ms = 30.0
+    assert alone(bench)[0] == 256
+
+
 def test_a_chunk_that_a_step_came_beside_says_nothing_of_the_whole_device() -> None:
     bench = Bench(base=400, most=4000)
     bench.target_ms = 20.0

@@ -1,6 +1,7 @@
 """The thread that launches in slices: what runs when, what is swapped, and how failures come back."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -41,6 +42,7 @@ class Bench:
     def parts(self, count: int, fails: Exception | None = None) -> None:
         self.box.value = "theirs"
         for part in range(count):
+            time.sleep(0.001)
             self.log.append(f"part {part} with {self.box.value}")
             self.now += 1.0
             self.relay.pause()
@@ -121,9 +123,11 @@ def test_one_piece_of_work_at_a_time(bench: Bench) -> None:
 
 
 def test_a_pause_outside_of_the_thread_does_nothing(bench: Bench) -> None:
-    bench.relay.pause()
+    bench.relay.begin(lambda: bench.parts(3))
+    assert not bench.relay.go_on(1.0)
     bench.parts(2)
-    assert len(bench.log) == 2
+    assert len(bench.log) == 3, "the caller is not stopped, though the slice is over"
+    assert bench.relay.go_on()
 
 
 def test_a_thread_that_cannot_be_prepared_is_said_at_once() -> None:
@@ -134,3 +138,28 @@ def test_a_thread_that_cannot_be_prepared_is_said_at_once() -> None:
 
     with pytest.raises(RuntimeError, match="no such device"):
         Relay(Box(), within)
+
+
+def test_an_interrupt_while_a_slice_runs_is_raised_when_the_other_thread_stands_still(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ctrl-C in a notebook: never do both threads run, and what the work has set is not left to the caller."""
+    acquire, calls = bench.relay._back.acquire, []
+
+    def interrupted() -> bool:
+        calls.append(bench.log[:])
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return acquire()
+
+    monkeypatch.setattr(bench.relay._back, "acquire", interrupted)
+    bench.relay.begin(lambda: bench.parts(50))
+    with pytest.raises(KeyboardInterrupt):
+        bench.relay.go_on()
+    seen = len(bench.log)
+    assert (bench.box.value, bench.relay.busy) == ("mine", True)
+    assert seen < 50
+    time.sleep(0.05)
+    assert len(bench.log) == seen, "it stands still"
+    assert bench.relay.go_on()
+    assert len(bench.log) == 50

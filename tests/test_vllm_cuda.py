@@ -195,10 +195,22 @@ def test_a_chunk_that_fails_leaves_nothing_staged(process: Any) -> None:
 
 @pytest.mark.parametrize(("tokens", "spans"), [(1024, [1024, 16]), (4095, [4094, 1])])
 def test_warm_up_computes_both_kinds_of_chunk_into_the_block_of_nobody(
-    process: Any, tokens: int, spans: list[int]
+    process: Any, monkeypatch: pytest.MonkeyPatch, tokens: int, spans: list[int]
 ) -> None:
     _, runner, second = lane_runner()
+    streams: list[list[str]] = [[]]
+    second.layers = lambda: streams[-1].append(current[-1])
+    current = ["none"]
+
+    @contextmanager
+    def on(stream: str) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
     runner.warm_up(tokens)
+    assert streams == [["stream", "stream"]], "on the stream of the caller, whose memory is looked at"
     runs = [entry[1] for entry in second.log if entry[0] == "run"]
     assert [run.total_num_scheduled_tokens for run in runs] == spans
     (new,) = runs[0].scheduled_new_reqs

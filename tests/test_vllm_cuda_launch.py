@@ -1,17 +1,19 @@
 """A launch that pauses between layers, with vLLM's own hook around attention and its own forward context, without a GPU."""
 
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm import forward_context
 from vllm.distributed.kv_transfer import get_kv_transfer_group, kv_transfer_state
 from vllm.model_executor.layers.attention import attention as attention_module
 from vllm.model_executor.layers.attention.kv_transfer_utils import maybe_transfer_kv_layer
 
 from vllm_agentserve.lanes.relay import Relay
-from vllm_agentserve.vllm_compat.cuda_launch import ForwardState, LayerHook, connector_instead
+from vllm_agentserve.vllm_compat.cuda_launch import ForwardState, LayerHook, connector_instead, launching_thread
 
 
 class Pass:
@@ -100,3 +102,18 @@ def test_the_hook_has_no_scheduler() -> None:
     hook = LayerHook(lambda: None)
     with pytest.raises(NotImplementedError):
         hook.get_num_new_matched_tokens(None, 0)
+
+
+def test_the_thread_that_launches_has_the_device_and_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps both per thread, and vLLM decorates what it calls itself only."""
+    chosen: list[tuple[str, int]] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append((device, threading.get_ident())))
+    seen: list[tuple[bool, int]] = []
+    relay = Relay(ForwardState(), lambda: launching_thread("cuda:1"))
+    relay.begin(lambda: seen.append((torch.is_inference_mode_enabled(), threading.get_ident())))
+    assert relay.go_on()
+    ((inference, thread),) = seen
+    assert inference
+    assert chosen == [("cuda:1", thread)]
+    assert thread != threading.get_ident()
+    relay.close()

@@ -10,6 +10,16 @@ from vllm_agentserve.policy.jobs import Chunk
 
 FATAL = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]")
 """Exceptions with these words say that the context is lost."""
+ALIVE = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_INVALID_VALUE",
+    "CUBLAS_STATUS_NOT_SUPPORTED",
+    "invalid configuration argument",
+    "invalid argument",
+    "too many resources requested for launch",
+)
+"""But for these, with which a call was refused before anything ran."""
 
 
 class Cuda(Protocol):
@@ -69,6 +79,8 @@ class Flight:
         """When the last slice of the launch ended."""
         self.complete = False
         """Whether all of it is launched."""
+        self.full = True
+        """Whether it is long enough to tell a rate, and not the little that is left of a prompt."""
         self.joined = False
         """Whether a decode step came beside it."""
         self._cuda = cuda
@@ -121,9 +133,9 @@ class Flight:
 
 
 def is_fatal(failure: BaseException) -> bool:
-    """Whether the CUDA context is lost: every later call would fail too. Out of memory is not that."""
+    """Whether the CUDA context is lost: every later call would fail too. Out of memory is not that, nor is one bad launch."""
     text = str(failure)
-    if "out of memory" in text:
+    if any(sign in text for sign in ALIVE):
         return False
     return type(failure).__name__ == "AcceleratorError" or any(sign in text for sign in FATAL)
 

@@ -8,6 +8,10 @@ from vllm_agentserve.policy.slots import chunk_alone
 
 RECENT = 4
 """Chunks on the whole device whose slowest rate counts: the next one may continue a longer context."""
+HOST_BOUND = 1.1
+"""A chunk that took less than so many times its launch may have waited for the host kernel by kernel: it tells no rate."""
+GROWTH = 1.25
+"""After such a chunk the rate is taken for so much higher, until a chunk is long enough to tell."""
 
 
 class Pace:
@@ -17,7 +21,8 @@ class Pace:
     host sees that the chunk has ended. So it holds what a chunk waits for between two steps, as prompts do. Only chunks
     launched beside a decode step count.
 
-    The rate on the whole device is the device's own time for a chunk; chunks that a decode step came beside do not count.
+    The rate on the whole device is the device's own time for a chunk. Chunks that a decode step came beside do not count, nor
+    the little that is left of a prompt.
 
     Args:
         base: tokens of a chunk on the smallest prefill slot.
@@ -30,6 +35,11 @@ class Pace:
         self._last_stream = -inf
         """When a stream was last known to exist."""
         self._alone: deque[float] = deque(maxlen=RECENT)
+        """Tokens per second on the whole device."""
+        self._guess: float | None = None
+        """What that is taken for while no chunk has told it."""
+        self._launch_ms = 0.0
+        """Of the last chunk on the whole device."""
         self._open: tuple[int, float, float] | None = None
         """Tokens of the last chunk, when it was launched and when it was seen to have ended, until the next one is launched."""
         self.tokens, self.seconds = 0, 0.0
@@ -41,8 +51,9 @@ class Pace:
 
     def tokens_alone(self, longest: int, now: float) -> int:
         """Tokens of a chunk on the whole device, see `policy.slots.chunk_alone`."""
-        rate = min(self._alone, default=None)
-        return chunk_alone(self._base, longest, rate, self.target_ms, now - self._last_stream)
+        rate = min(self._alone, default=self._guess)
+        quiet_s = now - self._last_stream
+        return chunk_alone(self._base, longest, rate, self.target_ms, quiet_s, self._launch_ms)
 
     def launching(self, now: float) -> None:
         """The next chunk is about to be launched."""
@@ -62,8 +73,23 @@ class Pace:
             self._open = tokens, flight.launched, now
             self.launches += 1
             self.launch_s += flight.launch_s
-        elif not flight.joined and (seconds := flight.seconds()) > 0.0:
-            self._alone.append(tokens / seconds)
+        elif not flight.joined and flight.full and (seconds := flight.seconds()) > 0.0:
+            self._alone_took(tokens, seconds, flight.launch_s)
+
+    def _alone_took(self, tokens: int, seconds: float, launch_s: float) -> None:
+        self._launch_ms = 1000.0 * launch_s
+        rate = tokens / seconds
+        if seconds > HOST_BOUND * launch_s:
+            self._alone.append(rate)
+            self._guess = None
+            return
+        rate = max(rate, self._guess or 0.0)
+        if self._alone:
+            # What made the chunk so short is no rate of the device, or it would have taken longer.
+            slowest = min(self._alone)
+            self._alone.remove(slowest)
+            rate = max(rate, slowest)
+        self._guess = GROWTH * rate
 
     def _close(self, end: float) -> None:
         if self._open is not None:

@@ -81,11 +81,25 @@ class Relay:
             self._shared.put(self._state)
         self._until = self._clock() + seconds
         self._go.release()
-        self._back.acquire()
+        interrupt = self._wait()
         self._state = self._shared.take()
         self._shared.put(mine)
+        if interrupt is not None:
+            raise interrupt
         self._raise()
         return self._work is None
+
+    def _wait(self) -> BaseException | None:
+        """Waits until the other thread stands still; returns what would have interrupted that, as Ctrl-C: never do both run."""
+        interrupt: BaseException | None = None
+        while True:
+            try:
+                self._back.acquire()
+            except BaseException as raised:
+                # The slice ends at its next pause.
+                interrupt, self._until = raised, -inf
+            else:
+                return interrupt
 
     def pause(self) -> None:
         """Called by the work: stands still here if its slice is over. Does nothing in another thread."""

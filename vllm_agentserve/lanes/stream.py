@@ -22,13 +22,17 @@ LAUNCH_SLICE_S = 0.004
 """A launch goes on for about so long after each decode step, which the next step waits for."""
 WATCHDOG_S = 60.0
 """A chunk that is not through so long after the end of its launch hangs."""
+LOST = (
+    "The prefill lane shares the device and the KV cache with the decode steps, so nothing computed after this could be trusted: "
+    "restart the server, with mode 'time-sliced' if it happens again"
+)
 GLANCE_S = 0.0002
 """Time between two looks at an event while there is nothing else to do."""
 
 
 class StreamLane:
     """One chunk is under way at a time, which bounds how long a cancelled job holds its blocks. While steps decode, its launch is
-    cut into slices between them, see `lanes/relay.py`.
+    cut into slices between them (`lanes/relay.py`).
 
     A step of the worker runs inside `step`, on the stream of the slot while both lanes have work and else on the stream vLLM
     chose. Nothing of the lane is made or given back inside one.
@@ -66,8 +70,7 @@ class StreamLane:
         self._most = most
         self._cuda = cuda
         self._watchdog_s = watchdog_s
-        self._clock = clock
-        self._sleep = sleep
+        self._clock, self._sleep = clock, sleep
         self._queue = ChunkQueue()
         self._held: dict[str, None] = {}
         self._fresh: list[str] = []
@@ -75,17 +78,16 @@ class StreamLane:
         self._inputs: dict[str, Any] = {}
         """By job not begun: the event after which what it reads is written."""
         self._flight: Flight | None = None
-        self._outcomes: list[Outcome] = []
         self._begin: Callable[[Any], None] | None = None
+        self._outcomes: list[Outcome] = []
         self._computes, self._asked = False, 0
         self._steps = StepStreams(cuda, ladder)
-        self._said_slots = False
         self._pace = Pace(base)
         self.memory: dict[str, int] = {}
         """Bytes by stream that warm-up was seen to take."""
         self.warmed_up: Callable[[int, int], None] = lambda reserved, step: None
         """See `LaneParts.warmed_up`."""
-        self._open = True
+        self._said_slots, self._open = False, True
         self._why: str | None = None  # it was ended
 
     @classmethod
@@ -208,6 +210,7 @@ class StreamLane:
         chunk, now = self._queue.take(tokens), self._clock()
         self._pace.launching(now)
         flight = Flight(chunk, self._cuda, self._computes, now)
+        flight.full = chunk.tokens >= min(tokens, self._base // 2)
         flight.begin(self._runner, stream, self._inputs.pop(chunk.job.request_id) if chunk.first else None)
         return flight
 
@@ -273,10 +276,7 @@ class StreamLane:
 
     def _lost(self, why: str) -> LaneError:
         self._open = False
-        return LaneError(
-            f"{why}. The prefill lane shares the device and the KV cache with the decode steps, so nothing computed after "
-            "this could be trusted: restart the server, with mode 'time-sliced' if it happens again"
-        )
+        return LaneError(f"{why}. {LOST}")
 
     def close(self) -> None:
         """Waits for the chunk under way and for everything else on the device, then gives back streams, contexts and graphs. Does

@@ -199,9 +199,12 @@ QUIET_S = 10.0
 """No stream for so long: the next one is not expected within a chunk."""
 
 
-def chunk_alone(base: int, longest: int, tokens_per_s: float | None, target_ms: float, quiet_s: float) -> int:
+def chunk_alone(
+    base: int, longest: int, tokens_per_s: float | None, target_ms: float, quiet_s: float, launch_ms: float = 0.0
+) -> int:
     """Tokens of a chunk on the whole device, which no decode step uses just now. A stream that begins meanwhile shares the device
-    with the chunk until its end, so the chunk takes no longer than a step may.
+    with the chunk until its end, so the chunk takes no longer than a step may, or than its launch takes the host: a shorter one
+    would take as long.
 
     Args:
         base: tokens of a chunk on the smallest prefill slot.
@@ -209,6 +212,7 @@ def chunk_alone(base: int, longest: int, tokens_per_s: float | None, target_ms: 
         tokens_per_s: what the lane computes on the whole device; None before it has.
         target_ms: of a step; not above 0 while it is not known.
         quiet_s: time since a stream was last there.
+        launch_ms: of the host, for a chunk of any length.
 
     Returns:
         Tokens, in multiples of 64 but for `longest`; 64 at least.
@@ -217,4 +221,4 @@ def chunk_alone(base: int, longest: int, tokens_per_s: float | None, target_ms: 
         return longest
     if tokens_per_s is None or not 0.0 < target_ms < inf:
         return min(base, FIRST_ALONE, longest)
-    return min(max(int(tokens_per_s * target_ms / 1000.0) // 64 * 64, 64), longest)
+    return min(max(int(tokens_per_s * max(target_ms, launch_ms) / 1000.0) // 64 * 64, 64), longest)
