@@ -167,7 +167,9 @@ def test_drain_ends_a_launch_that_is_half_done() -> None:
         bench.device.finish()
 
     bench.lane._sleep = sleep
+    before = bench.now
     assert bench.worker.drain() == {"a"}
+    assert bench.now - before <= 6 * LAYER_S + 0.001, "it launches the rest before it waits"
     assert bench.device.wrong == []
 
 

@@ -197,14 +197,14 @@ class LaneWorker:
             for request_id in lane.jobs():
                 self._cancel(lane, request_id)
         while lane is not None and lane.busy:
+            lane.begin_step(False, 0)
+            lane.launch()
             ended |= self._results(lane.poll(DRAIN_PATIENCE_S)).finished_recving or set()
             if time.monotonic() > deadline:
                 if ending:
                     break
                 lane.end(f"it has not let go of its jobs within {DRAIN_LIMIT_S:g} s")
                 deadline, ending = time.monotonic() + DRAIN_LIMIT_S, True
-            lane.begin_step(False, 0)
-            lane.launch()
         return ended | (self._results([]).finished_recving or set())
 
     def report(self) -> LaneReport | None:
