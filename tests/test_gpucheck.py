@@ -33,7 +33,7 @@ def test_a_part_leaves_time_to_those_after_it(left_s: float, later: list[float],
 
 
 def test_the_default_budget_has_room_for_every_part() -> None:
-    assert sum(part.span.least_s for part in command.PARTS.values()) < command.BUDGET_S < 480
+    assert sum(part.span.least_s for part in command.PARTS.values()) < command.BUDGET_S < 540
 
 
 # Judgement
@@ -140,12 +140,21 @@ def scenario(tokens: list[int], **gained: int) -> dict[str, Any]:
         ({"raise": scenario([1, 7], lane_failed_requests=1)}, ["raise: 4 of 4 have other tokens"]),
         ({"raise": scenario([1, 2])}, ["no chunk raised in the lane"]),
         ({"plain": scenario([1, 2])}, ["no prompt went to the lane"]),
+        (
+            {name: scenario([1, 2], lane_requests=2, lane_failed_requests=2) for name in ("plain", "after")},
+            [f"{name}: the lane failed on 2 prompts, and nothing was planted" for name in ("plain", "after")],
+        ),
     ],
 )
 def test_faults_are_judged(changes: dict[str, Any], problems: list[str]) -> None:
-    good = scenario([1, 2], lane_requests=2, lane_failed_requests=1)
+    good = scenario([1, 2], lane_requests=2)
     found = {
-        "scenarios": {name: good for name in ("plain", "abort", "raise")} | changes,
+        "scenarios": {
+            "plain": good,
+            "abort": good,
+            "raise": scenario([1, 2], lane_requests=2, lane_failed_requests=1),
+        }
+        | changes,
         "aborted": ["cold-0"],
         "spoilt": 1,
     }
@@ -153,9 +162,9 @@ def test_faults_are_judged(changes: dict[str, Any], problems: list[str]) -> None
 
 
 def test_an_aborted_request_may_have_no_answer() -> None:
-    good = scenario([1, 2], lane_requests=2, lane_failed_requests=1)
+    good, failed = scenario([1, 2], lane_requests=2), scenario([1, 2], lane_requests=2, lane_failed_requests=1)
     short = {"answers": {name: one for name, one in good["answers"].items() if name != "cold-0"}, "gained": {}}
-    found = {"scenarios": {"plain": good, "abort": short, "raise": good}, "aborted": ["cold-0"], "spoilt": 1}
+    found = {"scenarios": {"plain": good, "abort": short, "raise": failed}, "aborted": ["cold-0"], "spoilt": 1}
     assert faults.judge(from_json(good["answers"]), found) == []
     assert faults.judge(from_json(good["answers"]), found | {"aborted": []}) != []
 

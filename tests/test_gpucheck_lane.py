@@ -294,9 +294,9 @@ def test_a_lane_is_retired_after_failures_in_a_row(
 
 
 def test_in_bfloat16_faults_are_judged_up_to_ties() -> None:
-    good = scenario(lane_requests=2, lane_failed_requests=1)
+    good, failed = scenario(lane_requests=2), scenario(lane_requests=2, lane_failed_requests=1)
     other = {"answers": to_json({job.name: answer([1, 99], margin=1.01) for job in beside_jobs()}), "gained": {}}
-    found = {"scenarios": {"plain": good, "raise": good, "retired": other}, "aborted": ["cold-0"], "spoilt": 1}
+    found = {"scenarios": {"plain": good, "raise": failed, "retired": other}, "aborted": ["cold-0"], "spoilt": 1}
     reference = from_json(scenario()["answers"])
     tied = Comparison(4, 3, 0.05, [Difference("cold-0", 3, 0.02)])
     assert faults.judge(reference, found) == ["retired: 4 of 4 have other tokens"]

@@ -47,7 +47,7 @@ def replay(options: Mapping[str, Any]) -> dict[str, Any]:
     workload = replace(CODING, stagger_s=options["stagger_s"])
     sessions = draw_sessions(workload, Shape(**options["shape"]), options["seed"])
     ClosedLoop(llm.llm_engine, warm_up_of(sessions, str(options["seed"]))).run()
-    before = counters(llm)
+    before = counters()
     if log is not None:
         log.clear()
     loop = ClosedLoop(llm.llm_engine, sessions, setting.arm, options["round"])
@@ -56,7 +56,7 @@ def replay(options: Mapping[str, Any]) -> dict[str, Any]:
         "records": msgspec.to_builtins(records),
         "seconds": loop.seconds,
         "start_s": started_s,
-        "counters": {name: value - before[name] for name, value in counters(llm).items()},
+        "counters": {name: value - before[name] for name, value in counters().items()},
         "lane": None
         if log is None
         else {"slots": log.slots, "chunks": by_place(log.launched()), "slices": slices(log.slices)},

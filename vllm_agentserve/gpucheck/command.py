@@ -1,6 +1,7 @@
 """The command line: which parts run, in which order, within which time; and the exit code."""
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -13,12 +14,12 @@ from pathlib import Path
 from vllm_agentserve.bench.server import has_nvidia_driver, serving_environment
 from vllm_agentserve.gpucheck import contest, environment, equality, faults, imports, probe, shares, summary
 from vllm_agentserve.gpucheck.archive import write_archive
-from vllm_agentserve.gpucheck.place import Finding, Place, child_environment
+from vllm_agentserve.gpucheck.place import Finding, Place, child_environment, told
 from vllm_agentserve.gpucheck.schedule import Span, allowance
 from vllm_agentserve.gpucheck.summary import Done
 
-BUDGET_S = 470.0
-
+BUDGET_S = 500.0
+"""The least of all parts, and a little more."""
 
 CPU_LEAST = 0.4
 """Of the least times, without a GPU: what is kept for later parts, in a check that only tests itself."""
@@ -90,13 +91,28 @@ def check(place: Place, names: Sequence[str], budget_s: float, command: str) -> 
             except Exception as error:
                 trace = traceback.format_exc().splitlines()
                 finding = Finding("failed", f"{type(error).__name__}: {error}", ["```", *trace, "```"])
+        finding = told(finding, place.forget_crashes())
         done.append(Done(name, part.title, finding, time.monotonic() - began, left_out=allowed is None))
-        summary.write(place.folder, done, command)
-        write_archive(place.folder)
+        keep(place.folder, done, command)
         print(f"{part.title}: {finding.status}: {finding.line} ({done[-1].seconds:.0f} s)", flush=True)
         if ended or (part.needed and finding.status == "failed"):
             break
     return done
+
+
+def keep(folder: Path, done: list[Done], command: str) -> None:
+    """Writes summary and archive. What cannot be written, since the disk is full, does not end the check: the last of `done`
+    says so, as soon as a summary can be written again."""
+    try:
+        summary.write(folder, done, command)
+        write_archive(folder)
+    except OSError as error:
+        finding = done[-1].finding
+        line = f"{finding.line}; its results could not be written: {error}"
+        done[-1] = replace(done[-1], finding=replace(finding, line=line), unwritten=True)
+        print(f"results could not be written: {error}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            summary.write(folder, done, command)
 
 
 def exit_code(done: Sequence[Done]) -> int:
@@ -104,14 +120,16 @@ def exit_code(done: Sequence[Done]) -> int:
     failed = [one.name for one in done if one.finding.status == "failed"]
     if any(PARTS[name].needed for name in failed):
         return NO_IMPORT
-    if failed:
+    # What is written after a part holds all that was there before.
+    if failed or (done and done[-1].unwritten):
         return FAILED
     return NO_TIME if any(one.left_out or one.finding.status == "ran out of time" for one in done) else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0 when all parts that apply here came to their end and none failed, 1 when one failed, 2 for wrong
-    arguments, 3 when an import failed, 4 when nothing failed but the time did not suffice for all."""
+    """The exit code: 0 when all parts that apply here came to their end and none failed, 1 when one failed or the
+    results could not be written, 2 for wrong arguments, 3 when an import failed, 4 when nothing failed but the time did not
+    suffice for all."""
     parser = argparse.ArgumentParser(
         prog="python -m vllm_agentserve.gpucheck", description="Shows what of vllm_agentserve holds on this machine."
     )

@@ -1,7 +1,8 @@
 """Lanes, stock vLLM, time-sliced, and stream priorities in place of green contexts, serving the same agents round by round."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,10 +11,10 @@ import msgspec
 from vllm_agentserve.bench.drawing import Shape
 from vllm_agentserve.bench.measure import RoundFigures, pool, round_figures
 from vllm_agentserve.bench.records import Record
-from vllm_agentserve.gpucheck.engines import PRIORITY, TOY, Setting, kv_cache_blocks, kv_cache_bytes, shape_for
+from vllm_agentserve.gpucheck.engines import PRIORITY, TOY, Setting, kv_cache_blocks, kv_cache_bytes, shape_for, unused
 from vllm_agentserve.gpucheck.engines import Shape as EngineShape
-from vllm_agentserve.gpucheck.environment import free_gib
-from vllm_agentserve.gpucheck.gaps import cell, figures, gaps_of
+from vllm_agentserve.gpucheck.environment import UNKNOWN, free_gib
+from vllm_agentserve.gpucheck.gaps import cell, figures, gaps_of, mean_of
 from vllm_agentserve.gpucheck.place import PACKAGE, Ended, Finding, Place
 
 ARMS = ("lanes", "stock", "time-sliced", PRIORITY)
@@ -51,8 +52,14 @@ class Arm:
 
     records: list[list[Record]] = field(default_factory=list)
     rounds: list[RoundFigures] = field(default_factory=list)
-    counters: list[Mapping[str, int]] = field(default_factory=list)
+    counters: list[Mapping[str, float]] = field(default_factory=list)
     engines: list[Mapping[str, Any]] = field(default_factory=list)
+
+    def over(self, numbers: Collection[int]) -> "Arm":
+        """The same, of these rounds only."""
+        kept = [index for index, one in enumerate(self.rounds) if one.round in numbers]
+        columns = (self.records, self.rounds, self.counters, self.engines)
+        return Arm(*([column[index] for index in kept] for column in columns))  # type: ignore[arg-type]
 
     def add(self, number: int, result: Mapping[str, Any]) -> None:
         """Takes in what `agents.replay` returned for this round."""
@@ -68,8 +75,7 @@ def figures_of(arm: Arm, stock: Arm | None) -> dict[str, Any]:
     sessions = [session for one in arm.rounds for session in one.sessions]
     column: dict[str, Any] = dict(figures(gaps_of(arm.records), None if stock is None else gaps_of(stock.records)))
     for row, name in {"cold prompts": "ttft_cold", "resumed turns": "ttft_resume"}.items():
-        values = pool(sessions, name)
-        column[f"TTFT of {row}, mean"] = {"n": len(values), "ms": float(values.mean()) if len(values) else None}
+        column[f"TTFT of {row}, mean"] = mean_of(pool(sessions, name))
     column["session from first request to last token, mean (s)"] = statistics.fmean(one.seconds for one in sessions)
     column["generated tokens per second, median of rounds"] = statistics.median(one.tokens_per_s for one in arm.rounds)
     column["rounds"] = len(arm.rounds)
@@ -92,7 +98,7 @@ def counter_table(arms: Mapping[str, Arm]) -> list[str]:
     ours = {name: arm for name, arm in arms.items() if any(arm.counters)}
     lines = ["| counter | " + " | ".join(ours) + " |", "|---|" + "---:|" * len(ours)]
     for counter in SHOWN:
-        sums = [sum(one.get(counter, 0) for one in arm.counters) for arm in ours.values()]
+        sums = [totals(arm)[counter] for arm in ours.values()]
         lines.append(f"| `{counter}` | " + " | ".join(str(total) for total in sums) + " |")
     return lines if ours else []
 
@@ -153,7 +159,10 @@ def kv_cache(place: Place, model: EngineShape) -> dict[str, Any]:
 
 
 def setting(place: Place, arm: str) -> Setting:
+    """Raises `ValueError` on a GPU of which it is not known how much memory is free: the toy would say nothing there."""
     free = free_gib(place)
+    if free is None and place.device == "cuda":
+        raise ValueError(UNKNOWN)
     model = shape_for(free)
     engine = {"max_model_len": 24576, "max_num_seqs": 32, "max_num_batched_tokens": 8192, **kv_cache(place, model)}
     options = {"lane_min_tokens": 128} if place.small else {}
@@ -179,6 +188,8 @@ def replay(place: Place, name: str, number: int, limit_s: float | None) -> Ended
 
 def run(place: Place) -> Finding:
     """The part: one round as far as the time goes, and more for as long as the next whole one fits."""
+    if place.device == "cuda" and free_gib(place) is None:
+        return Finding("not run", UNKNOWN)
     names = [name for name in ARMS if name != PRIORITY or place.device == "cuda"]
     arms = {name: Arm() for name in names}
     failed: dict[str, Ended] = {}
@@ -211,13 +222,14 @@ def finding(place: Place, arms: Mapping[str, Arm], ended: Mapping[str, Ended]) -
         arms: those with a round.
         ended: those of which a process gave no result.
     """
-    columns = {name: figures_of(arm, arms.get("stock")) for name, arm in arms.items()}
+    same = compared(arms)
+    columns = {name: figures_of(arm, same.get("stock")) for name, arm in same.items()}
     model = setting(place, "stock").model
     weights = "real random weights" if model == TOY.name else "vLLM's dummy weights"
     shape = shape_of(place.small)
     work = f"{shape.agents} agents, {shape.sessions} sessions each, lengths times {shape.scale:g}"
     page = [f"Model `{model}` ({weights}), bfloat16; workload as `coding`: {work}.", ""]
-    for lines in (table(columns) if columns else [], engine_table(arms), chunk_table(arms), counter_table(arms)):
+    for lines in (table(columns) if columns else [], engine_table(arms), chunk_table(arms), counter_table(same)):
         page += [*lines, ""] if lines else []
     if place.device == "cpu":
         page += [f"`{PRIORITY}`: not run: no CUDA device.", ""]
@@ -234,15 +246,31 @@ def finding(place: Place, arms: Mapping[str, Arm], ended: Mapping[str, Ended]) -
     row = HEADLINE if "stock" in arms else WITHOUT_STOCK
     shown = ", ".join(f"{name} {cell(column[row])}" for name, column in columns.items())
     rounds = ", ".join(f"{name} {len(arm.rounds)}" for name, arm in arms.items())
+    if any(len(same[name].rounds) < len(arm.rounds) for name, arm in arms.items()):
+        rounds += f"; compared over those that all have: {min(len(arm.rounds) for arm in same.values())}"
     line = f"{row}: {shown}; rounds: {rounds}" if columns else "no arm came to its end"
     if failed:
         return Finding("failed", f"{', '.join(failed)} did not finish; {line}", page, figures)
     for name in ("lanes", PRIORITY):
-        if name in arms and not any(one.get("lane_requests") for one in arms[name].counters):
-            return Finding("failed", f"{name}: no prompt went to the lane; {line}", page, figures)
+        if name in arms and (why := unused(totals(arms[name]))) is not None:
+            return Finding("failed", f"{name}: {why}; {line}", page, figures)
     if late := [name for name in late if name not in arms]:
         return Finding("ran out of time", f"no time for {', '.join(late)}; {line}", page, figures)
     return Finding("ok", line, page, figures)
+
+
+def compared(arms: Mapping[str, Arm]) -> dict[str, Arm]:
+    """The arms over the rounds that all of them have: other rounds have other requests, and more rounds have more gaps."""
+    common = set.intersection(*({one.round for one in arm.rounds} for arm in arms.values())) if arms else set()
+    return {name: arm.over(common) for name, arm in arms.items()} if common else dict(arms)
+
+
+def totals(arm: Arm) -> Counter[str]:
+    """Its counters, summed over rounds."""
+    found: Counter[str] = Counter()
+    for one in arm.counters:
+        found.update(one)
+    return found
 
 
 def failures(arms: Mapping[str, Arm], ended: Mapping[str, Ended]) -> tuple[list[str], list[str]]:

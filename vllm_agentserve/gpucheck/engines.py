@@ -170,12 +170,26 @@ def make_engine(setting: Setting) -> Any:
     return LLM(str(model), **engine_arguments(setting))
 
 
-def counters(llm: Any) -> dict[str, int]:
-    """Our counters so far (`scheduler.stats.COUNTERS`); empty for stock. Complete once no request runs."""
-    from vllm.v1.metrics.reader import Counter
+def counters() -> dict[str, float]:
+    """Our counters so far (`scheduler.stats.COUNTERS`) of the engine in this process; empty for stock. Complete once no request
+    runs. Read where vLLM's own reader finds them, since that one cuts off all behind the point, of seconds too."""
+    from prometheus_client import REGISTRY
 
-    return {
-        metric.name.removeprefix(SERIES): metric.value
-        for metric in llm.get_metrics()
-        if isinstance(metric, Counter) and metric.name.startswith(SERIES)
-    }
+    values: dict[str, float] = {}
+    for metric in REGISTRY.collect():
+        if metric.type == "counter" and metric.name.startswith(SERIES):
+            for sample in metric.samples:
+                if sample.name == f"{metric.name}_total":
+                    value = int(sample.value) if sample.value.is_integer() else sample.value
+                    values[metric.name.removeprefix(SERIES)] = value
+    return values
+
+
+def unused(counts: Mapping[str, float]) -> str | None:
+    """Why an arm with a lane says nothing about lanes: no prompt went there, or the lane failed on some, which steps then
+    computed; None when the lane did its work."""
+    if not counts.get("lane_requests"):
+        return "no prompt went to the lane"
+    if failed := counts.get("lane_failed_requests"):
+        return f"the lane failed on {failed:.0f} of {counts['lane_requests']:.0f} prompts"
+    return None

@@ -32,6 +32,8 @@ SMI_FIELDS = {
     "mig": "mig.mode.current",
 }
 """What is asked of nvidia-smi, by the name it has in the results."""
+SMI_S = 20.0
+UNKNOWN = "how much memory the GPU has free is not known, since the part `environment` did not come to its end"
 
 
 def read_smi(line: str) -> dict[str, str]:
@@ -44,17 +46,26 @@ def read_smi(line: str) -> dict[str, str]:
     return dict(zip(SMI_FIELDS, values, strict=True))
 
 
-def ask_smi() -> dict[str, str] | None:
-    """The first GPU through nvidia-smi; None without it, or when it knows none."""
+def ask_smi(gpu: str = "0") -> dict[str, str] | None:
+    """A GPU through nvidia-smi, by its UUID or its number there. None without nvidia-smi, when it knows no such GPU, or when
+    it does not answer: with many GPUs and no persistence mode it can take long."""
     if shutil.which("nvidia-smi") is None:
         return None
-    query = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS.values())}", "--format=csv,noheader,nounits"]
-    done = subprocess.run(query, text=True, capture_output=True, check=False, timeout=20)
-    return read_smi(done.stdout.splitlines()[0]) if done.returncode == 0 and done.stdout.strip() else None
+    query = [
+        "nvidia-smi",
+        f"--id={gpu}",
+        f"--query-gpu={','.join(SMI_FIELDS.values())}",
+        "--format=csv,noheader,nounits",
+    ]
+    try:
+        done = subprocess.run(query, text=True, capture_output=True, check=False, timeout=SMI_S)
+        return read_smi(done.stdout.splitlines()[0]) if done.returncode == 0 and done.stdout.strip() else None
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return None
 
 
-def ask_nvml() -> dict[str, str] | None:
-    """The first GPU through NVML's Python library, which may be there where nvidia-smi is not; None without."""
+def ask_nvml(gpu: str) -> dict[str, str] | None:
+    """A GPU, by its UUID, through NVML's Python library, which may be there where nvidia-smi is not; None without."""
     try:
         import pynvml
 
@@ -62,22 +73,33 @@ def ask_nvml() -> dict[str, str] | None:
     except Exception:
         return None  # no library or no driver
     try:
-        gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
-        memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
-        name, driver = pynvml.nvmlDeviceGetName(gpu), pynvml.nvmlSystemGetDriverVersion()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(gpu)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        name, driver = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlSystemGetDriverVersion()
         return {
             "name": str(name),
             "driver": str(driver),
             "memory_total_mib": str(memory.total >> 20),
             "memory_free_mib": str(memory.free >> 20),
-            "sm_clock_mhz": str(pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM)),
-            "sm_clock_max_mhz": str(pynvml.nvmlDeviceGetMaxClockInfo(gpu, pynvml.NVML_CLOCK_SM)),
-            "memory_clock_mhz": str(pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM)),
-            "power_limit_w": str(pynvml.nvmlDeviceGetPowerManagementLimit(gpu) / 1000),
-            "temperature_c": str(pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU)),
+            "sm_clock_mhz": str(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)),
+            "sm_clock_max_mhz": str(pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)),
+            "memory_clock_mhz": str(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM)),
+            "power_limit_w": str(pynvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000),
+            "temperature_c": str(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
         }
+    except pynvml.NVMLError:
+        return None  # an instance of MIG, or a figure that this GPU does not give
     finally:
         pynvml.nvmlShutdown()
+
+
+def ask(uuid: object) -> dict[str, str] | None:
+    """The GPU with this UUID, as torch gives it; None where nobody knows it. With `CUDA_VISIBLE_DEVICES` torch's first GPU is
+    not the first of the machine."""
+    if uuid is None:
+        return None
+    name = f"GPU-{uuid}"
+    return ask_smi(name) or ask_nvml(name)
 
 
 def versions() -> dict[str, str | None]:
@@ -107,7 +129,7 @@ def collect(options: Mapping[str, Any]) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         free, total = torch.cuda.mem_get_info(0)
         facts["gpu"] = {
-            **(ask_smi() or ask_nvml() or {"name": properties.name}),
+            **(ask(getattr(properties, "uuid", None)) or {"name": properties.name}),
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
             "free_gib": round(free / 2**30, 1),

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from vllm_agentserve.gpucheck.compare import Comparison, compare, wrong
-from vllm_agentserve.gpucheck.engines import TOY, Setting, counters, make_engine
+from vllm_agentserve.gpucheck.engines import TOY, Setting, counters, make_engine, unused
 from vllm_agentserve.gpucheck.jobs import (
     Answers,
     Job,
@@ -78,7 +78,7 @@ def answer(options: Mapping[str, Any]) -> dict[str, Any]:
     llm = make_engine(given)
     answers = run_jobs(llm.llm_engine, jobs_of(given.dtype, options["small"]))
     answers |= run_jobs(llm.llm_engine, beside_jobs())
-    return {"answers": to_json(answers), "counters": counters(llm)}
+    return {"answers": to_json(answers), "counters": counters()}
 
 
 def name_of(dtype: str, arm: str) -> str:
@@ -153,8 +153,8 @@ def run(place: Place, dtype: str) -> Finding:
     judged = {} if control is None and dtype != "float32" else compared
     for arm, comparison in judged.items():
         why = wrong(comparison, control)
-        if why is None and arm == "lanes" and not figures[name_of(dtype, arm)]["counters"].get("lane_requests"):
-            why = "no prompt went to the lane"
+        if why is None and arm == "lanes":
+            why = unused(figures[name_of(dtype, arm)]["counters"])
         if why is not None:
             problems.append(f"{dtype} {arm}: {why}")
     page += errors_of(figures)

@@ -18,8 +18,8 @@ LEAST_TOKENS = 1000
 TRIES = 4
 """So often the jobs are run until three chunks have raised in a row: one run has two long prompts, and a lane that has failed may
 get none for a while."""
-IN_A_ROW, RETIRED = "in a row", "retired"
-"""Scenarios: the runs in which all long jobs fail, and the one after them, without a lane."""
+SPOILT, IN_A_ROW, RETIRED = "raise", "in a row", "retired"
+"""Scenarios: one chunk raises; the runs in which all long jobs fail; and the one after them, without a lane."""
 
 
 @dataclass
@@ -93,9 +93,9 @@ def scenarios(options: Mapping[str, Any]) -> dict[str, Any]:
 
     def scenario(name: str, before_step: Any = lambda step: None) -> None:
         llm.reset_prefix_cache()
-        before = counters(llm)
+        before = counters()
         answers = run_jobs(engine, beside_jobs(), f"{name}-", before_step)
-        gained = {key: value - before.get(key, 0) for key, value in counters(llm).items()}
+        gained = {key: value - before.get(key, 0) for key, value in counters().items()}
         results[name] = {"answers": to_json(answers), "gained": gained}
 
     aborted: list[str] = []
@@ -108,7 +108,7 @@ def scenarios(options: Mapping[str, Any]) -> dict[str, Any]:
     scenario("plain")
     scenario("abort", abort_once)
     spy.spoil = 1
-    scenario("raise")
+    scenario(SPOILT)
     scenario("after")
     found = {"scenarios": results, "aborted": aborted, "spoilt": 1 - spy.spoil, "in_a_row": None}
     if setting.device == "cpu":
@@ -146,9 +146,12 @@ def judge(reference: Answers, found: Mapping[str, Any], control: Comparison | No
     gained = {name: one["gained"] for name, one in found["scenarios"].items()}
     if not gained["plain"].get("lane_requests"):
         problems.append("no prompt went to the lane")
+    for name, one in gained.items():
+        if (failed := one.get("lane_failed_requests")) and name != SPOILT and not name.startswith(IN_A_ROW):
+            problems.append(f"{name}: the lane failed on {failed} prompts, and nothing was planted")
     if not found["aborted"]:
         problems.append("nothing was aborted, for the lane got no prompt")
-    if not found["spoilt"] or not gained["raise"].get("lane_failed_requests"):
+    if not found["spoilt"] or not gained[SPOILT].get("lane_failed_requests"):
         problems.append("no chunk raised in the lane")
     return problems
 

@@ -82,6 +82,7 @@ def main(function: str, result: str, limit_s: float, options: str, log: str, env
     """The child. Where CUDA was started before the fork it cannot be used, so a new interpreter takes over."""
     from vllm_agentserve.gpucheck import child
 
+    end_with_check()
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
@@ -99,6 +100,22 @@ def main(function: str, result: str, limit_s: float, options: str, log: str, env
         os.dup2(reading, 0)
         os.execve(sys.executable, [sys.executable, "-m", child.__name__, function, result, str(limit_s)], environment)
     child.work(function, Path(result), limit_s, json.loads(options))
+
+
+def end_with_check() -> None:
+    """This process ends with the one it was forked from, and that one with the check: it ends when nobody holds its pipe any
+    more, so this child must not hold it either."""
+    from vllm_agentserve.gpucheck import child
+
+    child.end_with_parent()
+    check = multiprocessing.parent_process()
+    if check is not None and not check.is_alive():
+        os._exit(1)  # it was killed before we asked
+    pipe = getattr(getattr(forkserver, "_forkserver", None), "_forkserver_alive_fd", None)
+    if pipe is not None:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, pipe, inheritable=False)
+        os.close(nothing)
 
 
 def try_cuda(options: Any) -> bool:

@@ -13,6 +13,8 @@ from vllm_agentserve.bench.records import Record
 
 LONG = 2.0
 """A gap of so many quiet steps is long: somebody's prompt got between two tokens."""
+SLOWED = 1.5
+"""A gap of so many quiet steps is one in which the launch of a chunk, in slices, kept a decode step waiting."""
 
 
 @dataclass
@@ -37,10 +39,10 @@ class Gaps:
         return np.concatenate([self.quiet, self.beside])
 
 
-def count(values: Values, step_ms: float) -> dict[str, Any]:
-    """How many take more than `LONG` times `step_ms`, and of how many; None where there are none, or no such step is known."""
+def count(values: Values, step_ms: float, times: float = LONG) -> dict[str, Any]:
+    """How many take more than `times` times `step_ms`, and of how many; None where there are none, or no such step is known."""
     known = math.isfinite(step_ms) and len(values) > 0
-    return {"n": len(values), "count": int((values > LONG * step_ms).sum()) if known else None}
+    return {"n": len(values), "count": int((values > times * step_ms).sum()) if known else None}
 
 
 def gaps_of(rounds: Sequence[Sequence[Record]]) -> Gaps:
@@ -62,6 +64,11 @@ def quantile_of(values: Values, q: float) -> dict[str, Any]:
     return {"n": len(values), "ms": quantile(values, q) if len(values) and len(values) >= needed(q) else None}
 
 
+def mean_of(values: Values) -> dict[str, Any]:
+    """The mean with the number of values; None of none."""
+    return {"n": len(values), "ms": float(values.mean()) if len(values) else None}
+
+
 def figures(gaps: Gaps, stock: Gaps | None) -> dict[str, dict[str, Any]]:
     """Rows of the table; every one with its `n`.
 
@@ -78,6 +85,8 @@ def figures(gaps: Gaps, stock: Gaps | None) -> dict[str, dict[str, Any]]:
     rows["gaps beside a prompt above twice stock's quiet step"] = count(gaps.beside, theirs)
     rows["all gaps above twice its own quiet step"] = count(gaps.all, gaps.quiet_step)
     rows["all gaps above twice stock's quiet step"] = count(gaps.all, theirs)
+    rows["all gaps above 1.5 times stock's quiet step"] = count(gaps.all, theirs, SLOWED)
+    rows["all gaps, mean"] = mean_of(gaps.all)
     return rows
 
 

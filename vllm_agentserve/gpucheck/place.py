@@ -1,9 +1,10 @@
 """Where a check runs and what it may take: the folder, the device, the clock, and child processes with a time limit."""
 
 import json
+import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +41,7 @@ class Ended:
     """A child process that ended: its result, or why there is none, with the last lines it wrote.
 
     Args:
-        seconds: it took so long.
+        seconds: it took so long, once it was started.
         out_of_time: whether the time of the part or of the check ended it, which says nothing of what it did.
         hung: whether it took longer than its own limit.
     """
@@ -55,6 +56,15 @@ class Ended:
     def status(self) -> Status:
         """Of a part that needs its result."""
         return "ok" if self.error is None else "ran out of time" if self.out_of_time else "failed"
+
+
+def told(finding: Finding, crashes: Sequence[str]) -> Finding:
+    """The finding with the crashes of this part in its line. Its status stays: a fork itself can be what crashes a library, and
+    the new interpreter, which is what users have, came through. But memory that is overwritten crashes only now and then too."""
+    if not crashes:
+        return finding
+    figures = {**finding.figures, "crashes": list(crashes)}
+    return replace(finding, line="; ".join([finding.line, *crashes]), figures=figures)
 
 
 def child_environment(base: Mapping[str, str], serving: Mapping[str, str]) -> dict[str, str]:
@@ -92,6 +102,7 @@ class Place:
         self.starter = Starter()
         self._ran: set[str] = set()
         self._out_of_time: set[str] = set()
+        self._crashes: list[str] = []
         for name in ("raw", "logs"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
 
@@ -113,36 +124,52 @@ class Place:
         """Whether the child called `name` has no result because the clock ended it, or there was no time to start it."""
         return name in self._out_of_time
 
+    def forget_crashes(self) -> list[str]:
+        """One sentence for each forked child since the last call that ended without its own doing and was run again."""
+        crashes, self._crashes = self._crashes, []
+        return crashes
+
     def run(self, name: str, function: str, options: Any, limit_s: float | None = None, fresh: bool = False) -> Ended:
         """Calls `function` ("package.module:function") with `options` in a process of its own.
 
         Its result goes to `raw/NAME.json`, what it writes to `logs/NAME.log`, and the archive is written anew. It ends after
-        `limit_s` seconds or when the part's time is up, with everything it started. `fresh`: it needs no vLLM.
+        `limit_s` seconds or when the part's time is up, with everything it started. Waiting for the process to be forked is no
+        part of `limit_s`. `fresh`: it needs no vLLM.
         """
         ended = self._run(name, function, options, limit_s, fresh)
         (self._out_of_time.add if ended.out_of_time else self._out_of_time.discard)(name)
-        write_archive(self.folder)
+        try:
+            write_archive(self.folder)
+        except OSError as error:
+            print(f"  the archive could not be written: {error}", file=sys.stderr, flush=True)
         print(f"  {name}: {ended.status} ({ended.seconds:.0f} s)", flush=True)
         return ended
 
     def _run(self, name: str, function: str, options: Any, limit_s: float | None, fresh: bool) -> Ended:
         result, log = self.folder / "raw" / f"{name}.json", self.folder / "logs" / f"{name}.log"
-        result.unlink(missing_ok=True)
+        for old in (result, log):
+            old.unlink(missing_ok=True)
         self._ran.add(name)
-        left = self.left_s()
-        limit = min(left, limit_s or float("inf"), 86_400.0)
+        own = min(limit_s or float("inf"), 86_400.0)
         out_of_time = hung = False
-        began = time.monotonic()
-        if left <= STACK_BEFORE_END_S:
+        if self.left_s() <= STACK_BEFORE_END_S:
             return Ended(None, "not started: the time of this part was used up", 0.0, out_of_time=True)
-        task = Task(function, result, limit, options, log, self.environment)
+        task = Task(function, result, min(self.left_s(), own), options, log, self.environment)
         child = self.starter.start(task, fresh)
+        # The process that forks may still have imported, and forks may have been tried: no time of this task.
+        began, left = time.monotonic(), max(self.left_s(), 0.0)
+        limit = min(left, own)
         try:
-            code = child.wait(max(limit - (time.monotonic() - began), 0.0))
+            code = child.wait(limit)
         finally:
             end_group(child)
-        if code is not None and code < 0 and self.starter.distrust(child):
-            log.replace(log.with_name(f"{name}-forked.log"))
+        if code and (code < 0 or not log.exists()) and self.starter.distrust(child):
+            how = f"by signal {-code}" if code < 0 else f"with exit code {code} before its task began"
+            crash = f"{name}: a forked process ended {how}, and its task was run again in a new interpreter"
+            if log.exists():
+                log.replace(log.with_name(f"{name}-forked.log"))
+                crash += f" (logs/{name}-forked.log)"
+            self._crashes.append(crash)
             return self._run(name, function, options, limit_s, fresh=True)
         why = f"exit code {code}" if code else None
         if code is None:
@@ -158,7 +185,10 @@ class Place:
 
 
 def tail(log: Path) -> str:
-    """The last lines of a log; of a crash the first ones that tell of it, since hundreds of the C stack may follow."""
+    """The last lines of a log; of a crash the first ones that tell of it, since hundreds of the C stack may follow. Nothing of a
+    log that is not there."""
+    if not log.exists():
+        return ""
     lines = log.read_text(errors="replace").splitlines()
     crashes = [number for number, line in enumerate(lines) if line.startswith("Fatal Python error")]
     begin = crashes[-1] if crashes else max(len(lines) - TAIL_LINES, 0)

@@ -48,7 +48,7 @@ class FreshChild:
         command = [sys.executable, "-m", "vllm_agentserve.gpucheck.child"]
         with task.log.open("wb") as output:
             self._process = subprocess.Popen(
-                [*command, task.function, str(task.result), str(task.limit_s)],
+                [*command, task.function, str(task.result), str(task.limit_s), str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -13,13 +13,14 @@ from vllm_agentserve.gpucheck.place import Finding
 @dataclass(frozen=True)
 class Done:
     """A part that was asked for: its name, title, what it found, how long that took, in seconds, and whether it was left out
-    because too little time was left."""
+    because too little time was left, and whether the results up to it could not be written."""
 
     name: str
     title: str
     finding: Finding
     seconds: float
     left_out: bool = False
+    unwritten: bool = False
 
 
 def page(done: Sequence[Done], command: str) -> str:
@@ -52,6 +53,13 @@ def without_nan(value: Any) -> Any:
 
 
 def write(folder: Path, done: Sequence[Done], command: str) -> None:
-    """Writes both; called after every part, so that a check that is ended leaves what it had."""
-    (folder / "summary.md").write_text(page(done, command))
-    (folder / "summary.json").write_text(json.dumps(figures(done, command), indent=1) + "\n")
+    """Writes both, each in one move; called after every part, so that a check that is ended leaves what it had.
+
+    Raises:
+        OSError: there is no room for them; the ones before stay.
+    """
+    texts = {"summary.md": page(done, command), "summary.json": json.dumps(figures(done, command), indent=1) + "\n"}
+    for name, text in texts.items():
+        partial = folder / f"{name}.part"
+        partial.write_text(text)
+        partial.replace(folder / name)
