@@ -83,7 +83,7 @@ mutants: setup
 	@rm -rf mutants && $(RUN)/mutmut run && $(RUN)/mutmut results | sed 's/^ *//' | grep -E 'survived|timeout' > docs/results/mutants.txt && $(RUN)/mutmut export-cicd-stats
 	@cp mutants/mutmut-cicd-stats.json docs/results/mutants.json
 
-# Eight minutes on a machine with one NVIDIA GPU; into bench-results/gpu-check.
+# Under ten minutes on a machine with one NVIDIA GPU; into bench-results/gpu-check.
 gpu-check: setup
 	@$(RUN)/python -m vllm_agentserve.gpucheck --output bench-results/gpu-check
 
