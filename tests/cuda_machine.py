@@ -50,9 +50,12 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
 def configuration() -> Any:
     return SimpleNamespace(
         use_v2_model_runner=True,
-        model_config=SimpleNamespace(quantization=None, is_moe=False, enable_sleep_mode=False),
+        model_config=SimpleNamespace(
+            quantization=None, is_moe=False, enable_sleep_mode=False, hf_text_config=SimpleNamespace(n_shared_experts=2)
+        ),
+        attention_config=SimpleNamespace(backend=None),
         parallel_config=SimpleNamespace(worker_cls=cuda.WORKER, enable_dbo=False, ubatch_size=0, enable_eplb=False),
-        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False, cache_dtype="auto"),
         compilation_config=SimpleNamespace(mode=SimpleNamespace(name="VLLM_COMPILE"), cudagraph_copy_inputs=False),
         offload_config=SimpleNamespace(offload_backend="auto", prefetch=SimpleNamespace(offload_group_size=0)),
         kernel_config=SimpleNamespace(moe_backend="auto", linear_backend="auto"),
@@ -69,6 +72,9 @@ def arguments_of(config: Any) -> Any:
         enable_dbo=config.parallel_config.enable_dbo,
         ubatch_size=config.parallel_config.ubatch_size,
         enable_eplb=config.parallel_config.enable_eplb,
+        attention_backend=None,
+        attention_config=config.attention_config,
+        kv_cache_dtype=config.cache_config.cache_dtype,
         kv_sharing_fast_prefill=config.cache_config.kv_sharing_fast_prefill,
         compilation_config=config.compilation_config,
         offload_backend=config.offload_config.offload_backend,

@@ -1,13 +1,16 @@
 """`agentserve doctor` on machines with a GPU: the command as users call it; nvidia-smi and the driver are stubs."""
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from test_lanes_queues import NewDriver
 
 from vllm_agentserve import cli, doctor, doctor_gpu
+from vllm_agentserve.doctor_gpu import Level
 from vllm_agentserve.vllm_compat import cuda
 
 GPUS = {
@@ -70,7 +73,8 @@ def test_what_would_run(machine: Any, capsys: pytest.CaptureFixture[str], card: 
     assert "[     ok] lanes: can run; they cost a second model runner over the same weights" in words
     assert f"decode + prefill: {here.slots}." in words
     assert f"cuBLAS workspaces of 7 streams alone are {here.workspaces} MiB" in words
-    assert "sets memory aside for what chunks take beside a step" in words
+    assert "sets memory aside for what chunks take beside a step: an estimate from the step that vLLM profiles" in words
+    assert "6 green contexts are taken for 96 MiB" in words
     assert here.driver.contexts == {}, "it asks, and makes nothing"
 
 
@@ -161,6 +165,32 @@ def test_under_mps(
     assert "[problem] lanes: CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=40 lets MPS choose the multiprocessors" in words
 
 
+@pytest.mark.parametrize(
+    ("line", "driver"),
+    [
+        ("NVIDIA GB10, 580.95.05, [N/A], [N/A]", True),
+        ("Orin (nvgpu), 540.4.0, [N/A], [N/A]", True),
+        ("NVIDIA GB10, 580.95.05, 131072, [Not Supported]", True),
+        ("NVIDIA A100, 540.4.0, [N/A], [N/A]", False),
+    ],
+)
+def test_memory_that_is_not_told_is_no_problem(line: str, driver: bool) -> None:
+    found = doctor_gpu.gpu_findings(line)
+    assert [one.level for one in found] == [Level.OK if driver else Level.PROBLEM, Level.NOTE]
+    assert "does not tell how much" in found[1].found
+
+
+def test_an_answer_that_is_none_is_a_problem() -> None:
+    for line in ("No devices were found", "NVIDIA GB10, 580.95.05, lots, [N/A]"):
+        assert [one.level for one in doctor_gpu.gpu_findings(line)] == [Level.PROBLEM]
+
+
+@pytest.mark.parametrize(("free", "says"), [(500, True), (799, True), (800, False), (1000, False)])
+def test_memory_that_others_hold(free: int, says: bool) -> None:
+    found = doctor_gpu.gpu_findings(f"NVIDIA H200, 590.44.01, 1000, {free}")
+    assert [one.found for one in found[1:]] == ([f"{free} of 1000 MiB free"] if says else [])
+
+
 # -- arguments of vLLM ------------------------------------------------------------------------------------------------------
 
 
@@ -211,4 +241,25 @@ def test_arguments_that_vllm_does_not_take(
     assert code == 1
     assert "[problem] engine arguments:" in words
     assert says in words
+    assert "lanes:" not in words
+
+
+class Broken(ModuleType):
+    """A module of an installation that does not fit the machine."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise OSError("undefined symbol")
+
+
+@pytest.mark.parametrize("found", [None, Broken("vllm.engine.arg_utils")])
+def test_arguments_without_a_vllm_that_can_be_imported(
+    machine: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], found: ModuleType | None
+) -> None:
+    """That is what the command is for: the rest of what it finds is told."""
+    machine("H100")
+    monkeypatch.setitem(sys.modules, "vllm.engine.arg_utils", found)  # type: ignore[arg-type]
+    code, words = said(capsys, *LANES, "--engine", '{"enable_lora": true}')
+    assert code == 0, words
+    assert "[   note] engine arguments: not looked at, because vLLM cannot be imported: " in words
+    assert "[     ok] GPU: NVIDIA H100" in words
     assert "lanes:" not in words

@@ -128,6 +128,16 @@ def test_a_lane_is_put_together(gpu: type[GPU]) -> None:
     assert not gpu.driver.contexts
 
 
+@pytest.mark.parametrize(("context", "most"), [(1000, 999), (1600, 1599), (1601, 1600)])
+def test_a_chunk_never_fills_the_context(gpu: type[GPU], context: int, most: int) -> None:
+    """The lane leaves the last token of a prompt to the decode lane, so nothing longer is ever computed."""
+    parts.cuda.worker_runner().max_model_len = context
+    StreamLane.start(options(), CONFIG, None)
+    assert gpu.runner is not None
+    assert gpu.runner.made[4] == most
+    assert gpu.runner.warmed[-1] == ("alone", most)
+
+
 def test_the_users_share_makes_one_slot(gpu: type[GPU]) -> None:
     assert StreamLane.start(options(lane_decode_share=0.5), CONFIG, None).slots == (Slot(64, 68),)
 

@@ -121,6 +121,25 @@ def test_slots_have_no_graphs_before_or_without_capture(largest: int) -> None:
     assert bench.warmed == []
 
 
+def test_a_step_without_graph_says_nothing_of_the_graph_that_was_found() -> None:
+    bench = GraphBench()
+    bench.manager._capture_descs[Mode.FULL] = [Shape(Mode.FULL, 128, 128, 1, max_query_len=1)]
+    bench.manager.capture("model")
+    bench.slots.select(0)
+    assert bench.manager.dispatch(100, 100, 1) == Shape(Mode.NONE, 100, 100)
+
+
+def test_slots_have_no_graphs_of_split_batches() -> None:
+    """Micro-batches are refused at start; their graphs would run on streams of their own."""
+    bench = GraphBench()
+    split = Shape(Mode.FULL, 32, 32, 1, num_ubatches=2)
+    bench.manager._capture_descs[Mode.FULL].append(split)
+    bench.manager.capture("model")
+    assert split in bench.manager.graphs
+    bench.slots.select(0)
+    assert {one.num_tokens for one in bench.manager.graphs} == {64, 8, 1}
+
+
 def test_after_capture_and_close_the_manager_is_stock() -> None:
     bench = GraphBench()
     every = bench.manager.graphs_of_all_sizes()

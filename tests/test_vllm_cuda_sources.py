@@ -132,8 +132,8 @@ def test_the_worker_leaves_memory_for_chunks(monkeypatch: pytest.MonkeyPatch, ow
 
     monkeypatch.setattr(gpu_worker.Worker, "determine_available_memory", lambda self: 1000)
     monkeypatch.setattr(cuda_worker, "reserve_for", lambda config, activation, graphs, major: Reserve(activation))
-    worker = object.__new__(LaneGpuWorker)
-    worker.vllm_config = None
+    worker: Any = object.__new__(LaneGpuWorker)
+    worker.vllm_config, worker.model_runner = None, SimpleNamespace()
     worker.cache_config = SimpleNamespace(kv_cache_memory_bytes=own_size)
     worker.peak_activation_memory = 300
     worker.cudagraph_memory_estimate = 0

@@ -126,7 +126,7 @@ def test_settings_are_read_from_vllms_own_arguments(toy_model: Path) -> None:
 
 def test_settings_are_read_from_vllms_own_configuration() -> None:
     """Every part that `settings_of_config` reads is there, with its default."""
-    from vllm.config import CacheConfig, CompilationConfig, ParallelConfig, VllmConfig
+    from vllm.config import AttentionConfig, CacheConfig, CompilationConfig, ParallelConfig, VllmConfig
     from vllm.config.aux_output import AuxOutputConfig
     from vllm.config.kernel import KernelConfig
     from vllm.config.offload import OffloadConfig
@@ -134,6 +134,7 @@ def test_settings_are_read_from_vllms_own_configuration() -> None:
     parts = {one.name for one in fields(VllmConfig)}
     config: Any = SimpleNamespace(
         model_config=SimpleNamespace(quantization=None, is_moe=False, enable_sleep_mode=False),
+        attention_config=AttentionConfig(),
         parallel_config=ParallelConfig(),
         cache_config=CacheConfig(),
         compilation_config=CompilationConfig(),

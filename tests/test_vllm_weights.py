@@ -5,8 +5,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.v1.worker import gpu_worker
 
+from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes import connector
+from vllm_agentserve.lanes.worker import LaneWorker
 from vllm_agentserve.vllm_compat import LaneError, weights
 
 
@@ -50,6 +53,66 @@ def test_a_worker_with_a_lane_refuses(worker_class: Any, name: str) -> None:
         getattr(worker, name)()
 
 
+class Half:
+    """The worker's half of the connector."""
+
+    def __init__(self, may_have_lane: bool) -> None:
+        self.may_have_lane = may_have_lane
+
+
+@pytest.mark.parametrize("may_have_lane", [False, True])
+def test_a_worker_whose_lane_is_gone_takes_new_weights(
+    worker_class: Any, monkeypatch: pytest.MonkeyPatch, may_have_lane: bool
+) -> None:
+    """In mode auto a lane that cannot run is given up at start; on a GPU an ended one is never made again."""
+    monkeypatch.setattr(weights, "local_worker_half", lambda: Half(may_have_lane))
+    monkeypatch.setattr(gpu_worker, "set_current_vllm_config", lambda config: nullcontext())
+    worker = worker_of(worker_class, "LaneConnector")
+    if may_have_lane:
+        with pytest.raises(LaneError, match="reload_weights is refused"):
+            worker.reload_weights()
+    else:
+        worker.reload_weights()
+    assert worker.model_runner.reloaded == (0 if may_have_lane else 1)
+
+
+class Lane:
+    """A lane that may end."""
+
+    name, ready, busy, gone, slots = "lane", True, False, False, ()
+
+    def alive(self) -> bool:
+        return not self.gone
+
+    def report(self) -> None:
+        return None
+
+    def close(self) -> None: ...
+
+
+def test_whether_there_may_be_a_lane() -> None:
+    def refused() -> Any:
+        raise LaneError("no")
+
+    half = LaneWorker(AgentServeConfig(mode="auto"), None, refused, None)
+    assert half.may_have_lane, "it is made later"
+    half.start()
+    assert not half.may_have_lane
+    lane: Any = Lane()
+    half = LaneWorker(AgentServeConfig(mode="lanes"), None, lambda: lane, None)
+    half.start()
+    assert half.may_have_lane
+    half.after_step(set())
+    assert half.may_have_lane
+    lane.gone = True
+    half.after_step(set())
+    assert not half.may_have_lane, "it has ended"
+    again = LaneWorker(AgentServeConfig(mode="lanes"), None, lambda: lane, Lane)  # type: ignore[arg-type]
+    again.start()
+    again.after_step(set())
+    assert again.may_have_lane, "another one was made"
+
+
 def test_the_cpu_worker_has_no_methods_of_its_own_for_it() -> None:
     from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -60,8 +123,6 @@ def test_the_cpu_worker_has_no_methods_of_its_own_for_it() -> None:
 def test_other_engines_of_the_process_stay_as_they_are(
     worker_class: Any, monkeypatch: pytest.MonkeyPatch, other: str | None
 ) -> None:
-    from vllm.v1.worker import gpu_worker
-
     monkeypatch.setattr(gpu_worker, "set_current_vllm_config", lambda config: nullcontext())
     worker = worker_of(worker_class, other)
     worker.reload_weights()

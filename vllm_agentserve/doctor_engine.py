@@ -18,6 +18,10 @@ class EngineArgumentsError(ValueError):
     """vLLM does not take these arguments."""
 
 
+class EngineMissingError(EngineArgumentsError):
+    """vLLM cannot be asked: it is missing, or cannot be imported."""
+
+
 @dataclass(frozen=True)
 class EngineArguments:
     """What was found of them.
@@ -38,6 +42,7 @@ def engine_arguments(text: str, model: str | None) -> EngineArguments:
 
     Raises:
         EngineArgumentsError: it is no such object.
+        EngineMissingError: there are arguments, and vLLM cannot be imported.
     """
     try:
         given = json.loads(text)
@@ -47,7 +52,10 @@ def engine_arguments(text: str, model: str | None) -> EngineArguments:
         raise EngineArgumentsError(f"{text!r} is no object")
     if not given:
         return EngineArguments(None, lambda capability: None)
-    from vllm.engine.arg_utils import EngineArgs
+    try:
+        from vllm.engine.arg_utils import EngineArgs
+    except Exception as error:  # whatever is wrong with an installation
+        raise EngineMissingError(f"not looked at, because vLLM cannot be imported: {error}") from error
 
     # Where no model is named, vLLM would take one of its own from the network; a folder without one stands for it.
     given = {"model": model or os.curdir, **given}
@@ -67,9 +75,11 @@ def engine_arguments(text: str, model: str | None) -> EngineArguments:
 
 
 def check_engine(text: str, model: str | None) -> Finding | None:
-    """A finding where vLLM does not take the arguments."""
+    """A finding where vLLM does not take the arguments, or cannot be asked."""
     try:
         engine_arguments(text, model)
+    except EngineMissingError as error:
+        return Finding("engine arguments", Level.NOTE, str(error), "mend the installation of vLLM first")
     except EngineArgumentsError as error:
         return Finding("engine arguments", Level.PROBLEM, str(error), f"give a JSON object, for example {EXAMPLE}")
     return None

@@ -10,11 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_agentserve.lanes.green import SHARES, Device, device_plan
+from vllm_agentserve.policy.reserve import CONTEXT_BYTES, MIB, workspace_bytes
 from vllm_agentserve.vllm_compat import LaneError
 from vllm_agentserve.vllm_compat.cuda import cuda_driver
 
 MIN_DRIVER = 550
 """First NVIDIA driver branch with CUDA 12.4."""
+JETSON = "(nvgpu)"
+"""In the name of a GPU of a Jetson, whose drivers are numbered in their own way."""
+NOT_TOLD = re.compile(r"\[?(N/A|Not Supported|Unknown Error|Insufficient Permissions)\]?")
+"""What nvidia-smi says in place of a number: so for memory where GPU and CPU share it."""
 MPS_FOLDER = "/tmp/nvidia-mps"
 """Where a client of MPS looks for its server, unless CUDA_MPS_PIPE_DIRECTORY says otherwise."""
 
@@ -49,15 +54,20 @@ def asked_smi(fields: str) -> list[str] | Finding:
 
 
 def gpu_findings(line: str) -> list[Finding]:
-    """Reads one line of nvidia-smi: name, driver, total and free memory in MiB."""
+    """Reads one line of nvidia-smi: name, driver, total and free memory in MiB, which it may not tell."""
     fields = [field.strip() for field in line.split(",")]
-    if len(fields) != 4 or not all(re.fullmatch(r"\d+", field) for field in fields[2:]):
+    if len(fields) != 4 or not all(re.fullmatch(r"\d+", field) or NOT_TOLD.fullmatch(field) for field in fields[2:]):
         return [Finding("GPU", Level.PROBLEM, f"nvidia-smi said {line!r}", "check the driver")]
-    name, driver, total, free = fields[0], fields[1], int(fields[2]), int(fields[3])
+    name, driver = fields[:2]
     branch = int(driver.split(".")[0]) if driver.split(".")[0].isdigit() else 0
-    ok = branch >= MIN_DRIVER
+    ok = branch >= MIN_DRIVER or JETSON in name
     remedy = "" if ok else f"install driver {MIN_DRIVER} or newer"
     findings = [Finding("GPU", Level.OK if ok else Level.PROBLEM, f"{name}, driver {driver}", remedy)]
+    if not all(field.isdigit() for field in fields[2:]):
+        found = "nvidia-smi does not tell how much there is, as where GPU and CPU share their memory"
+        findings.append(Finding("GPU memory", Level.NOTE, found))
+        return findings
+    total, free = int(fields[2]), int(fields[3])
     if free < 0.8 * total:
         found = f"{free} of {total} MiB free"
         findings.append(
@@ -104,10 +114,11 @@ def plan_text(device: Device) -> str:
     """Slots in multiprocessors, and the memory that lanes take of the device beside weights and KV cache."""
     slots = ", ".join(f"{slot.decode}+{slot.prefill}" for slot in device.slots)
     streams = 2 * len(device.slots) + 1
-    # As torch sizes them, one per stream.
-    workspaces_mib = streams * (32 if device.major >= 9 else 8.125)
+    workspaces = streams * workspace_bytes(device.major)
+    contexts = 2 * len(device.slots)
     return (
         f"of {device.units} multiprocessors, decode + prefill: {slots}. Before the KV cache is sized, the worker sets memory "
-        f"aside for what chunks take beside a step, as measured at start; cuBLAS workspaces of {streams} streams alone are "
-        f"{workspaces_mib:.0f} MiB"
+        "aside for what chunks take beside a step: an estimate from the step that vLLM profiles, which warm-up then checks; "
+        f"cuBLAS workspaces of {streams} streams alone are {workspaces / MIB:.0f} MiB, and {contexts} green contexts are taken "
+        f"for {contexts * CONTEXT_BYTES / MIB:.0f} MiB"
     )

@@ -58,6 +58,7 @@ class LaneWorker:
         """Whether the lane has not said its slots yet."""
         self._begun: Any = None
         self._lane: PrefillLane | None = None
+        self._tried = False
         self._retired: PrefillLane | None = None
         """A lane that is gone, and is closed with the engine only: it shares the device with the steps."""
         self._fence: StepFence[Job] = StepFence()
@@ -80,7 +81,14 @@ class LaneWorker:
                 raise
             logger.warning("agentserve: mode auto runs time-sliced: %s", error)
             return
+        finally:
+            self._tried = True
         logger.info("agentserve: prefill lane ready: %s.", self._lane.name)
+
+    @property
+    def may_have_lane(self) -> bool:
+        """False when none was made and none will be, or the last one has ended with all its jobs."""
+        return self._lane is not None or not self._tried
 
     def begin(self, metadata: Any) -> None:
         """Begins a step once, whoever comes first: the provider, before anything is launched, or vLLM with the metadata."""

@@ -67,7 +67,8 @@ def lane_reserve(
     which waits for the device.
 
     Args:
-        activation: bytes at the peak of a step of `step_tokens`, the most there may be.
+        activation: bytes at the peak of the forward pass of a step of `step_tokens`, the most there may be. Sampling is not in
+            it: chunks never sample.
         context_tokens: of the model.
         base: tokens of a chunk on the smallest prefill slot.
         shares: of the decode lane, a slot each.

@@ -14,13 +14,28 @@ SHARED_STATE = (
     # Settings, in both places where vLLM has them.
     *reads(ARGS, SHARED, "aux_output_config compilation_config enable_dbo enable_eplb enable_return_routed_experts"),
     *reads(ARGS, SHARED, "kernel_config kv_sharing_fast_prefill linear_backend moe_backend offload_backend"),
+    *reads(ARGS, SHARED, "attention_backend attention_config kv_cache_dtype"),
     *reads(ARGS, "doctor_engine.py", "enable_sleep_mode model quantization"),
     *reads(ARGS, SHARED, "offload_group_size ubatch_size"),
-    *reads(CONFIG, SHARED, "aux_output_config kernel_config offload_config weight_transfer_config"),
-    *reads("vllm.config:CacheConfig", SHARED, "kv_sharing_fast_prefill"),
+    *reads(CONFIG, SHARED, "attention_config aux_output_config kernel_config offload_config weight_transfer_config"),
+    *reads("vllm.config:CacheConfig", SHARED, "cache_dtype kv_sharing_fast_prefill"),
+    *reads("vllm.config:AttentionConfig", SHARED, "backend"),
+    # Which attention backend vLLM chooses by itself, and where FLASH_ATTN takes an FP8 cache.
+    *says(
+        "vllm.platforms.cuda:_get_backend_priorities",
+        SHARED,
+        "device_capability.major == 10 and\nAttentionBackendEnum.FLASHINFER,\nAttentionBackendEnum.FLASH_ATTN,\n"
+        "AttentionBackendEnum.FLASH_ATTN,\nAttentionBackendEnum.FLASHINFER,\nAttentionBackendEnum.TRITON_ATTN,",
+    ),
+    *says(
+        "vllm.v1.attention.backends.fa_utils:flash_attn_supports_kv_cache_dtype",
+        SHARED,
+        "kv_cache_dtype == 'fp8_e5m2'",
+        "is_device_capability_family(90)",
+    ),
     *reads("vllm.config:CompilationConfig", SHARED, "cudagraph_copy_inputs mode"),
     *reads("vllm.config.compilation:CompilationMode", SHARED, "STOCK_TORCH_COMPILE"),
-    *reads("vllm.config:ModelConfig", SHARED, "enable_sleep_mode is_moe quantization"),
+    *reads("vllm.config:ModelConfig", SHARED, "enable_sleep_mode hf_text_config is_moe quantization"),
     *reads("vllm.config:ParallelConfig", SHARED, "enable_dbo enable_eplb ubatch_size"),
     *reads("vllm.config.kernel:KernelConfig", SHARED, "linear_backend moe_backend"),
     *reads("vllm.config.aux_output:AuxOutputConfig", SHARED, "enable_return_routed_experts"),

@@ -96,6 +96,14 @@ WORKERS = (
     *says(f"{GPU_GRAPHS}:ModelCudaGraphManager.capture.store_capture_output", GRAPHS, "if self.hidden_states is None:"),
     *overrides(GPU_WORKER, WORKER, init_device="", _make_model_runner="", determine_available_memory=""),
     *overrides(GPU_WORKER, WORKER, compile_or_warm_up_model=""),
+    # The forward pass of the profile has ended when it samples, and this call is looked up on the instance.
+    *says(
+        f"{GPU}:GPUModelRunner.profile_run",
+        "vllm_compat/cuda_memory.py",
+        "self._dummy_run(\nself._dummy_sampler_run(sample_hidden_states)",
+    ),
+    *calls(f"{GPU}:GPUModelRunner", "vllm_compat/cuda_memory.py", capture_model=""),
+    *reads(GPU_WORKER, WORKER, "model_runner"),
     *reads(GPU_WORKER, WORKER, "cache_config cudagraph_memory_estimate peak_activation_memory"),
     *says(
         f"{GPU_WORKER}._init_workspace_and_model_runner",

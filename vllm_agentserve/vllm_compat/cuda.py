@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_agentserve.vllm_compat import LaneError
 from vllm_agentserve.vllm_compat.shared_state import (
+    BACKENDS,
     model_obstacle,
     settings_of_arguments,
     settings_of_config,
@@ -22,8 +23,6 @@ WORKER = "vllm_agentserve.vllm_compat.cuda_worker.LaneGpuWorker"
 OLDEST_DRIVER = 12040
 WORKSPACE_LANE = 1
 """vLLM's scratch memory of the prefill lane; its own steps use lane 0."""
-BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
-"""Attention backends that keep their buffers in the metadata builder, which every runner has its own of."""
 QUEUES_VARIABLE, QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS", "32"
 """How many hardware queues CUDA gives a process: read once, when CUDA starts there. The default is 8, the most 32."""
 
@@ -181,7 +180,7 @@ def runner_obstacle(runner: Any) -> str | None:
     if wrong := sorted(names - set(BACKENDS)):
         return (
             f"attention backend {wrong[0]} may keep scratch memory that two lanes would both write: set --attention-backend "
-            "to FLASH_ATTN"
+            "to FLASH_ATTN, or to TRITON_ATTN where that does not take the KV cache's type, as with fp8 before and after Hopper"
         )
     if (reason := model_obstacle(runner.get_model())) is not None:
         return reason

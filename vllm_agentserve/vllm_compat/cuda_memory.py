@@ -1,5 +1,6 @@
 """GPU memory of a prefill lane: what is kept free for it before the KV cache is sized, and what its warm-up was seen to take."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +9,8 @@ from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.policy.reserve import CHUNK_TOKENS, DECODE_SHARES, MIB, Reserve, lane_reserve, shortfall
 from vllm_agentserve.vllm_compat import LaneError
 
+DECODE = "decode "
+"""Before the number of a slot: the name of its decode stream."""
 DRIVER = "driver"
 """In place of a stream's name: what was taken outside of torch."""
 NO_POOL = (0, 0)
@@ -16,12 +19,72 @@ BUFFERS = "buffers"
 """In place of a stream's name: what the second runner keeps."""
 
 
+_lanes: "dict[str, weakref.ref[LaneMemory]]" = {}
+
+
+@contextmanager
+def sampler_surplus(runner: Any, cuda: Any) -> Iterator[list[int]]:
+    """While vLLM profiles its largest step: by how many bytes the peak of sampling is above that of the forward pass before it.
+
+    vLLM's profile has the higher of both peaks. A chunk of the lane is a forward pass alone.
+
+    Args:
+        runner: vLLM's own model runner. Its method is stock again after the first call, and at the end.
+        cuda: `torch.cuda`.
+
+    Yields:
+        A list that the surplus is added to; it stays empty where vLLM does not sample.
+
+    Retired by: vLLM's profile telling the peak of the forward pass.
+    """
+    found: list[int] = []
+
+    def sampler_run(*args: Any, **kwargs: Any) -> Any:
+        del runner._dummy_sampler_run
+        forward = int(cuda.max_memory_allocated())
+        sampled = runner._dummy_sampler_run(*args, **kwargs)
+        found.append(int(cuda.max_memory_allocated()) - forward)
+        return sampled
+
+    runner._dummy_sampler_run = sampler_run
+    try:
+        yield found
+    finally:
+        vars(runner).pop("_dummy_sampler_run", None)
+
+
+def slots_taken() -> int:
+    """Bytes that the decode slots of this process's lane have taken so far; 0 without a lane."""
+    memory = _lanes["lane"]() if _lanes else None
+    return 0 if memory is None else sum(size for name, size in memory.by_stream.items() if name.startswith(DECODE))
+
+
+@contextmanager
+def captured_without_slots(runner: Any) -> Iterator[None]:
+    """While vLLM captures its graphs: what it takes them to need is without what the slots took, which the reserve holds. vLLM
+    saves a startup plan from this figure.
+
+    Retired by: connectors that can reserve memory.
+    """
+    stock = runner.capture_model
+
+    def capture_model(*args: Any, **kwargs: Any) -> int:
+        before = slots_taken()
+        return int(stock(*args, **kwargs)) - (slots_taken() - before)
+
+    runner.capture_model = capture_model
+    try:
+        yield
+    finally:
+        del runner.capture_model
+
+
 def reserve_for(vllm_config: Any, activation: int, graph_bytes: int, major: int) -> Reserve:
     """What the lane of this worker is expected to take.
 
     Args:
         vllm_config: of the worker.
-        activation: bytes of the temporaries at the peak of vLLM's profiled step.
+        activation: bytes of the temporaries at the peak of the forward pass in vLLM's profiled step.
         graph_bytes: vLLM's estimate for one set of all its CUDA graphs; 0 where there is none.
         major: compute capability.
     """
@@ -70,6 +133,7 @@ class LaneMemory:
 
     def begin(self) -> None:
         """The lane is about to be made."""
+        _lanes["lane"] = weakref.ref(self)
         self._cuda.synchronize()
         self._cuda.empty_cache()
         self._free, self._reserved = self._settle()
@@ -103,7 +167,7 @@ class LaneMemory:
         """Around the first steps and the capture of graphs on the stream of a decode slot."""
         before, _ = self._settle()
         yield
-        name = f"decode {slot}"
+        name = f"{DECODE}{slot}"
         self.by_stream[name] = self.by_stream.get(name, 0) + max(before - self._settle()[0], 0)
 
     def refuse(self, step: int = 0) -> None:

@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import torch
 from vllm import envs
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -11,7 +12,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_agentserve.policy.reserve import MIB, Reserve
 from vllm_agentserve.vllm_compat import LaneError, cuda
-from vllm_agentserve.vllm_compat.cuda_memory import reserve_for
+from vllm_agentserve.vllm_compat.cuda_memory import captured_without_slots, reserve_for, sampler_surplus
 from vllm_agentserve.vllm_compat.lanes import local_worker_half
 
 logger = init_logger("vllm.agentserve")
@@ -19,7 +20,8 @@ logger = init_logger("vllm.agentserve")
 
 class LaneGpuWorker(Worker):
     """vLLM's GPU worker with scratch memory for a second lane, less KV cache for the sake of its chunks, and a runner that
-    the connector finds. What the lane takes is estimated before the KV cache is sized, and measured after warm-up.
+    the connector finds. What the lane takes is estimated before the KV cache is sized, from the forward pass that vLLM
+    profiles, and measured after warm-up.
 
     Retired by: an option for the number of workspace lanes, and connectors that can reserve memory and are given the runner.
     """
@@ -43,7 +45,8 @@ class LaneGpuWorker(Worker):
 
     def determine_available_memory(self) -> int:
         given = self.cache_config.kv_cache_memory_bytes
-        available = int(super().determine_available_memory())
+        with sampler_surplus(self.model_runner, torch.cuda) as surplus:
+            available = int(super().determine_available_memory())
         if given or self.cache_config.kv_cache_memory_bytes:
             # The user's own size, or that of a startup plan, which was saved with the reserve taken off.
             return available
@@ -53,7 +56,7 @@ class LaneGpuWorker(Worker):
         self._activation = max(int(self.peak_activation_memory) - counted, 0)
         self._lane_reserve = reserve_for(
             self.vllm_config,
-            self._activation,
+            max(self._activation - sum(surplus), 0),
             graphs,
             capability.major if capability is not None else 9,
         )
@@ -75,7 +78,8 @@ class LaneGpuWorker(Worker):
         return available - reserved
 
     def compile_or_warm_up_model(self) -> Any:
-        times = super().compile_or_warm_up_model()
+        with captured_without_slots(self.model_runner):
+            times = super().compile_or_warm_up_model()
         half = local_worker_half()
         if half is not None:
             half.warmed_up(self._lane_reserve.total, self._activation)

@@ -8,7 +8,6 @@ from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
 from vllm_agentserve.policy.routes import lanes_may_pay
 from vllm_agentserve.policy.slots import core_ladder
 from vllm_agentserve.vllm_compat import cuda
-from vllm_agentserve.vllm_compat.weights import CONNECTOR
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.agentserve")
 
+CONNECTOR = "LaneConnector"
+"""vLLM's name for the one that carries two lanes."""
 PARALLEL = (
     "tensor_parallel_size",
     "pipeline_parallel_size",

@@ -68,7 +68,7 @@ def order_obstacle(scheduler: "Scheduler") -> str | None:
 
 def lane_of(scheduler: "Scheduler") -> Any:
     """The scheduler's half of the lane connector; None where another connector runs, or none."""
-    from vllm_agentserve.vllm_compat.weights import CONNECTOR
+    from vllm_agentserve.vllm_compat.lanes import CONNECTOR
 
     connector = scheduler.connector
     return connector.half if connector is not None and type(connector).__name__ == CONNECTOR else None

@@ -13,8 +13,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
+BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
+"""Attention backends that keep their buffers in the metadata builder, which every runner has its own of."""
+FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
+"""Types of the KV cache that FlashInfer takes, so that vLLM chooses it where FLASH_ATTN does not take them."""
+SHARED_EXPERTS = re.compile(r"shared_(experts?|intermediate)(_|$)")
+"""Names in a model's configuration whose number says that there are experts for all tokens."""
 LINEAR_BACKENDS = ("auto", "torch", "triton")
 """Kernels of layers that are not quantised whose memory PyTorch allocates anew for every call."""
+STREAM_VARIABLE = "VLLM_DISABLE_SHARED_EXPERTS_STREAM"
 SCRATCH = re.compile(r"(^|_)(workspace|scratch|buf|buffer|locks?)s?$")
 """Names of tensors that vLLM's layers keep to write into."""
 
@@ -25,6 +32,8 @@ class Settings:
 
     Attributes:
         model: vLLM's configuration of it.
+        attention_backend: name of the one that is asked for, None where vLLM chooses.
+        kv_dtype: type of the KV cache as vLLM names it; 'auto' follows from the model.
         dual_batch: whether dual-batch overlap is on.
         micro_batches: into how many a batch is split; 0 and 1 mean none.
         fast_prefill: whether prefill skips layers that share a KV cache.
@@ -38,6 +47,8 @@ class Settings:
     """
 
     model: "ModelConfig"
+    attention_backend: str | None
+    kv_dtype: str
     dual_batch: bool
     micro_batches: int
     fast_prefill: bool
@@ -56,6 +67,8 @@ def settings_of_arguments(arguments: Any, model: "ModelConfig") -> Settings:
     kernels = arguments.kernel_config
     return Settings(
         model=model,
+        attention_backend=backend_name(arguments.attention_backend or arguments.attention_config.backend),
+        kv_dtype=arguments.kv_cache_dtype,
         dual_batch=arguments.enable_dbo,
         micro_batches=arguments.ubatch_size,
         fast_prefill=arguments.kv_sharing_fast_prefill,
@@ -75,6 +88,8 @@ def settings_of_config(vllm_config: "VllmConfig") -> Settings:
     parallel, offload = vllm_config.parallel_config, vllm_config.offload_config
     return Settings(
         model=vllm_config.model_config,
+        attention_backend=backend_name(vllm_config.attention_config.backend),
+        kv_dtype=vllm_config.cache_config.cache_dtype,
         dual_batch=parallel.enable_dbo,
         micro_batches=parallel.ubatch_size,
         fast_prefill=vllm_config.cache_config.kv_sharing_fast_prefill,
@@ -89,6 +104,12 @@ def settings_of_config(vllm_config: "VllmConfig") -> Settings:
     )
 
 
+def backend_name(backend: Any) -> str | None:
+    """Of an attention backend, which vLLM takes as a member of an enumeration or as text; None where vLLM chooses."""
+    name = str(getattr(backend, "name", backend)).upper()
+    return None if backend is None or name == "AUTO" else name
+
+
 def shared_state_obstacle(settings: Settings, capability: int) -> str | None:
     """The first thing that two lanes would both write with these settings, and what to do; None if nothing is known.
 
@@ -96,7 +117,55 @@ def shared_state_obstacle(settings: Settings, capability: int) -> str | None:
         settings: of the engine.
         capability: compute capability of the GPU, major part; it decides which kernels vLLM chooses by itself.
     """
-    return kernels_obstacle(settings, capability) or weights_obstacle(settings) or batch_obstacle(settings)
+    return (
+        attention_obstacle(settings, capability)
+        or kernels_obstacle(settings, capability)
+        or weights_obstacle(settings)
+        or batch_obstacle(settings)
+    )
+
+
+def attention_obstacle(settings: Settings, capability: int) -> str | None:
+    """What is known before the weights are loaded. With a capability of 0, which is not known, only a backend that is asked for
+    counts. FLASH_ATTN takes FP8 on Hopper; on 10.x its newest version does, which an installation may lack."""
+    fp8 = settings.kv_dtype in FP8
+    flash = not fp8 or capability == 0 or (capability == 9 and settings.kv_dtype != "fp8_e5m2")
+    if flash:
+        remedy = "set --attention-backend FLASH_ATTN"
+    elif capability == 8:
+        remedy = (
+            "set --attention-backend TRITON_ATTN, which takes it from compute capability 8.9 on, or leave out "
+            "--kv-cache-dtype"
+        )
+    else:
+        remedy = "set --attention-backend TRITON_ATTN"
+    if settings.attention_backend is not None:
+        if settings.attention_backend not in BACKENDS:
+            return (
+                f"attention backend {settings.attention_backend} may keep scratch memory that two lanes would both write: "
+                f"{remedy}"
+            )
+        return None
+    if not flash:
+        return (
+            f"with --kv-cache-dtype {settings.kv_dtype} vLLM chooses attention backend FLASHINFER on this GPU, which keeps "
+            f"scratch memory that two lanes would both write: {remedy}"
+        )
+    if capability == 10:
+        return (
+            "vLLM chooses attention backend FLASHINFER by itself on this GPU, which keeps scratch memory that two lanes would "
+            f"both write: {remedy}"
+        )
+    return None
+
+
+def shared_experts(model: "ModelConfig") -> str | None:
+    """The name in the model's configuration that tells of experts for all tokens; None where none does, which a model may have
+    nevertheless: `model_obstacle` looks at its layers."""
+    for name, value in vars(model.hf_text_config).items():
+        if SHARED_EXPERTS.search(name) and isinstance(value, int) and value > 0:
+            return name
+    return None
 
 
 def kernels_obstacle(settings: Settings, capability: int) -> str | None:
@@ -111,8 +180,8 @@ def kernels_obstacle(settings: Settings, capability: int) -> str | None:
         )
     if not model.is_moe:
         return None
-    if os.environ.get("VLLM_DISABLE_SHARED_EXPERTS_STREAM", "0") in ("", "0"):
-        return "shared experts run on one more stream for both lanes: set VLLM_DISABLE_SHARED_EXPERTS_STREAM=1"
+    if os.environ.get(STREAM_VARIABLE, "0") in ("", "0") and (name := shared_experts(model)) is not None:
+        return f"shared experts ({name} of the model) run on one more stream for both lanes: set {STREAM_VARIABLE}=1"
     if settings.expert_balancing:
         return (
             "expert load balancing moves weights, and counts tokens in buffers that two lanes would both write: leave out "
@@ -182,7 +251,8 @@ def model_obstacle(model: Any) -> str | None:
                 return f"the model keeps scratch memory in {place}, which two lanes would both write"
             if any(isinstance(one, torch.Stream | torch.cuda.Stream) for one in held):
                 return (
-                    f"the model runs a part of its work on a stream of its own in {place}, which both lanes would share"
+                    f"the model runs a part of its work on a stream of its own in {place}, which both lanes would share; if "
+                    f"that is the one of shared experts, set {STREAM_VARIABLE}=1"
                 )
     if torch_utils._aux_stream is not None:
         return "a layer of the model uses vLLM's auxiliary stream, which both lanes would share"

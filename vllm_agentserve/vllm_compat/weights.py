@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_agentserve.vllm_compat import LaneError
+from vllm_agentserve.vllm_compat.lanes import CONNECTOR, local_worker_half
 
-CONNECTOR = "LaneConnector"
 UPDATES = (
     "reload_weights",
     "reset_weights",
@@ -21,7 +21,8 @@ without sleep mode too, and unmaps memory then where vLLM's own allocator is on.
 
 
 def refuse_weight_updates() -> None:
-    """Makes these methods of vLLM's worker raise `LaneError` in engines with a prefill lane; others stay as they are.
+    """Makes these methods of vLLM's worker raise `LaneError` while the engine has a prefill lane, or is going to make one; others
+    stay as they are.
 
     On CPUs the lane has a copy of the weights that no update reaches. On GPUs a chunk may be reading them, on a stream that the
     update does not wait for, and the KV of one prompt would come from both old and new ones.
@@ -38,7 +39,7 @@ def refuse_weight_updates() -> None:
 
 def refusing(name: str, stock: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if has_lane(self.vllm_config):
+        if has_connector(self.vllm_config) and may_have_lane():
             raise LaneError(
                 f"{name} is refused: the prefill lane may be computing with the weights, or has a copy of its own; "
                 "start the server with mode 'time-sliced' for it"
@@ -49,7 +50,13 @@ def refusing(name: str, stock: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
-def has_lane(vllm_config: Any) -> bool:
+def may_have_lane() -> bool:
+    """Whether the worker's half of the connector has a lane, or has not tried to make one yet."""
+    half = local_worker_half()
+    return half is None or bool(half.may_have_lane)
+
+
+def has_connector(vllm_config: Any) -> bool:
     """Whether this engine's connector is the one that carries two lanes."""
     transfer = vllm_config.kv_transfer_config
     return transfer is not None and transfer.kv_connector == CONNECTOR
