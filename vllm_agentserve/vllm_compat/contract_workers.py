@@ -142,7 +142,6 @@ WORKERS = (
     ),
     *reads(SAMPLING, "gpucheck/jobs.py", "detokenize ignore_eos logprobs max_tokens temperature"),
     *reads("vllm.entrypoints.llm:LLM", "bench/agreement.py bench/interference.py gpucheck/faults.py", "llm_engine"),
-    *calls("vllm.entrypoints.llm:LLM", "gpucheck/engines.py", get_metrics=""),
     *calls("vllm.entrypoints.llm:LLM", "gpucheck/faults.py", reset_prefix_cache=""),
     *calls(
         "vllm.v1.engine.llm_engine:LLMEngine",
@@ -159,6 +158,4 @@ WORKERS = (
     *reads("vllm.outputs:RequestOutput", "gpucheck/jobs.py", "finished"),
     *reads("vllm.outputs:CompletionOutput", "bench/closed_loop.py gpucheck/jobs.py", "token_ids"),
     *reads("vllm.outputs:CompletionOutput", "gpucheck/jobs.py", "logprobs"),
-    *exports("vllm.v1.metrics.reader", "gpucheck/engines.py", "Counter"),
-    *reads("vllm.v1.metrics.reader:Counter", "gpucheck/engines.py", "name value"),
 )
