@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cuda_fakes import FakeDriver
-from gpu_kit import answer
+from gpu_kit import answer, record
 
 from vllm_agentserve.bench.drawing import draw_sessions
 from vllm_agentserve.bench.records import Record
@@ -17,7 +17,7 @@ from vllm_agentserve.gpucheck.compare import Comparison, Difference
 from vllm_agentserve.gpucheck.engines import Setting, engine_arguments
 from vllm_agentserve.gpucheck.gaps import Gaps, cell, figures, gaps_of
 from vllm_agentserve.gpucheck.jobs import beside_jobs, from_json, to_json
-from vllm_agentserve.gpucheck.launches import ALONE, LaunchLog, by_place, memory
+from vllm_agentserve.gpucheck.launches import ALONE, LaunchLog, by_place, memory, slices
 from vllm_agentserve.gpucheck.plain import PlainLadder
 from vllm_agentserve.lanes.green import GreenLadder
 from vllm_agentserve.lanes.lane import Slot
@@ -25,25 +25,6 @@ from vllm_agentserve.policy.slots import chunk_length
 from vllm_agentserve.vllm_compat import LaneError
 
 # Gaps
-
-
-def record(session: str, sent_us: int, *stamps_us: int) -> Record:
-    return Record(
-        arm="stock",
-        round=0,
-        part="measured",
-        session=session,
-        agent=session,
-        kind="agent",
-        phase="cold",
-        turn=0,
-        prompt="",
-        prompt_tokens=9,
-        wanted_tokens=len(stamps_us),
-        sent_us=sent_us,
-        ended_us=stamps_us[-1],
-        stamps_us=list(stamps_us),
-    )
 
 
 def test_gaps_beside_a_prompt_are_told_from_quiet_ones() -> None:
@@ -241,6 +222,7 @@ def test_the_log_sits_between_a_lane_and_its_ladder_and_runner(monkeypatch: pyte
     for holder, name, stock in (
         (parts, "GreenLadder", GreenLadder),
         (LaneModelRunner, "run", lambda self, chunk: "kept"),
+        (LaneModelRunner, "go_on", lambda self, seconds=0.0: seconds > 1.0),
     ):
         monkeypatch.setattr(holder, name, stock)
     log = LaunchLog(priority, Clockwork())
@@ -251,6 +233,11 @@ def test_the_log_sits_between_a_lane_and_its_ladder_and_runner(monkeypatch: pyte
     assert LaneModelRunner.run(object(), SimpleNamespace(tokens=5)) == "kept"  # type: ignore[arg-type]
     (one,) = log.launched()
     assert (one.tokens, one.place) == (5, ALONE)
+    assert not LaneModelRunner.go_on(object(), 0.5)  # type: ignore[arg-type]
+    assert LaneModelRunner.go_on(object(), 2.0)  # type: ignore[arg-type]
+    assert slices(log.slices)["n"] == 2, "every slice that kept the thread of the decode steps"
+    log.clear()
+    assert slices(log.slices) == {"n": 0, "ms": None, "most_ms": None}
 
 
 def wrap(handle: int) -> Any:

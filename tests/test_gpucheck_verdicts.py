@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu_kit import answer, here
+from gpu_kit import answer, here, record
 
 from vllm_agentserve.bench.records import Record
 from vllm_agentserve.gpucheck import contest, environment, equality, faults, place, shares
@@ -60,24 +60,8 @@ def test_equal_tokens_say_nothing_of_a_lane_that_computed_none(
     )
 
 
-def record(session: str, *stamps_us: int) -> dict[str, Any]:
-    """A request with these tokens, as `agents.replay` returns it."""
-    one = Record(
-        arm="stock",
-        round=0,
-        part="measured",
-        session=session,
-        agent=session,
-        kind="agent",
-        phase="cold",
-        turn=0,
-        prompt="",
-        prompt_tokens=9,
-        wanted_tokens=len(stamps_us),
-        sent_us=0,
-        ended_us=stamps_us[-1],
-        stamps_us=list(stamps_us),
-    )
+def returned(one: Record) -> dict[str, Any]:
+    """As `agents.replay` returns it."""
     return {name: getattr(one, name) for name in one.__struct_fields__}
 
 
@@ -86,7 +70,7 @@ def arm(rounds: int, *stamps_us: int, **counts: int) -> contest.Arm:
     for number in range(rounds):
         made.add(
             number,
-            {"records": [record("a", *stamps_us)], "seconds": 1.0, "counters": counts}
+            {"records": [returned(record("a", 0, *stamps_us))], "seconds": 1.0, "counters": counts}
             | {"start_s": 2.0, "lane": None, "memory": None},
         )
     return made

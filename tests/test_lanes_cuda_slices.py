@@ -22,6 +22,16 @@ def sliced(bench: Bench, layers: int = 6) -> Bench:
     return bench
 
 
+def finish_while_waiting(bench: Bench) -> None:
+    """The device is through with everything whenever the lane has waited."""
+
+    def sleep(seconds: float) -> None:
+        bench.sleep(seconds)
+        bench.device.finish()
+
+    bench.lane._sleep = sleep
+
+
 def names(bench: Bench) -> list[str]:
     return [work.name.partition(" on ")[0] for work in bench.device.log]
 
@@ -131,13 +141,7 @@ def test_a_context_that_is_lost_in_a_later_slice_ends_the_engine() -> None:
 def test_close_launches_what_is_left_and_waits_for_it() -> None:
     bench = sliced(Bench())
     bench.step(job("a", 60))
-    waited = bench.sleep
-
-    def sleep(seconds: float) -> None:
-        waited(seconds)
-        bench.device.finish()
-
-    bench.lane._sleep = sleep
+    finish_while_waiting(bench)
     bench.lane.close()
     assert (bench.runner.closed, bench.ladder.closed) == (True, True)
     assert bench.device.wrong == []
@@ -160,13 +164,7 @@ def test_drain_ends_a_launch_that_is_half_done() -> None:
     bench = WorkerBench()
     sliced(bench)
     bench.work(job("a", 300))
-    waited = bench.sleep
-
-    def sleep(seconds: float) -> None:
-        waited(seconds)
-        bench.device.finish()
-
-    bench.lane._sleep = sleep
+    finish_while_waiting(bench)
     before = bench.now
     assert bench.worker.drain() == {"a"}
     assert bench.now - before <= 6 * LAYER_S + 0.001, "it launches the rest before it waits"
