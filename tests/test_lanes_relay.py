@@ -143,7 +143,7 @@ def test_a_thread_that_cannot_be_prepared_is_said_at_once() -> None:
 def test_an_interrupt_while_a_slice_runs_is_raised_when_the_other_thread_stands_still(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As Ctrl-C in a notebook: never do both threads run, and what the work has set is not left to the caller."""
+    """As Ctrl-C in a notebook. The two threads never run at once, and what the work has set is not left to the caller."""
     acquire, calls = bench.relay._back.acquire, []
 
     def interrupted() -> bool:

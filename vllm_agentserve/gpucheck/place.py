@@ -11,6 +11,7 @@ from typing import Any, Literal
 from vllm_agentserve.gpucheck.archive import write_archive
 from vllm_agentserve.gpucheck.child import STACK_BEFORE_END_S
 from vllm_agentserve.gpucheck.processes import Starter, Task, end_group
+from vllm_agentserve.vllm_compat.cuda import QUEUES, QUEUES_VARIABLE
 
 PACKAGE = "vllm_agentserve.gpucheck"
 TAIL_LINES = 12
@@ -77,7 +78,7 @@ def child_environment(base: Mapping[str, str], serving: Mapping[str, str]) -> di
     wanted = {
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
         # Lanes on disjoint multiprocessors still wait for each other in a shared hardware queue.
-        "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+        QUEUES_VARIABLE: QUEUES,
         "PYTHONUNBUFFERED": "1",
     }
     return {**wanted, **serving, **base, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

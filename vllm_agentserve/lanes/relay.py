@@ -90,7 +90,8 @@ class Relay:
         return self._work is None
 
     def _wait(self) -> BaseException | None:
-        """Waits until the other thread stands still; returns what would have interrupted that, as Ctrl-C: never do both run."""
+        """Waits until the other thread stands still; returns what would have interrupted that, as Ctrl-C does. The two threads
+        never run at once."""
         interrupt: BaseException | None = None
         while True:
             try:

@@ -31,7 +31,7 @@ class LaneGpuWorker(Worker):
 
     def init_device(self) -> None:
         # Streams on disjoint multiprocessors still wait for one another when they share one of the default eight queues.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+        os.environ.setdefault(cuda.QUEUES_VARIABLE, cuda.QUEUES)
         super().init_device()
 
     def _make_model_runner(self) -> Any:
