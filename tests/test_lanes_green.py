@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from cuda_fakes import FakeDriver
 
-from vllm_agentserve.lanes.green import SHARES, GreenLadder, split_sizes
+from vllm_agentserve.lanes.green import GreenLadder, split_sizes
 from vllm_agentserve.lanes.lane import Slot
+from vllm_agentserve.policy.reserve import DECODE_SHARES
 from vllm_agentserve.vllm_compat import LaneError
 
 
@@ -36,7 +37,7 @@ def test_a_share_of_the_users_own(share: float, size: int) -> None:
     assert split_sizes(132, 8, 8, (share,)) == (size,)
 
 
-def ladder_of(driver: FakeDriver, shares: Sequence[float] = SHARES) -> GreenLadder:
+def ladder_of(driver: FakeDriver, shares: Sequence[float] = DECODE_SHARES) -> GreenLadder:
     return GreenLadder(driver, 0, shares, wrap=lambda handle: handle)
 
 

@@ -10,10 +10,9 @@ from cuda_fakes import FakeDriver
 
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes import parts
-from vllm_agentserve.lanes.green import SHARES
 from vllm_agentserve.lanes.lane import Slot
 from vllm_agentserve.lanes.stream import StreamLane
-from vllm_agentserve.policy.reserve import lane_reserve
+from vllm_agentserve.policy.reserve import DECODE_SHARES, lane_reserve
 from vllm_agentserve.vllm_compat import LaneError
 
 BYTES_PER_TOKEN = MIB
@@ -251,7 +250,7 @@ def service(gpu: type[GPU], reserve: int, activation: int) -> None:
 def test_the_reserve_lasts_for_all_streams_in_service(gpu: type[GPU]) -> None:
     """torch never has to empty its caches, which waits for the device."""
     activation = 1600 * BYTES_PER_TOKEN
-    service(gpu, lane_reserve(activation, 1600, 4096, 256, SHARES, 16, 0, 1000, 9).total, activation)
+    service(gpu, lane_reserve(activation, 1600, 4096, 256, DECODE_SHARES, 16, 0, 1000, 9).total, activation)
     assert gpu.device.memory.flushes == 0
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_agentserve.lanes.green import SHARES, Device, device_plan
-from vllm_agentserve.policy.reserve import CONTEXT_BYTES, MIB, workspace_bytes
+from vllm_agentserve.lanes.green import Device, device_plan
+from vllm_agentserve.policy.reserve import CONTEXT_BYTES, DECODE_SHARES, MIB, workspace_bytes
 from vllm_agentserve.vllm_compat import LaneError
 from vllm_agentserve.vllm_compat.cuda import cuda_driver
 
@@ -101,7 +101,7 @@ def check_mps() -> list[Finding]:
 
 def planned(share: float | None) -> Device | str | None:
     """How lanes would divide the first GPU that CUDA shows; why they could not, or None where the driver cannot be asked."""
-    shares: Sequence[float] = SHARES if share is None else (share,)
+    shares: Sequence[float] = DECODE_SHARES if share is None else (share,)
     try:
         return device_plan(cuda_driver(), 0, shares)
     except ImportError:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from vllm_agentserve.gpucheck.work import Share
-from vllm_agentserve.lanes.green import SHARES, GreenLadder
+from vllm_agentserve.lanes.green import GreenLadder
+from vllm_agentserve.policy.reserve import DECODE_SHARES
 
 FINE_SHARES = tuple(eighth / 8 for eighth in range(1, 8))
 ASKED = (1, 2, 4, 8, 12, 16, 18, 24, 32, 36, 48, 64, 66, 80, 96, 112, 120, 124, 128)
@@ -180,7 +181,7 @@ def probe(options: Mapping[str, Any]) -> dict[str, Any]:
     driver = cuda_driver()
     found: dict[str, Any] = {"driver": int(driver.cuDriverGetVersion()[1]), "units": units()}
     found["splits"] = [granted(driver, asked) for asked in ASKED if asked < units()]
-    ladder = make_ladder(driver, SHARES)
+    ladder = make_ladder(driver, DECODE_SHARES)
     found["slots"] = [{"decode": slot.decode, "prefill": slot.prefill} for slot in ladder.slots]
     print("ladder:", ladder.slots, flush=True)
     if importlib.util.find_spec("triton") is None:

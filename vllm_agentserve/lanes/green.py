@@ -9,7 +9,6 @@ from vllm_agentserve.lanes.lane import Slot
 from vllm_agentserve.policy.reserve import DECODE_SHARES
 from vllm_agentserve.vllm_compat import LaneError
 
-SHARES = DECODE_SHARES
 BARRIER_SMS = 16
 """A decode slot has more SMs than this: sampling kernels with a barrier over so many blocks would wait for ever on fewer."""
 INSTEAD = "or use mode 'time-sliced', which needs no green contexts"
@@ -35,7 +34,7 @@ def granularity(major: int) -> tuple[int, int]:
     return (8, 8) if major >= 9 else (4, 2)
 
 
-def split_sizes(units: int, smallest: int, step: int, shares: Sequence[float] = SHARES) -> tuple[int, ...]:
+def split_sizes(units: int, smallest: int, step: int, shares: Sequence[float] = DECODE_SHARES) -> tuple[int, ...]:
     """How many SMs to ask for the decode lane, growing, without repetition; empty when the device is too small.
 
     Args:
@@ -111,7 +110,7 @@ class Device:
     slots: tuple[Slot, ...]
 
 
-def device_plan(driver: Any, ordinal: int, shares: Sequence[float] = SHARES) -> Device:
+def device_plan(driver: Any, ordinal: int, shares: Sequence[float] = DECODE_SHARES) -> Device:
     """How a ladder would divide this device; makes no CUDA context.
 
     Raises:

@@ -6,9 +6,9 @@ from typing import Any
 from vllm.logger import init_logger
 
 from vllm_agentserve.lanes.flight import settled
-from vllm_agentserve.lanes.green import SHARES, GreenLadder
+from vllm_agentserve.lanes.green import GreenLadder
 from vllm_agentserve.lanes.relay import Relay
-from vllm_agentserve.policy.reserve import CHUNK_TOKENS, LONGEST_CHUNKS, MIB
+from vllm_agentserve.policy.reserve import CHUNK_TOKENS, DECODE_SHARES, LONGEST_CHUNKS, MIB
 from vllm_agentserve.policy.slots import chunk_length
 from vllm_agentserve.vllm_compat import LaneError, cuda
 from vllm_agentserve.vllm_compat.cuda_launch import ForwardState, launching_thread
@@ -62,7 +62,7 @@ def lane_parts(options: Any, vllm_config: Any, kv_cache_config: Any) -> LanePart
     refuse(cuda.runner_obstacle(main))
     device = torch.cuda.current_device()
     share = options.lane_decode_share
-    shares = SHARES if share is None else (share,)
+    shares = DECODE_SHARES if share is None else (share,)
     memory = LaneMemory(torch.cuda)
     memory.begin()
     ladder = GreenLadder(
