@@ -31,15 +31,15 @@ STEPS := stock stock-chunk=256 time-sliced-20ms time-sliced-40ms
 
 # Half an hour.
 bench-interference: setup
-	@$(RUN)/python -m vllm_agentserve.bench.interference --path engine --rounds 3 --arms $(STEPS) --output docs/results/interference-engine.json
-	@$(RUN)/python -m vllm_agentserve.bench.interference --path http --rounds 3 --arms $(STEPS) --output docs/results/interference-http.json
+	@$(RUN)/python -m benchmarks.interference --path engine --rounds 3 --arms $(STEPS) --output docs/results/interference-engine.json
+	@$(RUN)/python -m benchmarks.interference --path http --rounds 3 --arms $(STEPS) --output docs/results/interference-http.json
 
 bench-cost: setup
 	@$(RUN)/python -m pytest -q -s -o addopts= -p no:cacheprovider benchmarks/test_step_cost.py
 
 # A quarter of an hour.
 bench-lanes: setup
-	@$(RUN)/python -m vllm_agentserve.bench.interference --path engine --rounds 3 --output docs/results/lanes-engine.json \
+	@$(RUN)/python -m benchmarks.interference --path engine --rounds 3 --output docs/results/lanes-engine.json \
 	  --arms stock stock-chunk=256 time-sliced-40ms lanes auto-40ms auto-20ms auto-12ms
 
 # Sixteen agents, 43,000 tokens of live context, over KV caches of that size, a half and a quarter of it; three tool gaps on every
@@ -55,7 +55,7 @@ PLAS := program_quantum_ms=100
 bench-programs: setup
 	@for load in 0.5 0.8 0.95; do $(RUN)/agentserve bench run --workload programs --programs 48 --load $$load --slo-factor 0 --rounds 3 \
 	  --arms stock agentserve-time-sliced agentserve-time-sliced:policy=plas,$(PLAS) agentserve-time-sliced:policy=atlas,$(PLAS) || exit 1; done
-	@$(RUN)/python -m vllm_agentserve.bench.agreement --programs 32 --load 0.9 --rounds 2 --anonymous \
+	@$(RUN)/python -m vllm_agentserve.simulator.agreement --programs 32 --load 0.9 --rounds 2 --anonymous \
 	  --policies stock fcfs plas atlas --output docs/results/agreement.json
 
 # Random episodes in every mode and order, every answer compared with stock's; then the lane is killed fifty times under load.

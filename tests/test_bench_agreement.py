@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from vllm_agentserve.bench.agreement import (
+from vllm_agentserve.bench.calls import tool_chain_s
+from vllm_agentserve.bench.cost import TOY_CPU, StepCost, read_cost
+from vllm_agentserve.bench.program_traffic import sessions_of
+from vllm_agentserve.bench.records import Record
+from vllm_agentserve.bench.server import serving_environment
+from vllm_agentserve.simulator.agreement import (
     WAITING,
     drawn,
     engine_options,
@@ -20,12 +25,8 @@ from vllm_agentserve.bench.agreement import (
     waiting,
     waiting_simulated,
 )
-from vllm_agentserve.bench.calibration import Sample, fit, misfit
-from vllm_agentserve.bench.calls import tool_chain_s
-from vllm_agentserve.bench.cost import TOY_CPU, KnownModel, StepCost, read_cost
-from vllm_agentserve.bench.program_traffic import sessions_of
-from vllm_agentserve.bench.records import Record
-from vllm_agentserve.bench.server import serving_environment
+from vllm_agentserve.simulator.calibration import Sample, fit, misfit
+from vllm_agentserve.simulator.known_model import KnownModel
 
 COST = StepCost(base=5.0, sequence=0.7, context=0.4, tokens=220.0, attended=30.0, prefill=1.5)
 GIVEN = {
@@ -147,7 +148,7 @@ def test_all_of_it_runs(tmp_path: Path, toy_model: Path) -> None:
     """A cost that is known, six programs at once, two engines: what comes out is complete and in no case absurd."""
     (tmp_path / "cost.json").write_text(json.dumps(asdict(TOY_CPU)))
     command = [
-        *(sys.executable, "-m", "vllm_agentserve.bench.agreement", "--model", str(toy_model), "--programs", "6"),
+        *(sys.executable, "-m", "vllm_agentserve.simulator.agreement", "--model", str(toy_model), "--programs", "6"),
         *("--load", "3", "--scale", "0.05", "--policies", "fcfs", "plas", "--cost", str(tmp_path / "cost.json")),
         *("--output", str(tmp_path / "out.json"), "--anonymous"),
     ]

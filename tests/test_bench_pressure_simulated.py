@@ -7,8 +7,8 @@ import pytest
 
 from vllm_agentserve.bench.calls import CallShape, ProgramShape
 from vllm_agentserve.bench.cost import StepCost
-from vllm_agentserve.bench.simulator import Order, Simulator
 from vllm_agentserve.policy.target import TargetTrade
+from vllm_agentserve.simulator.simulator import Order, Simulator
 
 COST = StepCost(base=5.5, sequence=0.25, context=0.48, tokens=120.0, attended=31.0, prefill=2.0)
 """About the toy model on two cores that a server and clients share."""

@@ -8,9 +8,10 @@ import pytest
 from vllm_agentserve.bench.calls import CallShape, ProgramShape, forks, in_blocks, origin, scaled, tool_chain_s
 from vllm_agentserve.bench.cost import SERVER_GPU as COST
 from vllm_agentserve.bench.cost import StepCost
-from vllm_agentserve.bench.programs import SHAPES, draw_programs, figures, simulate
-from vllm_agentserve.bench.simulator import Order, Simulator
+from vllm_agentserve.bench.programs import SHAPES, draw_programs
 from vllm_agentserve.policy.programs import ProgramTable
+from vllm_agentserve.simulator.policies import figures, simulate
+from vllm_agentserve.simulator.simulator import Order, Simulator
 
 ORDERS = get_args(Order)
 FLAT = StepCost(base=10.0, sequence=0.0, context=0.0, tokens=100.0, attended=0.0)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from test_bench_figures import BY_KEY, noisy_rounds, record
 
+from benchmarks import interference_figures as interference
 from vllm_agentserve.bench import compare as comparing
-from vllm_agentserve.bench import interference_figures as interference
 from vllm_agentserve.bench.compare import BETTER, FAILED, FEW, NOISE, UNKNOWN, WORSE, Comparison, compare
 from vllm_agentserve.bench.judge import (
     PRIMARY,

@@ -136,24 +136,24 @@ WORKERS = (
         "not has_kv_transfer_group()",
     ),
     # Benchmark and GPU kit: engines in their own process.
-    *exports("vllm", "bench/agreement.py bench/interference.py gpucheck/engines.py", "LLM"),
-    *exports(
-        "vllm", "bench/calibration.py bench/closed_loop.py bench/interference.py gpucheck/jobs.py", "SamplingParams"
-    ),
+    *exports("vllm", "simulator/agreement.py gpucheck/engines.py", "LLM"),
+    *exports("vllm", "bench/closed_loop.py simulator/calibration.py gpucheck/jobs.py", "SamplingParams"),
     *reads(SAMPLING, "gpucheck/jobs.py", "detokenize ignore_eos logprobs max_tokens temperature"),
-    *reads("vllm.entrypoints.llm:LLM", "bench/agreement.py bench/interference.py gpucheck/faults.py", "llm_engine"),
+    *reads("vllm.entrypoints.llm:LLM", "simulator/agreement.py gpucheck/faults.py", "llm_engine"),
     *calls("vllm.entrypoints.llm:LLM", "gpucheck/faults.py", reset_prefix_cache=""),
     *calls(
         "vllm.v1.engine.llm_engine:LLMEngine",
-        "bench/closed_loop.py bench/calibration.py bench/interference.py gpucheck/jobs.py",
+        "bench/closed_loop.py simulator/calibration.py gpucheck/jobs.py",
         add_request="request_id prompt params session_id=",
         step="",
     ),
-    *calls("vllm.v1.engine.llm_engine:LLMEngine", "bench/calibration.py gpucheck/jobs.py", abort_request="request_ids"),
-    *calls("vllm.v1.engine.llm_engine:LLMEngine", "bench/calibration.py", has_unfinished_requests=""),
-    *reads("vllm.v1.engine.llm_engine:LLMEngine", "bench/agreement.py bench/interference.py", "engine_core"),
-    *reads("vllm.v1.engine.core_client:InprocClient", "bench/agreement.py bench/interference.py", "engine_core"),
-    *reads("vllm.v1.engine.core:EngineCore", "bench/agreement.py bench/interference.py", "scheduler"),
+    *calls(
+        "vllm.v1.engine.llm_engine:LLMEngine", "simulator/calibration.py gpucheck/jobs.py", abort_request="request_ids"
+    ),
+    *calls("vllm.v1.engine.llm_engine:LLMEngine", "simulator/calibration.py", has_unfinished_requests=""),
+    *reads("vllm.v1.engine.llm_engine:LLMEngine", "simulator/agreement.py", "engine_core"),
+    *reads("vllm.v1.engine.core_client:InprocClient", "simulator/agreement.py", "engine_core"),
+    *reads("vllm.v1.engine.core:EngineCore", "simulator/agreement.py", "scheduler"),
     *reads("vllm.outputs:RequestOutput", "bench/closed_loop.py", "num_cached_tokens outputs request_id"),
     *reads("vllm.outputs:RequestOutput", "gpucheck/jobs.py", "finished"),
     *reads("vllm.outputs:CompletionOutput", "bench/closed_loop.py gpucheck/jobs.py", "token_ids"),

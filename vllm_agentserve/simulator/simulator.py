@@ -12,15 +12,16 @@ from itertools import count
 from typing import Literal
 
 from vllm_agentserve.bench.calls import ProgramShape, forks, origin, tool_chain_s
-from vllm_agentserve.bench.cost import KnownModel, StepCost
-from vllm_agentserve.bench.simulated_calls import Call, Ended, Live
-from vllm_agentserve.bench.simulated_queue import SimulatedQueue
+from vllm_agentserve.bench.cost import StepCost
 from vllm_agentserve.policy.budget import StepBudget
 from vllm_agentserve.policy.controller import BudgetController, BudgetLimits
 from vllm_agentserve.policy.order import BYPASS_STEPS, PATIENT_BYPASS_STEPS, AdmissionKey, Urgency, admission_key
 from vllm_agentserve.policy.phase import Phase, classify
 from vllm_agentserve.policy.programs import ProgramTable
 from vllm_agentserve.policy.target import Backlog
+from vllm_agentserve.simulator.calls import Call, Ended, Live
+from vllm_agentserve.simulator.known_model import KnownModel
+from vllm_agentserve.simulator.queue import SimulatedQueue
 
 Order = Literal["stock", "fcfs", "plas", "atlas", "sjf-oracle", "round-robin"]
 PATIENCE = {"fcfs": BYPASS_STEPS, "plas": PATIENT_BYPASS_STEPS, "atlas": PATIENT_BYPASS_STEPS}

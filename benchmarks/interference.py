@@ -1,7 +1,7 @@
 """One agent's cold prompt against four agents' streams: the problem in its purest form, measured A B A B.
 
-    python -m vllm_agentserve.bench.interference --path engine --rounds 3 --output docs/results/NAME.json
-    python -m vllm_agentserve.bench.interference --path http   --rounds 3 --output docs/results/NAME.json
+    python -m benchmarks.interference --path engine --rounds 3 --output docs/results/NAME.json
+    python -m benchmarks.interference --path http   --rounds 3 --output docs/results/NAME.json
 
 Four streams decode; prompts of 4k, 6k and 8k fresh tokens arrive every six seconds; afterwards such prompts come alone,
 twice, and the second time counts: arms have met other chunk sizes until then, and kernels prepare themselves for each.
@@ -26,9 +26,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.interference_figures import Run, alone_summary, ratios, rounded, summary, table
 from vllm_agentserve.bench.client import Stream, StreamingClient
 from vllm_agentserve.bench.endpoint import read_counters
-from vllm_agentserve.bench.interference_figures import Run, alone_summary, ratios, rounded, summary, table
 from vllm_agentserve.bench.measure import quantiles, split_gaps
 from vllm_agentserve.bench.replay import undisturbed
 from vllm_agentserve.bench.server import VllmServer, serving_environment

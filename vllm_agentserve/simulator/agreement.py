@@ -1,6 +1,6 @@
 """The simulator held against the real engine: the same programs, the same policies, in one process and in real time.
 
-    python -m vllm_agentserve.bench.agreement --programs 48 --load 0.9 --output agreement.json
+    python -m vllm_agentserve.simulator.agreement --programs 48 --load 0.9 --output agreement.json
 
 First the engine's steps are timed, alone and with prompts, which gives the simulator its cost. Then every policy runs the
 programs on a fresh engine, arrivals and tools in real time; then the simulator runs them. What is compared first is the time
@@ -26,11 +26,11 @@ from vllm_agentserve.bench.cost import StepCost, read_cost, write_cost
 from vllm_agentserve.bench.measure import quantiles
 from vllm_agentserve.bench.program_figures import program_figures
 from vllm_agentserve.bench.program_traffic import PROGRAM_WORKLOADS, Programs, sessions_of
-from vllm_agentserve.bench.programs import simulate
 from vllm_agentserve.bench.server import has_nvidia_driver, serving_environment
 from vllm_agentserve.bench.sessions import longest_context, warm_up_of
-from vllm_agentserve.bench.simulated_calls import Ended
-from vllm_agentserve.bench.simulator import Order
+from vllm_agentserve.simulator.calls import Ended
+from vllm_agentserve.simulator.policies import simulate
+from vllm_agentserve.simulator.simulator import Order
 from vllm_agentserve.toy import make_toy_model
 from vllm_agentserve.vllm_compat import SCHEDULER_NAME, installed_vllm
 
@@ -71,7 +71,7 @@ def make_engine(given: Mapping[str, Any], policy: str, tokens: int) -> Any:
 
 def calibrate(given: Mapping[str, Any]) -> dict[str, Any]:
     """In a child process: times steps; returns the cost, how well it fits, and the samples."""
-    from vllm_agentserve.bench.calibration import Calibration, fit, misfit
+    from vllm_agentserve.simulator.calibration import Calibration, fit, misfit
 
     samples = Calibration(
         make_engine(given, "calibration", CALIBRATION_TOKENS), given["slots"], CALIBRATION_TOKENS - 256, given["seed"]
@@ -224,7 +224,7 @@ def main() -> int:
         print("\n" + json.dumps(work(sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4]))))
         return 0
     parser = argparse.ArgumentParser(
-        prog="python -m vllm_agentserve.bench.agreement", description=__doc__.splitlines()[0]
+        prog="python -m vllm_agentserve.simulator.agreement", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--workload", choices=list(PROGRAM_WORKLOADS), default="programs")
     parser.add_argument("--programs", type=int, default=48)
