@@ -8,7 +8,7 @@ from cuda_bench import job
 from cuda_device import FakeDevice, FakeLadder
 from cuda_steps import WorkerBench
 
-from vllm_agentserve.lanes import worker as worker_half
+from vllm_agentserve.lanes import connector_worker as worker_half
 from vllm_agentserve.vllm_compat import LaneError
 
 OUT_OF_MEMORY = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from cuda_fakes import FakeDriver
 
-from vllm_agentserve.lanes.green import Device, GreenLadder, device_plan
+from vllm_agentserve.lanes.cuda.green import Device, GreenLadder, device_plan
 from vllm_agentserve.lanes.lane import Slot
 from vllm_agentserve.vllm_compat import LaneError
 
