@@ -30,7 +30,7 @@ def run(check: CheckRun) -> PartResult:
     free = free_gib(check)
     shape = shape_for(0.0 if free is None and check.device == "cuda" else free)
     options = {"shape": asdict(shape), "device": check.device, "small": check.small}
-    ended = check.run("shares", f"{PACKAGE}.stack:measure", options, fresh=True)
+    ended = check.run("shares", f"{PACKAGE}.decoder_layers:measure", options, fresh=True)
     if ended.error is not None:
         return PartResult(ended.status, "throughput was not measured", ["```", *ended.error.splitlines(), "```"])
     points, unit = ended.result["points"], ended.result["unit"]
