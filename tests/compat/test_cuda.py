@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.support.cuda_device import NoState
-from vllm_agentserve.lanes.relay import Relay
+from vllm_agentserve.lanes.cuda.relay import Relay
 from vllm_agentserve.policy.jobs import Chunk, Job
 from vllm_agentserve.vllm_compat import LaneError, cuda
 from vllm_agentserve.vllm_compat.cuda_runner import LaneModelRunner

@@ -12,7 +12,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group, kv_transfer_stat
 from vllm.model_executor.layers.attention import attention as attention_module
 from vllm.model_executor.layers.attention.kv_transfer_utils import maybe_transfer_kv_layer
 
-from vllm_agentserve.lanes.relay import Relay
+from vllm_agentserve.lanes.cuda.relay import Relay
 from vllm_agentserve.vllm_compat.cuda_launch import ForwardState, LayerHook, connector_instead, launching_thread
 
 

@@ -4,11 +4,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from vllm_contract.check import Status, SymbolResult, check_symbol
+from vllm_contract.sources import Sources
+from vllm_contract.symbols import Symbol, Use, calls, exports, implements, overrides, reads, says
 
 from tests.support.compat_tool import compat
-from vllm_agentserve.vllm_compat.sources import Sources
-from vllm_agentserve.vllm_compat.symbols import Symbol, Use, calls, exports, implements, overrides, reads, says
-from vllm_agentserve.vllm_compat.verdicts import Finding, Verdict, judge
 
 ENGINE = """
 from abc import abstractmethod
@@ -55,77 +55,79 @@ PLANTED = (
 )
 
 
-def findings(folder: Path, engine: str = ENGINE, base: str = BASE, **others: str) -> dict[tuple[str, Use], Finding]:
+def findings(
+    folder: Path, engine: str = ENGINE, base: str = BASE, **others: str
+) -> dict[tuple[str, Use], SymbolResult]:
     """What is found of `PLANTED` in a tree with these two modules, and others by name."""
     (folder / "vllm").mkdir()
     for name, text in {"__init__": "", "engine": engine, "base": base, **others}.items():
         (folder / "vllm" / f"{name}.py").write_text(text)
-    return {(one.name, one.use): judge(Sources(folder), one) for one in PLANTED}
+    return {(one.name, one.use): check_symbol(Sources(folder), one) for one in PLANTED}
 
 
 def test_a_tree_that_fits(tmp_path: Path) -> None:
-    assert {str(one) for one in findings(tmp_path).values() if one.verdict is not Verdict.PRESENT} == set()
+    assert {str(one) for one in findings(tmp_path).values() if one.status is not Status.PRESENT} == set()
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "name", "use", "verdict", "words"),
+    ("before", "after", "name", "use", "status", "detail"),
     [
-        ("def helper(", "def helped(", "Engine.helper", Use.CALL, Verdict.GONE, "nothing is called 'helper'"),
-        ("fast=False", "quick=False", "Engine.helper", Use.CALL, Verdict.CHANGED, "parameter 'fast' is gone"),
-        ("tokens=1", "count=1", "Engine.step", Use.OVERRIDE, Verdict.CHANGED, "'count' stands in its place"),
+        ("def helper(", "def helped(", "Engine.helper", Use.CALL, Status.GONE, "nothing is called 'helper'"),
+        ("fast=False", "quick=False", "Engine.helper", Use.CALL, Status.CHANGED, "parameter 'fast' is gone"),
+        ("tokens=1", "count=1", "Engine.step", Use.OVERRIDE, Status.CHANGED, "'count' stands in its place"),
         (
             "request, tokens=1",
             "request, tokens",
             "Engine.step",
             Use.CALL,
-            Verdict.CHANGED,
+            Status.CHANGED,
             "required parameter 'tokens'",
         ),
-        ("tokens=1", "tokens=1, more=2", "Engine.step", Use.OVERRIDE, Verdict.CHANGED, "new parameter 'more'"),
-        ("tokens=1", "tokens=1, **more", "Engine.step", Use.OVERRIDE, Verdict.CHANGED, "any further parameters"),
-        ("(self, request, tokens=1)", "(self)", "Engine.step", Use.CALL, Verdict.CHANGED, "'request' is gone"),
-        ("self.inherited:", "self.renamed:", "Engine.inherited", Use.READ, Verdict.GONE, "'inherited'"),
-        ("@property", "", "Engine.width", Use.READ, Verdict.CHANGED, "it is a method, and was an attribute"),
-        ("def step(", "@property\n    def step(", "Engine.step", Use.CALL, Verdict.CHANGED, "no function any more"),
-        ("second: list", "new: int\n    second: list", "Data", Use.CALL, Verdict.CHANGED, "required parameter 'new'"),
+        ("tokens=1", "tokens=1, more=2", "Engine.step", Use.OVERRIDE, Status.CHANGED, "new parameter 'more'"),
+        ("tokens=1", "tokens=1, **more", "Engine.step", Use.OVERRIDE, Status.CHANGED, "any further parameters"),
+        ("(self, request, tokens=1)", "(self)", "Engine.step", Use.CALL, Status.CHANGED, "'request' is gone"),
+        ("self.inherited:", "self.renamed:", "Engine.inherited", Use.READ, Status.GONE, "'inherited'"),
+        ("@property", "", "Engine.width", Use.READ, Status.CHANGED, "it is a method, and was an attribute"),
+        ("def step(", "@property\n    def step(", "Engine.step", Use.CALL, Status.CHANGED, "no function any more"),
+        ("second: list", "new: int\n    second: list", "Data", Use.CALL, Status.CHANGED, "required parameter 'new'"),
         (
             "    limit = 3",
             "    @abstractmethod\n    def more(self): ...",
             "Engine",
             Use.IMPLEMENT,
-            Verdict.CHANGED,
+            Status.CHANGED,
             "'more'",
         ),
-        ("self.helper(request)", "1", "Engine.step", Use.TEXT, Verdict.CHANGED, "its source no longer holds"),
-        ("lazy: int", "pass", "lazy", Use.READ, Verdict.GONE, "nothing is called 'lazy'"),
+        ("self.helper(request)", "1", "Engine.step", Use.TEXT, Status.CHANGED, "its source no longer holds"),
+        ("lazy: int", "pass", "lazy", Use.READ, Status.GONE, "nothing is called 'lazy'"),
     ],
 )
 def test_a_change_is_noticed(
-    tmp_path: Path, before: str, after: str, name: str, use: Use, verdict: Verdict, words: str
+    tmp_path: Path, before: str, after: str, name: str, use: Use, status: Status, detail: str
 ) -> None:
     assert before in ENGINE + BASE
     found = findings(tmp_path, ENGINE.replace(before, after), BASE.replace(before, after))[name, use]
-    assert found.verdict is verdict
-    assert words in found.words
+    assert found.status is status
+    assert detail in found.detail
     assert "used in cli.py" in str(found)
 
 
 def test_a_class_that_moved_is_found(tmp_path: Path) -> None:
     found = findings(tmp_path, engine="", other=ENGINE)
-    assert found["Engine", Use.IMPLEMENT].verdict is Verdict.MOVED
+    assert found["Engine", Use.IMPLEMENT].status is Status.MOVED
     assert "'Engine' is now in vllm.other" in str(found["Engine", Use.IMPLEMENT])
-    assert found["Engine.limit", Use.READ].verdict is Verdict.MOVED
+    assert found["Engine.limit", Use.READ].status is Status.MOVED
 
 
 def test_a_class_that_moved_and_can_still_be_imported_is_present(tmp_path: Path) -> None:
     found = findings(tmp_path, engine="from vllm.other import *", other=ENGINE)
-    assert {str(one) for one in found.values() if one.verdict is not Verdict.PRESENT} == set()
+    assert {str(one) for one in found.values() if one.status is not Status.PRESENT} == set()
 
 
 def test_a_method_that_moved_to_another_class_is_found(tmp_path: Path) -> None:
     base = "class Base:\n    inherited = 1\n    def outer(self): ...\n"
     found = findings(tmp_path, base=base, other=BASE)["Engine.helper", Use.CALL]
-    assert (found.verdict, found.words) == (Verdict.MOVED, "'helper' is now in vllm.other")
+    assert (found.status, found.detail) == (Status.MOVED, "'helper' is now in vllm.other")
 
 
 # -- the tool -------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from vllm.v1.worker import gpu_worker
 
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes import connector
-from vllm_agentserve.lanes.worker import LaneWorker
+from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker
 from vllm_agentserve.vllm_compat import LaneError, weights
 
 
@@ -94,12 +94,12 @@ def test_whether_there_may_be_a_lane() -> None:
     def refused() -> Any:
         raise LaneError("no")
 
-    half = LaneWorker(AgentServeConfig(mode="auto"), None, refused, None)
+    half = LaneConnectorWorker(AgentServeConfig(mode="auto"), None, refused, None)
     assert half.may_have_lane, "it is made later"
     half.start()
     assert not half.may_have_lane
     lane: Any = Lane()
-    half = LaneWorker(AgentServeConfig(mode="lanes"), None, lambda: lane, None)
+    half = LaneConnectorWorker(AgentServeConfig(mode="lanes"), None, lambda: lane, None)
     half.start()
     assert half.may_have_lane
     half.after_step(set())
@@ -107,7 +107,7 @@ def test_whether_there_may_be_a_lane() -> None:
     lane.gone = True
     half.after_step(set())
     assert not half.may_have_lane, "it has ended"
-    again = LaneWorker(AgentServeConfig(mode="lanes"), None, lambda: lane, Lane)  # type: ignore[arg-type]
+    again = LaneConnectorWorker(AgentServeConfig(mode="lanes"), None, lambda: lane, Lane)  # type: ignore[arg-type]
     again.start()
     again.after_step(set())
     assert again.may_have_lane, "another one was made"

@@ -17,11 +17,11 @@ def test_the_first_chunk_compiles_nothing(toy_model: Path, stock: Answers) -> No
     toy takes three hundred times as long as a chunk."""
     llm = make_llm(toy_model, LANES, enforce_eager=False)
     try:
-        board, beats = worker()._lane._board, []  # type: ignore[union-attr]
+        counters, beats = worker()._lane._counters, []  # type: ignore[union-attr]
 
         def watch(step: int) -> None:
-            if board["beat"] and board["beat"] not in beats[-1:]:
-                beats.append(board["beat"])
+            if counters["beat"] and counters["beat"] not in beats[-1:]:
+                beats.append(counters["beat"])
 
         assert wrong(stock, run_cold(llm, watch)) == []
         assert (counts(llm)["lane_requests"], counts(llm)["lane_failed_requests"]) == (2, 0)

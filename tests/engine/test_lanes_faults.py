@@ -14,10 +14,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 
 from tests.support.lane_engine import KILLS, LANES, counts, lane_is_up, lanes_run_here, run_cold, worker, wrong
 from tests.support.mix import Answers, Job, close, differences, long_prompt, make_llm, mixed_jobs, scheduler_of
-from vllm_agentserve.lanes import process
-from vllm_agentserve.lanes.dispatch import LaneDispatch
-from vllm_agentserve.lanes.process import ProcessLane
-from vllm_agentserve.lanes.worker import LaneWorker
+from vllm_agentserve.lanes.connector_scheduler import LaneConnectorScheduler
+from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker
+from vllm_agentserve.lanes.cpu import process
+from vllm_agentserve.lanes.cpu.process import ProcessLane
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +61,14 @@ def test_a_chunk_that_fails_costs_its_prompt_nothing_but_time(
     lanes: LLM, stock: Answers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job whose tokens are no tokens raises in the lane, which ends: another one is started."""
-    dispatch = LaneDispatch.dispatch
+    dispatch = LaneConnectorScheduler.dispatch
 
-    def spoil(self: LaneDispatch, request: Any, blocks: tuple[list[int], ...], tokens: int) -> None:
+    def spoil(self: LaneConnectorScheduler, request: Any, blocks: tuple[list[int], ...], tokens: int) -> None:
         dispatch(self, request, blocks, tokens)
         if request.request_id.startswith("cold-0"):
             self._new[-1] = replace(self._new[-1], token_ids=["no token"] * request.num_tokens)
 
-    monkeypatch.setattr(LaneDispatch, "dispatch", spoil)
+    monkeypatch.setattr(LaneConnectorScheduler, "dispatch", spoil)
     before, pid = counts(lanes), worker()._lane.pid
     assert wrong(stock, run_cold(lanes)) == []
     assert counts(lanes)["lane_failed_requests"] - before["lane_failed_requests"] == 2
@@ -103,9 +103,11 @@ def test_killed_again_and_again_under_load(lanes: LLM, stock: Answers) -> None:
 def test_a_lane_that_starts_a_token_too_late_would_be_noticed(
     lanes: LLM, stock: Answers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dispatch = LaneDispatch.dispatch
+    dispatch = LaneConnectorScheduler.dispatch
     monkeypatch.setattr(
-        LaneDispatch, "dispatch", lambda self, request, blocks, tokens: dispatch(self, request, blocks, tokens - 1)
+        LaneConnectorScheduler,
+        "dispatch",
+        lambda self, request, blocks, tokens: dispatch(self, request, blocks, tokens - 1),
     )
     assert wrong(stock, run_cold(lanes)) != []
 
@@ -115,15 +117,15 @@ def test_blocks_published_before_they_are_written_would_be_noticed(
     lanes: LLM, stock: Answers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worker says that a job is done when it has only been submitted."""
-    after_step, told = LaneWorker.after_step, set()
+    after_step, told = LaneConnectorWorker.after_step, set()
 
-    def hasty(self: LaneWorker, finished: set[str]) -> KVConnectorTransferResults:
+    def hasty(self: LaneConnectorWorker, finished: set[str]) -> KVConnectorTransferResults:
         after_step(self, finished)
         new = set(self._lane.jobs()) - told
         told.update(new)
         return KVConnectorTransferResults(finished_recving=new)
 
-    monkeypatch.setattr(LaneWorker, "after_step", hasty)
+    monkeypatch.setattr(LaneConnectorWorker, "after_step", hasty)
     assert wrong(stock, run_cold(lanes)) != []
     while worker()._lane.busy:
         worker()._lane.poll(0.1)
@@ -146,16 +148,16 @@ def test_blocks_freed_while_they_are_written_would_be_noticed(lanes: LLM, monkey
             freed.add(request_id)
             given_back.append(request_id)
 
-    after_step, freed, given_back = LaneWorker.after_step, set[str](), list[str]()
+    after_step, freed, given_back = LaneConnectorWorker.after_step, set[str](), list[str]()
 
-    def hasty(self: LaneWorker, finished: set[str]) -> KVConnectorTransferResults:
+    def hasty(self: LaneConnectorWorker, finished: set[str]) -> KVConnectorTransferResults:
         results = after_step(self, finished)
         done = (results.finished_recving or set()) | freed
         freed.clear()
         return KVConnectorTransferResults(finished_recving=done)
 
     monkeypatch.setattr(ProcessLane, "cancel", cancel)
-    monkeypatch.setattr(LaneWorker, "after_step", hasty)
+    monkeypatch.setattr(LaneConnectorWorker, "after_step", hasty)
     found = run_cold(lanes, jobs=[stream, aborted, *others])
     assert differences(others, right, found) != []
     monkeypatch.undo()

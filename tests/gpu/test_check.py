@@ -9,9 +9,9 @@ import pytest
 from tests.support.gpu_kit import answer
 from vllm_agentserve.gpucheck import command, faults, probe
 from vllm_agentserve.gpucheck.engines import kv_cache_bytes, shape_for
-from vllm_agentserve.gpucheck.jobs import beside_jobs, from_json, to_json
 from vllm_agentserve.gpucheck.multiprocessors import granted
 from vllm_agentserve.gpucheck.schedule import Span, allowance
+from vllm_agentserve.gpucheck.scripted_requests import beside_requests, from_json, to_json
 
 # Time
 
@@ -129,8 +129,8 @@ def test_the_kernel_of_the_probe_compiles_for_a_gpu() -> None:
 
 
 def scenario(tokens: list[int], **gained: int) -> dict[str, Any]:
-    """Every request of `beside_jobs` answered with the same tokens."""
-    return {"answers": to_json({job.name: answer(tokens) for job in beside_jobs()}), "gained": gained}
+    """Every request of `beside_requests` answered with the same tokens."""
+    return {"answers": to_json({job.name: answer(tokens) for job in beside_requests()}), "gained": gained}
 
 
 @pytest.mark.parametrize(

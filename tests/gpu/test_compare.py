@@ -6,12 +6,19 @@ from dataclasses import replace
 import pytest
 
 from tests.support.gpu_kit import answer
-from vllm_agentserve.gpucheck.compare import ROUNDING, Comparison, Difference, compare, wrong
-from vllm_agentserve.gpucheck.jobs import Answer, Job, from_json, mixed_jobs, pinned_jobs, to_json
+from vllm_agentserve.gpucheck.compare import ROUNDING, AnswerComparison, Difference, compare, wrong
+from vllm_agentserve.gpucheck.scripted_requests import (
+    Answer,
+    ScriptedRequest,
+    from_json,
+    mixed_requests,
+    pinned_requests,
+    to_json,
+)
 
 
-def job(name: str = "a", abort_after: int | None = None) -> Job:
-    return Job(name, 0, (1,), 4, abort_after=abort_after)
+def job(name: str = "a", abort_after: int | None = None) -> ScriptedRequest:
+    return ScriptedRequest(name, 0, (1,), 4, abort_after=abort_after)
 
 
 @pytest.mark.parametrize(
@@ -62,8 +69,8 @@ def test_the_mean_is_over_all_positions_with_the_same_context() -> None:
     assert (found.noise, found.mean, found.positions) == (0.25, 0.25, 3)
 
 
-EQUAL = Comparison(2, 2, 1e-6)
-TIED = Comparison(2, 1, 0.05, [Difference("a", 3, 0.02)])
+EQUAL = AnswerComparison(2, 2, 1e-6)
+TIED = AnswerComparison(2, 1, 0.05, [Difference("a", 3, 0.02)])
 
 
 @pytest.mark.parametrize(
@@ -75,22 +82,22 @@ TIED = Comparison(2, 1, 0.05, [Difference("a", 3, 0.02)])
         (TIED, TIED, None),
         (TIED, None, "1 of 2 requests have other tokens"),
         (TIED, EQUAL, "1 of 2 requests have other tokens"),
-        (Comparison(2, 1, 0.05, [Difference("a", 3, 0.101)]), TIED, "a differs at token 3, and not by a tie"),
-        (Comparison(2, 1, 0.05, [Difference("a", 3, None)]), TIED, "a differs at token 3, and not by a tie"),
-        (Comparison(2, 1, 0.0, [Difference("a", 3, 2 * ROUNDING)]), Comparison(2, 1, 0.0, []), None),
-        (Comparison(2, 2, 1e-3), EQUAL, "log-probabilities differ by up to 0.001, rounding allows 0.0002"),
-        (Comparison(2, 2, 1e-3), Comparison(2, 2, 5e-4), None),
-        (Comparison(2, 2, 0.3), TIED, "log-probabilities differ by up to 0.3"),
-        (Comparison(2, 2, 0.05, [], 0.004), replace(TIED, mean=0.002), None),
+        (AnswerComparison(2, 1, 0.05, [Difference("a", 3, 0.101)]), TIED, "a differs at token 3, and not by a tie"),
+        (AnswerComparison(2, 1, 0.05, [Difference("a", 3, None)]), TIED, "a differs at token 3, and not by a tie"),
+        (AnswerComparison(2, 1, 0.0, [Difference("a", 3, 2 * ROUNDING)]), AnswerComparison(2, 1, 0.0, []), None),
+        (AnswerComparison(2, 2, 1e-3), EQUAL, "log-probabilities differ by up to 0.001, rounding allows 0.0002"),
+        (AnswerComparison(2, 2, 1e-3), AnswerComparison(2, 2, 5e-4), None),
+        (AnswerComparison(2, 2, 0.3), TIED, "log-probabilities differ by up to 0.3"),
+        (AnswerComparison(2, 2, 0.05, [], 0.004), replace(TIED, mean=0.002), None),
         (
-            Comparison(2, 2, 0.05, [], 0.005),
+            AnswerComparison(2, 2, 0.05, [], 0.005),
             replace(TIED, mean=0.002),
             "differ by 0.005 on average, rounding allows 0.004",
         ),
     ],
 )
 def test_an_arm_may_differ_only_where_stock_differs_from_itself(
-    comparison: Comparison, control: Comparison | None, words: str | None
+    comparison: AnswerComparison, control: AnswerComparison | None, words: str | None
 ) -> None:
     why = wrong(comparison, control)
     assert (why is None) == (words is None)
@@ -98,8 +105,8 @@ def test_an_arm_may_differ_only_where_stock_differs_from_itself(
 
 
 def test_pinned_requests_are_the_same_but_for_their_answers() -> None:
-    free = mixed_jobs(20, seeded=False)
-    pinned = pinned_jobs(free)
+    free = mixed_requests(20, seeded=False)
+    pinned = pinned_requests(free)
     assert [one.prompt for one in pinned] == [one.prompt for one in free]
     assert len({one.pinned for one in pinned}) == 20
     assert not {one.name for one in pinned} & {one.name for one in free}
@@ -111,9 +118,9 @@ def test_answers_survive_json() -> None:
 
 
 def test_the_mix_has_everything() -> None:
-    jobs = mixed_jobs(20, seeded=True)
+    jobs = mixed_requests(20, seeded=True)
     assert {job.seed is None for job in jobs} == {True, False}
     assert {job.abort_after is None for job in jobs} == {True, False}
     assert sum(jobs[0].prompt[:200] == other.prompt[:200] for other in jobs) < len(jobs)
     assert len({job.prompt[:200] for job in jobs if len(job.prompt) > 900}) < sum(len(job.prompt) > 900 for job in jobs)
-    assert all(job.seed is None for job in mixed_jobs(20, seeded=False))
+    assert all(job.seed is None for job in mixed_requests(20, seeded=False))

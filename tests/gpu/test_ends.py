@@ -15,15 +15,15 @@ import pytest
 
 from tests.support.gpu_kit import here
 from tests.support.paths import ROOT
-from vllm_agentserve.gpucheck import command, place, processes, summary
-from vllm_agentserve.gpucheck.place import Finding, Place
+from vllm_agentserve.gpucheck import check_run, command, processes, summary
+from vllm_agentserve.gpucheck.check_run import CheckRun, PartResult
 from vllm_agentserve.gpucheck.processes import Child, Task
 from vllm_agentserve.gpucheck.schedule import Span
 
 
 @pytest.fixture
-def forks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """A place whose children are forked, without the imports of vLLM, and find modules in its folder."""
+def forks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CheckRun:
+    """A check whose children are forked, without the imports of vLLM, and find modules in its folder."""
     monkeypatch.setattr(processes, "PRELOAD", ("json",))
     monkeypatch.syspath_prepend(tmp_path)
     where = here(tmp_path)
@@ -35,7 +35,7 @@ def forks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
 def test_waiting_for_the_fork_is_no_time_of_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that goes on by 100 s while the process that forks imports, and some of a second while the task runs."""
     where, waited = here(tmp_path), [0.0]
-    monkeypatch.setattr(place, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + waited[0]))
+    monkeypatch.setattr(check_run, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + waited[0]))
     start = where.starter.start
 
     def slow(task: Task, fresh: bool) -> Child:
@@ -46,12 +46,12 @@ def test_waiting_for_the_fork_is_no_time_of_the_task(tmp_path: Path, monkeypatch
     ended = where.run("lanes", "math:sqrt", 16, limit_s=60.0)
     assert (ended.result, ended.hung) == (4.0, False)
     assert ended.seconds < 60.0
-    where.end = place.time.monotonic() + 50.0
+    where.end = check_run.time.monotonic() + 50.0
     late = where.run("late", "math:sqrt", 16, limit_s=60.0)
     assert (late.out_of_time, late.hung) == (True, False), "the part's own clock goes on"
 
 
-def test_a_crash_of_a_forked_child_is_named_by_its_part(forks: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_of_a_forked_child_is_named_by_its_part(forks: CheckRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that a lane overwrites crashes only now and then: that it came through at the second try does not unsay it."""
     (forks.folder / "crashes_once.py").write_text(
         "import os, signal\n"
@@ -62,16 +62,16 @@ def test_a_crash_of_a_forked_child_is_named_by_its_part(forks: Place, monkeypatc
         "    return 1\n"
     )
 
-    def first(where: Place) -> Finding:
+    def first(where: CheckRun) -> PartResult:
         ended = where.run("once", "crashes_once:run", str(where.folder / "marker"))
-        return Finding(ended.status, "all is well", figures={"n": ended.result})
+        return PartResult(ended.status, "all is well", figures={"n": ended.result})
 
     parts = {
         "a": command.Part("First", first, Span("a", 1, 60)),
-        "b": command.Part("Second", lambda where: Finding("ok", "fine"), Span("b", 1, 60)),
+        "b": command.Part("Second", lambda where: PartResult("ok", "fine"), Span("b", 1, 60)),
     }
     monkeypatch.setattr(command, "PARTS", parts)
-    done = command.check(forks, list(parts), 600, "command")
+    done = command.run_parts(forks, list(parts), 600, "command")
     assert [one.finding.status for one in done] == ["ok", "ok"]
     assert done[0].finding.line == (
         "all is well; once: a forked process ended by signal 11, and its task was run again in a new interpreter "
@@ -83,7 +83,9 @@ def test_a_crash_of_a_forked_child_is_named_by_its_part(forks: Place, monkeypatc
     assert (forks.folder / "logs" / "once-forked.log").exists()
 
 
-def test_a_fork_that_ends_before_its_task_begins_is_done_without(forks: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fork_that_ends_before_its_task_begins_is_done_without(
+    forks: CheckRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = processes.ForkedChild
 
     def ends_early(function: str, result: Path, limit_s: float, options: Any, log: Path, given: Any) -> Any:
@@ -94,7 +96,7 @@ def test_a_fork_that_ends_before_its_task_begins_is_done_without(forks: Place, m
     assert forks.run("one", "math:sqrt", 16).result == 4.0
     (crash,) = forks.forget_crashes()
     assert "with exit code 1 before its task began" in crash
-    assert place.tail(forks.folder / "logs" / "none.log") == ""
+    assert check_run.tail(forks.folder / "logs" / "none.log") == ""
 
 
 def test_what_an_earlier_check_left_is_no_result(tmp_path: Path) -> None:
@@ -116,24 +118,24 @@ def test_a_full_disk_does_not_end_the_check(
 ) -> None:
     where = here(tmp_path)
 
-    def first(_: Place) -> Finding:
+    def first(_: CheckRun) -> PartResult:
         with monkeypatch.context() as patched:
-            patched.setattr(place, "write_archive", full)
+            patched.setattr(check_run, "write_archive", full)
             assert where.run("one", "math:sqrt", 16).result == 4.0
         holder, name = (command, "write_archive") if writes == "archive" else (summary, "write")
         monkeypatch.setattr(holder, name, full)
-        return Finding("ok", "first line")
+        return PartResult("ok", "first line")
 
-    def second(_: Place) -> Finding:
+    def second(_: CheckRun) -> PartResult:
         monkeypatch.undo()
-        return Finding("ok", "second line")
+        return PartResult("ok", "second line")
 
     parts = {
         "a": command.Part("First", first, Span("a", 1, 9)),
         "b": command.Part("Second", second, Span("b", 1, 9)),
     }
     monkeypatch.setattr(command, "PARTS", parts)
-    done = command.check(where, list(parts), 60, "command")
+    done = command.run_parts(where, list(parts), 60, "command")
     assert done[0].finding.line == ("first line; its results could not be written: [Errno 28] No space left on device")
     assert command.exit_code(done[:1]) == 1
     assert (done[1].finding.line, done[1].unwritten) == ("second line", False)
@@ -179,10 +181,10 @@ def test_no_engine_goes_on_when_the_check_is_killed(tmp_path: Path, fresh: bool)
             import os
             from pathlib import Path
             from vllm_agentserve.gpucheck import processes
-            from vllm_agentserve.gpucheck.place import Place
+            from vllm_agentserve.gpucheck.check_run import CheckRun
             if __name__ == "__main__":
                 processes.PRELOAD = ("json",)
-                where = Place(Path({str(tmp_path)!r}), "cpu", True, os.environ)
+                where = CheckRun(Path({str(tmp_path)!r}), "cpu", True, os.environ)
                 where.starter.prepare("cpu", where.environment)
                 where.run("sleeps", "sleeps:run", {str(tmp_path / "pids")!r}, 50.0, fresh={fresh})
             """

@@ -14,10 +14,10 @@ import pytest
 from tests.support.gpu_kit import here, needs_cpu_build
 from vllm_agentserve.bench.closed_loop import ClosedLoop
 from vllm_agentserve.bench.sessions import Session, Turn
-from vllm_agentserve.gpucheck import command, environment, place, shares, summary
-from vllm_agentserve.gpucheck.contest import setting as agents_setting
+from vllm_agentserve.gpucheck import check_run, command, environment, summary, throughput
+from vllm_agentserve.gpucheck.agents_ab import setting as agents_setting
+from vllm_agentserve.gpucheck.check_run import CheckRun, PartResult
 from vllm_agentserve.gpucheck.engines import Setting, engine_arguments
-from vllm_agentserve.gpucheck.place import Finding, Place
 from vllm_agentserve.gpucheck.schedule import Span
 from vllm_agentserve.gpucheck.summary import Done
 
@@ -132,7 +132,7 @@ def test_a_task_that_raises_leaves_its_last_words(tmp_path: Path) -> None:
 
 def test_a_task_that_hangs_is_ended_and_shows_where_it_hung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     where = here(tmp_path)
-    monkeypatch.setattr(place, "STACK_BEFORE_END_S", 0.5)
+    monkeypatch.setattr(check_run, "STACK_BEFORE_END_S", 0.5)
     ended = where.run("hangs", "time:sleep", 600, limit_s=4.0)
     assert 3.0 < ended.seconds < 30.0
     assert "hangs: not done after 4 s" in str(ended.error)
@@ -148,16 +148,16 @@ def test_a_result_comes_back_and_stays_in_the_folder(tmp_path: Path) -> None:
 
 
 def test_a_part_that_raises_does_not_stop_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(where: Place) -> Finding:
+    def broken(where: CheckRun) -> PartResult:
         raise RuntimeError("out of luck")
 
     parts = {
         "a": command.Part("First", broken, Span("a", 1, 9)),
-        "b": command.Part("Second", lambda where: Finding("ok", f"{where.left_s():.0f} s"), Span("b", 1, 9)),
+        "b": command.Part("Second", lambda where: PartResult("ok", f"{where.left_s():.0f} s"), Span("b", 1, 9)),
         "c": command.Part("Third", broken, Span("c", 90, 99)),
     }
     monkeypatch.setattr(command, "PARTS", parts)
-    done = command.check(here(tmp_path), list(parts), 20, "command")
+    done = command.run_parts(here(tmp_path), list(parts), 20, "command")
     assert [one.finding.status for one in done] == ["failed", "ok", "not run"]
     assert "RuntimeError: out of luck" in done[0].finding.line
     assert done[1].finding.line == "9 s"
@@ -165,14 +165,14 @@ def test_a_part_that_raises_does_not_stop_the_next(tmp_path: Path, monkeypatch: 
 
 
 def test_the_summary_is_json_that_everybody_reads() -> None:
-    done = [Done("a", "A", Finding("ok", "fine", [], {"p99": math.nan, "rows": [(1, math.inf)]}), 1.0)]
+    done = [Done("a", "A", PartResult("ok", "fine", [], {"p99": math.nan, "rows": [(1, math.inf)]}), 1.0)]
     text = json.dumps(summary.figures(done, "command"), allow_nan=False)
     assert json.loads(text)["parts"]["a"]["figures"] == {"p99": None, "rows": [[1, None]]}
 
 
 def test_shares_are_shown_against_the_largest() -> None:
     points = [{"work": "decode", "units": units, "tokens_per_s": 10.0 * units} for units in (2, 1)]
-    assert shares.table(points, "cores")[2:] == ["| 1 | 10 (50%) |", "| 2 | 20 (100%) |"]
+    assert throughput.table(points, "cores")[2:] == ["| 1 | 10 (50%) |", "| 2 | 20 (100%) |"]
 
 
 @needs_cpu_build
@@ -220,7 +220,7 @@ def test_nothing_beyond_what_a_bare_gpu_machine_has_is_imported() -> None:
     extras = ("aiohttp", "scipy", "jinja2", "matplotlib", "psutil", "rich", "uvloop", "pynvml")
     code = (
         f"import sys\nfor name in {extras}: sys.modules[name] = None\n"
-        "import vllm_agentserve.gpucheck.command, vllm_agentserve.gpucheck.agents, vllm_agentserve.gpucheck.stack\n"
+        "import vllm_agentserve.gpucheck.command, vllm_agentserve.gpucheck.agents, vllm_agentserve.gpucheck.decoder_layers\n"
         "print('torch' in sys.modules, 'vllm' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=False)

@@ -11,15 +11,15 @@ from tests.support.gpu_kit import answer, record
 from vllm_agentserve.bench.drawing import draw_sessions
 from vllm_agentserve.bench.records import Record
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.gpucheck import contest, faults
+from vllm_agentserve.gpucheck import agents_ab, faults
 from vllm_agentserve.gpucheck.agents import CODING
-from vllm_agentserve.gpucheck.compare import Comparison, Difference
+from vllm_agentserve.gpucheck.compare import AnswerComparison, Difference
 from vllm_agentserve.gpucheck.engines import Setting, engine_arguments
 from vllm_agentserve.gpucheck.gaps import Gaps, cell, figures, gaps_of
-from vllm_agentserve.gpucheck.jobs import beside_jobs, from_json, to_json
-from vllm_agentserve.gpucheck.launches import ALONE, LaunchLog, by_place, memory, slices
+from vllm_agentserve.gpucheck.launches import ALONE, LaunchLog, by_slot, memory, slices
 from vllm_agentserve.gpucheck.plain import PlainLadder
-from vllm_agentserve.lanes.green import GreenLadder
+from vllm_agentserve.gpucheck.scripted_requests import beside_requests, from_json, to_json
+from vllm_agentserve.lanes.cuda.green import GreenLadder
 from vllm_agentserve.lanes.lane import Slot
 from vllm_agentserve.policy.slots import chunk_length
 from vllm_agentserve.vllm_compat import LaneError
@@ -56,7 +56,7 @@ def test_no_quantile_without_its_number_and_none_of_too_few(count: int, shown: s
 
 
 def test_every_figure_of_the_table_has_its_number() -> None:
-    arm = contest.Arm()
+    arm = agents_ab.ArmRounds()
     records = [record("a", 0, 1_000, 11_000), record("b", 0, 5_000, 15_000)]
     lane = {"slots": ["32+100"], "chunks": {"32+100": dict.fromkeys(CHUNK_KEYS, 2.0)}}
     kept = {"reserved_gib": 20.5, "free_gib": 50.25, "total_gib": 79.0}
@@ -65,7 +65,7 @@ def test_every_figure_of_the_table_has_its_number() -> None:
         {"records": [vars_of(one) for one in records], "seconds": 1.0, "counters": {"lane_requests": 1}}
         | {"start_s": 33.3, "lane": lane, "memory": kept},
     )
-    lines = contest.table({"lanes": contest.figures_of(arm, arm)})
+    lines = agents_ab.table({"lanes": agents_ab.figures_of(arm, arm)})
     for line in lines[2:]:
         assert (
             any(sign in line for sign in ("(n ", " of ", "| - |"))
@@ -73,8 +73,8 @@ def test_every_figure_of_the_table_has_its_number() -> None:
             or "per second" in line
             or ("rounds" in line)
         ), line
-    assert "| lanes, 3 | 33.3 | 20.50 | 50.25 | 32+100 | - |" in contest.engine_table({"lanes": arm})
-    assert contest.chunk_table({"lanes": arm})[2:] == ["| lanes, 3 | 32+100 | 2 | 2 | 2 | 2 | 2 | 2 |"]
+    assert "| lanes, 3 | 33.3 | 20.50 | 50.25 | 32+100 | - |" in agents_ab.engine_table({"lanes": arm})
+    assert agents_ab.chunk_table({"lanes": arm})[2:] == ["| lanes, 3 | 32+100 | 2 | 2 | 2 | 2 | 2 | 2 |"]
 
 
 CHUNK_KEYS = ("n", "tokens", "host_ms", "host_most_ms", "device_ms", "tokens_per_s")
@@ -88,15 +88,15 @@ def vars_of(one: Record) -> dict[str, Any]:
 
 
 def test_the_first_round_runs_what_tells_most_first() -> None:
-    assert list(contest.order_of(0)) == ["lanes", "stock", "time-sliced", "priority"]
-    assert list(contest.order_of(1)) == ["priority", "time-sliced", "stock", "lanes"]
+    assert list(agents_ab.order_of(0)) == ["lanes", "stock", "time-sliced", "priority"]
+    assert list(agents_ab.order_of(1)) == ["priority", "time-sliced", "stock", "lanes"]
 
 
 def test_the_agents_prompts_are_for_the_lane() -> None:
     """Long cold prompts, and most resumed ones reach the lane; no context outgrows the engine."""
     least = AgentServeConfig().lane_min_tokens
-    for seed in range(contest.ROUNDS):
-        sessions = draw_sessions(CODING, contest.shape_of(False), seed)
+    for seed in range(agents_ab.ROUNDS):
+        sessions = draw_sessions(CODING, agents_ab.shape_of(False), seed)
         assert len(sessions) == 12
         cold = [len(session.turns[0].added) for session in sessions]
         resumed = [len(turn.added) for session in sessions for turn in session.turns[1:]]
@@ -206,7 +206,7 @@ def test_chunks_are_measured_where_they_run() -> None:
         assert log.watch(tokens, lambda: "kept") == "kept"
     cuda.stream = SimpleNamespace(cuda_stream=9)
     log.watch(1000, lambda: None)
-    found = by_place(log.launched())
+    found = by_slot(log.launched())
     assert log.slots == ["32+100"]
     assert (found["32+100"]["n"], found["32+100"]["device_ms"], found["32+100"]["tokens_per_s"]) == (2, 3.0, 200_000.0)
     assert found[ALONE]["n"] == 1
@@ -216,23 +216,23 @@ def test_chunks_are_measured_where_they_run() -> None:
 
 @pytest.mark.parametrize("priority", [True, False])
 def test_the_log_sits_between_a_lane_and_its_ladder_and_runner(monkeypatch: pytest.MonkeyPatch, priority: bool) -> None:
-    from vllm_agentserve.lanes import parts
+    from vllm_agentserve.lanes.cuda import provider
     from vllm_agentserve.vllm_compat.cuda_runner import LaneModelRunner
 
     for holder, name, stock in (
-        (parts, "GreenLadder", GreenLadder),
+        (provider, "GreenLadder", GreenLadder),
         (LaneModelRunner, "run", lambda self, chunk: "kept"),
         (LaneModelRunner, "go_on", lambda self, seconds=0.0: seconds > 1.0),
     ):
         monkeypatch.setattr(holder, name, stock)
     log = LaunchLog(priority, Clockwork())
     log.attach()
-    ladder = parts.GreenLadder(PriorityDriver(132), 0, (0.25, 0.5), wrap)  # type: ignore[attr-defined]
+    ladder = provider.GreenLadder(PriorityDriver(132), 0, (0.25, 0.5), wrap)  # type: ignore[attr-defined]
     assert isinstance(ladder, PlainLadder if priority else GreenLadder)
     assert log.slots == (["132+132"] if priority else ["32+100", "64+68"])
     assert LaneModelRunner.run(object(), SimpleNamespace(tokens=5)) == "kept"  # type: ignore[arg-type]
     (one,) = log.launched()
-    assert (one.tokens, one.place) == (5, ALONE)
+    assert (one.tokens, one.slot) == (5, ALONE)
     assert not LaneModelRunner.go_on(object(), 0.5)  # type: ignore[arg-type]
     assert LaneModelRunner.go_on(object(), 2.0)  # type: ignore[arg-type]
     assert slices(log.slices)["n"] == 2, "every slice that kept the thread of the decode steps"
@@ -259,7 +259,7 @@ def test_a_launch_that_raises_is_raised_and_not_counted() -> None:
 
 
 def scenario(**gained: int) -> dict[str, Any]:
-    return {"answers": to_json({job.name: answer([1, 2]) for job in beside_jobs()}), "gained": gained}
+    return {"answers": to_json({job.name: answer([1, 2]) for job in beside_requests()}), "gained": gained}
 
 
 @pytest.mark.parametrize(
@@ -282,13 +282,13 @@ def test_a_lane_is_retired_after_failures_in_a_row(
 
 def test_in_bfloat16_faults_are_judged_up_to_ties() -> None:
     good, failed = scenario(lane_requests=2), scenario(lane_requests=2, lane_failed_requests=1)
-    other = {"answers": to_json({job.name: answer([1, 99], margin=1.01) for job in beside_jobs()}), "gained": {}}
+    other = {"answers": to_json({job.name: answer([1, 99], margin=1.01) for job in beside_requests()}), "gained": {}}
     found = {"scenarios": {"plain": good, "raise": failed, "retired": other}, "aborted": ["cold-0"], "spoilt": 1}
     reference = from_json(scenario()["answers"])
-    tied = Comparison(4, 3, 0.05, [Difference("cold-0", 3, 0.02)])
+    tied = AnswerComparison(4, 3, 0.05, [Difference("cold-0", 3, 0.02)])
     assert faults.judge(reference, found) == ["retired: 4 of 4 have other tokens"]
     assert faults.judge(reference, found, tied) == [
         "retired: stream-0 differs at token 1, and not by a tie (margin 1.0)"
     ]
 
-    assert faults.judge(reference, found, Comparison(4, 4, 0.0)) == ["retired: 4 of 4 requests have other tokens"]
+    assert faults.judge(reference, found, AnswerComparison(4, 4, 0.0)) == ["retired: 4 of 4 requests have other tokens"]

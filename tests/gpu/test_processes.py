@@ -8,19 +8,19 @@ import pytest
 
 from tests.support.gpu_kit import here
 from vllm_agentserve.gpucheck import processes
-from vllm_agentserve.gpucheck.place import Place, tail
+from vllm_agentserve.gpucheck.check_run import CheckRun, tail
 
 
 @pytest.fixture
-def forks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """A place whose children are forked, without the imports of vLLM."""
+def forks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CheckRun:
+    """A check whose children are forked, without the imports of vLLM."""
     monkeypatch.setattr(processes, "PRELOAD", ("json",))
     where = here(tmp_path)
     where.starter.prepare("cpu", where.environment)
     return where
 
 
-def test_forked_children_answer_fail_and_hang_as_fresh_ones_do(forks: Place) -> None:
+def test_forked_children_answer_fail_and_hang_as_fresh_ones_do(forks: CheckRun) -> None:
     assert forks.run("fine", "math:sqrt", 16).result == 4.0
     wrong = forks.run("wrong", "math:sqrt", "text")
     assert "wrong: exit code 1" in str(wrong.error)
@@ -33,7 +33,7 @@ def test_forked_children_answer_fail_and_hang_as_fresh_ones_do(forks: Place) -> 
 
 
 def test_where_no_fork_can_be_had_a_new_interpreter_does_the_task(
-    forks: Place, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    forks: CheckRun, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[str] = []
 
@@ -48,7 +48,7 @@ def test_where_no_fork_can_be_had_a_new_interpreter_does_the_task(
     assert "children cannot be forked here" in capfd.readouterr().err
 
 
-def test_a_fork_that_does_not_come_is_not_waited_for(forks: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fork_that_does_not_come_is_not_waited_for(forks: CheckRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "FORK_S", 0.2)
     monkeypatch.setattr(processes, "ForkedChild", lambda *args: time.sleep(30))
     began = time.monotonic()
@@ -84,7 +84,7 @@ def test_forks_are_used_on_a_gpu_only_where_a_trial_could_use_cuda(
 
 
 def test_a_forked_child_that_a_signal_ends_is_run_again_in_a_new_interpreter(
-    forks: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    forks: CheckRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fork can be what crashes a library, so a crash counts only where the child was not forked."""
     (tmp_path / "forked_only.py").write_text(

@@ -9,11 +9,11 @@ import pytest
 
 from tests.support.gpu_kit import answer, here, record
 from vllm_agentserve.bench.records import Record
-from vllm_agentserve.gpucheck import contest, environment, equality, faults, place, shares
+from vllm_agentserve.gpucheck import agents_ab, check_run, environment, equality, faults, throughput
+from vllm_agentserve.gpucheck.check_run import CheckRun, ChildResult
 from vllm_agentserve.gpucheck.engines import counters
 from vllm_agentserve.gpucheck.gaps import Gaps, cell, figures
-from vllm_agentserve.gpucheck.jobs import Answers, beside_jobs, to_json
-from vllm_agentserve.gpucheck.place import Ended, Place
+from vllm_agentserve.gpucheck.scripted_requests import Answers, beside_requests, to_json
 
 UNUSED = [
     ({}, "no prompt went to the lane"),
@@ -24,20 +24,20 @@ UNUSED = [
 """Counters of an arm with a lane, and why it says nothing about lanes."""
 
 
-class Told(Place):
-    """A place whose children return what they are told to, by name; all that its engines answer is the same."""
+class Told(CheckRun):
+    """A check whose children return what they are told to, by name; all that its engines answer is the same."""
 
     def __init__(self, folder: Path, device: str, results: dict[str, Any]) -> None:
         super().__init__(folder, device, True, {})
         self.results, self.asked = results, []  # type: ignore[var-annotated]
-        self.end = place.time.monotonic() + 1000
+        self.end = check_run.time.monotonic() + 1000
 
-    def _run(self, name: str, function: str, options: Any, limit_s: float | None, fresh: bool) -> Ended:
+    def _run(self, name: str, function: str, options: Any, limit_s: float | None, fresh: bool) -> ChildResult:
         self.asked.append((name, options))
         self._ran.add(name)
         result = next(one for key, one in self.results.items() if name.startswith(key))
         (self.folder / "raw" / f"{name}.json").write_text(json.dumps(result))
-        return Ended(result, None, 1.0)
+        return ChildResult(result, None, 1.0)
 
 
 # A lane that did not do its work
@@ -48,7 +48,7 @@ class Told(Place):
 def test_equal_tokens_say_nothing_of_a_lane_that_computed_none(
     tmp_path: Path, dtype: str, counts: dict[str, int], why: str | None
 ) -> None:
-    answers = to_json({job.name: answer([1, 2]) for job in [*equality.jobs_of(dtype, True), *beside_jobs()]})
+    answers = to_json({job.name: answer([1, 2]) for job in [*equality.requests_of(dtype, True), *beside_requests()]})
     stock: dict[str, Any] = {"answers": answers, "counters": {}}
     where = Told(
         tmp_path, "cuda", {f"equality-{dtype}-lanes": {"answers": answers, "counters": counts}, "equality": stock}
@@ -65,8 +65,8 @@ def returned(one: Record) -> dict[str, Any]:
     return {name: getattr(one, name) for name in one.__struct_fields__}
 
 
-def arm(rounds: int, *stamps_us: int, **counts: int) -> contest.Arm:
-    made = contest.Arm()
+def arm(rounds: int, *stamps_us: int, **counts: int) -> agents_ab.ArmRounds:
+    made = agents_ab.ArmRounds()
     for number in range(rounds):
         made.add(
             number,
@@ -82,7 +82,7 @@ def test_figures_of_a_lane_that_computed_nothing_are_no_figures(
     tmp_path: Path, name: str, counts: dict[str, int], why: str | None
 ) -> None:
     arms = {"stock": arm(1, 1000, 2000), name: arm(2, 1000, 2000, **counts)}
-    found = contest.finding(here(tmp_path), arms, {})
+    found = agents_ab.finding(here(tmp_path), arms, {})
     twice = None if why is None else why.replace("1 of 3", "2 of 6").replace("3 of 3", "6 of 6")
     assert found.status == ("ok" if why is None else "failed")
     assert twice is None or found.line.startswith(f"{name}: {twice}; ")
@@ -94,7 +94,7 @@ def test_the_mean_of_few_requests_is_not_held_against_that_of_all(tmp_path: Path
     def apart(names: list[str], by: float) -> Answers:
         return {name: answer([1, 2], by if name.startswith(("cold", "stream")) else 0.0) for name in names}
 
-    names = [job.name for job in [*equality.jobs_of("bfloat16", True), *beside_jobs()]]
+    names = [job.name for job in [*equality.requests_of("bfloat16", True), *beside_requests()]]
     control = apart(names, 0.0) | {"cold-0": answer([1, 2], 0.1)}
     plain = {"answers": to_json(apart(names, 0.2)), "gained": {"lane_requests": 2}}
     raised = plain | {"gained": {"lane_requests": 2, "lane_failed_requests": 1}}
@@ -114,21 +114,21 @@ def test_the_mean_of_few_requests_is_not_held_against_that_of_all(tmp_path: Path
 
 
 def test_arms_are_compared_over_the_rounds_that_all_have(tmp_path: Path) -> None:
-    late = {"lanes": Ended(None, "not started: too little time was left", 0, out_of_time=True)}
+    late = {"lanes": ChildResult(None, "not started: too little time was left", 0, out_of_time=True)}
     slow = (1000, 2000, 3000, 4000, 9000)
     arms = {
         "lanes": arm(1, *slow, lane_requests=2, mixed_steps=5),
         "stock": arm(2, *slow),
         "time-sliced": arm(2, *slow, mixed_steps=7),
     }
-    found = contest.finding(here(tmp_path), arms, late)
+    found = agents_ab.finding(here(tmp_path), arms, late)
     assert found.line.startswith(
         "all gaps above twice stock's quiet step: lanes 1 of 4, stock 1 of 4, time-sliced 1 of 4; "
     )
     assert found.line.endswith("rounds: lanes 1, stock 2, time-sliced 2; compared over those that all have: 1")
     assert "| `mixed_steps` | 5 | 7 |" in found.page
     assert len(found.figures["counters"]["time-sliced"]) == 2, "the raw figures hold all"
-    even = contest.finding(here(tmp_path), {name: one for name, one in arms.items() if name != "lanes"}, {})
+    even = agents_ab.finding(here(tmp_path), {name: one for name, one in arms.items() if name != "lanes"}, {})
     assert even.line.endswith("stock 2 of 8, time-sliced 2 of 8; rounds: stock 2, time-sliced 2")
 
 
@@ -195,9 +195,9 @@ def test_an_nvidia_smi_that_does_not_answer_is_done_without(
 def test_a_gpu_of_unknown_memory_does_not_serve_the_toy(tmp_path: Path) -> None:
     point = {"work": "decode", "units": 1, "tokens_per_s": 1.0}
     where = Told(tmp_path, "cuda", {"shares": {"points": [point], "unit": "multiprocessors"}})
-    found = contest.run(where)
+    found = agents_ab.run(where)
     assert (found.status, found.line, where.asked) == ("not run", environment.UNKNOWN, [])
     with pytest.raises(ValueError, match="is not known"):
-        contest.setting(where, "lanes")
-    shares.run(where)
+        agents_ab.setting(where, "lanes")
+    throughput.run(where)
     assert where.asked[0][1]["shape"]["name"] == "qwen2.5-0.5b"

@@ -6,8 +6,8 @@ import pytest
 
 from tests.support.cuda_bench import Bench, job
 from tests.support.cuda_steps import WorkerBench
+from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker
 from vllm_agentserve.lanes.lane import Outcome
-from vllm_agentserve.lanes.worker import LaneWorker
 from vllm_agentserve.policy.jobs import Job
 from vllm_agentserve.vllm_compat import LaneError
 
@@ -229,7 +229,7 @@ def test_a_lane_that_is_ended_fails_its_jobs_when_nothing_writes_their_blocks() 
 def test_three_failures_end_the_lane_inside_a_step_and_the_steps_go_on() -> None:
     """As vLLM nests the calls: outcomes are asked for while the step's stream is the current one, so nothing is closed there."""
     bench = Bench()
-    worker = LaneWorker(SimpleNamespace(lane_restarts=3, mode="lanes"), None, lambda: bench.lane, None)  # type: ignore[arg-type]
+    worker = LaneConnectorWorker(SimpleNamespace(lane_restarts=3, mode="lanes"), None, lambda: bench.lane, None)  # type: ignore[arg-type]
     worker.start()
     bench.lane.follow(worker.begin)
     told: dict[str, bool] = {}

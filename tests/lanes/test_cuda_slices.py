@@ -4,8 +4,8 @@ import pytest
 
 from tests.support.cuda_bench import Bench, job
 from tests.support.cuda_steps import WorkerBench
+from vllm_agentserve.lanes.cuda.stream import LAUNCH_SLICE_S
 from vllm_agentserve.lanes.lane import Outcome
-from vllm_agentserve.lanes.stream import LAUNCH_SLICE_S
 from vllm_agentserve.vllm_compat import LaneError
 
 LAYER_S = 0.003

@@ -8,7 +8,7 @@ import pytest
 from tests.support.cuda_bench import job
 from tests.support.cuda_device import FakeDevice, FakeLadder
 from tests.support.cuda_steps import WorkerBench
-from vllm_agentserve.lanes import worker as worker_half
+from vllm_agentserve.lanes import connector_worker as worker_half
 from vllm_agentserve.vllm_compat import LaneError
 
 OUT_OF_MEMORY = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")

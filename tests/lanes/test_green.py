@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.support.cuda_fakes import FakeDriver
-from vllm_agentserve.lanes.green import GreenLadder, split_sizes
+from vllm_agentserve.lanes.cuda.green import GreenLadder, split_sizes
 from vllm_agentserve.lanes.lane import Slot
 from vllm_agentserve.policy.reserve import DECODE_SHARES
 from vllm_agentserve.vllm_compat import LaneError

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.lanes import process
-from vllm_agentserve.lanes.cores import Cores
-from vllm_agentserve.lanes.process import ProcessLanes
-from vllm_agentserve.lanes.runner import LaneRunner, Setup
-from vllm_agentserve.lanes.worker import LaneWorker
+from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker
+from vllm_agentserve.lanes.cpu import process
+from vllm_agentserve.lanes.cpu.cores import Cores
+from vllm_agentserve.lanes.cpu.process import ProcessLanes
+from vllm_agentserve.lanes.cpu.runner import LaneRunner, Setup
 from vllm_agentserve.policy.jobs import Chunk, ChunkQueue, Job
 from vllm_agentserve.vllm_compat import LaneError, cpu
 
@@ -87,7 +87,7 @@ class Runner(LaneRunner):
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
-        self.board: Any = {"decoding": 1.0, "slot": 0, "beat": 0.0, "tokens": 0.0, "seconds": 0.0}
+        self.counters: Any = {"decoding": 1.0, "slot": 0, "beat": 0.0, "tokens": 0.0, "seconds": 0.0}
         self.cores: Any = SimpleNamespace(take=lambda cores: None)
         self.jobs = ChunkQueue()
         self.chunks: list[Chunk] = []
@@ -108,17 +108,17 @@ def test_the_first_chunk_says_nothing_of_the_rate() -> None:
     runner = Runner(Setup(None, None, (0, 0), 64, 300, ([1],), [0, 1], [1]))
     runner.jobs.add(Job("a", [1] * 129, ([0],), 0))
     runner.step()
-    assert (runner.board["tokens"], runner.board["seconds"]) == (0.0, 0.0)
+    assert (runner.counters["tokens"], runner.counters["seconds"]) == (0.0, 0.0)
     runner.step()
-    assert runner.board["tokens"] == 64.0
-    assert runner.board["seconds"] > 0.0
+    assert runner.counters["tokens"] == 64.0
+    assert runner.counters["seconds"] > 0.0
 
 
 def test_a_worker_with_one_core_has_no_lane_and_mode_auto_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_agentserve.vllm_compat.cpu.worker_cores", lambda: [0])
     for mode in ("auto", "lanes"):
         lanes = ProcessLanes(AgentServeConfig(mode=mode), None, None)  # type: ignore[arg-type]
-        worker = LaneWorker(lanes._options, lanes.memory, lanes.start, lanes.restart)
+        worker = LaneConnectorWorker(lanes._options, lanes.memory, lanes.start, lanes.restart)
         if mode == "auto":
             worker.start()
             assert worker._lane is None

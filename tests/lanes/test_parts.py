@@ -9,9 +9,9 @@ import torch
 from tests.support.cuda_device import MIB, FakeDevice, FakeStream
 from tests.support.cuda_fakes import FakeDriver
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.lanes import parts
+from vllm_agentserve.lanes.cuda import provider
+from vllm_agentserve.lanes.cuda.stream import StreamLane
 from vllm_agentserve.lanes.lane import Slot
-from vllm_agentserve.lanes.stream import StreamLane
 from vllm_agentserve.policy.reserve import DECODE_SHARES, lane_reserve
 from vllm_agentserve.vllm_compat import LaneError
 
@@ -77,11 +77,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> type[GPU]:
     driver.on_context = lambda change: setattr(device.memory, "driver", device.memory.driver + change * 10 * MIB)
     driver.on_destroy = lambda handle: device.destroy(*(one for one in device.streams if one.cuda_stream == handle))
     main = SimpleNamespace(max_num_tokens=1600, max_model_len=4096)
-    monkeypatch.setattr(parts.cuda, "cuda_obstacle", lambda vllm_config: vllm_config.obstacle)
-    monkeypatch.setattr(parts.cuda, "runner_obstacle", lambda runner: getattr(runner, "obstacle", None))
-    monkeypatch.setattr(parts.cuda, "worker_runner", lambda: main)
-    monkeypatch.setattr(parts.cuda, "cuda_driver", lambda: GPU.driver)
-    monkeypatch.setattr(parts, "LaneModelRunner", Runner)
+    monkeypatch.setattr(provider.cuda, "cuda_obstacle", lambda vllm_config: vllm_config.obstacle)
+    monkeypatch.setattr(provider.cuda, "runner_obstacle", lambda runner: getattr(runner, "obstacle", None))
+    monkeypatch.setattr(provider.cuda, "worker_runner", lambda: main)
+    monkeypatch.setattr(provider.cuda, "cuda_driver", lambda: GPU.driver)
+    monkeypatch.setattr(provider, "LaneModelRunner", Runner)
     monkeypatch.setattr(Runner, "fails", None)
     for name, value in {
         "current_device": lambda: 0,
@@ -130,7 +130,7 @@ def test_a_lane_is_put_together(gpu: type[GPU]) -> None:
 @pytest.mark.parametrize(("context", "most"), [(1000, 999), (1600, 1599), (1601, 1600)])
 def test_a_chunk_never_fills_the_context(gpu: type[GPU], context: int, most: int) -> None:
     """The lane leaves the last token of a prompt to the decode lane, so nothing longer is ever computed."""
-    parts.cuda.worker_runner().max_model_len = context
+    provider.cuda.worker_runner().max_model_len = context
     StreamLane.start(options(), CONFIG, None)
     assert gpu.runner is not None
     assert gpu.runner.made[4] == most
@@ -145,7 +145,7 @@ def test_the_users_share_makes_one_slot(gpu: type[GPU]) -> None:
 def test_an_obstacle_is_told_before_anything_is_made(gpu: type[GPU], place: str) -> None:
     config = SimpleNamespace(obstacle="no" if place == "configuration" else None)
     if place == "runner":
-        parts.cuda.worker_runner().obstacle = "no"
+        provider.cuda.worker_runner().obstacle = "no"
     with pytest.raises(LaneError, match="two lanes cannot run on this worker: no"):
         StreamLane.start(options(), config, None)
     assert gpu.driver.calls == []

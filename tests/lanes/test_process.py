@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from tests.support.stub_lane import Cores, job, stub_lane
-from vllm_agentserve.lanes import process
+from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker
+from vllm_agentserve.lanes.cpu import process
 from vllm_agentserve.lanes.lane import LaneReport, Outcome, PrefillLane
-from vllm_agentserve.lanes.worker import LaneWorker
 from vllm_agentserve.policy.jobs import Job
 from vllm_agentserve.vllm_compat import LaneError
 
@@ -190,21 +190,21 @@ def test_the_lane_outlives_the_thread_that_started_it(lanes: Callable[..., Any])
 # The worker's half
 
 
-def worker_of(lane: Any, again: Callable[[], Any] | None, restarts: int = 3) -> LaneWorker:
+def worker_of(lane: Any, again: Callable[[], Any] | None, restarts: int = 3) -> LaneConnectorWorker:
     options: Any = SimpleNamespace(lane_restarts=restarts, mode="lanes")
-    worker = LaneWorker(options, None, lambda: lane, again)
+    worker = LaneConnectorWorker(options, None, lambda: lane, again)
     worker.start()
     return worker
 
 
-def step(worker: LaneWorker, *jobs: Job, finished: tuple[str, ...] = ()) -> tuple[set[str], set[str]]:
+def step(worker: LaneConnectorWorker, *jobs: Job, finished: tuple[str, ...] = ()) -> tuple[set[str], set[str]]:
     worker.before_step(list(jobs), True, 0)
     worker.launched()
     results = worker.after_step(set(finished))
     return results.finished_recving or set(), results.failed_recving or set()
 
 
-def answers(worker: LaneWorker, *jobs: Job) -> dict[str, bool]:
+def answers(worker: LaneConnectorWorker, *jobs: Job) -> dict[str, bool]:
     """Steps until all of them are answered; returns whether each failed."""
     found: dict[str, bool] = {}
 
@@ -270,7 +270,7 @@ def test_a_restart_that_fails_leaves_a_time_sliced_engine(
 
 
 def test_drain_ends_a_lane_that_does_not_answer(lanes: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_agentserve.lanes import worker as half
+    from vllm_agentserve.lanes import connector_worker as half
 
     monkeypatch.setattr(half, "DRAIN_LIMIT_S", 0.3)
     lane = lanes("ready", "hold")

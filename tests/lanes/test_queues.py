@@ -3,7 +3,7 @@
 import pytest
 
 from tests.support.cuda_fakes import FakeDriver, NewDriver
-from vllm_agentserve.lanes.green import Device, GreenLadder, device_plan
+from vllm_agentserve.lanes.cuda.green import Device, GreenLadder, device_plan
 from vllm_agentserve.lanes.lane import Slot
 from vllm_agentserve.vllm_compat import LaneError
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from vllm_agentserve.lanes.relay import Relay
+from vllm_agentserve.lanes.cuda.relay import Relay
 
 
 class Box:

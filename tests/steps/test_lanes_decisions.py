@@ -9,7 +9,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from tests.support.lane_driver import PARKED, LaneDriver, LaneReport, Slot, both, counts, started, status
 from tests.support.schedulers import BLOCK, make_request, make_scheduler
-from vllm_agentserve.lanes import dispatch
+from vllm_agentserve.lanes import connector_scheduler
 
 
 @both
@@ -87,7 +87,7 @@ def test_the_cache_is_reset_while_the_lane_works(asynchronous: bool, monkeypatch
         driver.jobs.clear()
         return ended
 
-    monkeypatch.setattr(dispatch, "local_worker_half", lambda: SimpleNamespace(drain=drain))
+    monkeypatch.setattr(connector_scheduler, "local_worker_half", lambda: SimpleNamespace(drain=drain))
     while driver.in_flight:
         driver.finish()
     assert scheduler.reset_prefix_cache(reset_running_requests=True)
@@ -147,7 +147,7 @@ def test_a_lane_in_another_process_cannot_be_drained(monkeypatch: pytest.MonkeyP
     scheduler, driver = started()
     scheduler.add_request(make_request("a", 400))
     driver.step()
-    monkeypatch.setattr(dispatch, "local_worker_half", lambda: None)
+    monkeypatch.setattr(connector_scheduler, "local_worker_half", lambda: None)
     with pytest.raises(RuntimeError, match=r"1 prompts are in the prefill lane .* call again"):
         scheduler.reset_prefix_cache(reset_running_requests=True)
 

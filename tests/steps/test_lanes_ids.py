@@ -7,7 +7,7 @@ from vllm.v1.request import RequestStatus
 
 from tests.support.lane_driver import both
 from tests.support.lane_worker import FollowedLane, at_work, make_request
-from vllm_agentserve.lanes import worker as worker_module
+from vllm_agentserve.lanes import connector_worker as worker_module
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import pytest
 from tests.support.lane_driver import both, counts
 from tests.support.lane_worker import FollowedLane, KvContents, WorkerDriver, at_work, no_waiting
 from tests.support.schedulers import make_request
-from vllm_agentserve.lanes import dispatch
+from vllm_agentserve.lanes import connector_scheduler
 from vllm_agentserve.lanes.lane import LaneReport, Outcome
 
 
@@ -98,7 +98,7 @@ def test_a_lane_that_dies_without_jobs_gets_none(asynchronous: bool) -> None:
 @both
 def test_a_lane_that_dies_while_it_is_drained(asynchronous: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler, driver = at_work(asynchronous, idle, restarts=0)
-    monkeypatch.setattr(dispatch, "local_worker_half", lambda: driver.worker)
+    monkeypatch.setattr(connector_scheduler, "local_worker_half", lambda: driver.worker)
     scheduler.add_request(make_request("a", 400, max_tokens=3))
     driver.step()
     driver.step()

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from tests.support.cuda_device import FakeDevice, FakeLadder, FakeRunner, FakeStream, blocks
+from vllm_agentserve.lanes.cuda.stream import StreamLane
 from vllm_agentserve.lanes.lane import Outcome
-from vllm_agentserve.lanes.stream import StreamLane
 from vllm_agentserve.policy.jobs import Job
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from vllm_agentserve.lanes.green import SlotStreams
+from vllm_agentserve.lanes.cuda.green import SlotStreams
+from vllm_agentserve.lanes.cuda.relay import Relay
 from vllm_agentserve.lanes.lane import Slot
-from vllm_agentserve.lanes.relay import Relay
 from vllm_agentserve.policy.jobs import Chunk, Job
 
 MIB = 1 << 20

@@ -7,8 +7,8 @@ from typing import Any
 from tests.support.cuda_bench import Bench
 from tests.support.cuda_device import FakeDevice, FakeStream, blocks
 from vllm_agentserve.lanes.connector import LaneConnector, LaneMetadata
+from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker
 from vllm_agentserve.lanes.lane import LaneReport
-from vllm_agentserve.lanes.worker import LaneWorker
 from vllm_agentserve.policy.jobs import Job
 from vllm_agentserve.vllm_compat.cuda_runner import LaneModelRunner
 
@@ -65,12 +65,12 @@ class V2Runner:
 
 
 class WorkerBench(Bench):
-    """A worker with a stream lane: the runner above, led by `LaneModelRunner.lead`, and the connector with its `LaneWorker`."""
+    """A worker with a stream lane: the runner above, led by `LaneModelRunner.lead`, and the connector's half at the worker."""
 
     def __init__(self, base: int = 64, most: int = 512, options: Any = None) -> None:
         super().__init__(base, most)
         self.options = options or SimpleNamespace(lane_restarts=3, mode="lanes")
-        self.worker = LaneWorker(self.options, None, self.make, None)
+        self.worker = LaneConnectorWorker(self.options, None, self.make, None)
         self.connector = object.__new__(LaneConnector)
         self.connector.half = self.worker
         self.main = V2Runner(self.device, self.connector)

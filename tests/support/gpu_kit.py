@@ -8,14 +8,14 @@ import pytest
 
 from vllm_agentserve.bench.records import Record
 from vllm_agentserve.bench.server import has_nvidia_driver, serving_environment
-from vllm_agentserve.gpucheck.jobs import Answer
-from vllm_agentserve.gpucheck.place import Place, child_environment
+from vllm_agentserve.gpucheck.check_run import CheckRun, child_environment
+from vllm_agentserve.gpucheck.scripted_requests import Answer
 
 needs_cpu_build = pytest.mark.skipif(has_nvidia_driver(), reason="vLLM takes the GPU where there is one")
 
 
-def here(folder: Path) -> Place:
-    return Place(folder, "cpu", True, child_environment(os.environ, serving_environment(base={})))
+def here(folder: Path) -> CheckRun:
+    return CheckRun(folder, "cpu", True, child_environment(os.environ, serving_environment(base={})))
 
 
 def answer(tokens: Sequence[int], apart: float = 0.0, other: int = 99, margin: float = 1.0) -> Answer:

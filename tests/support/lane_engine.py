@@ -10,7 +10,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from tests.support.mix import Answers, Job, cold_jobs, differences, run_jobs, scheduler_of
 from vllm_agentserve.bench.server import has_nvidia_driver
-from vllm_agentserve.lanes.worker import LaneWorker
+from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker
 from vllm_agentserve.policy.jobs import Job as PrefillJob
 
 KILLS = int(os.environ.get("AGENTSERVE_LANE_KILLS", "2"))
@@ -27,7 +27,7 @@ lanes_run_here = pytest.mark.skipif(
 )
 
 
-def worker() -> LaneWorker:
+def worker() -> LaneConnectorWorker:
     return get_kv_transfer_group().half
 
 
@@ -63,11 +63,11 @@ def lane_is_up(llm: LLM) -> None:
 
 def plant_jobs_sent_before_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plants a fault: the lane gets its jobs when a step begins, also those behind blocks that this step is to write."""
-    original = LaneWorker.before_step
+    original = LaneConnectorWorker.before_step
 
-    def too_early(self: LaneWorker, jobs: list[PrefillJob], computes: bool, slot: int) -> None:
+    def too_early(self: LaneConnectorWorker, jobs: list[PrefillJob], computes: bool, slot: int) -> None:
         for job in jobs if self._lane is not None else []:
             self._lane.submit(job)
         original(self, [], computes, slot)
 
-    monkeypatch.setattr(LaneWorker, "before_step", too_early)
+    monkeypatch.setattr(LaneConnectorWorker, "before_step", too_early)

@@ -11,10 +11,10 @@ from vllm.v1.outputs import KVConnectorOutput
 
 from tests.support.lane_driver import LaneDriver
 from tests.support.schedulers import BLOCK, make_request, make_scheduler
-from vllm_agentserve.lanes import worker as worker_half
+from vllm_agentserve.lanes import connector_worker as worker_half
 from vllm_agentserve.lanes.connector import LaneWorkerMetadata
+from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker
 from vllm_agentserve.lanes.lane import LaneReport, Outcome, Slot
-from vllm_agentserve.lanes.worker import LaneWorker
 from vllm_agentserve.policy.jobs import Job
 
 SAMPLED = 17
@@ -165,7 +165,7 @@ class FollowedLane:
 
 
 class WorkerDriver(LaneDriver):
-    """Drives the real `LaneWorker` as vLLM's model runners do.
+    """Drives the real `LaneConnectorWorker` as vLLM's model runners do.
 
     Args:
         make: makes the first lane, and those that follow it.
@@ -183,7 +183,7 @@ class WorkerDriver(LaneDriver):
             return self.lanes[-1]
 
         options: Any = SimpleNamespace(lane_restarts=restarts, mode="lanes")
-        self.worker = LaneWorker(options, None, start, start)
+        self.worker = LaneConnectorWorker(options, None, start, start)
         self.worker.start()
 
     def transfers(self, output: SchedulerOutput) -> KVConnectorOutput:

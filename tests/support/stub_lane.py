@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vllm_agentserve.lanes.channel import Channel
+from vllm_agentserve.lanes.cpu.channel import Channel
 from vllm_agentserve.policy.jobs import Job
 
 HERE = Path(__file__).resolve()
@@ -50,7 +50,7 @@ def job(name: str, tokens: int = 10) -> Job:
 
 
 class Cores:
-    """In the place of `lanes.cores.Cores`."""
+    """In the place of `lanes.cpu.cores.Cores`."""
 
     def __init__(self) -> None:
         self.taken: list[int] = []
@@ -61,8 +61,8 @@ class Cores:
 
 def stub_lane(start: str = "ready", then: str = "serve", **given: Any) -> Any:
     """A `ProcessLane` of two cores around such a process."""
-    from vllm_agentserve.lanes.process import ProcessLane
-    from vllm_agentserve.lanes.runner import Setup
+    from vllm_agentserve.lanes.cpu.process import ProcessLane
+    from vllm_agentserve.lanes.cpu.runner import Setup
 
     setup = Setup(None, None, (0, 0), 256, 256, ([1],), [0, 1], [1])
     given = {"cores": Cores(), "command": (sys.executable, str(HERE), start, then)} | given

@@ -12,7 +12,7 @@ from vllm.v1.core.kv_cache_utils import get_block_hash
 
 from tests.torture.expected import Expected
 from tests.torture.reference import Reference
-from vllm_agentserve.lanes.process import ProcessLane
+from vllm_agentserve.lanes.cpu.process import ProcessLane
 from vllm_agentserve.policy.jobs import Job
 
 TOLERANCE = 2e-4

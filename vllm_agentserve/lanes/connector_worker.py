@@ -15,7 +15,7 @@ from vllm_agentserve.policy.jobs import Job
 from vllm_agentserve.vllm_compat import LaneError
 
 if TYPE_CHECKING:
-    from vllm_agentserve.lanes.memory import KvMemory
+    from vllm_agentserve.lanes.cpu.memory import KvMemory
 
 logger = init_logger("vllm.agentserve")
 
@@ -28,7 +28,7 @@ FAILURES_IN_A_ROW = 3
 """A lane on which so many jobs failed one after the other is taken for broken, and ended."""
 
 
-class LaneWorker:
+class LaneConnectorWorker:
     """Drives the lane step by step: jobs in, outcomes out. Every job taken gets its outcome, whatever becomes of the lane.
 
     Args:
@@ -238,16 +238,16 @@ class LaneWorker:
         self._lane = self._retired = None
 
 
-def lane_worker(options: AgentServeConfig, vllm_config: Any, kv_cache_config: Any) -> LaneWorker:
+def lane_worker(options: AgentServeConfig, vllm_config: Any, kv_cache_config: Any) -> LaneConnectorWorker:
     """The worker's half for this platform."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        from vllm_agentserve.lanes.process import ProcessLanes
+        from vllm_agentserve.lanes.cpu.process import ProcessLanes
 
         lanes = ProcessLanes(options, vllm_config, kv_cache_config)
-        return LaneWorker(options, lanes.memory, lanes.start, lanes.restart)
-    from vllm_agentserve.lanes.stream import StreamLane
+        return LaneConnectorWorker(options, lanes.memory, lanes.start, lanes.restart)
+    from vllm_agentserve.lanes.cuda.stream import StreamLane
 
     def start() -> PrefillLane:
         lane = StreamLane.start(options, vllm_config, kv_cache_config)
@@ -255,5 +255,5 @@ def lane_worker(options: AgentServeConfig, vllm_config: Any, kv_cache_config: An
         worker.warmed_up = lane.warmed_up
         return lane
 
-    worker = LaneWorker(options, None, start, None)
+    worker = LaneConnectorWorker(options, None, start, None)
     return worker

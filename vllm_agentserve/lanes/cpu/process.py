@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.lanes.board import Board
-from vllm_agentserve.lanes.channel import Channel
-from vllm_agentserve.lanes.child import Child
-from vllm_agentserve.lanes.cores import Cores
+from vllm_agentserve.lanes.cpu.channel import Channel
+from vllm_agentserve.lanes.cpu.child import Child
+from vllm_agentserve.lanes.cpu.cores import Cores
+from vllm_agentserve.lanes.cpu.memory import KvMemory
+from vllm_agentserve.lanes.cpu.runner import Setup
+from vllm_agentserve.lanes.cpu.shared_counters import SharedCounters
 from vllm_agentserve.lanes.lane import LaneReport, Outcome, Slot
-from vllm_agentserve.lanes.memory import KvMemory
-from vllm_agentserve.lanes.runner import Setup
 from vllm_agentserve.policy.jobs import Job
 from vllm_agentserve.policy.slots import core_ladder
 from vllm_agentserve.vllm_compat import LaneError, cpu
@@ -31,14 +31,14 @@ CHUNK_TIMEOUT_FACTOR = 20.0
 took in warm-up if that is longer, since a chunk at the end of a long context takes longer than one at its beginning."""
 MOST_UNWATCHED_S = 1.0
 """Most that the time between two looks at the lane counts."""
-RUNNER = (sys.executable, "-m", "vllm_agentserve.lanes.runner")
+RUNNER = (sys.executable, "-m", "vllm_agentserve.lanes.cpu.runner")
 
 
 class ProcessLane:
     """The lane as the worker sees it; `LaneRunner` is the other end. No call waits for that process, but `close`.
 
     Args:
-        setup: what the process is told; its `board` is made here.
+        setup: what the process is told; its `counters` are made here.
         cores: of the decode steps.
         start_timeout_s: a process that is not ready then is ended.
         command: of the process; tests have others.
@@ -67,25 +67,25 @@ class ProcessLane:
         """What a chunk took in warm-up."""
         self._why: str | None = None
         """Why it was ended; None: it was not."""
-        self._board = Board()
+        self._counters = SharedCounters()
         try:
             self._channel, theirs = Channel.pair()
         except OSError:
-            self._board.close()
+            self._counters.close()
             raise
         try:
             self._child = Child(
                 [*command, str(theirs.fileno()), str(os.getpid())],
-                (theirs.fileno(), setup.memory[1], self._board.descriptor),
+                (theirs.fileno(), setup.memory[1], self._counters.descriptor),
                 lane_environment(len(setup.all_cores)),
                 theirs.close,
             )
         except RuntimeError as error:
             theirs.close()
             self._channel.close()
-            self._board.close()
+            self._counters.close()
             raise LaneError(f"no thread can be started for the prefill lane: {error}") from error
-        self._channel.send(replace(setup, board=self._board.descriptor))
+        self._channel.send(replace(setup, counters=self._counters.descriptor))
 
     @property
     def name(self) -> str:
@@ -143,8 +143,8 @@ class ProcessLane:
             self._channel.send(("cancel", request_id))
 
     def begin_step(self, computes: bool, slot: int) -> None:
-        self._board["decoding"] = float(computes)
-        self._board["slot"] = slot
+        self._counters["decoding"] = float(computes)
+        self._counters["slot"] = slot
         if not computes:
             return
         # A lane that loads its model has its cores already, or its start would be felt by every stream.
@@ -185,7 +185,7 @@ class ProcessLane:
     def _watch(self) -> None:
         """Ends a lane that is silent for too long. Time in which nobody looked counts for a second at most: when the whole engine
         stood still, the lane may have stood still with it."""
-        now, beat = time.monotonic(), self._board["beat"]
+        now, beat = time.monotonic(), self._counters["beat"]
         looked, self._looked = self._looked, now
         if not self.alive():
             return
@@ -208,7 +208,7 @@ class ProcessLane:
     def report(self) -> LaneReport | None:
         slots = self.slots if self.ready and not self._said_slots else ()
         self._said_slots |= self.ready
-        (tokens, seconds), (before, time_before) = (self._board["tokens"], self._board["seconds"]), self._reported
+        (tokens, seconds), (before, time_before) = (self._counters["tokens"], self._counters["seconds"]), self._reported
         if seconds <= time_before:
             return LaneReport(slots) if slots else None
         self._reported = tokens, seconds
@@ -220,7 +220,7 @@ class ProcessLane:
             self.end("the engine ends")
             # A process that the kernel does not end within this time is left to it: at exit nobody needs its blocks.
             self._child.wait(STOP_TIMEOUT_S)
-        self._board.close()
+        self._counters.close()
         self._cores.take(self._setup.all_cores)
 
 

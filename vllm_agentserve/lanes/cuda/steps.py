@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from vllm_agentserve.lanes.flight import Cuda
-from vllm_agentserve.lanes.green import SlotStreams
+from vllm_agentserve.lanes.cuda.chunk_in_flight import Cuda
+from vllm_agentserve.lanes.cuda.green import SlotStreams
 from vllm_agentserve.lanes.lane import Slot
 
 

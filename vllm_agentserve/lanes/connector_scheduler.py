@@ -27,7 +27,7 @@ class Rates(Protocol):
     def device_rate(self, tokens: int, before: int) -> float | None: ...
 
 
-class LaneDispatch:
+class LaneConnectorScheduler:
     """`AgentScheduler` sets `rates`, and before every step `decodes` and `context`; it is told of every prompt that goes.
 
     Args:

@@ -11,11 +11,19 @@ import msgspec
 from vllm_agentserve.bench.drawing import Shape
 from vllm_agentserve.bench.measure import RoundFigures, pool, round_figures
 from vllm_agentserve.bench.records import Record
-from vllm_agentserve.gpucheck.engines import PRIORITY, TOY, Setting, kv_cache_blocks, kv_cache_bytes, shape_for, unused
-from vllm_agentserve.gpucheck.engines import Shape as EngineShape
+from vllm_agentserve.gpucheck.check_run import PACKAGE, CheckRun, ChildResult, PartResult
+from vllm_agentserve.gpucheck.engines import (
+    PRIORITY,
+    TOY,
+    ModelShape,
+    Setting,
+    kv_cache_blocks,
+    kv_cache_bytes,
+    shape_for,
+    unused,
+)
 from vllm_agentserve.gpucheck.environment import UNKNOWN, free_gib
 from vllm_agentserve.gpucheck.gaps import cell, figures, gaps_of, mean_of
-from vllm_agentserve.gpucheck.place import PACKAGE, Ended, Finding, Place
 
 ARMS = ("lanes", "stock", "time-sliced", PRIORITY)
 """What tells most comes first, should the time run out."""
@@ -47,7 +55,7 @@ HEADLINE, WITHOUT_STOCK = "all gaps above twice stock's quiet step", "all gaps a
 
 
 @dataclass
-class Arm:
+class ArmRounds:
     """What one arm gave, round by round: records, figures, counters, and the rest of what its process returned."""
 
     records: list[list[Record]] = field(default_factory=list)
@@ -55,11 +63,11 @@ class Arm:
     counters: list[Mapping[str, float]] = field(default_factory=list)
     engines: list[Mapping[str, Any]] = field(default_factory=list)
 
-    def over(self, numbers: Collection[int]) -> "Arm":
+    def over(self, numbers: Collection[int]) -> "ArmRounds":
         """The same, of these rounds only."""
         kept = [index for index, one in enumerate(self.rounds) if one.round in numbers]
         columns = (self.records, self.rounds, self.counters, self.engines)
-        return Arm(*([column[index] for index in kept] for column in columns))  # type: ignore[arg-type]
+        return ArmRounds(*([column[index] for index in kept] for column in columns))  # type: ignore[arg-type]
 
     def add(self, number: int, result: Mapping[str, Any]) -> None:
         """Takes in what `agents.replay` returned for this round."""
@@ -70,7 +78,7 @@ class Arm:
         self.engines.append({key: result[key] for key in ("start_s", "lane", "memory")})
 
 
-def figures_of(arm: Arm, stock: Arm | None) -> dict[str, Any]:
+def figures_of(arm: ArmRounds, stock: ArmRounds | None) -> dict[str, Any]:
     """One column of the first table, by row; a row with a quantile or a mean has its number of values."""
     sessions = [session for one in arm.rounds for session in one.sessions]
     column: dict[str, Any] = dict(figures(gaps_of(arm.records), None if stock is None else gaps_of(stock.records)))
@@ -93,7 +101,7 @@ def table(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def counter_table(arms: Mapping[str, Arm]) -> list[str]:
+def counter_table(arms: Mapping[str, ArmRounds]) -> list[str]:
     """Our counters, summed over rounds, of the arms that have any."""
     ours = {name: arm for name, arm in arms.items() if any(arm.counters)}
     lines = ["| counter | " + " | ".join(ours) + " |", "|---|" + "---:|" * len(ours)]
@@ -103,7 +111,7 @@ def counter_table(arms: Mapping[str, Arm]) -> list[str]:
     return lines if ours else []
 
 
-def engine_table(arms: Mapping[str, Arm]) -> list[str]:
+def engine_table(arms: Mapping[str, ArmRounds]) -> list[str]:
     """Start and memory of the engines, one line per arm and round."""
     lines = [
         "| arm, round | engine start (s) | memory reserved (GiB) | free (GiB) | slots "
@@ -123,7 +131,7 @@ def engine_table(arms: Mapping[str, Arm]) -> list[str]:
     return lines
 
 
-def chunk_table(arms: Mapping[str, Arm]) -> list[str]:
+def chunk_table(arms: Mapping[str, ArmRounds]) -> list[str]:
     """The lane's chunks by where they ran, one line per arm, round and slot; nothing where none was seen."""
     lines = [
         "| arm, round | SMs for decode + prefill | chunks | tokens, p50 | host ms per launch, p50 | longest | device ms, p50 "
@@ -133,10 +141,10 @@ def chunk_table(arms: Mapping[str, Arm]) -> list[str]:
     rows = len(lines)
     for name, arm in arms.items():
         for one, of_round in zip(arm.engines, arm.rounds, strict=True):
-            for place, chunks in ((one["lane"] or {}).get("chunks") or {}).items():
+            for slot, chunks in ((one["lane"] or {}).get("chunks") or {}).items():
                 keys = ("n", "tokens", "host_ms", "host_most_ms", "device_ms", "tokens_per_s")
                 cells = ["-" if chunks[key] is None else f"{chunks[key]:.4g}" for key in keys]
-                lines.append(f"| {name}, {of_round.round} | {place} | {' | '.join(cells)} |")
+                lines.append(f"| {name}, {of_round.round} | {slot} | {' | '.join(cells)} |")
     return lines if len(lines) > rows else []
 
 
@@ -145,11 +153,11 @@ def order_of(round_number: int, arms: Sequence[str] = ARMS) -> Sequence[str]:
     return arms if round_number % 2 == 0 else arms[::-1]
 
 
-def kv_cache(place: Place, model: EngineShape) -> dict[str, Any]:
+def kv_cache(check: CheckRun, model: ModelShape) -> dict[str, Any]:
     """Arguments of `LLM` for a KV cache that is the same in every arm. On a GPU it is sized as users have it sized, from what
     vLLM's profile leaves, less what the lane keeps free; then it is cut to the same number of blocks."""
-    size = kv_cache_bytes(free_gib(place))
-    if place.device == "cpu":
+    size = kv_cache_bytes(free_gib(check))
+    if check.device == "cpu":
         return {"kv_cache_memory_bytes": size}
     return {
         "block_size": BLOCK,
@@ -158,64 +166,64 @@ def kv_cache(place: Place, model: EngineShape) -> dict[str, Any]:
     }
 
 
-def setting(place: Place, arm: str) -> Setting:
+def setting(check: CheckRun, arm: str) -> Setting:
     """Raises `ValueError` on a GPU of which it is not known how much memory is free: the toy would say nothing there."""
-    free = free_gib(place)
-    if free is None and place.device == "cuda":
+    free = free_gib(check)
+    if free is None and check.device == "cuda":
         raise ValueError(UNKNOWN)
     model = shape_for(free)
-    engine = {"max_model_len": 24576, "max_num_seqs": 32, "max_num_batched_tokens": 8192, **kv_cache(place, model)}
-    options = {"lane_min_tokens": 128} if place.small else {}
+    engine = {"max_model_len": 24576, "max_num_seqs": 32, "max_num_batched_tokens": 8192, **kv_cache(check, model)}
+    options = {"lane_min_tokens": 128} if check.small else {}
     dtype = "bfloat16"
-    return Setting(arm, model.name, dtype, place.device, str(place.folder), True, options, engine)
+    return Setting(arm, model.name, dtype, check.device, str(check.folder), True, options, engine)
 
 
 def shape_of(small: bool) -> Shape:
     return Shape(agents=4, sessions=1, turns=3, scale=0.2) if small else Shape(agents=6, sessions=2)
 
 
-def replay(place: Place, name: str, number: int, limit_s: float | None) -> Ended:
+def replay(check: CheckRun, name: str, number: int, limit_s: float | None) -> ChildResult:
     """One arm of one round."""
     options = {
-        "setting": asdict(setting(place, name)),
-        "shape": asdict(shape_of(place.small)),
+        "setting": asdict(setting(check, name)),
+        "shape": asdict(shape_of(check.small)),
         "stagger_s": STAGGER_S,
         "seed": number,
         "round": number,
     }
-    return place.run(f"agents-{number}-{name}", f"{PACKAGE}.agents:replay", options, limit_s)
+    return check.run(f"agents-{number}-{name}", f"{PACKAGE}.agents:replay", options, limit_s)
 
 
-def run(place: Place) -> Finding:
+def run(check: CheckRun) -> PartResult:
     """The part: one round as far as the time goes, and more for as long as the next whole one fits."""
-    if place.device == "cuda" and free_gib(place) is None:
-        return Finding("not run", UNKNOWN)
-    names = [name for name in ARMS if name != PRIORITY or place.device == "cuda"]
-    arms = {name: Arm() for name in names}
-    failed: dict[str, Ended] = {}
+    if check.device == "cuda" and free_gib(check) is None:
+        return PartResult("not run", UNKNOWN)
+    names = [name for name in ARMS if name != PRIORITY or check.device == "cuda"]
+    arms = {name: ArmRounds() for name in names}
+    failed: dict[str, ChildResult] = {}
     slowest = longest = 0.0
-    limit = PATIENCE * place.patience_s
-    for number in range(1 if place.small else ROUNDS):
-        before = place.left_s()
+    limit = PATIENCE * check.patience_s
+    for number in range(1 if check.small else ROUNDS):
+        before = check.left_s()
         if before < 1.1 * slowest:
             break
         for name in order_of(number, names):
             if name in failed:
                 continue
-            if place.left_s() < ENOUGH * longest:
-                failed[name] = Ended(None, "not started: too little time was left", 0.0, out_of_time=True)
+            if check.left_s() < ENOUGH * longest:
+                failed[name] = ChildResult(None, "not started: too little time was left", 0.0, out_of_time=True)
                 continue
-            ended = replay(place, name, number, limit)
+            ended = replay(check, name, number, limit)
             longest = max(longest, ended.seconds)
             if ended.error is not None:
                 failed[name] = ended
                 continue
             arms[name].add(number, ended.result)
-        slowest = max(slowest, before - place.left_s())
-    return finding(place, {name: arm for name, arm in arms.items() if arm.rounds}, failed)
+        slowest = max(slowest, before - check.left_s())
+    return finding(check, {name: arm for name, arm in arms.items() if arm.rounds}, failed)
 
 
-def finding(place: Place, arms: Mapping[str, Arm], ended: Mapping[str, Ended]) -> Finding:
+def finding(check: CheckRun, arms: Mapping[str, ArmRounds], ended: Mapping[str, ChildResult]) -> PartResult:
     """The verdict: that the arms ran, and what the figures are; which arm is better is for the reader to say.
 
     Args:
@@ -224,14 +232,14 @@ def finding(place: Place, arms: Mapping[str, Arm], ended: Mapping[str, Ended]) -
     """
     same = compared(arms)
     columns = {name: figures_of(arm, same.get("stock")) for name, arm in same.items()}
-    model = setting(place, "stock").model
+    model = setting(check, "stock").model
     weights = "real random weights" if model == TOY.name else "vLLM's dummy weights"
-    shape = shape_of(place.small)
+    shape = shape_of(check.small)
     work = f"{shape.agents} agents, {shape.sessions} sessions each, lengths times {shape.scale:g}"
     page = [f"Model `{model}` ({weights}), bfloat16; workload as `coding`: {work}.", ""]
     for lines in (table(columns) if columns else [], engine_table(arms), chunk_table(arms), counter_table(same)):
         page += [*lines, ""] if lines else []
-    if place.device == "cpu":
+    if check.device == "cpu":
         page += [f"`{PRIORITY}`: not run: no CUDA device.", ""]
     for name, one in ended.items():
         page += [f"`{name}`:", "", "```", *str(one.error).splitlines(), "```", ""]
@@ -250,22 +258,22 @@ def finding(place: Place, arms: Mapping[str, Arm], ended: Mapping[str, Ended]) -
         rounds += f"; compared over those that all have: {min(len(arm.rounds) for arm in same.values())}"
     line = f"{row}: {shown}; rounds: {rounds}" if columns else "no arm came to its end"
     if failed:
-        return Finding("failed", f"{', '.join(failed)} did not finish; {line}", page, figures)
+        return PartResult("failed", f"{', '.join(failed)} did not finish; {line}", page, figures)
     for name in ("lanes", PRIORITY):
         if name in arms and (why := unused(totals(arms[name]))) is not None:
-            return Finding("failed", f"{name}: {why}; {line}", page, figures)
+            return PartResult("failed", f"{name}: {why}; {line}", page, figures)
     if late := [name for name in late if name not in arms]:
-        return Finding("ran out of time", f"no time for {', '.join(late)}; {line}", page, figures)
-    return Finding("ok", line, page, figures)
+        return PartResult("ran out of time", f"no time for {', '.join(late)}; {line}", page, figures)
+    return PartResult("ok", line, page, figures)
 
 
-def compared(arms: Mapping[str, Arm]) -> dict[str, Arm]:
+def compared(arms: Mapping[str, ArmRounds]) -> dict[str, ArmRounds]:
     """The arms over the rounds that all of them have: other rounds have other requests, and more rounds have more gaps."""
     common = set.intersection(*({one.round for one in arm.rounds} for arm in arms.values())) if arms else set()
     return {name: arm.over(common) for name, arm in arms.items()} if common else dict(arms)
 
 
-def totals(arm: Arm) -> Counter[str]:
+def totals(arm: ArmRounds) -> Counter[str]:
     """Its counters, summed over rounds."""
     found: Counter[str] = Counter()
     for one in arm.counters:
@@ -273,7 +281,7 @@ def totals(arm: Arm) -> Counter[str]:
     return found
 
 
-def failures(arms: Mapping[str, Arm], ended: Mapping[str, Ended]) -> tuple[list[str], list[str]]:
+def failures(arms: Mapping[str, ArmRounds], ended: Mapping[str, ChildResult]) -> tuple[list[str], list[str]]:
     """Which arms failed, and which ones only ran out of time.
 
     An arm that took longer than its limit hangs where stock vLLM came to its end within the same limit. Where stock did not, the

@@ -5,9 +5,9 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_agentserve.lanes.flight import settled
-from vllm_agentserve.lanes.green import GreenLadder
-from vllm_agentserve.lanes.relay import Relay
+from vllm_agentserve.lanes.cuda.chunk_in_flight import settled
+from vllm_agentserve.lanes.cuda.green import GreenLadder
+from vllm_agentserve.lanes.cuda.relay import Relay
 from vllm_agentserve.policy.reserve import CHUNK_TOKENS, DECODE_SHARES, LONGEST_CHUNKS, MIB
 from vllm_agentserve.policy.slots import chunk_length
 from vllm_agentserve.vllm_compat import LaneError, cuda

@@ -1,6 +1,6 @@
 """The lane's own process: vLLM's CPU worker over the KV cache of another one. It computes prompts and samples nothing.
 
-python -m vllm_agentserve.lanes.runner DESCRIPTOR PARENT   # a socket to the worker, and its process; never by hand
+python -m vllm_agentserve.lanes.cpu.runner DESCRIPTOR PARENT   # a socket to the worker, and its process; never by hand
 """
 
 import contextlib
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_agentserve.lanes.board import Board
-from vllm_agentserve.lanes.channel import Channel
-from vllm_agentserve.lanes.cores import Cores, move
-from vllm_agentserve.lanes.memory import KvMemory, SharedMemory
+from vllm_agentserve.lanes.cpu.channel import Channel
+from vllm_agentserve.lanes.cpu.cores import Cores, move
+from vllm_agentserve.lanes.cpu.memory import KvMemory, SharedMemory
+from vllm_agentserve.lanes.cpu.shared_counters import SharedCounters
 from vllm_agentserve.policy.jobs import ChunkQueue
 from vllm_agentserve.policy.slots import chunk_length
 from vllm_agentserve.vllm_compat.cpu import SecondWorker
@@ -44,8 +44,8 @@ class Setup:
     all_cores: list[int]
     load_cores: list[int]
     """Where it loads and compiles: off the decode lane's cores when there is one."""
-    board: int = -1
-    """Descriptor of the board, which is made with the process."""
+    counters: int = -1
+    """Descriptor of the shared counters, which are made with the process."""
 
 
 class LaneRunner:
@@ -53,7 +53,7 @@ class LaneRunner:
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
-        self.board = Board(setup.board)
+        self.counters = SharedCounters(setup.counters)
         self.cores = Cores(process=True)
         self.jobs = ChunkQueue()
         self._smallest = min(len(cores) for cores in setup.slot_cores)
@@ -70,11 +70,11 @@ class LaneRunner:
 
     def step(self) -> str | None:
         """Computes one chunk; returns the id of a job that is through. Raises `ChunkError`."""
-        setup, board = self.setup, self.board
+        setup, counters = self.setup, self.counters
         began = time.monotonic()
-        board["beat"] = began
-        alone = not board["decoding"]
-        own = setup.slot_cores[int(board["slot"])]
+        counters["beat"] = began
+        alone = not counters["decoding"]
+        own = setup.slot_cores[int(counters["slot"])]
         self.cores.take(setup.all_cores if alone else own)
         # No longer when it is alone: a step of decodes that comes meanwhile would find its cores taken until the end of it.
         chunk = self.jobs.take(min(chunk_length(setup.chunk_tokens, len(own), self._smallest), setup.most_tokens))
@@ -86,8 +86,8 @@ class LaneRunner:
         if not alone:
             self._beside += 1
             if self._beside > 1:  # libraries prepare themselves in the first one: it says nothing of those that follow
-                board["tokens"] += chunk.tokens
-                board["seconds"] += time.monotonic() - began
+                counters["tokens"] += chunk.tokens
+                counters["seconds"] += time.monotonic() - began
         if not chunk.last:
             return None
         self.forget(request_id)

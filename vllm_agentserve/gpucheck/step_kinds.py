@@ -10,7 +10,7 @@ LAYERS = 4
 
 
 @dataclass(frozen=True)
-class Work:
+class StepKind:
     """One kind of step: `batch` sequences that compute `tokens` new tokens each, with `context` tokens before them."""
 
     name: str
@@ -19,17 +19,21 @@ class Work:
     context: int
 
 
-WORKS = (
-    Work("decode", 8, 1, 3000),
-    Work("cold prefill", 1, 2048, 0),
-    Work("resume prefill", 1, 96, 3000),
+STEP_KINDS = (
+    StepKind("decode", 8, 1, 3000),
+    StepKind("cold prefill", 1, 2048, 0),
+    StepKind("resume prefill", 1, 96, 3000),
 )
 """Lengths as in the workload `react`."""
-SMALL_WORKS = (Work("decode", 4, 1, 300), Work("cold prefill", 1, 256, 0), Work("resume prefill", 1, 32, 300))
+SMALL_STEP_KINDS = (
+    StepKind("decode", 4, 1, 300),
+    StepKind("cold prefill", 1, 256, 0),
+    StepKind("resume prefill", 1, 32, 300),
+)
 
 
 @dataclass(frozen=True)
-class Share:
+class DeviceShare:
     """A part of the device.
 
     Args:

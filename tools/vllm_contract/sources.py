@@ -11,7 +11,7 @@ Names = dict[str, ast.AST]
 
 
 @dataclass(frozen=True)
-class Place:
+class Definition:
     """A definition and the module it stands in."""
 
     module: str
@@ -30,7 +30,7 @@ class Sources:
         base = self.root.joinpath(*module.split("."))
         return next((one for one in (base / "__init__.py", base.with_suffix(".py")) if one.is_file()), None)
 
-    def find(self, module: str, name: str, seen: frozenset[tuple[str, str]] = frozenset()) -> Place | None:
+    def find(self, module: str, name: str, seen: frozenset[tuple[str, str]] = frozenset()) -> Definition | None:
         """Where a name of a module is defined, through imports from other modules of the tree; None if nowhere."""
         names = self._names(module)
         if names is None or (module, name) in seen:
@@ -42,16 +42,16 @@ class Sources:
             real = next(alias.name for alias in node.names if (alias.asname or alias.name) == name)
             return self.find(origin, real, seen) or self._submodule(f"{origin}.{real}")
         if node is not None:
-            return Place(module, node)
+            return Definition(module, node)
         for star in (one for key, one in names.items() if key.startswith("*")):
             assert isinstance(star, ast.ImportFrom)
             if (found := self.find(self._origin(module, star), name, seen)) is not None:
                 return found
         return self._submodule(f"{module}.{name}")
 
-    def lineage(self, place: Place) -> list[Place]:
+    def lineage(self, definition: Definition) -> list[Definition]:
         """A class and those of its bases that are in the tree, the nearest first."""
-        found, todo = list[Place](), [place]
+        found, todo = list[Definition](), [definition]
         while todo:
             one = todo.pop(0)
             if not isinstance(one.node, ast.ClassDef) or one in found:
@@ -61,19 +61,19 @@ class Sources:
             todo += [base for base in (self._base(one.module, expression) for expression in bases) if base is not None]
         return found
 
-    def member(self, place: Place, name: str) -> Place | None:
+    def member(self, definition: Definition, name: str) -> Definition | None:
         """A method, a class attribute, or an attribute that a method sets on `self`, of a class or of its bases."""
-        for one in self.lineage(place):
+        for one in self.lineage(definition):
             node = defined(one.node.body).get(name) if isinstance(one.node, ast.ClassDef) else None
             node = node or next((target for target in self_targets(one.node) if target.attr == name), None)
             if node is not None:
-                return Place(one.module, node)
+                return Definition(one.module, node)
         return None
 
-    def abstract(self, place: Place) -> set[str]:
+    def abstract(self, definition: Definition) -> set[str]:
         """The abstract methods of a class that neither it nor its bases implement."""
         seen: dict[str, bool] = {}
-        for one in self.lineage(place):
+        for one in self.lineage(definition):
             assert isinstance(one.node, ast.ClassDef)
             for name, node in defined(one.node.body).items():
                 seen.setdefault(name, isinstance(node, Function) and "abstractmethod" in decorators(node))
@@ -95,8 +95,8 @@ class Sources:
             self._modules[module] = None if path is None else defined(ast.parse(path.read_text()).body)
         return self._modules[module]
 
-    def _submodule(self, module: str) -> Place | None:
-        return Place(module, ast.Module([], [])) if self.path(module) is not None else None
+    def _submodule(self, module: str) -> Definition | None:
+        return Definition(module, ast.Module([], [])) if self.path(module) is not None else None
 
     def _origin(self, module: str, node: ast.ImportFrom) -> str:
         if not node.level:
@@ -106,7 +106,7 @@ class Sources:
         package = package[: len(package) - node.level + 1]
         return ".".join([*package, *([node.module] if node.module else [])])
 
-    def _base(self, module: str, expression: ast.expr) -> Place | None:
+    def _base(self, module: str, expression: ast.expr) -> Definition | None:
         if isinstance(expression, ast.Name):
             return self.find(module, expression.id)
         if isinstance(expression, ast.Attribute) and isinstance(expression.value, ast.Name):

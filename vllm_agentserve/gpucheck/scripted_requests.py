@@ -10,7 +10,7 @@ TOP = 5
 
 
 @dataclass(frozen=True)
-class Job:
+class ScriptedRequest:
     """One request.
 
     Args:
@@ -42,7 +42,7 @@ class Answer:
 Answers = dict[str, Answer]
 
 
-def mixed_jobs(count: int, seeded: bool, rng_seed: int = 1) -> list[Job]:
+def mixed_requests(count: int, seeded: bool, rng_seed: int = 1) -> list[ScriptedRequest]:
     """Short and long prompts, some with a common prefix; with `seeded` some sample with a seed; some are aborted."""
     rng = random.Random(rng_seed)
     shared = [rng.randrange(3, 4000) for _ in range(900)]
@@ -53,7 +53,7 @@ def mixed_jobs(count: int, seeded: bool, rng_seed: int = 1) -> list[Job]:
         kind = number % 5
         samples = seeded and kind == 1
         jobs.append(
-            Job(
+            ScriptedRequest(
                 name=f"job-{number}",
                 step=2 * number,
                 prompt=tuple(prompt),
@@ -66,20 +66,23 @@ def mixed_jobs(count: int, seeded: bool, rng_seed: int = 1) -> list[Job]:
     return jobs
 
 
-def beside_jobs() -> list[Job]:
+def beside_requests() -> list[ScriptedRequest]:
     """Two streams, and two long prompts that come while they decode."""
-    streams = [Job(f"stream-{n}", 0, (11 + n,) * 40, 90) for n in range(2)]
+    streams = [ScriptedRequest(f"stream-{n}", 0, (11 + n,) * 40, 90) for n in range(2)]
     prompts = [tuple((n * 977 + i * 31) % 3900 + 5 for i in range(1100)) for n in range(2)]
-    return [*streams, *(Job(f"cold-{n}", 6, prompt, 12) for n, prompt in enumerate(prompts))]
+    return [*streams, *(ScriptedRequest(f"cold-{n}", 6, prompt, 12) for n, prompt in enumerate(prompts))]
 
 
-def pinned_jobs(jobs: Sequence[Job]) -> list[Job]:
+def pinned_requests(jobs: Sequence[ScriptedRequest]) -> list[ScriptedRequest]:
     """The same requests with pinned answers, each of a token of its own."""
     return [replace(job, name=f"pinned-{job.name}", pinned=5 + 131 * number) for number, job in enumerate(jobs)]
 
 
-def run_jobs(
-    engine: Any, jobs: Sequence[Job], prefix: str = "", before_step: Callable[[int], None] = lambda step: None
+def run_requests(
+    engine: Any,
+    jobs: Sequence[ScriptedRequest],
+    prefix: str = "",
+    before_step: Callable[[int], None] = lambda step: None,
 ) -> Answers:
     """Feeds the jobs to an `LLMEngine` until none is left; aborted ones answer with what they had.
 

@@ -56,7 +56,7 @@ class ChunkRunner(Protocol):
         """Gives back the worker's own runner as it was. Nothing runs any more."""
 
 
-class Flight:
+class ChunkInFlight:
     """A chunk under way.
 
     Args:
@@ -123,7 +123,7 @@ class Flight:
                 self.error = traceback.format_exc()
             self._ended.record(stream)
 
-    def through(self) -> bool:
+    def finished(self) -> bool:
         """Whether the device has computed it. Raises what CUDA raises when the context is lost."""
         return self.complete and bool(self._ended.query())
 

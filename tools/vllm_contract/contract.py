@@ -4,11 +4,11 @@ Imports neither vLLM nor torch. A symbol is found by reading sources (`sources.p
 a property, an assignment in the body of the class or of one of its bases, or `self.NAME = ...` in one of their methods.
 """
 
-from vllm_agentserve.vllm_compat.contract_shared import SHARED_STATE
-from vllm_agentserve.vllm_compat.contract_workers import WORKERS
-from vllm_agentserve.vllm_compat.symbols import calls, exports, implements, overrides, reads, says
+from vllm_contract.contract_shared import SHARED_STATE
+from vllm_contract.contract_workers import WORKERS
+from vllm_contract.symbols import calls, exports, implements, overrides, reads, says
 
-SCHED, COMPAT, DISPATCH = "scheduler/scheduler.py", "vllm_compat/scheduler.py", "lanes/dispatch.py"
+SCHED, COMPAT, DISPATCH = "scheduler/scheduler.py", "vllm_compat/scheduler.py", "lanes/connector_scheduler.py"
 HOOKS, LANES, CUDA, CPU = "vllm_compat/hooks.py", "vllm_compat/lanes.py", "vllm_compat/cuda.py", "vllm_compat/cpu.py"
 RUNNER, GRAPHS, WORKER = "vllm_compat/cuda_runner.py", "vllm_compat/cuda_graphs.py", "vllm_compat/cuda_worker.py"
 CHUNKS, QUEUES, METRICS = "vllm_compat/chunks.py", "scheduler/queues.py", "scheduler/metrics.py"
@@ -146,7 +146,7 @@ CONTRACT = (
     *calls("vllm.v1.outputs", COMPAT, KVConnectorOutput="finished_recving="),
     *reads("vllm.v1.outputs:KVConnectorOutput", CONNECTOR, "failed_recving finished_recving kv_connector_worker_meta"),
     *reads("vllm.v1.engine:EngineCoreOutputs", SCHED, "scheduler_stats"),
-    *calls("vllm.logger", f"{SCHED} {METRICS} lanes/worker.py", init_logger="name"),
+    *calls("vllm.logger", f"{SCHED} {METRICS} lanes/connector_worker.py", init_logger="name"),
     # The connector of two lanes.
     *exports(CONNECTORS, CONNECTOR, "KVConnectorMetadata KVConnectorRole KVConnectorWorkerMetadata"),
     *exports(CONNECTORS, f"{CONNECTOR} {LAUNCH}", "KVConnectorBase_V1"),
@@ -155,8 +155,8 @@ CONTRACT = (
     *reads(f"{CONNECTORS}:KVConnectorRole", CONNECTOR, "SCHEDULER"),
     *implements(f"{CONNECTORS}:KVConnectorWorkerMetadata", CONNECTOR, "aggregate"),
     *overrides(f"{CONNECTORS}:KVConnectorWorkerMetadata", CONNECTOR, aggregate="other"),
-    *calls(CONNECTORS, "lanes/worker.py", KVConnectorTransferResults="finished_recving= failed_recving="),
-    *reads(f"{CONNECTORS}:KVConnectorTransferResults", "lanes/worker.py", "finished_recving"),
+    *calls(CONNECTORS, "lanes/connector_worker.py", KVConnectorTransferResults="finished_recving= failed_recving="),
+    *reads(f"{CONNECTORS}:KVConnectorTransferResults", "lanes/connector_worker.py", "finished_recving"),
     *implements(
         f"{CONNECTORS}:KVConnectorBase_V1",
         f"{CONNECTOR} {LAUNCH}",
@@ -276,8 +276,8 @@ CONTRACT = (
     ),
     *reads("vllm.config:KVTransferConfig", f"{LANES} {WEIGHTS}", "kv_connector"),
     *calls("vllm.config", RUNNER, set_current_vllm_config="vllm_config"),
-    *exports("vllm.platforms", f"{LANES} {CUDA} lanes/worker.py", "current_platform"),
-    *calls("vllm.platforms.interface:Platform", f"{LANES} lanes/worker.py", is_cpu=""),
+    *exports("vllm.platforms", f"{LANES} {CUDA} lanes/connector_worker.py", "current_platform"),
+    *calls("vllm.platforms.interface:Platform", f"{LANES} lanes/connector_worker.py", is_cpu=""),
     *calls("vllm.platforms.interface:Platform", CUDA, get_device_capability="", is_cuda=""),
     *reads("vllm.platforms.interface:DeviceCapability", CUDA, "major"),
     *exports("vllm", CUDA, "envs"),

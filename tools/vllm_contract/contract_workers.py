@@ -1,6 +1,6 @@
 """The part of the contract that the workers of two lanes rely on, and the engines that benchmark and GPU kit make."""
 
-from vllm_agentserve.vllm_compat.symbols import calls, exports, overrides, reads, says
+from vllm_contract.symbols import calls, exports, overrides, reads, says
 
 CUDA, CPU = "vllm_compat/cuda.py", "vllm_compat/cpu.py"
 RUNNER, GRAPHS, WORKER = "vllm_compat/cuda_runner.py", "vllm_compat/cuda_graphs.py", "vllm_compat/cuda_worker.py"
@@ -44,8 +44,8 @@ WORKERS = (
     *overrides(f"{GPU}:GPUModelRunner", RUNNER, execute_model="scheduler_output dummy_run= ...", sample_tokens="..."),
     *reads(f"{GPU}:GPUModelRunner", RUNNER, "block_tables cudagraph_manager device execute_model_state kv_caches"),
     *reads(f"{GPU}:GPUModelRunner", RUNNER, "main_stream max_num_reqs req_states"),
-    *reads(f"{GPU}:GPUModelRunner", f"{RUNNER} lanes/parts.py", "max_model_len"),
-    *reads(f"{GPU}:GPUModelRunner", "lanes/parts.py", "max_num_tokens"),
+    *reads(f"{GPU}:GPUModelRunner", f"{RUNNER} lanes/cuda/provider.py", "max_model_len"),
+    *reads(f"{GPU}:GPUModelRunner", "lanes/cuda/provider.py", "max_num_tokens"),
     *calls(f"{GPU}:GPUModelRunner", f"{RUNNER} {CUDA}", get_model=""),
     *reads(f"{GPU}:GPUModelRunner", CUDA, "attn_groups"),
     *reads(f"{GPU}:ExecuteModelState", RUNNER, "input_batch"),
@@ -64,7 +64,7 @@ WORKERS = (
     # The connector makes the lane: by then there are KV caches and a graph manager, and nothing is captured yet.
     *says(
         f"{GPU}:GPUModelRunner.initialize_kv_cache",
-        "lanes/parts.py",
+        "lanes/cuda/provider.py",
         "self.cudagraph_manager =\nget_kv_connector(",
         "self.kv_caches =\nget_kv_connector(",
     ),
@@ -137,25 +137,27 @@ WORKERS = (
     ),
     # Benchmark and GPU kit: engines in their own process.
     *exports("vllm", "simulator/agreement.py gpucheck/engines.py", "LLM"),
-    *exports("vllm", "bench/closed_loop.py simulator/calibration.py gpucheck/jobs.py", "SamplingParams"),
-    *reads(SAMPLING, "gpucheck/jobs.py", "detokenize ignore_eos logprobs max_tokens temperature"),
+    *exports("vllm", "bench/closed_loop.py simulator/calibration.py gpucheck/scripted_requests.py", "SamplingParams"),
+    *reads(SAMPLING, "gpucheck/scripted_requests.py", "detokenize ignore_eos logprobs max_tokens temperature"),
     *reads("vllm.entrypoints.llm:LLM", "simulator/agreement.py gpucheck/faults.py", "llm_engine"),
     *calls("vllm.entrypoints.llm:LLM", "gpucheck/faults.py", reset_prefix_cache=""),
     *calls(
         "vllm.v1.engine.llm_engine:LLMEngine",
-        "bench/closed_loop.py simulator/calibration.py gpucheck/jobs.py",
+        "bench/closed_loop.py simulator/calibration.py gpucheck/scripted_requests.py",
         add_request="request_id prompt params session_id=",
         step="",
     ),
     *calls(
-        "vllm.v1.engine.llm_engine:LLMEngine", "simulator/calibration.py gpucheck/jobs.py", abort_request="request_ids"
+        "vllm.v1.engine.llm_engine:LLMEngine",
+        "simulator/calibration.py gpucheck/scripted_requests.py",
+        abort_request="request_ids",
     ),
     *calls("vllm.v1.engine.llm_engine:LLMEngine", "simulator/calibration.py", has_unfinished_requests=""),
     *reads("vllm.v1.engine.llm_engine:LLMEngine", "simulator/agreement.py", "engine_core"),
     *reads("vllm.v1.engine.core_client:InprocClient", "simulator/agreement.py", "engine_core"),
     *reads("vllm.v1.engine.core:EngineCore", "simulator/agreement.py", "scheduler"),
     *reads("vllm.outputs:RequestOutput", "bench/closed_loop.py", "num_cached_tokens outputs request_id"),
-    *reads("vllm.outputs:RequestOutput", "gpucheck/jobs.py", "finished"),
-    *reads("vllm.outputs:CompletionOutput", "bench/closed_loop.py gpucheck/jobs.py", "token_ids"),
-    *reads("vllm.outputs:CompletionOutput", "gpucheck/jobs.py", "logprobs"),
+    *reads("vllm.outputs:RequestOutput", "gpucheck/scripted_requests.py", "finished"),
+    *reads("vllm.outputs:CompletionOutput", "bench/closed_loop.py gpucheck/scripted_requests.py", "token_ids"),
+    *reads("vllm.outputs:CompletionOutput", "gpucheck/scripted_requests.py", "logprobs"),
 )

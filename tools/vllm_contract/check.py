@@ -5,15 +5,15 @@ import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vllm_agentserve.vllm_compat.sources import Function, Place, Sources, decorators, defined
-from vllm_agentserve.vllm_compat.symbols import REST, Symbol, Use
+from vllm_contract.sources import Definition, Function, Sources, decorators, defined
+from vllm_contract.symbols import REST, Symbol, Use
 
 SHOWN = 3
 """So many modules are named where a symbol was found elsewhere."""
 PROPERTIES = {"property", "cached_property"}
 
 
-class Verdict(enum.Enum):
+class Status(enum.Enum):
     PRESENT = "present"
     MOVED = "moved"
     CHANGED = "changed"
@@ -21,16 +21,16 @@ class Verdict(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Finding:
-    """A symbol, its verdict, and what differs (empty where nothing does)."""
+class SymbolResult:
+    """A symbol, its status, and what differs (empty where nothing does)."""
 
     symbol: Symbol
-    verdict: Verdict
-    words: str = ""
+    status: Status
+    detail: str = ""
 
     def __str__(self) -> str:
         symbol = self.symbol
-        return f"{self.verdict.value}: {symbol.module}:{symbol.name}: {self.words} (used in {', '.join(symbol.users)})"
+        return f"{self.status.value}: {symbol.module}:{symbol.name}: {self.detail} (used in {', '.join(symbol.users)})"
 
 
 @dataclass(frozen=True)
@@ -48,43 +48,43 @@ class Signature:
     more: bool
 
 
-def judge_all(sources: Sources, contract: Iterable[Symbol]) -> list[Finding]:
+def check_symbols(sources: Sources, contract: Iterable[Symbol]) -> list[SymbolResult]:
     """A finding for every symbol, in their order."""
-    return [judge(sources, symbol) for symbol in contract]
+    return [check_symbol(sources, symbol) for symbol in contract]
 
 
-def judge(sources: Sources, symbol: Symbol) -> Finding:
+def check_symbol(sources: Sources, symbol: Symbol) -> SymbolResult:
     owner, *members = symbol.name.split(".")
-    place = sources.find(symbol.module, owner)
-    if place is None:
+    definition = sources.find(symbol.module, owner)
+    if definition is None:
         return missing(sources, symbol, owner, member=False)
-    holder = place
+    holder = definition
     for depth, name in enumerate(members):
-        found = sources.member(place, name) if depth == 0 else inner(place, name)
+        found = sources.member(definition, name) if depth == 0 else inner(definition, name)
         if found is None:
             return missing(sources, symbol, name, member=True)
-        holder, place = place, found
-    differs = difference(sources, symbol, place, in_class=isinstance(holder.node, ast.ClassDef) and bool(members))
-    return Finding(symbol, Verdict.CHANGED, differs) if differs else Finding(symbol, Verdict.PRESENT)
+        holder, definition = definition, found
+    differs = difference(sources, symbol, definition, in_class=isinstance(holder.node, ast.ClassDef) and bool(members))
+    return SymbolResult(symbol, Status.CHANGED, differs) if differs else SymbolResult(symbol, Status.PRESENT)
 
 
-def missing(sources: Sources, symbol: Symbol, name: str, member: bool) -> Finding:
+def missing(sources: Sources, symbol: Symbol, name: str, member: bool) -> SymbolResult:
     homes = [home for home in sources.homes(name, member) if home != symbol.module]
     if not homes:
-        return Finding(symbol, Verdict.GONE, f"nothing is called {name!r} any more")
+        return SymbolResult(symbol, Status.GONE, f"nothing is called {name!r} any more")
     more = f" and {len(homes) - SHOWN} more" if len(homes) > SHOWN else ""
-    return Finding(symbol, Verdict.MOVED, f"{name!r} is now in {', '.join(homes[:SHOWN])}{more}")
+    return SymbolResult(symbol, Status.MOVED, f"{name!r} is now in {', '.join(homes[:SHOWN])}{more}")
 
 
-def inner(place: Place, name: str) -> Place | None:
+def inner(definition: Definition, name: str) -> Definition | None:
     """A function inside a function."""
-    nodes = (one for one in ast.walk(place.node) if isinstance(one, Function) and one.name == name)
-    return next((Place(place.module, one) for one in nodes), None)
+    nodes = (one for one in ast.walk(definition.node) if isinstance(one, Function) and one.name == name)
+    return next((Definition(definition.module, one) for one in nodes), None)
 
 
-def difference(sources: Sources, symbol: Symbol, place: Place, in_class: bool) -> str:
+def difference(sources: Sources, symbol: Symbol, definition: Definition, in_class: bool) -> str:
     """How a symbol that is there differs from what we rely on; empty if it does not."""
-    node = place.node
+    node = definition.node
     if symbol.use is Use.READ:
         plain = in_class and isinstance(node, Function) and not decorators(node) & PROPERTIES
         return "it is a method, and was an attribute" if plain else ""
@@ -97,10 +97,10 @@ def difference(sources: Sources, symbol: Symbol, place: Place, in_class: bool) -
         return ""
     if symbol.use is Use.IMPLEMENT:
         ours = set(symbol.detail.split())
-        new = sorted(sources.abstract(place) - ours)
+        new = sorted(sources.abstract(definition) - ours)
         return f"new abstract method {', '.join(map(repr, new))}" if new else ""
     if isinstance(node, ast.ClassDef):
-        signature = constructor(sources, place)
+        signature = constructor(sources, definition)
     elif isinstance(node, Function) and not decorators(node) & PROPERTIES:
         signature = signature_of(node, skip_first=in_class and "staticmethod" not in decorators(node))
     else:
@@ -113,15 +113,15 @@ def mismatch(given: list[str], signature: Signature, overrides: bool) -> str:
     wrong: list[str] = []
     by_position = [one for one in given if one != REST and not one.endswith("=")]
     by_name = [one[:-1] for one in given if one.endswith("=")]
-    places = [one.name for one in signature.parameters if not one.keyword_only]
+    positional = [one.name for one in signature.parameters if not one.keyword_only]
     known = {one.name for one in signature.parameters}
     for number, name in enumerate(by_position):
-        if number < len(places) and places[number] != name:
-            wrong.append(f"parameter {name!r} is gone or renamed: {places[number]!r} stands in its place")
-        elif number >= len(places) and not signature.more:
+        if number < len(positional) and positional[number] != name:
+            wrong.append(f"parameter {name!r} is gone or renamed: {positional[number]!r} stands in its place")
+        elif number >= len(positional) and not signature.more:
             wrong.append(f"parameter {name!r} is gone")
     wrong += [f"parameter {name!r} is gone" for name in by_name if name not in known and not signature.more]
-    mentioned = {*by_position, *by_name, *places[: len(by_position)]}
+    mentioned = {*by_position, *by_name, *positional[: len(by_position)]}
     further = [one for one in signature.parameters if one.name not in mentioned]
     if REST in given:
         return "; ".join(wrong)
@@ -144,13 +144,13 @@ def signature_of(node: Function, skip_first: bool) -> Signature:
     return Signature(tuple(found), arguments.vararg is not None or arguments.kwarg is not None)
 
 
-def constructor(sources: Sources, place: Place) -> Signature:
+def constructor(sources: Sources, definition: Definition) -> Signature:
     """How a class is made: by the nearest `__init__`, or from its fields, as dataclasses are."""
-    init = sources.member(place, "__init__")
+    init = sources.member(definition, "__init__")
     if init is not None and isinstance(init.node, Function):
         return signature_of(init.node, skip_first=True)
     fields: dict[str, bool] = {}
-    for one in reversed(sources.lineage(place)):
+    for one in reversed(sources.lineage(definition)):
         assert isinstance(one.node, ast.ClassDef)
         for name, node in defined(one.node.body).items():
             if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation):

@@ -3,10 +3,10 @@
 from dataclasses import asdict
 from typing import Any
 
+from vllm_agentserve.gpucheck.check_run import PACKAGE, CheckRun, PartResult
 from vllm_agentserve.gpucheck.engines import shape_for
 from vllm_agentserve.gpucheck.environment import free_gib
-from vllm_agentserve.gpucheck.place import PACKAGE, Finding, Place
-from vllm_agentserve.gpucheck.work import LAYERS
+from vllm_agentserve.gpucheck.step_kinds import LAYERS
 
 
 def table(points: list[dict[str, Any]], unit: str) -> list[str]:
@@ -24,15 +24,15 @@ def table(points: list[dict[str, Any]], unit: str) -> list[str]:
     return lines
 
 
-def run(place: Place) -> Finding:
+def run(check: CheckRun) -> PartResult:
     """The part."""
     # Where it is not known how much fits, what fits everywhere: the toy would measure launches.
-    free = free_gib(place)
-    shape = shape_for(0.0 if free is None and place.device == "cuda" else free)
-    options = {"shape": asdict(shape), "device": place.device, "small": place.small}
-    ended = place.run("shares", f"{PACKAGE}.stack:measure", options, fresh=True)
+    free = free_gib(check)
+    shape = shape_for(0.0 if free is None and check.device == "cuda" else free)
+    options = {"shape": asdict(shape), "device": check.device, "small": check.small}
+    ended = check.run("shares", f"{PACKAGE}.decoder_layers:measure", options, fresh=True)
     if ended.error is not None:
-        return Finding(ended.status, "throughput was not measured", ["```", *ended.error.splitlines(), "```"])
+        return PartResult(ended.status, "throughput was not measured", ["```", *ended.error.splitlines(), "```"])
     points, unit = ended.result["points"], ended.result["unit"]
     page = [
         f"{LAYERS} layers of the sizes of `{shape.name}`, in plain torch; in brackets the part of the largest share.",
@@ -40,6 +40,6 @@ def run(place: Place) -> Finding:
     ]
     page += table(points, unit)
     units = sorted({point["units"] for point in points})
-    if place.device == "cpu":
+    if check.device == "cpu":
         page += ["", "Shares of multiprocessors: not run: no CUDA device."]
-    return Finding("ok", f"{len(points)} points on {units[0]} to {units[-1]} {unit}", page, ended.result)
+    return PartResult("ok", f"{len(points)} points on {units[0]} to {units[-1]} {unit}", page, ended.result)

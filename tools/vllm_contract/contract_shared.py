@@ -1,6 +1,6 @@
 """The part of the contract behind what two lanes on a GPU are refused for: what both would write, and weights that change."""
 
-from vllm_agentserve.vllm_compat.symbols import exports, overrides, reads, says
+from vllm_contract.symbols import exports, overrides, reads, says
 
 SHARED, WEIGHTS = "vllm_compat/shared_state.py", "vllm_compat/weights.py"
 ARGS = "vllm.engine.arg_utils:EngineArgs"

@@ -1,22 +1,22 @@
 """What the worker and its lane's process tell each other without a message: a few numbers in shared memory."""
 
-from vllm_agentserve.lanes.memory import SharedMemory
+from vllm_agentserve.lanes.cpu.memory import SharedMemory
 
-PLACES = ("decoding", "beat", "slot", "tokens", "seconds")
+NAMES = ("decoding", "beat", "slot", "tokens", "seconds")
 
 
-class Board:
+class SharedCounters:
     """Every number is written by one side only, and read by the other whenever it likes.
 
     Args:
-        descriptor: of an inherited board; None makes a new one.
+        descriptor: of an inherited one; None makes a new one.
 
     `decoding`: 1 while the decode lane has work, between its steps too, else 0; `beat`: when the lane last began a chunk, in
     monotonic seconds; `slot`: how the device is divided; `tokens` and `seconds`: what the lane has computed beside decodes, and
     the time that took.
     """
 
-    BYTES = 8 * len(PLACES)
+    BYTES = 8 * len(NAMES)
 
     def __init__(self, descriptor: int | None = None) -> None:
         self._memory = SharedMemory(self.BYTES, descriptor)
@@ -31,7 +31,7 @@ class Board:
         self._memory.close()
 
     def __getitem__(self, name: str) -> float:
-        return self._numbers[PLACES.index(name)]
+        return self._numbers[NAMES.index(name)]
 
     def __setitem__(self, name: str, value: float) -> None:
-        self._numbers[PLACES.index(name)] = value
+        self._numbers[NAMES.index(name)] = value

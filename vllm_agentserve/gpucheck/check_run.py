@@ -20,7 +20,7 @@ Status = Literal["ok", "failed", "ran out of time", "not run"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class PartResult:
     """What a part found.
 
     Args:
@@ -38,7 +38,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Ended:
+class ChildResult:
     """A child process that ended: its result, or why there is none, with the last lines it wrote.
 
     Args:
@@ -59,7 +59,7 @@ class Ended:
         return "ok" if self.error is None else "ran out of time" if self.out_of_time else "failed"
 
 
-def told(finding: Finding, crashes: Sequence[str]) -> Finding:
+def with_crashes(finding: PartResult, crashes: Sequence[str]) -> PartResult:
     """The finding with the crashes of this part in its line. Its status stays: a fork itself can be what crashes a library, and
     the new interpreter, which is what users have, came through. But memory that is overwritten crashes only now and then too."""
     if not crashes:
@@ -84,7 +84,7 @@ def child_environment(base: Mapping[str, str], serving: Mapping[str, str]) -> di
     return {**wanted, **serving, **base, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
-class Place:
+class CheckRun:
     """One check: its folder with `raw/` and `logs/`, its device, and how long the present part may still take.
 
     Args:
@@ -130,7 +130,9 @@ class Place:
         crashes, self._crashes = self._crashes, []
         return crashes
 
-    def run(self, name: str, function: str, options: Any, limit_s: float | None = None, fresh: bool = False) -> Ended:
+    def run(
+        self, name: str, function: str, options: Any, limit_s: float | None = None, fresh: bool = False
+    ) -> ChildResult:
         """Calls `function` ("package.module:function") with `options` in a process of its own.
 
         Its result goes to `raw/NAME.json`, what it writes to `logs/NAME.log`, and the archive is written anew. It ends after
@@ -146,7 +148,7 @@ class Place:
         print(f"  {name}: {ended.status} ({ended.seconds:.0f} s)", flush=True)
         return ended
 
-    def _run(self, name: str, function: str, options: Any, limit_s: float | None, fresh: bool) -> Ended:
+    def _run(self, name: str, function: str, options: Any, limit_s: float | None, fresh: bool) -> ChildResult:
         result, log = self.folder / "raw" / f"{name}.json", self.folder / "logs" / f"{name}.log"
         for old in (result, log):
             old.unlink(missing_ok=True)
@@ -154,7 +156,7 @@ class Place:
         own = min(limit_s or float("inf"), 86_400.0)
         out_of_time = hung = False
         if self.left_s() <= STACK_BEFORE_END_S:
-            return Ended(None, "not started: the time of this part was used up", 0.0, out_of_time=True)
+            return ChildResult(None, "not started: the time of this part was used up", 0.0, out_of_time=True)
         task = Task(function, result, min(self.left_s(), own), options, log, self.environment)
         child = self.starter.start(task, fresh)
         # The process that forks may still have imported, and forks may have been tried: no time of this task.
@@ -181,8 +183,8 @@ class Place:
         if why is None and not result.exists():
             why = "no result"
         if why is not None:
-            return Ended(None, f"{name}: {why}\n{tail(log)}", seconds, out_of_time, hung)
-        return Ended(json.loads(result.read_text()), None, seconds)
+            return ChildResult(None, f"{name}: {why}\n{tail(log)}", seconds, out_of_time, hung)
+        return ChildResult(json.loads(result.read_text()), None, seconds)
 
 
 def tail(log: Path) -> str:

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from vllm_agentserve.gpucheck.engines import Shape
-from vllm_agentserve.gpucheck.work import LAYERS, SMALL_WORKS, WORKS, Share, Work
+from vllm_agentserve.gpucheck.engines import ModelShape
+from vllm_agentserve.gpucheck.step_kinds import LAYERS, SMALL_STEP_KINDS, STEP_KINDS, DeviceShare, StepKind
 
 REPEAT_S = 0.25
 """Each point is measured for about so long."""
 
 
-class Stack:
+class DecoderLayers:
     """Decoder layers of a shape with random weights, and the KV of one context per work."""
 
-    def __init__(self, shape: Shape, device: str) -> None:
+    def __init__(self, shape: ModelShape, device: str) -> None:
         self.shape = shape
         self.device = device
         # bfloat16 is what is served on GPUs; on CPUs without its instructions it would measure their emulation.
@@ -40,7 +40,7 @@ class Stack:
     def _matrix(self, rows: int, columns: int) -> Any:
         return torch.randn(rows, columns, device=self.device, dtype=self.dtype) * rows**-0.5
 
-    def step_of(self, work: Work) -> Callable[[], None]:
+    def step_of(self, work: StepKind) -> Callable[[], None]:
         """A call that computes one step of the work."""
         shape, head = self.shape, self.head
         hidden = torch.randn(work.batch * work.tokens, shape.hidden, device=self.device, dtype=self.dtype)
@@ -74,10 +74,10 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def core_shares() -> list[Share]:
+def core_shares() -> list[DeviceShare]:
     """Every number of cores from one to all that this process may use; a call returns when it is done."""
     cores = len(os.sched_getaffinity(0))
-    return [Share(count, partial(threads, count), lambda: None) for count in range(1, cores + 1)]
+    return [DeviceShare(count, partial(threads, count), lambda: None) for count in range(1, cores + 1)]
 
 
 def timed(step: Callable[[], None], wait: Callable[[], None]) -> float:
@@ -98,7 +98,7 @@ def measure(options: Mapping[str, Any]) -> dict[str, Any]:
     """All works on all shares; tokens per second of the stack.
 
     Args:
-        options: `shape` (of `engines.Shape`), `device` and `small`.
+        options: `shape` (of `engines.ModelShape`), `device` and `small`.
     """
     on_gpu = options["device"] == "cuda"
     if on_gpu:
@@ -107,10 +107,10 @@ def measure(options: Mapping[str, Any]) -> dict[str, Any]:
         shares = multiprocessor_shares()
     else:
         shares = core_shares()
-    stack = Stack(Shape(**options["shape"]), options["device"])
+    stack = DecoderLayers(ModelShape(**options["shape"]), options["device"])
     points: list[dict[str, Any]] = []
     with torch.inference_mode():
-        for work in SMALL_WORKS if options["small"] else WORKS:
+        for work in SMALL_STEP_KINDS if options["small"] else STEP_KINDS:
             step = stack.step_of(work)
             for share in shares:
                 with share.entered():

@@ -3,7 +3,7 @@
 from collections import deque
 from math import inf
 
-from vllm_agentserve.lanes.flight import Flight
+from vllm_agentserve.lanes.cuda.chunk_in_flight import ChunkInFlight
 from vllm_agentserve.policy.slots import chunk_alone
 
 RECENT = 4
@@ -64,17 +64,17 @@ class Pace:
         if self._open is not None:
             self._close(self._open[2])
 
-    def through(self, flight: Flight, now: float) -> None:
+    def finished(self, in_flight: ChunkInFlight, now: float) -> None:
         """A chunk was seen to have ended; one that failed says nothing."""
-        if flight.error is not None:
+        if in_flight.error is not None:
             return
-        tokens = flight.chunk.tokens
-        if flight.beside:
-            self._open = tokens, flight.launched, now
+        tokens = in_flight.chunk.tokens
+        if in_flight.beside:
+            self._open = tokens, in_flight.launched, now
             self.launches += 1
-            self.launch_s += flight.launch_s
-        elif not flight.joined and flight.full and (seconds := flight.seconds()) > 0.0:
-            self._alone_took(tokens, seconds, flight.launch_s)
+            self.launch_s += in_flight.launch_s
+        elif not in_flight.joined and in_flight.full and (seconds := in_flight.seconds()) > 0.0:
+            self._alone_took(tokens, seconds, in_flight.launch_s)
 
     def _alone_took(self, tokens: int, seconds: float, launch_s: float) -> None:
         self._launch_ms = 1000.0 * launch_s

@@ -10,10 +10,10 @@ from contextlib import AbstractContextManager, contextmanager
 from math import inf
 from typing import Any
 
-from vllm_agentserve.lanes.flight import ChunkRunner, Cuda, Flight, settled
+from vllm_agentserve.lanes.cuda.chunk_in_flight import ChunkInFlight, ChunkRunner, Cuda, settled
+from vllm_agentserve.lanes.cuda.pace import Pace
+from vllm_agentserve.lanes.cuda.steps import Ladder, StepStreams
 from vllm_agentserve.lanes.lane import LaneReport, Outcome, Slot
-from vllm_agentserve.lanes.pace import Pace
-from vllm_agentserve.lanes.steps import Ladder, StepStreams
 from vllm_agentserve.policy.jobs import ChunkQueue, Job
 from vllm_agentserve.policy.slots import chunk_length
 from vllm_agentserve.vllm_compat import LaneError
@@ -32,7 +32,7 @@ GLANCE_S = 0.0002
 
 class StreamLane:
     """One chunk is under way at a time, which bounds how long a cancelled job holds its blocks. While steps decode, its launch is
-    cut into slices between them (`lanes/relay.py`).
+    cut into slices between them (`lanes/cuda/relay.py`).
 
     A step of the worker runs inside `step`, on the stream of the slot while both lanes have work and else on the stream vLLM
     chose. Nothing of the lane is made or given back inside one.
@@ -77,7 +77,7 @@ class StreamLane:
         """Jobs that came since the last step was launched."""
         self._inputs: dict[str, Any] = {}
         """By job not begun: the event after which what it reads is written."""
-        self._flight: Flight | None = None
+        self._in_flight: ChunkInFlight | None = None
         self._begin: Callable[[Any], None] | None = None
         self._outcomes: list[Outcome] = []
         self._computes, self._asked = False, 0
@@ -95,7 +95,7 @@ class StreamLane:
         """Makes the lane of this worker; vLLM's own runner has its model and KV cache, and has captured no CUDA graphs yet.
 
         Raises `LaneError` when it cannot run here; the message says why and what to do."""
-        from vllm_agentserve.lanes.parts import lane_parts
+        from vllm_agentserve.lanes.cuda.provider import lane_parts
 
         parts = lane_parts(options, vllm_config, kv_cache_config)
         lane = cls(parts.runner, parts.ladder, parts.alone, parts.base, parts.most, parts.cuda)
@@ -129,7 +129,7 @@ class StreamLane:
 
     def end(self, why: str) -> None:
         self._why = self._why or why
-        under_way = self._flight.chunk.job.request_id if self._flight is not None else None
+        under_way = self._in_flight.chunk.job.request_id if self._in_flight is not None else None
         for request_id in [one for one in self._held if one in self._queue and one != under_way]:
             self._end(request_id, self._why)
 
@@ -170,8 +170,8 @@ class StreamLane:
         self._computes = computes
         if computes:
             self._pace.stream_exists(self._clock())
-            if self._flight is not None:
-                self._flight.joined = True
+            if self._in_flight is not None:
+                self._in_flight.joined = True
         self._asked = min(max(slot, 0), len(self._slots) - 1)
         # A job stays in the queue until its last chunk is through.
         self._steps.slot = self._asked if computes and len(self._queue) else None
@@ -184,20 +184,20 @@ class StreamLane:
         self._queue.add(job)
 
     def cancel(self, request_id: str) -> None:
-        if self._flight is not None and self._flight.chunk.job.request_id == request_id:
-            self._flight.cancelled = True
+        if self._in_flight is not None and self._in_flight.chunk.job.request_id == request_id:
+            self._in_flight.cancelled = True
         elif request_id in self._queue:
             self._end(request_id, None)
 
     def launch(self) -> None:
         self._look()
         self._mark_inputs()
-        if self._flight is None:
-            self._flight = self._next()
-        if self._flight is not None:
-            self._go_on(self._flight, LAUNCH_SLICE_S if self._computes else inf)
+        if self._in_flight is None:
+            self._in_flight = self._next()
+        if self._in_flight is not None:
+            self._go_on(self._in_flight, LAUNCH_SLICE_S if self._computes else inf)
 
-    def _next(self) -> Flight | None:
+    def _next(self) -> ChunkInFlight | None:
         """The next chunk, of which nothing is launched yet."""
         if not len(self._queue):
             self._pace.idle()
@@ -209,10 +209,10 @@ class StreamLane:
             stream, tokens = self._alone, self._pace.tokens_alone(longest, self._clock())
         chunk, now = self._queue.take(tokens), self._clock()
         self._pace.launching(now)
-        flight = Flight(chunk, self._cuda, self._computes, now)
-        flight.full = chunk.tokens >= min(tokens, self._base // 2)
-        flight.begin(self._runner, stream, self._inputs.pop(chunk.job.request_id) if chunk.first else None)
-        return flight
+        in_flight = ChunkInFlight(chunk, self._cuda, self._computes, now)
+        in_flight.full = chunk.tokens >= min(tokens, self._base // 2)
+        in_flight.begin(self._runner, stream, self._inputs.pop(chunk.job.request_id) if chunk.first else None)
+        return in_flight
 
     def _length(self, units: int) -> int:
         """Tokens of a chunk on so many multiprocessors."""
@@ -224,33 +224,33 @@ class StreamLane:
         if fresh:
             self._inputs.update(dict.fromkeys(fresh, self._steps.event()))
 
-    def _go_on(self, flight: Flight, seconds: float) -> None:
+    def _go_on(self, in_flight: ChunkInFlight, seconds: float) -> None:
         try:
-            flight.go_on(seconds, self._clock)
+            in_flight.go_on(seconds, self._clock)
         except Exception as failure:
             raise self._lost(f"launching a prefill chunk broke the CUDA context: {failure}") from failure
 
     def _look(self) -> None:
         """Ends the chunk under way if it is through. Raises `LaneError` when it hangs, or the device is lost."""
-        flight = self._flight
-        if flight is None:
+        in_flight = self._in_flight
+        if in_flight is None:
             return
         try:
-            through = flight.through()
+            finished = in_flight.finished()
         except Exception as failure:
             raise self._lost(f"a prefill chunk broke the CUDA context: {failure}") from failure
-        if not through:
-            if flight.complete and self._clock() - flight.launch_ended > self._watchdog_s:
+        if not finished:
+            if in_flight.complete and self._clock() - in_flight.launch_ended > self._watchdog_s:
                 raise self._lost(f"a prefill chunk is not through after {self._watchdog_s:.0f} s")
             return
-        self._flight = None
-        self._pace.through(flight, self._clock())
-        if flight.chunk.last and not flight.cancelled and flight.error is None:
+        self._in_flight = None
+        self._pace.finished(in_flight, self._clock())
+        if in_flight.chunk.last and not in_flight.cancelled and in_flight.error is None:
             self._pace.stream_exists(self._clock())
-        if flight.cancelled:
-            self._end(flight.chunk.job.request_id, None)
-        elif flight.error is not None or flight.chunk.last or self._why is not None:
-            self._end(flight.chunk.job.request_id, flight.error or (None if flight.chunk.last else self._why))
+        if in_flight.cancelled:
+            self._end(in_flight.chunk.job.request_id, None)
+        elif in_flight.error is not None or in_flight.chunk.last or self._why is not None:
+            self._end(in_flight.chunk.job.request_id, in_flight.error or (None if in_flight.chunk.last else self._why))
 
     def _end(self, request_id: str, error: str | None) -> None:
         if self._queue.drop(request_id):
@@ -266,7 +266,7 @@ class StreamLane:
         """
         deadline = self._clock() + patience_s
         self._look()
-        while self._flight is not None and not self._outcomes and self._clock() < deadline:
+        while self._in_flight is not None and not self._outcomes and self._clock() < deadline:
             self._sleep(GLANCE_S)
             self._look()
         outcomes, self._outcomes = self._outcomes, []
@@ -289,10 +289,10 @@ class StreamLane:
             return
         if self._steps.running:
             raise LaneError("the prefill lane cannot be closed inside a step, which may be on one of its streams")
-        while self._flight is not None:
-            self._go_on(self._flight, inf)
+        while self._in_flight is not None:
+            self._go_on(self._in_flight, inf)
             self._look()
-            if self._flight is not None:
+            if self._in_flight is not None:
                 self._sleep(GLANCE_S)
         self._open = False
         if settled(self._cuda):
