@@ -1,29 +1,43 @@
-"""When a program comes back after a call, and whether it does: learned from what was seen, newest first.
+"""When programs come back after a call, and whether they do: learned from what was seen, old samples fade.
 
-A *gap* runs from the end of a program's last call to the arrival of its next. Gaps are kept as a histogram over logarithmic
-buckets, so that any quantile can be asked; what is old fades.
+A *gap* runs from the end of a program's last call to the arrival of its next one. Gaps are counted in logarithmic buckets,
+so the share of longer gaps is known for any time. How fast this adapts:
+
+- A distribution of gaps remembers about 64 gaps. Six in a row outside the middle 90 % of it, all on one side, leave the older
+  ones a tenth of their weight.
+- A share (of calls after which the program came back) remembers about 32 calls. A run of equal results that had a chance
+  below 0.5 % leaves the older ones a tenth of their weight: two returns where there were none, eight where it was half.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from itertools import accumulate
 from math import exp, log
+from typing import TypeVar
 
 SHORTEST_S, RATIO, BUCKETS = 0.005, 1.25, 88
-"""Buckets: the first ends at 5 ms, each further one is a quarter longer, the last begins after twenty days."""
+"""Buckets: the first ends at 5 ms, each further one is longer by a quarter, the last begins after 15 days."""
+GAPS_KEPT, CALLS_KEPT = 64.0, 32.0
+"""Samples after which an old one counts 1/e, of gaps and of calls."""
 STRANGE = 6
-"""Gaps in a row, all shorter or all longer than what is usual, after which the old ones count a tenth."""
-USUAL = 0.9
-"""Share of the gaps that are usual, in the middle of the distribution."""
+"""Gaps in a row on one side of the usual ones after which older ones count little."""
+EDGE = 0.05
+"""Share of the gaps on each side that are not usual."""
+CHANCE = 0.005
+"""Chance of a run of equal results below which older ones count little."""
+LITTLE = 0.1
 OWN_GAPS = 8
 """Gaps kept of a program."""
 PRIOR = 4.0
-"""Samples that what is known of more programs counts for, beside those of a tool or a program."""
+"""Samples that what is known of all counts for, beside those of a tool or a program."""
 TURN_PRIOR = 0.5
-CHANCE = 0.005
+"""The same for a turn."""
 TAIL = 0.5
-"""Samples that stand for gaps longer than all that were seen."""
-NAMES = 64
+"""Samples that stand for gaps longer than those seen."""
+NAMES = 128
 """Tools and turns kept."""
+
+Entry = TypeVar("Entry")
 
 
 def bucket(gap_s: float) -> int:
@@ -33,111 +47,63 @@ def bucket(gap_s: float) -> int:
     return min(1 + int(log(gap_s / SHORTEST_S) / log(RATIO)), BUCKETS - 1)
 
 
-def length(index: int) -> float:
-    """A gap of that bucket, in s: the geometric middle."""
-    return float(SHORTEST_S * RATIO ** (index - 0.5))
+MIDDLES_S = [SHORTEST_S * RATIO ** (index - 0.5) for index in range(BUCKETS)]
+"""A gap of each bucket: the geometric middle."""
 
 
 class Gaps:
-    """Gaps seen lately.
+    """A distribution of the gaps seen lately."""
 
-    Args:
-        memory: samples after which an old one counts 1/e.
-    """
-
-    def __init__(self, memory: float = 64.0) -> None:
-        self._fade = exp(-1 / memory)
+    def __init__(self) -> None:
+        self._fade = exp(-1 / GAPS_KEPT)
         self._weights = [0.0] * BUCKETS
-        self.samples = 0.0
-        """Seen lately; an old one counts less."""
+        self._up_to = [0.0] * BUCKETS
+        """Weight of each bucket and all below it."""
         self._strange = 0
-        """Gaps in a row beyond what is usual: negative for short ones."""
-
-    def add(self, gap_s: float) -> None:
-        """Takes in a gap. A run of strange ones makes the old ones count little: the traffic is another."""
-        index = bucket(gap_s)
-        self._notice(index)
-        self._scale(self._fade)
-        self._weights[index] += 1.0
-        self.samples += 1.0
-
-    def _scale(self, factor: float) -> None:
-        self._weights = [weight * factor for weight in self._weights]
-        self.samples *= factor
-
-    def _notice(self, index: int) -> None:
-        if self.samples < STRANGE:
-            return
-        below = sum(self._weights[:index])
-        above = sum(self._weights[index + 1 :])
-        edge = (1 - USUAL) / 2 * self.samples
-        if below >= edge and above >= edge:
-            self._strange = 0
-            return
-        side = 1 if above < edge else -1
-        self._strange = self._strange + side if self._strange * side >= 0 else side
-        if abs(self._strange) >= STRANGE:
-            self._scale(0.1)
-            self._strange = 0
-
-    def survival(self, elapsed_s: float) -> float:
-        """The share of gaps that are longer; half a sample stands for gaps longer than those seen, 1 where none were seen."""
-        index = bucket(elapsed_s)
-        longer = sum(self._weights[index + 1 :]) + self._weights[index] / 2
-        return (longer + TAIL * self._tail(elapsed_s)) / (self.samples + TAIL)
-
-    def _tail(self, elapsed_s: float) -> float:
-        mean = self.mean_s
-        return 1.0 if mean is None else exp(-elapsed_s / (2 * mean))
+        """Gaps in a row that were unusually long, or short if negative."""
+        self.mean_s = 0.0
+        """0 where none was seen."""
 
     @property
-    def mean_s(self) -> float | None:
-        """None where none were seen."""
+    def samples(self) -> float:
+        """How many were seen lately; an old one counts less."""
+        return self._up_to[-1]
+
+    def add(self, gap_s: float) -> None:
+        index = bucket(gap_s)
+        fade = self._fade * (LITTLE if self._changed(index) else 1.0)
+        self._weights = [weight * fade for weight in self._weights]
+        self._weights[index] += 1.0
+        self._up_to = list(accumulate(self._weights))
+        self.mean_s = sum(weight * gap for weight, gap in zip(self._weights, MIDDLES_S, strict=True)) / self.samples
+
+    def _changed(self, index: int) -> bool:
+        """Whether so many gaps were strange that the traffic must be another."""
+        longer = self.samples - self._up_to[index]
+        shorter = self._up_to[index] - self._weights[index]
+        edge = EDGE * self.samples
+        if shorter >= edge and longer >= edge:
+            self._strange = 0
+        elif longer < edge:
+            self._strange = max(self._strange, 0) + 1
+        else:
+            self._strange = min(self._strange, 0) - 1
+        if abs(self._strange) < STRANGE:
+            return False
+        self._strange = 0
+        return True
+
+    def longer(self, elapsed_s: float) -> float:
+        """The share of gaps that are longer; 1 where none was seen."""
         if not self.samples:
-            return None
-        return sum(weight * length(index) for index, weight in enumerate(self._weights) if weight) / self.samples
-
-
-class Share:
-    """How often something was so, lately.
-
-    Args:
-        memory: samples after which an old one counts 1/e.
-    """
-
-    def __init__(self, memory: float = 32.0) -> None:
-        self._fade = exp(-1 / memory)
-        self.yes = 0.0
-        self.samples = 0.0
-        self._alike = 0
-        """The last so many were yes, or no if negative."""
-
-    def add(self, so: bool) -> None:
-        self._notice(so)
-        self.yes = self.yes * self._fade + so
-        self.samples = self.samples * self._fade + 1
-
-    def _notice(self, so: bool) -> None:
-        side = 1 if so else -1
-        self._alike = self._alike + side if self._alike * side > 0 else side
-        if not self.samples:
-            return
-        share = self.estimate(0.5, 1.0)
-        if (share if so else 1 - share) ** abs(self._alike) < CHANCE:
-            self.yes, self.samples = self.yes * 0.1, self.samples * 0.1
-            self._alike = 0
-
-    def revise(self) -> None:
-        """One that was taken for a no was a yes."""
-        self.yes = min(self.yes + 1, self.samples)
-
-    def estimate(self, prior: float, weight: float = PRIOR) -> float:
-        """The share, where `prior` counts like so many samples."""
-        return (self.yes + weight * prior) / (self.samples + weight)
+            return 1.0
+        index = bucket(elapsed_s)
+        seen = self.samples - self._up_to[index] + self._weights[index] / 2
+        return (seen + TAIL * exp(-elapsed_s / (2 * self.mean_s))) / (self.samples + TAIL)
 
 
 class OwnGaps:
-    """The last gaps of one program, beside those of others."""
+    """The last gaps of one program."""
 
     def __init__(self) -> None:
         self._last: deque[float] = deque(maxlen=OWN_GAPS)
@@ -145,26 +111,53 @@ class OwnGaps:
     def add(self, gap_s: float) -> None:
         self._last.append(gap_s)
 
-    def survival(self, elapsed_s: float, others: float) -> float:
+    def longer(self, elapsed_s: float, others: float) -> float:
         """The share of gaps that are longer, where `others` is that share among more programs."""
-        longer = sum(gap > elapsed_s for gap in self._last)
-        return (longer + PRIOR * others) / (len(self._last) + PRIOR)
+        return (sum(gap > elapsed_s for gap in self._last) + PRIOR * others) / (len(self._last) + PRIOR)
 
 
-class Returning:
-    """Whether and when programs come back: by turn and by tool, beside all of them.
+class Share:
+    """How often something was so lately."""
 
-    Until a return was seen there are none: every estimate is 0.
+    def __init__(self) -> None:
+        self._fade = exp(-1 / CALLS_KEPT)
+        self._yes = self._samples = 0.0
+        self._run = 0
+        """The last so many were so, or were not if negative."""
+
+    def add(self, so: bool) -> None:
+        self._run = max(self._run, 0) + 1 if so else min(self._run, 0) - 1
+        share = self.estimate(0.5, 1.0)
+        fade = self._fade
+        if self._samples and (share if so else 1 - share) ** abs(self._run) < CHANCE:
+            fade *= LITTLE
+            self._run = 0
+        self._yes = self._yes * fade + so
+        self._samples = self._samples * fade + 1
+
+    def revise(self) -> None:
+        """One that was counted as not so turned out to be so."""
+        self._yes = min(self._yes + 1, self._samples)
+
+    def estimate(self, prior: float, weight: float) -> float:
+        """The share, where `prior` counts like so many samples."""
+        return (self._yes + weight * prior) / (self._samples + weight)
+
+
+class Returns:
+    """Whether and when programs come back: of all, by turn and by tool. Until a return was seen there is none.
+
+    A turn is the number of a call in its program, with whether the client names its programs; see `Turn`.
     """
 
     def __init__(self) -> None:
         self.gaps = Gaps()
-        self.all = Share(memory=64.0)
-        self._turns: OrderedDict[str, Share] = OrderedDict()
+        self._all = Share()
+        self._turns: OrderedDict[Turn, Share] = OrderedDict()
         self._tools: OrderedDict[str, tuple[Gaps, Share]] = OrderedDict()
 
-    def returned(self, turn: str, tool: str | None, gap_s: float, revised: bool) -> None:
-        """A program came back after its call of that turn, which had been taken for its end if `revised`."""
+    def returned(self, turn: "Turn", tool: str | None, gap_s: float, revised: bool) -> None:
+        """A program came back after its call of that turn; `revised` if it had been counted as gone."""
         self.gaps.add(gap_s)
         if tool is not None:
             self._of_tool(tool)[0].add(gap_s)
@@ -174,32 +167,40 @@ class Returning:
             else:
                 share.add(True)
 
-    def gone(self, turn: str, tool: str | None) -> None:
+    def gone(self, turn: "Turn", tool: str | None) -> None:
         """A program did not come back after its call of that turn."""
         for share in self._shares(turn, tool):
             share.add(False)
 
-    def probability(self, turn: str, tool: str | None) -> float:
+    def overall(self) -> float:
+        """The probability that a program comes back after a call; 0 until a return was seen."""
+        return self._all.estimate(0.5, 1.0) if self.gaps.samples else 0.0
+
+    def probability(self, turn: "Turn", tool: str | None) -> float:
         """That a program comes back after its call of that turn."""
-        if not self.gaps.samples:
+        found = self.overall()
+        if not found:
             return 0.0
-        found = self.all.estimate(0.5, 1.0)
         if turn in self._turns:
             found = self._turns[turn].estimate(found, TURN_PRIOR)
         if tool in self._tools:
-            found = self._tools[tool][1].estimate(found)
+            found = self._tools[tool][1].estimate(found, PRIOR)
         return found
 
-    def survival(self, tool: str | None, elapsed_s: float) -> float:
+    def at_most(self, turn: "Turn") -> float:
+        """The probability that a program comes back after its call of that turn, if one more had done so."""
+        return self._turns.get(turn, self._all).estimate(1.0, 1.0)
+
+    def longer(self, tool: str | None, elapsed_s: float) -> float:
         """The share of gaps that are longer."""
-        others = self.gaps.survival(elapsed_s)
+        others = self.gaps.longer(elapsed_s)
         if tool not in self._tools:
             return others
         gaps = self._tools[tool][0]
-        return (gaps.survival(elapsed_s) * gaps.samples + others * PRIOR) / (gaps.samples + PRIOR)
+        return (gaps.longer(elapsed_s) * gaps.samples + others * PRIOR) / (gaps.samples + PRIOR)
 
-    def _shares(self, turn: str, tool: str | None) -> Iterable[Share]:
-        yield self.all
+    def _shares(self, turn: "Turn", tool: str | None) -> Iterator[Share]:
+        yield self._all
         yield kept(self._turns, turn, Share)
         if tool is not None:
             yield self._of_tool(tool)[1]
@@ -208,11 +209,16 @@ class Returning:
         return kept(self._tools, tool, lambda: (Gaps(), Share()))
 
 
-def kept(table, name, make):  # type: ignore[no-untyped-def]
-    """The entry of that name, made where there is none; of too many the longest unused goes."""
-    if name not in table:
-        table[name] = make()
+Turn = tuple[bool, int]
+"""Whether the client names its programs, and the number of a call in its program, 1 for the first."""
+Key = TypeVar("Key")
+
+
+def kept(table: OrderedDict[Key, Entry], key: Key, make: Callable[[], Entry]) -> Entry:
+    """The entry of that key, made where there is none; where there are too many, the longest unused goes."""
+    if key not in table:
+        table[key] = make()
         if len(table) > NAMES:
             table.popitem(last=False)
-    table.move_to_end(name)
-    return table[name]
+    table.move_to_end(key)
+    return table[key]

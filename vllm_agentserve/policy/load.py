@@ -1,109 +1,155 @@
-"""Load control: how many programs may be under way before their contexts push each other out of the KV cache."""
+"""Load control: which programs may begin, so that those under way keep their contexts in the KV cache.
 
-from collections import OrderedDict
-from dataclasses import dataclass, field
+When the contexts of the programs under way do not fit, every turn computes its context again and pushes out somebody else's:
+an engine that could give many turns per second gives few. So the first call of a program waits while those under way fill the
+cache, as long as that gives more turns per second than letting everybody begin. After an operating system's load control
+against thrashing (Denning, 1968).
+
+What is learned, from how much, and how fast it follows:
+
+- Whether and when programs come back: `policy/gaps.py`. Until a return was seen there is none, and nothing is held. One return
+  is enough to begin. With eight one-shot calls in a row holding ends; two returns in a row end that.
+- Seconds to read a token, decoding time, new tokens and growth of a turn: means over about 32 turns.
+- How much of the cache is of use, 0.92 to 1.3 of its size: each turn whose share of found context differs by more than a
+  tenth from the model's moves it by up to 2 %.
+- The limit is decided anew four times a second while a first call waits.
+
+Everything is said with the time at which it happened, in seconds of any clock.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Container
+from dataclasses import dataclass
 from math import exp, inf
 from typing import Literal
 
-from vllm_agentserve.policy.gaps import OwnGaps, Returning
+from vllm_agentserve.policy.claims import (
+    AHEAD,
+    USUAL,
+    Claims,
+    Program,
+    claim,
+    lapsed,
+    longer,
+    presence,
+    stays,
+)
+from vllm_agentserve.policy.gaps import Returns
 from vllm_agentserve.policy.turn_rate import TurnCost, hit_ratio, turns_per_second
 
-Reason = Literal["inert", "model", "measured"]
-Verdict = Literal["fits", "returning", "child", "one-shot", "inert", "bound", "idle", "first", "held"]
+Begins = Literal["returning", "child", "one-shot", "bound", "unlimited", "alone", "idle", "fits"]
+"""Why a call may begin: its program has begun; its parent is under way; its like does not come back; it was held for the longest
+time; there is no limit; nobody is under way; the engine has nothing to do; its program fits."""
+Reason = Literal["fits", "faster without", "model"]
+"""Of the limit: there is none because all fit, or because recomputing costs less than idling; or it is the model's."""
 
-TURNS_NAMED = 48
-AHEAD = (0, 1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
-"""Turns ahead at which the contexts of all programs are added up."""
-LAPSE = 0.03
-"""A program counts as gone when so few gaps are longer than it has been away."""
-LIKELY = 0.6
-EVERY_S = 0.25
+MAX_HOLD_S = 600.0
+DECIDE_S = 0.25
+COUNT_S = 0.1
+"""Claims are counted again after so long."""
+MARGIN = 0.1
+"""A limit comes when it gives so much more turns per second than none, and goes when none gives so much more."""
+LEAST_ROOM, MOST_ROOM = 0.92, 1.3
+ROOM_STEP = 0.02
+ROOM_TOLERANCE = 0.1
+PRESSURES = tuple(step / 10 for step in range(5, 21))
+"""Limits that are tried, in pools."""
+TURNS_KEPT = 32.0
+PROGRAMS_KEPT = 65_536
+"""Programs remembered that are gone."""
 
 
 class Mean:
-    """A mean of what was seen lately, by weight."""
+    """A weighted mean of what was seen lately."""
 
-    def __init__(self, memory: float) -> None:
-        self._fade = exp(-1 / memory)
+    def __init__(self) -> None:
+        self._fade = exp(-1 / TURNS_KEPT)
         self._sum = self._weight = 0.0
 
     def add(self, value: float, weight: float = 1.0) -> None:
         self._sum = self._sum * self._fade + value * weight
         self._weight = self._weight * self._fade + weight
 
-    def value(self, default: float = 0.0) -> float:
-        return self._sum / self._weight if self._weight else default
-
-
-@dataclass(slots=True)
-class Program:
-    told: bool
-    calls: set[str] = field(default_factory=set)
-    context: int = 0
-    turns: int = 0
-    last_s: float = 0.0
-    tool: str | None = None
-    gap_told_s: float | None = None
-    over: bool = False
-    lapsed: bool = False
-    begun: bool = False
-    own: OwnGaps = field(default_factory=OwnGaps)
-
-    def turn(self, later: int = 0) -> str:
-        """Names its last call, or the one so many after it, for what is learned by turn."""
-        return f"{'told' if self.told else 'found'} {min(max(self.turns, 1) + later, TURNS_NAMED)}"
+    @property
+    def value(self) -> float:
+        """0 where nothing was seen."""
+        return self._sum / self._weight if self._weight else 0.0
 
 
 @dataclass(slots=True)
 class Call:
+    """A call that waits or runs.
+
+    Args:
+        free: why it is never held; None for the first call of a program.
+    """
+
     program: str
     came_s: float
-    prompt: int
-    first: bool
-    free: Verdict | None = None
+    prompt_tokens: int
+    free: Begins | None
     begun: bool = False
-    cached: int = 0
+    held: bool = False
 
 
 @dataclass(frozen=True)
-class Settings:
-    max_hold_s: float = 300.0
-    stay: float = 1.0
-    stay_turns: int = 3
-    equal: float = 0.0
-    prefer: float = 0.0
-    room_least: float = 0.92
-    grace: float = 0.8
-    margin: float = 0.1
-    idle_gaps: float = 1.0
-    correct: float = 0.02
-    cliff_use: float = 1.0
+class LoadReport:
+    """What load control does.
+
+    Args:
+        limit_tokens: of claims; None where there is no limit.
+        claims_tokens: what the programs under way will want at most.
+        pool_tokens: size of the KV cache.
+        programs: under way.
+        held: first calls that are held.
+        hit_ratio: of resumed turns, lately.
+        room: share of the pool that is of use, as measured.
+        begun: first calls that began, by why they might.
+    """
+
+    limit_tokens: float | None
+    reason: Reason
+    claims_tokens: float
+    pool_tokens: int
+    programs: float
+    held: int
+    hit_ratio: float
+    room: float
+    begun: dict[Begins, int]
 
 
 class LoadControl:
-    def __init__(self, pool_tokens: int, settings: Settings | None = None, block_tokens: int = 16) -> None:
+    """Says whether a call may begin. Only a program's first call is ever held.
+
+    Args:
+        pool_tokens: size of the KV cache.
+        block_tokens: of a KV block; half a block of every context is wasted.
+        max_hold_s: nobody is held longer.
+    """
+
+    def __init__(self, pool_tokens: int, block_tokens: int = 16, max_hold_s: float = MAX_HOLD_S) -> None:
         self.pool_tokens = pool_tokens
-        self.block_tokens = block_tokens
-        self.settings = settings or Settings()
-        self.returning = Returning()
-        self._programs: OrderedDict[str, Program] = OrderedDict()
+        self.max_hold_s = max_hold_s
+        self._waste = block_tokens // 2
+        self.returns = Returns()
+        self._live: dict[str, Program] = {}
+        """Programs that wait to begin or are under way."""
+        self._gone: OrderedDict[str, Program] = OrderedDict()
+        """Those whose claims have lapsed or that are over: one that comes back all the same is known."""
         self._calls: dict[str, Call] = {}
-        self.limit_tokens = inf
-        self.reason: Reason = "inert"
-        self.room = 1.0
-        """Factor on the pool by which measured hits differ from the model's."""
-        self.hits = Mean(32)
-        self._seconds_per_token = Mean(32)
-        self._decode_s = Mean(32)
-        self._growth = Mean(32)
-        self._new_tokens = Mean(32)
-        self._decided_s = -inf
-        self._counted_s = -inf
-        self._ahead = [0.0] * len(AHEAD)
-        """Tokens of the programs under way, so many turns ahead."""
-        self._under_way = 0.0
-        self._refused_s = -inf
-        self.verdicts: dict[str, int] = {}
+        self._firsts: dict[str, Call] = {}
+        """First calls that have not begun."""
+        self._hits = Mean()
+        self._read_s_per_token = Mean()
+        self._decode_s = Mean()
+        self._growth = Mean()
+        self._new_tokens = Mean()
+        self._room = 1.0
+        self._claims = Claims()
+        self._limit = inf
+        self._reason: Reason = "fits"
+        self._counted_s = self._decided_s = self._closed_until_s = -inf
+        self._begun: Counter[Begins] = Counter()
 
     # Events.
 
@@ -114,75 +160,64 @@ class LoadControl:
         now_s: float,
         prompt_tokens: int,
         *,
-        told: bool = True,
+        named: bool = True,
         parent: str | None = None,
         can_return: bool = True,
     ) -> None:
-        known = self._programs.get(program)
-        first = known is None
-        if known is None:
-            known = self._programs[program] = Program(told)
-        elif known.turns and not known.calls:
-            self._returned(known, now_s)
-        known.calls.add(call)
-        free: Verdict | None = None
-        if not first:
+        """A call came.
+
+        Args:
+            call: its id, not in use.
+            program: whose it is.
+            named: whether the client said so; otherwise it was inferred.
+            parent: the program that started this one.
+            can_return: False for what cannot come back: pooling, or no prefix cache.
+        """
+        free: Begins | None = None
+        if program in self._gone:
+            self._live[program] = self._gone.pop(program)
+            self._returned(self._live[program], now_s, revised=True)
+        elif program in self._live and not self._live[program].prompts:
+            self._returned(self._live[program], now_s, revised=False)
+        found = self._live.setdefault(program, Program(named))
+        parent_found = self._live.get(parent) if parent is not None else None
+        if found.turns or found.begun:
             free = "returning"
-        elif parent is not None and parent in self._programs and self._programs[parent].begun:
+        elif parent_found is not None and parent_found.begun:
             free = "child"
         elif not can_return:
             free = "one-shot"
-        self._calls[call] = Call(program, now_s, prompt_tokens, first, free)
+        found.prompts[call] = prompt_tokens
+        self._calls[call] = Call(program, now_s, prompt_tokens, free)
+        if free is None:
+            self._firsts[call] = self._calls[call]
 
-    def _returned(self, program: Program, now_s: float) -> None:
-        gap = now_s - program.last_s
+    def _returned(self, program: Program, now_s: float, revised: bool) -> None:
+        gap = now_s - program.ended_s
         program.own.add(gap)
-        self.returning.returned(program.turn(), program.tool, gap, program.lapsed)
-        program.lapsed = program.over = False
-
-    def may_begin(self, call: str, now_s: float, *, idle: bool) -> bool:
-        one = self._calls[call]
-        verdict = self._verdict(one, now_s, idle)
-        if verdict == "held":
-            self._refused_s = now_s
-        return verdict != "held"
-
-    def _verdict(self, call: Call, now_s: float, idle: bool) -> Verdict:
-        if call.begun or call.free is not None:
-            return call.free or "returning"
-        if now_s - call.came_s >= self.settings.max_hold_s:
-            return "bound"
-        program = self._programs[call.program]
-        if self.returning.probability(program.turn(), None) < LIKELY:
-            return "one-shot"
-        self._decide(now_s)
-        if self.limit_tokens == inf:
-            return "inert"
-        if not self._under_way:
-            return "first"
-        if idle and self._nobody_soon(now_s):
-            return "idle"
-        if self._refused_s == now_s:
-            return "held"
-        mine = self._newcomer(program.told, call.prompt)
-        claims = max(there + more for there, more in zip(self._ahead, mine, strict=True))
-        return "fits" if claims <= self.limit_tokens else "held"
+        self.returns.returned(program.turn(), program.tool, gap, revised)
 
     def begin(self, call: str, now_s: float, cached_tokens: int) -> None:
+        """A call is scheduled for the first time, with so many tokens of its prompt found in the prefix cache."""
         one = self._calls[call]
-        one.begun, one.cached = True, cached_tokens
-        program = self._programs[one.program]
+        if one.begun:
+            return
+        one.begun = True
+        program = self._live[one.program]
+        if self._firsts.pop(call, None) is not None:
+            self._claims += self._newcomer(program.named, one.prompt_tokens)
+        if program.turns:
+            self._resumed(program, one.prompt_tokens, cached_tokens)
         program.begun = True
-        if one.first:
-            self._counted_s = -inf
-        elif program.turns and program.context:
-            found = min(cached_tokens / program.context, 1.0)
-            self.hits.add(found)
-            if self.reason != "inert":
-                pressure = self._ahead[0] / (self.pool_tokens * self.room)
-                self.room *= exp(self.settings.correct * (found - 0.95 * hit_ratio(pressure)))
-                self.room = min(max(self.room, self.settings.room_least), 1.3)
-            self._new_tokens.add(one.prompt - program.context)
+
+    def _resumed(self, program: Program, prompt_tokens: int, cached_tokens: int) -> None:
+        found = min(cached_tokens / max(min(program.context, prompt_tokens), 1), 1.0)
+        self._hits.add(found)
+        self._new_tokens.add(max(prompt_tokens - program.context, 0))
+        if self._limit < inf:
+            error = found - hit_ratio(self._claims.now / (self.pool_tokens * self._room))
+            if abs(error) > ROOM_TOLERANCE:
+                self._room = min(max(self._room * exp(ROOM_STEP * error), LEAST_ROOM), MOST_ROOM)
 
     def end(
         self,
@@ -190,158 +225,217 @@ class LoadControl:
         now_s: float,
         context_tokens: int,
         *,
-        prefill_s: float,
-        prefill_tokens: int,
+        read_s: float,
+        read_tokens: int,
         decode_s: float,
         last: bool = False,
         tool: str | None = None,
-        gap_s: float | None = None,
     ) -> None:
+        """A call that had begun ended.
+
+        Args:
+            context_tokens: prompt and answer.
+            read_s: engine time its prompt took.
+            read_tokens: tokens of the prompt that were computed, again after a preemption included.
+            decode_s: what its decoding would have taken in steps without prompts.
+            last: whether the client said that the program ends with it.
+            tool: what the program does until it comes back, where that was said.
+        """
         one = self._calls.pop(call)
-        program = self._programs[one.program]
-        program.calls.discard(call)
-        if program.turns:
-            self._growth.add(max(context_tokens - program.context, 0))
-        program.context = context_tokens
+        self._firsts.pop(call, None)
+        program = self._live[one.program]
+        del program.prompts[call]
+        if program.turns and context_tokens > program.context:
+            self._growth.add(context_tokens - program.context)
+        program.context = max(program.context, context_tokens)
         program.turns += 1
-        program.last_s = now_s
-        program.tool, program.gap_told_s = tool, gap_s
-        if prefill_tokens:
-            self._seconds_per_token.add(prefill_s / prefill_tokens, prefill_tokens)
+        program.ended_s, program.tool, program.begun = now_s, tool, True
+        if read_tokens:
+            self._read_s_per_token.add(read_s / read_tokens, read_tokens)
         self._decode_s.add(decode_s)
-        if last:
-            program.over = True
-            self.returning.gone(program.turn(), tool)
-            if not program.calls:
-                self._programs.pop(one.program)
-        self._counted_s = -inf
+        self._closed_until_s = -inf
+        if last and not program.prompts:
+            self._lapse(one.program, program)
+            self._counted_s = -inf
 
     def abort(self, call: str, now_s: float) -> None:
+        """A call ended before its answer did, or before it began. Unknown ones are no matter."""
         one = self._calls.pop(call, None)
         if one is None:
             return
-        program = self._programs[one.program]
-        program.calls.discard(call)
-        program.last_s = now_s
-        if not program.calls and not program.turns:
-            self._programs.pop(one.program)
-        self._counted_s = -inf
+        self._firsts.pop(call, None)
+        program = self._live[one.program]
+        del program.prompts[call]
+        program.ended_s = now_s
+        if not program.prompts and not program.turns:
+            del self._live[one.program]
+        self._counted_s = self._closed_until_s = -inf
 
-    # Claims.
+    def forget(self, program: str) -> None:
+        """A program without calls is over. One with calls goes on, unknown ones are no matter."""
+        self._gone.pop(program, None)
+        if program in self._live and not self._live[program].prompts:
+            del self._live[program]
+            self._counted_s = self._closed_until_s = -inf
 
-    def _presence(self, program: Program, now_s: float) -> float:
-        """The probability that it comes back."""
-        if program.calls:
-            return 1.0
-        if program.over or not program.turns:
-            return 0.0
-        back = self.returning.probability(program.turn(), program.tool)
-        if self.returning.all.estimate(0.5, 1.0) >= LIKELY:
-            back = max(back, self.settings.grace)
-        away = now_s - program.last_s
-        longer = program.own.survival(away, self.returning.survival(program.tool, away))
-        if longer < LAPSE and not program.lapsed and self.returning.gaps.samples:
-            program.lapsed = True
-            self.returning.gone(program.turn(), program.tool)
-        return back * longer / (back * longer + 1 - back) if back < 1 else 1.0
+    # Decisions.
 
-    def _count(self, now_s: float) -> None:
-        if now_s - self._counted_s < 0.1:
-            return
-        self._counted_s = now_s
-        growth = self._growth.value()
-        classes: dict[tuple[bool, int], tuple[float, float]] = {}
-        for program in self._programs.values():
+    def closed(self, now_s: float) -> bool:
+        """Whether asking again is of no use yet: `may_begin` said no, and nothing has happened since."""
+        return now_s < self._closed_until_s
+
+    @property
+    def ask_again_s(self) -> float:
+        """When `may_begin` may say something else even if nothing happens; -inf for now."""
+        return self._closed_until_s
+
+    def may_begin(self, call: str, now_s: float, *, idle: bool) -> bool:
+        """Whether a call that waits may be scheduled; ask for the held ones in their order.
+
+        Args:
+            idle: whether the engine has nothing else to do: nothing runs, and nothing that may begin waits.
+        """
+        one = self._calls[call]
+        why = self._why(one, now_s, idle)
+        if why is None:
+            one.held = True
+            if not self.closed(now_s):
+                self._closed_until_s = now_s + COUNT_S
+            return False
+        if not one.begun and call in self._firsts:
+            self._begun[why] += 1
+            one.free = why
+        return True
+
+    def _why(self, call: Call, now_s: float, idle: bool) -> Begins | None:
+        """Why it may begin; None if it is held."""
+        program = self._live[call.program]
+        if call.free is not None:
+            return call.free
+        if program.begun:
+            return "returning"
+        if now_s - call.came_s >= self.max_hold_s:
+            return "bound"
+        if self.returns.probability(program.turn(), None) <= USUAL:
+            return "one-shot"
+        if self.closed(now_s):
+            return None
+        self._count(now_s)
+        self._decide(now_s)
+        if self._limit == inf:
+            return "unlimited"
+        if not self._claims.programs:
+            return "alone"
+        if (self._claims + self._newcomer(program.named, call.prompt_tokens)).most <= self._limit:
+            return "fits"
+        return "idle" if idle and self._nobody_returns(now_s) else None
+
+    def _newcomer(self, named: bool, prompt_tokens: float, programs: int = 1) -> Claims:
+        """What so many programs want that begin, with prompts of so many tokens in the mean."""
+        return claim(prompt_tokens + self._waste, self._growth.value, stays(self.returns, named, 1), programs)
+
+    def _nobody_returns(self, now_s: float) -> bool:
+        """Whether more likely than not nobody comes back within a mean gap."""
+        soon, nobody = self.returns.gaps.mean_s, 1.0
+        for program in self._live.values():
             if not program.begun:
                 continue
-            presence = self._presence(program, now_s)
-            if program.calls:
-                context = max(program.context, max(self._calls[call].prompt for call in program.calls))
-            else:
-                context = program.context + growth
-            key = program.told, program.turns + 1
-            number, tokens = classes.get(key, (0.0, 0.0))
-            classes[key] = number + presence, tokens + presence * (context + self.block_tokens // 2)
-        self._under_way = sum(number for number, _ in classes.values())
-        self._ahead = [0.0] * len(AHEAD)
-        for (told, turn), (number, tokens) in classes.items():
-            stay = self._stay(told, turn)
-            for index, turns in enumerate(AHEAD):
-                self._ahead[index] += stay[index] * (tokens + number * turns * growth)
-
-    def _stay(self, told: bool, turn: int) -> list[float]:
-        """Probability that a program in that call is still there so many turns later."""
-        found, share, at = [], 1.0, 0
-        kind = "told" if told else "found"
-        for turns in AHEAD:
-            while at < turns:
-                share *= self.returning.probability(f"{kind} {min(turn + at, TURNS_NAMED)}", None)
-                at += 1
-            least = self.settings.stay**turns if turns <= self.settings.stay_turns else 0.0
-            found.append(max(share, least))
-        return found
-
-    def _newcomer(self, told: bool, prompt: int) -> list[float]:
-        growth = self._growth.value()
-        prompt += self.block_tokens // 2
-        return [
-            share * (prompt + turns * growth) for share, turns in zip(self._stay(told, 1), AHEAD, strict=True)
-        ]
-
-    def _nobody_soon(self, now_s: float) -> bool:
-        soon = self.settings.idle_gaps * (self.returning.gaps.mean_s or 0.0)
-        nobody = 1.0
-        for program in self._programs.values():
-            if not program.begun:
-                continue
-            if program.calls:
-                return False
-            presence = self._presence(program, now_s)
-            away = now_s - program.last_s
-            now = program.own.survival(away, self.returning.survival(program.tool, away))
-            then = program.own.survival(away + soon, self.returning.survival(program.tool, away + soon))
-            nobody *= 1 - presence * (1 - then / now)
+            there = presence(program, self.returns, now_s)
+            if there:
+                away = now_s - program.ended_s
+                then = longer(program, self.returns, away + soon) / longer(program, self.returns, away)
+                nobody *= 1 - there * (1 - then)
         return nobody > 0.5
 
-    # The limit.
+    def _count(self, now_s: float) -> None:
+        """Adds up the claims of the programs under way; those that have lapsed are gone."""
+        if now_s - self._counted_s < COUNT_S:
+            return
+        self._counted_s = now_s
+        growth = self._growth.value
+        alike: dict[tuple[bool, int], tuple[float, float]] = {}
+        for name, program in list(self._live.items()):
+            if not program.begun:
+                continue
+            if lapsed(program, self.returns, now_s):
+                self._lapse(name, program)
+                continue
+            there = presence(program, self.returns, now_s)
+            tokens = max(program.context, *program.prompts.values()) if program.prompts else program.context + growth
+            key = program.named, program.turns + 1
+            programs, sum_of = alike.get(key, (0.0, 0.0))
+            alike[key] = programs + there, sum_of + there * (tokens + self._waste)
+        self._claims = Claims()
+        for (named, number), (programs, tokens) in alike.items():
+            if programs:
+                self._claims += claim(tokens / programs, growth, stays(self.returns, named, number), programs)
+
+    def _lapse(self, name: str, program: Program) -> None:
+        self.returns.gone(program.turn(), program.tool)
+        self._gone[name] = self._live.pop(name)
+        if len(self._gone) > PROGRAMS_KEPT:
+            self._gone.popitem(last=False)
 
     def _decide(self, now_s: float) -> None:
-        self._count(now_s)
-        if now_s - self._decided_s < EVERY_S:
+        """Chooses the limit that gives the most turns per second to those under way and those that wait."""
+        if now_s - self._decided_s < DECIDE_S:
             return
         self._decided_s = now_s
-        waiting = [call for call in self._calls.values() if call.first and not call.begun]
-        ahead = list(self._ahead)
-        stays = {told: self._stay(told, 1) for told in (True, False)}
-        growth = self._growth.value()
-        for call in waiting:
-            for index, share in enumerate(stays[self._programs[call.program].told]):
-                ahead[index] += share * (call.prompt + AHEAD[index] * growth)
-        tokens = max(ahead)
-        programs = self._under_way + len(waiting)
-        pool = self.pool_tokens * self.room
-        if tokens <= pool or programs < 1:
-            self.limit_tokens, self.reason = inf, "inert"
+        everybody = self._claims
+        for named in (True, False):
+            prompts = [call.prompt_tokens for call in self._firsts.values() if self._live[call.program].named is named]
+            if prompts:
+                everybody += self._newcomer(named, sum(prompts) / len(prompts), len(prompts))
+        pool = self.pool_tokens * self._room
+        if everybody.most <= pool:
+            self._limit, self._reason = inf, "fits"
             return
-        footprint = tokens / programs
+        footprint = everybody.most / everybody.programs
         turn = TurnCost(
-            gap_s=self.returning.gaps.mean_s or 0.0,
-            decode_s=self._decode_s.value(),
-            read_s=self._new_tokens.value() * self._seconds_per_token.value(),
-            again_s=footprint * self._seconds_per_token.value(),
+            gap_s=self.returns.gaps.mean_s,
+            decode_s=self._decode_s.value,
+            read_s=self._new_tokens.value * self._read_s_per_token.value,
+            again_s=footprint * self._read_s_per_token.value,
         )
-        everybody = turns_per_second(programs, turn, hit_ratio(tokens / pool))
-        tries = []
-        for step in range(5, 21):
-            tried = step / 10
-            count = max(tried * pool / footprint, 1.0)
-            if count > programs:
-                break
-            tries.append((tried, turns_per_second(count, turn, hit_ratio(tried))))
-        best = max((rate for _, rate in tries), default=0.0)
-        pressure = next((tried for tried, rate in tries if rate >= best * (1 - self.settings.equal)), 0.0)
-        margin = self.settings.margin if self.limit_tokens == inf else -self.settings.margin
-        if best > everybody * (1 + margin - self.settings.prefer):
-            self.limit_tokens, self.reason = max(pressure * pool, footprint), "model"
+        without = turns_per_second(everybody.programs, turn, hit_ratio(everybody.most / pool))
+        rates = [
+            (turns_per_second(pressure * pool / footprint, turn, hit_ratio(pressure)), -pressure)
+            for pressure in PRESSURES
+            if footprint <= pressure * pool <= everybody.most
+        ]
+        best, pressure = max(rates, default=(0.0, 0.0))
+        margin = MARGIN if self._limit == inf else -MARGIN
+        if best > without * (1 + margin):
+            self._limit, self._reason = -pressure * pool, "model"
         else:
-            self.limit_tokens, self.reason = inf, "inert"
+            self._limit, self._reason = inf, "faster without"
+
+    # What is seen.
+
+    def report(self) -> LoadReport:
+        return LoadReport(
+            None if self._limit == inf else self._limit,
+            self._reason,
+            self._claims.most,
+            self.pool_tokens,
+            self._claims.programs,
+            sum(call.held and call.free is None for call in self._firsts.values()),
+            self._hits.value,
+            self._room,
+            dict(self._begun),
+        )
+
+    def faults(self, known: Container[str]) -> list[str]:
+        """What does not agree, `known` being the calls there are."""
+        found = [f"the call {call!r} is gone" for call in self._calls if call not in known]
+        found += [f"the first call {call!r} is gone" for call in self._firsts if call not in self._calls]
+        for name, program in self._live.items():
+            if not program.prompts and not program.turns:
+                found.append(f"the program {name!r} has neither calls nor turns")
+            if any(call not in self._calls for call in program.prompts):
+                found.append(f"the program {name!r} has calls that are gone")
+        found += [
+            f"the call {call!r} has no program" for call, one in self._calls.items() if one.program not in self._live
+        ]
+        found += [f"the program {name!r} is live and gone" for name in self._gone if name in self._live]
+        return found

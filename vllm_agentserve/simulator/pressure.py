@@ -42,7 +42,6 @@ class Agent:
         shared_tokens: how many tokens they share.
         told: whether the client gives a session id.
         returns: whether it is a program with turns at all; one-shot traffic has one.
-        gap_told: factor by which a told gap is wrong; None where gaps are not told.
     """
 
     name: str
@@ -51,7 +50,6 @@ class Agent:
     shared: str = ""
     shared_tokens: int = 0
     told: bool = True
-    gap_told: float | None = None
 
 
 class LoadGate(Protocol):
@@ -64,12 +62,14 @@ class LoadGate(Protocol):
         now_s: float,
         prompt_tokens: int,
         *,
-        told: bool = True,
+        named: bool = True,
         parent: str | None = None,
         can_return: bool = True,
     ) -> None: ...
 
     def may_begin(self, call: str, now_s: float, *, idle: bool) -> bool: ...
+
+    def closed(self, now_s: float) -> bool: ...
 
     def begin(self, call: str, now_s: float, cached_tokens: int) -> None: ...
 
@@ -79,11 +79,11 @@ class LoadGate(Protocol):
         now_s: float,
         context_tokens: int,
         *,
-        prefill_s: float,
-        prefill_tokens: int,
+        read_s: float,
+        read_tokens: int,
         decode_s: float,
         last: bool = False,
-        gap_s: float | None = None,
+        tool: str | None = None,
     ) -> None: ...
 
 
@@ -95,6 +95,9 @@ class NoLimit:
 
     def may_begin(self, *_: object, **__: object) -> bool:
         return True
+
+    def closed(self, now_s: float) -> bool:
+        return False
 
     def begin(self, *_: object) -> None:
         pass
@@ -257,14 +260,16 @@ class PressureEngine:
         while self._events and self._events[0][0] <= self.now_s:
             when, number, run = heapq.heappop(self._events)
             agent, turn = run.agent, run.agent.turns[run.turn]
-            request = Request(run, f"{agent.name}/{run.turn}", number, not run.turn, run.context + turn.added, turn.answer)
+            request = Request(
+                run, f"{agent.name}/{run.turn}", number, not run.turn, run.context + turn.added, turn.answer
+            )
             request.came_s = when
             self._load.arrive(
                 request.name,
                 agent.name,
                 when,
                 request.prompt,
-                told=agent.told,
+                named=agent.told,
                 parent=run.parent.agent.name if run.parent else None,
             )
             self._waiting.append(request)
@@ -302,10 +307,14 @@ class PressureEngine:
             return chunks
         skipped: list[Request] = []
         idle = not self._running
+        closed = self._load.closed(self.now_s)
         while self._waiting and budget and len(self._running) < self._slots:
             request = self._waiting[0]
             if request.first and not request.began:
-                others = any(not one.first or one.began for one in self._waiting)
+                if closed:
+                    skipped.append(self._waiting.popleft())
+                    continue
+                others = idle and any(not one.first or one.began for one in self._waiting)
                 if not self._load.may_begin(request.name, self.now_s, idle=idle and not self._running and not others):
                     skipped.append(self._waiting.popleft())
                     continue
@@ -358,7 +367,9 @@ class PressureEngine:
 
     def _step(self, chunks: Sequence[tuple[Request, int]]) -> None:
         decodes = [request for request, tokens in chunks if tokens == 1 and request.needs == 1 and request.done]
-        prompts = [(request, tokens) for request, tokens in chunks if not (tokens == 1 and request.needs == 1 and request.done)]
+        prompts = [
+            (request, tokens) for request, tokens in chunks if not (tokens == 1 and request.needs == 1 and request.done)
+        ]
         context = sum(request.computed for request in decodes)
         took = self._cost.step_ms(len(decodes), context, [(tokens, request.computed) for request, tokens in prompts])
         steps = 1
@@ -420,16 +431,14 @@ class PressureEngine:
         run.context = request.prompt + request.answer
         run.turn += 1
         last = run.turn == len(agent.turns)
-        following = None if last else agent.turns[run.turn]
         self._load.end(
             request.name,
             self.now_s,
             run.context,
-            prefill_s=request.prefill_ms / 1000,
-            prefill_tokens=request.prefill_tokens,
+            read_s=request.prefill_ms / 1000,
+            read_tokens=request.prefill_tokens,
             decode_s=request.decode_ms / 1000,
             last=last and self._ends_told,
-            gap_s=following.gap_s * agent.gap_told if following and agent.gap_told else None,
         )
         self.outcome.turns += 1
         for child in turn.children:
