@@ -9,9 +9,10 @@ TURNS_APART = 48
 """Calls of a program that are told apart by their number; later ones count as this one."""
 AHEAD = (0, 1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 """Turns ahead at which the contexts of all programs are added up."""
-LEAST_CALLS = 5
-"""A program is assumed to have so many calls whatever was learned: claims that are too small cannot be taken back, since who
-has begun is never held, while claims that are too large end with their programs."""
+LEAST_CALLS, ENOUGH = 5, 24
+"""A program is assumed to have so many calls until that many programs were seen after a call of that turn: claims that are too
+small cannot be taken back, since who has begun is never held, while claims that are too large end with their programs. Contexts
+are assumed to grow to twice their size by that, no more."""
 HELD_BACK = 0.8
 """Least probability of a return where programs usually return: what a single turn shows is not trusted beyond that."""
 USUAL = 0.6
@@ -79,14 +80,22 @@ def lapsed(program: Program, returns: Returns, now_s: float) -> bool:
     return longer(program, returns, away) <= LAPSE if returns.gaps.samples else away > UNKNOWN_S
 
 
-def stays(returns: Returns, named: bool, number: int) -> list[float]:
+Stay = tuple[float, float]
+"""The probability that a program is still there: as learned, and as assumed where too few were seen."""
+
+
+def stays(returns: Returns, named: bool, number: int) -> list[Stay]:
     """The probability that a program in its call of that number is there so many turns later, for each of `AHEAD`."""
-    found, share, at = [], 1.0, 0
+    found, learned, assumed, at = [], 1.0, 1.0, 0
     for turns in AHEAD:
         while at < turns:
-            share *= returns.at_most((named, min(number + at, TURNS_APART)))
+            turn = named, min(number + at, TURNS_APART)
+            share = returns.at_most(turn)
+            learned *= share
+            if number + at >= LEAST_CALLS or returns.seen(turn) >= ENOUGH:
+                assumed *= share
             at += 1
-        found.append(1.0 if number + turns <= LEAST_CALLS else share)
+        found.append((learned, assumed))
     return found
 
 
@@ -117,12 +126,15 @@ class Claims:
         return Claims(self.programs + other.programs, ahead)
 
 
-def claim(tokens: float, growth: float, stay: Iterable[float], share: float = 1.0) -> Claims:
+def claim(tokens: float, growth: float, stay: Iterable[Stay], share: float = 1.0) -> Claims:
     """What a program wants whose context has `tokens` and grows by `growth` a turn.
 
     Args:
         stay: the probability that it is still there, for each of `AHEAD`.
         share: the probability that it comes back at all; or how many such programs there are, `tokens` being their mean.
     """
-    ahead = tuple(share * there * (tokens + turns * growth) for there, turns in zip(stay, AHEAD, strict=True))
+    ahead = tuple(
+        share * max(learned * (tokens + turns * growth), assumed * min(tokens + turns * growth, 2 * tokens))
+        for (learned, assumed), turns in zip(stay, AHEAD, strict=True)
+    )
     return Claims(share, ahead)

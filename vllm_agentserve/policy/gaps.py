@@ -121,7 +121,7 @@ class Share:
 
     def __init__(self) -> None:
         self._fade = exp(-1 / CALLS_KEPT)
-        self._yes = self._samples = 0.0
+        self._yes = self.samples = 0.0
         self._run = 0
         """The last so many were so, or were not if negative."""
 
@@ -129,19 +129,19 @@ class Share:
         self._run = max(self._run, 0) + 1 if so else min(self._run, 0) - 1
         share = self.estimate(0.5, 1.0)
         fade = self._fade
-        if self._samples and (share if so else 1 - share) ** abs(self._run) < CHANCE:
+        if self.samples and (share if so else 1 - share) ** abs(self._run) < CHANCE:
             fade *= LITTLE
             self._run = 0
         self._yes = self._yes * fade + so
-        self._samples = self._samples * fade + 1
+        self.samples = self.samples * fade + 1
 
     def revise(self) -> None:
         """One that was counted as not so turned out to be so."""
-        self._yes = min(self._yes + 1, self._samples)
+        self._yes = min(self._yes + 1, self.samples)
 
     def estimate(self, prior: float, weight: float) -> float:
         """The share, where `prior` counts like so many samples."""
-        return (self._yes + weight * prior) / (self._samples + weight)
+        return (self._yes + weight * prior) / (self.samples + weight)
 
 
 class Returns:
@@ -175,6 +175,16 @@ class Returns:
     def overall(self) -> float:
         """The probability that a program comes back after a call; 0 until a return was seen."""
         return self._all.estimate(0.5, 1.0) if self.gaps.samples else 0.0
+
+    def begins(self, named: bool) -> float:
+        """The probability that a program comes back after its first call, as seen with such programs; 0 if there were none."""
+        first = self._turns.get((named, 1))
+        return first.estimate(0.0, TURN_PRIOR) if first is not None else 0.0
+
+    def seen(self, turn: "Turn") -> float:
+        """How often programs were seen to come back or not after their call of that turn, lately."""
+        found = self._turns.get(turn)
+        return found.samples if found is not None else 0.0
 
     def probability(self, turn: "Turn", tool: str | None) -> float:
         """That a program comes back after its call of that turn."""

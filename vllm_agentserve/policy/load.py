@@ -10,8 +10,8 @@ What is learned, from how much, and how fast it follows:
 - Whether and when programs come back: `policy/gaps.py`. Until a return was seen there is none, and nothing is held. One return
   is enough to begin. With eight one-shot calls in a row holding ends; two returns in a row end that.
 - Seconds to read a token, decoding time, new tokens and growth of a turn: means over about 32 turns.
-- How much of the cache is of use, 0.92 to 1.3 of its size: each turn whose share of found context differs by more than a
-  tenth from the model's moves it by up to 2 %.
+- How much of the cache is of use, 0.95 of its size at first, 0.85 to 1.15: each turn whose share of found context differs by
+  more than a tenth from the model's moves it by up to 2 %.
 - The limit is decided anew four times a second while a first call waits.
 
 Everything is said with the time at which it happened, in seconds of any clock.
@@ -24,7 +24,6 @@ from math import exp, inf
 from typing import Literal
 
 from vllm_agentserve.policy.claims import (
-    AHEAD,
     USUAL,
     Claims,
     Program,
@@ -49,10 +48,11 @@ COUNT_S = 0.1
 """Claims are counted again after so long."""
 MARGIN = 0.1
 """A limit comes when it gives so much more turns per second than none, and goes when none gives so much more."""
-LEAST_ROOM, MOST_ROOM = 0.92, 1.3
+FIRST_ROOM, LEAST_ROOM, MOST_ROOM = 0.95, 0.85, 1.15
+"""Share of the pool that contexts can fill before they push each other out: at first, and the bounds of what is measured."""
 ROOM_STEP = 0.02
 ROOM_TOLERANCE = 0.1
-PRESSURES = tuple(step / 10 for step in range(5, 21))
+PRESSURES = tuple(step / 10 for step in range(5, 11))
 """Limits that are tried, in pools."""
 TURNS_KEPT = 32.0
 PROGRAMS_KEPT = 65_536
@@ -144,7 +144,7 @@ class LoadControl:
         self._decode_s = Mean()
         self._growth = Mean()
         self._new_tokens = Mean()
-        self._room = 1.0
+        self._room = FIRST_ROOM
         self._claims = Claims()
         self._limit = inf
         self._reason: Reason = "fits"
@@ -207,14 +207,15 @@ class LoadControl:
         if self._firsts.pop(call, None) is not None:
             self._claims += self._newcomer(program.named, one.prompt_tokens)
         if program.turns:
-            self._resumed(program, one.prompt_tokens, cached_tokens)
+            self._resumed(program, now_s, one.prompt_tokens, cached_tokens)
         program.begun = True
 
-    def _resumed(self, program: Program, prompt_tokens: int, cached_tokens: int) -> None:
+    def _resumed(self, program: Program, now_s: float, prompt_tokens: int, cached_tokens: int) -> None:
         found = min(cached_tokens / max(min(program.context, prompt_tokens), 1), 1.0)
         self._hits.add(found)
         self._new_tokens.add(max(prompt_tokens - program.context, 0))
         if self._limit < inf:
+            self._count(now_s)
             error = found - hit_ratio(self._claims.now / (self.pool_tokens * self._room))
             if abs(error) > ROOM_TOLERANCE:
                 self._room = min(max(self._room * exp(ROOM_STEP * error), LEAST_ROOM), MOST_ROOM)
@@ -316,7 +317,7 @@ class LoadControl:
             return "returning"
         if now_s - call.came_s >= self.max_hold_s:
             return "bound"
-        if self.returns.probability(program.turn(), None) <= USUAL:
+        if self.returns.begins(program.named) <= USUAL:
             return "one-shot"
         if self.closed(now_s):
             return None

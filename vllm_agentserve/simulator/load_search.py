@@ -290,7 +290,10 @@ def warm_up(cell: Cell, engine: PressureEngine, seed: int) -> None:
         programs.heavy,
         told=programs.told,
     )
-    engine.run(few.draw(seed + 1000, "warm-up"))
+    agents = few.draw(seed + 1000, "warm-up")
+    if cell.one_shots:
+        agents += cell.one_shots.draw(seed + 1000, "warm-up one-shot")
+    engine.run(agents)
     engine.now_s += 10.0
 
 
@@ -355,10 +358,10 @@ def table(rows: Sequence[dict[str, object]]) -> str:
             return f"{text}, {arm['hit_ratio']:.2f}"
 
         rates = ", ".join(
-            f"{row[name]['turns_per_s']:.2f}" if row[name] else "–"  # type: ignore[index]
+            f"{row[name]['turns_per_s']:.2f}" if row[name] else "-"  # type: ignore[index]
             for name in ("none", "control", "fixed", "endless")
         )
-        limit = f"{row['best limit']}: {ratios('fixed')}" if row["fixed"] else "–"
+        limit = f"{row['best limit']}: {ratios('fixed')}" if row["fixed"] else "-"
         lines.append(
             f"| {row['cell']} | {none['session_mean_s']:.1f}, {none['hit_ratio']:.2f} | {ratios('control')} "
             f"| {ratios('control, ends not told')} | {limit} | {rates} "
