@@ -14,7 +14,7 @@ LEAST_CALLS, ENOUGH = 5, 24
 small cannot be taken back, since who has begun is never held, while claims that are too large end with their programs. Contexts
 are assumed to grow to twice their size by that, no more."""
 HELD_BACK = 0.8
-"""Least probability of a return where programs usually return: what a single turn shows is not trusted beyond that."""
+"""Least probability of a return where programs usually return, until that many were seen after a call of that turn."""
 USUAL = 0.6
 """Programs usually return where more than this share of the calls is followed by another."""
 LAPSE = 0.03
@@ -67,7 +67,7 @@ def presence(program: Program, returns: Returns, now_s: float) -> float:
     if left <= LAPSE:
         return 0.0
     back = returns.probability(program.turn(), program.tool)
-    if returns.overall() > USUAL:
+    if returns.overall() > USUAL and returns.seen(program.turn()) < ENOUGH:
         back = max(back, HELD_BACK)
     return back * left / (back * left + 1 - back)
 

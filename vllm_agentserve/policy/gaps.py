@@ -3,10 +3,11 @@
 A *gap* runs from the end of a program's last call to the arrival of its next one. Gaps are counted in logarithmic buckets,
 so the share of longer gaps is known for any time. How fast this adapts:
 
-- A distribution of gaps remembers about 64 gaps. Six in a row outside the middle 90 % of it, all on one side, leave the older
-  ones a tenth of their weight.
+- A distribution of gaps remembers about 64 gaps. Six in a row in its longest or its shortest twentieth leave the older ones a
+  tenth of their weight.
 - A share (of calls after which the program came back) remembers about 32 calls. A run of equal results that had a chance
-  below 0.5 % leaves the older ones a tenth of their weight: two returns where there were none, eight where it was half.
+  below 0.5 % leaves the older ones a tenth of their weight: three returns where there were none, eight or more where it was
+  half.
 """
 
 from collections import OrderedDict, deque
@@ -81,13 +82,13 @@ class Gaps:
         """Whether so many gaps were strange that the traffic must be another."""
         longer = self.samples - self._up_to[index]
         shorter = self._up_to[index] - self._weights[index]
-        edge = EDGE * self.samples
-        if shorter >= edge and longer >= edge:
-            self._strange = 0
-        elif longer < edge:
+        edge, half = EDGE * self.samples, self.samples / 2
+        if longer < edge and shorter > half:
             self._strange = max(self._strange, 0) + 1
-        else:
+        elif shorter < edge and longer > half:
             self._strange = min(self._strange, 0) - 1
+        else:
+            self._strange = 0
         if abs(self._strange) < STRANGE:
             return False
         self._strange = 0
@@ -193,7 +194,7 @@ class Returns:
             return 0.0
         if turn in self._turns:
             found = self._turns[turn].estimate(found, TURN_PRIOR)
-        if tool in self._tools:
+        if tool is not None and tool in self._tools:
             found = self._tools[tool][1].estimate(found, PRIOR)
         return found
 
@@ -204,7 +205,7 @@ class Returns:
     def longer(self, tool: str | None, elapsed_s: float) -> float:
         """The share of gaps that are longer."""
         others = self.gaps.longer(elapsed_s)
-        if tool not in self._tools:
+        if tool is None or tool not in self._tools:
             return others
         gaps = self._tools[tool][0]
         return (gaps.longer(elapsed_s) * gaps.samples + others * PRIOR) / (gaps.samples + PRIOR)

@@ -8,7 +8,8 @@ against thrashing (Denning, 1968).
 What is learned, from how much, and how fast it follows:
 
 - Whether and when programs come back: `policy/gaps.py`. Until a return was seen there is none, and nothing is held. One return
-  is enough to begin. With eight one-shot calls in a row holding ends; two returns in a row end that.
+  is enough to begin. Where nobody came back, seven returns in a row begin it; where all did, three first calls in a row
+  without a return end it.
 - Seconds to read a token, decoding time, new tokens and growth of a turn: means over about 32 turns.
 - How much of the cache is of use, 0.95 of its size at first, 0.85 to 1.15: each turn whose share of found context differs by
   more than a tenth from the model's moves it by up to 2 %.
@@ -20,6 +21,7 @@ Everything is said with the time at which it happened, in seconds of any clock.
 from collections import Counter, OrderedDict
 from collections.abc import Container
 from dataclasses import dataclass
+from itertools import islice
 from math import exp, inf
 from typing import Literal
 
@@ -55,6 +57,8 @@ ROOM_TOLERANCE = 0.1
 PRESSURES = tuple(step / 10 for step in range(5, 11))
 """Limits that are tried, in pools."""
 TURNS_KEPT = 32.0
+LOOK_AHEAD = 4
+"""Programs that are away and looked at again whenever a call comes."""
 PROGRAMS_KEPT = 65_536
 """Programs remembered that are gone."""
 
@@ -134,6 +138,8 @@ class LoadControl:
         self.returns = Returns()
         self._live: dict[str, Program] = {}
         """Programs that wait to begin or are under way."""
+        self._away: OrderedDict[str, None] = OrderedDict()
+        """Those of them without calls."""
         self._gone: OrderedDict[str, Program] = OrderedDict()
         """Those whose claims have lapsed or that are over: one that comes back all the same is known."""
         self._calls: dict[str, Call] = {}
@@ -173,6 +179,7 @@ class LoadControl:
             parent: the program that started this one.
             can_return: False for what cannot come back: pooling, or no prefix cache.
         """
+        self._look_again(now_s)
         free: Begins | None = None
         if program in self._gone:
             self._live[program] = self._gone.pop(program)
@@ -187,10 +194,18 @@ class LoadControl:
             free = "child"
         elif not can_return:
             free = "one-shot"
+        self._away.pop(program, None)
         found.prompts[call] = prompt_tokens
         self._calls[call] = Call(program, now_s, prompt_tokens, free)
         if free is None:
             self._firsts[call] = self._calls[call]
+
+    def _look_again(self, now_s: float) -> None:
+        """Whether some of the programs that are away have been so for too long: in turns, so that all are seen."""
+        for name in [*islice(self._away, LOOK_AHEAD)]:
+            self._away.move_to_end(name)
+            if lapsed(self._live[name], self.returns, now_s):
+                self._lapse(name)
 
     def _returned(self, program: Program, now_s: float, revised: bool) -> None:
         gap = now_s - program.ended_s
@@ -255,9 +270,15 @@ class LoadControl:
             self._read_s_per_token.add(read_s / read_tokens, read_tokens)
         self._decode_s.add(decode_s)
         self._closed_until_s = -inf
+        self._leaves(one.program)
         if last and not program.prompts:
-            self._lapse(one.program, program)
+            self._lapse(one.program)
             self._counted_s = -inf
+
+    def _leaves(self, name: str) -> None:
+        """A call of the program is no more; without others it is away."""
+        if not self._live[name].prompts:
+            self._away[name] = None
 
     def abort(self, call: str, now_s: float) -> None:
         """A call ended before its answer did, or before it began. Unknown ones are no matter."""
@@ -268,7 +289,9 @@ class LoadControl:
         program = self._live[one.program]
         del program.prompts[call]
         program.ended_s = now_s
-        if not program.prompts and not program.turns:
+        if program.prompts or program.turns:
+            self._leaves(one.program)
+        else:
             del self._live[one.program]
         self._counted_s = self._closed_until_s = -inf
 
@@ -276,7 +299,7 @@ class LoadControl:
         """A program without calls is over. One with calls goes on, unknown ones are no matter."""
         self._gone.pop(program, None)
         if program in self._live and not self._live[program].prompts:
-            del self._live[program]
+            del self._live[program], self._away[program]
             self._counted_s = self._closed_until_s = -inf
 
     # Decisions.
@@ -303,7 +326,7 @@ class LoadControl:
             if not self.closed(now_s):
                 self._closed_until_s = now_s + COUNT_S
             return False
-        if not one.begun and call in self._firsts:
+        if one.free is None and call in self._firsts:
             self._begun[why] += 1
             one.free = why
         return True
@@ -341,6 +364,8 @@ class LoadControl:
         for program in self._live.values():
             if not program.begun:
                 continue
+            if program.prompts:
+                return False
             there = presence(program, self.returns, now_s)
             if there:
                 away = now_s - program.ended_s
@@ -359,7 +384,7 @@ class LoadControl:
             if not program.begun:
                 continue
             if lapsed(program, self.returns, now_s):
-                self._lapse(name, program)
+                self._lapse(name)
                 continue
             there = presence(program, self.returns, now_s)
             tokens = max(program.context, *program.prompts.values()) if program.prompts else program.context + growth
@@ -371,9 +396,10 @@ class LoadControl:
             if programs:
                 self._claims += claim(tokens / programs, growth, stays(self.returns, named, number), programs)
 
-    def _lapse(self, name: str, program: Program) -> None:
+    def _lapse(self, name: str) -> None:
+        program = self._gone[name] = self._live.pop(name)
+        del self._away[name]
         self.returns.gone(program.turn(), program.tool)
-        self._gone[name] = self._live.pop(name)
         if len(self._gone) > PROGRAMS_KEPT:
             self._gone.popitem(last=False)
 
@@ -433,6 +459,8 @@ class LoadControl:
         for name, program in self._live.items():
             if not program.prompts and not program.turns:
                 found.append(f"the program {name!r} has neither calls nor turns")
+            if (name in self._away) == bool(program.prompts):
+                found.append(f"the program {name!r} with {len(program.prompts)} calls is not where such programs are")
             if any(call not in self._calls for call in program.prompts):
                 found.append(f"the program {name!r} has calls that are gone")
         found += [

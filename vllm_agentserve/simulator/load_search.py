@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from vllm_agentserve.bench.cost import StepCost
 from vllm_agentserve.policy.load import LoadControl
 from vllm_agentserve.simulator.kv_blocks import KvBlocks
-from vllm_agentserve.simulator.pressure import Agent, FixedLimit, LoadGate, NoLimit, Outcome, PressureEngine, Turn
+from vllm_agentserve.simulator.pressure import Agent, FixedLimit, LoadGate, Outcome, PressureEngine, Turn
 
 ENGINE = StepCost(base=4.63, sequence=0.12, context=0.48, tokens=51.5, attended=27.7, prefill=1.47)
 """The toy model on two cores, the engine alone (`docs/results/cost.json`)."""
@@ -304,7 +305,7 @@ def controlled(cell: Cell, seed: int, ends_told: bool) -> dict[str, float]:
     return figures(engine.run(cell.traffic(seed)), began)
 
 
-def measure(cell: Cell) -> dict[str, object]:
+def measure(cell: Cell) -> dict[str, Any]:
     """All arms of a cell."""
     seeds = range(cell.seeds)
 
@@ -320,20 +321,22 @@ def measure(cell: Cell) -> dict[str, object]:
         return run
 
     fixed = {limit: arm(limited(limit)) for limit in cell.limits if limit < cell.programs.number}
-    best = min(fixed, key=lambda limit: fixed[limit]["session_mean_s"], default=None)
+    best = min(fixed, key=lambda limit: fixed[limit]["session_mean_s"]) if fixed else None
     return {
         "group": cell.group,
         "cell": cell.name,
-        "none": arm(lambda seed: figures(cell.machine.engine(NoLimit()).run(cell.traffic(seed)), 0.0)),
+        "none": arm(lambda seed: figures(cell.machine.engine(FixedLimit()).run(cell.traffic(seed)), 0.0)),
         "control": arm(lambda seed: controlled(cell, seed, True)),
         "control, ends not told": arm(lambda seed: controlled(cell, seed, False)),
         "best limit": best,
         "fixed": fixed[best] if best is not None else None,
-        "endless": arm(lambda seed: figures(cell.machine.engine(NoLimit(), endless=True).run(cell.traffic(seed)), 0.0)),
+        "endless": arm(
+            lambda seed: figures(cell.machine.engine(FixedLimit(), endless=True).run(cell.traffic(seed)), 0.0)
+        ),
     }
 
 
-def table(rows: Sequence[dict[str, object]]) -> str:
+def table(rows: Sequence[dict[str, Any]]) -> str:
     """Session mean, p95 and makespan relative to no limit; turns per second."""
     lines = []
     group = None
@@ -346,10 +349,10 @@ def table(rows: Sequence[dict[str, object]]) -> str:
                 "| turns/s: none, control, fixed, endless | held at most (s) |"
             )
             lines.append("|---|---|---|---|---|---|---|")
-        none: dict[str, float] = row["none"]  # type: ignore[assignment]
+        none: dict[str, float] = row["none"]
 
-        def ratios(name: str, of: dict[str, float] = none, row: dict[str, object] = row) -> str:
-            arm: dict[str, float] | None = row[name]  # type: ignore[assignment]
+        def ratios(name: str, of: dict[str, float] = none, row: dict[str, Any] = row) -> str:
+            arm: dict[str, float] | None = row[name]
             if arm is None:
                 return ""
             text = " / ".join(f"{arm[key] / of[key]:.2f}" for key in ("session_mean_s", "session_p95_s", "makespan_s"))
@@ -358,15 +361,14 @@ def table(rows: Sequence[dict[str, object]]) -> str:
             return f"{text}, {arm['hit_ratio']:.2f}"
 
         rates = ", ".join(
-            f"{row[name]['turns_per_s']:.2f}" if row[name] else "-"  # type: ignore[index]
-            for name in ("none", "control", "fixed", "endless")
+            f"{row[name]['turns_per_s']:.2f}" if row[name] else "-" for name in ("none", "control", "fixed", "endless")
         )
         limit = f"{row['best limit']}: {ratios('fixed')}" if row["fixed"] else "-"
         lines.append(
             f"| {row['cell']} | {none['session_mean_s']:.1f}, {none['hit_ratio']:.2f} | {ratios('control')} "
             f"| {ratios('control, ends not told')} | {limit} | {rates} "
             f"| {row['control']['held_max_s']:.0f} |"
-        )  # type: ignore[index]
+        )
     return "\n".join(lines).strip() + "\n"
 
 

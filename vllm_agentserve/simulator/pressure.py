@@ -87,51 +87,64 @@ class LoadGate(Protocol):
     ) -> None: ...
 
 
-class NoLimit:
-    """Stock vLLM: everybody begins."""
+class FixedLimit:
+    """At most so many programs under way, whose ends are known: the best of these is what load control is held against.
 
-    def arrive(self, *_: object, **__: object) -> None:
-        pass
+    Args:
+        programs: None for no limit, as in stock vLLM.
+        turns: of each program by name, 1 for one-shot calls, which never wait.
+    """
 
-    def may_begin(self, *_: object, **__: object) -> bool:
-        return True
+    def __init__(self, programs: int | None = None, turns: dict[str, int] | None = None) -> None:
+        self._limit = programs
+        self._left = dict(turns or {})
+        self._begun: set[str] = set()
+        self._program: dict[str, str] = {}
+
+    def arrive(
+        self,
+        call: str,
+        program: str,
+        now_s: float,
+        prompt_tokens: int,
+        *,
+        named: bool = True,
+        parent: str | None = None,
+        can_return: bool = True,
+    ) -> None:
+        self._program[call] = program
+
+    def may_begin(self, call: str, now_s: float, *, idle: bool) -> bool:
+        if self._limit is None:
+            return True
+        program = self._program[call]
+        return program in self._begun or self._left[program] == 1 or len(self._begun) < self._limit
 
     def closed(self, now_s: float) -> bool:
         return False
 
-    def begin(self, *_: object) -> None:
-        pass
-
-    def end(self, *_: object, **__: object) -> None:
-        pass
-
-
-class FixedLimit(NoLimit):
-    """At most so many programs under way, whose ends are known: the best of these is what load control is held against."""
-
-    def __init__(self, programs: int, turns: dict[str, int]) -> None:
-        self._limit = programs
-        self._left = dict(turns)
-        self._begun: set[str] = set()
-        self._program: dict[str, str] = {}
-
-    def arrive(self, call: str, program: str, *_: object, **__: object) -> None:
-        self._program[call] = program
-
-    def may_begin(self, call: str, *_: object, **__: object) -> bool:
+    def begin(self, call: str, now_s: float, cached_tokens: int) -> None:
         program = self._program[call]
-        return program in self._begun or self._left[program] == 1 or len(self._begun) < self._limit
-
-    def begin(self, call: str, *_: object) -> None:
-        program = self._program[call]
-        if self._left[program] > 1:
+        if self._left.get(program, 1) > 1:
             self._begun.add(program)
 
-    def end(self, call: str, *_: object, **__: object) -> None:
+    def end(
+        self,
+        call: str,
+        now_s: float,
+        context_tokens: int,
+        *,
+        read_s: float,
+        read_tokens: int,
+        decode_s: float,
+        last: bool = False,
+        tool: str | None = None,
+    ) -> None:
         program = self._program.pop(call)
-        self._left[program] -= 1
-        if not self._left[program]:
-            self._begun.discard(program)
+        if program in self._left:
+            self._left[program] -= 1
+            if not self._left[program]:
+                self._begun.discard(program)
 
 
 @dataclass(slots=True)
@@ -284,7 +297,7 @@ class PressureEngine:
 
     def _schedule(self) -> list[tuple[Request, int]]:
         """What vLLM's scheduler gives to whom in the next step: request and tokens."""
-        budget, chunks = self._step_tokens, []
+        budget, chunks = self._step_tokens, list[tuple[Request, int]]()
         preempted = False
         index = 0
         while index < len(self._running) and budget:
