@@ -158,6 +158,17 @@ def test_three_that_are_gone_where_all_came_back_change_the_share() -> None:
     assert share.samples > 3
 
 
+def test_a_late_return_ends_a_run() -> None:
+    share = Share()
+    for _ in range(20):
+        share.add(True)
+    for _ in range(6):
+        share.add(False)
+        share.revise()
+    assert share.samples > 17
+    assert share.estimate(0.5, 1.0) > 0.95
+
+
 def test_results_that_alternate_change_nothing() -> None:
     share = Share()
     for _ in range(20):

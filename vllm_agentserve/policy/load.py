@@ -54,9 +54,13 @@ FIRST_ROOM, LEAST_ROOM, MOST_ROOM = 0.95, 0.85, 1.15
 """Share of the pool that contexts can fill before they push each other out: at first, and the bounds of what is measured."""
 ROOM_STEP = 0.02
 ROOM_TOLERANCE = 0.1
+FITS = 1.1
+"""Programs that will want so many pools at most are not held: they seldom want it all at once."""
 PRESSURES = tuple(step / 10 for step in range(5, 11))
 """Limits that are tried, in pools."""
 TURNS_KEPT = 32.0
+UNTRUE = 0.15
+"""Ends that are told are believed while returns after them are at most this share of both."""
 LOOK_AHEAD = 4
 """Programs that are away and looked at again whenever a call comes."""
 PROGRAMS_KEPT = 65_536
@@ -145,6 +149,8 @@ class LoadControl:
         self._calls: dict[str, Call] = {}
         self._firsts: dict[str, Call] = {}
         """First calls that have not begun."""
+        self._untrue = Mean()
+        """1 for a program that came back after its told end, 0 for a told end."""
         self._hits = Mean()
         self._read_s_per_token = Mean()
         self._decode_s = Mean()
@@ -210,6 +216,9 @@ class LoadControl:
     def _returned(self, program: Program, now_s: float, revised: bool) -> None:
         gap = now_s - program.ended_s
         program.own.add(gap)
+        if program.over:
+            self._untrue.add(1.0)
+            program.over = False
         self.returns.returned(program.turn(), program.tool, gap, revised)
 
     def begin(self, call: str, now_s: float, cached_tokens: int) -> None:
@@ -272,8 +281,11 @@ class LoadControl:
         self._closed_until_s = -inf
         self._leaves(one.program)
         if last and not program.prompts:
-            self._lapse(one.program)
-            self._counted_s = -inf
+            program.over = True
+            self._untrue.add(0.0)
+            if self._untrue.value <= UNTRUE:
+                self._lapse(one.program)
+                self._counted_s = -inf
 
     def _leaves(self, name: str) -> None:
         """A call of the program is no more; without others it is away."""
@@ -414,7 +426,7 @@ class LoadControl:
             if prompts:
                 everybody += self._newcomer(named, sum(prompts) / len(prompts), len(prompts))
         pool = self.pool_tokens * self._room
-        if everybody.most <= pool:
+        if everybody.most <= FITS * self.pool_tokens:
             self._limit, self._reason = inf, "fits"
             return
         footprint = everybody.most / everybody.programs
