@@ -62,7 +62,7 @@ class LaneDriver(Driver):
 
 def started(asynchronous: bool = False, **given: Any) -> tuple[Any, LaneDriver]:
     """A scheduler with lanes and one stream that decodes."""
-    options = {"mode": "lanes", "lane_min_tokens": 100, "lane_jobs": 2} | given.pop("options", {})
+    options = {"mode": "lanes", "lane_min_tokens": 100, "lane_max_requests": 2} | given.pop("options", {})
     scheduler: Any = make_scheduler(asynchronous=asynchronous, options=options, lanes=True, **given)
     driver = LaneDriver(scheduler, depth=2 if asynchronous else 1)
     scheduler.add_request(make_request("stream", 20))

@@ -208,7 +208,7 @@ def at_work(
     asynchronous: bool = False, make: Callable[[KvContents], Any] = FollowedLane, restarts: int = 3, **given: Any
 ) -> tuple[Any, WorkerDriver]:
     """A scheduler, its worker with a lane, and one stream `s` that decodes."""
-    options = {"mode": "lanes", "lane_min_tokens": 100, "lane_jobs": 2} | given.pop("options", {})
+    options = {"mode": "lanes", "lane_min_tokens": 100, "lane_max_requests": 2} | given.pop("options", {})
     scheduler: Any = make_scheduler(asynchronous=asynchronous, options=options, lanes=True, **given)
     driver = WorkerDriver(scheduler, make, restarts, depth=2 if asynchronous else 1)
     scheduler.add_request(make_request("s", 20))

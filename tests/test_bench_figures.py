@@ -243,10 +243,8 @@ def test_where_long_prompts_were_computed_is_said_for_arms_with_a_lane() -> None
     name = "vllm:agentserve_{}_requests".format
     rounds = [
         RoundRecord(arm="stock", round=0, began="", server={"vllm:generation_tokens": 5.0}),
-        RoundRecord(arm="auto", round=0, began="", server={name("lane_tight_target"): 3.0, name("step_short"): 9.0}),
-        RoundRecord(
-            arm="auto", round=1, began="", server={name("step_loose_target"): 4.0, name("lane_tight_target"): 2.0}
-        ),
+        RoundRecord(arm="auto", round=0, began="", server={name("lane_faster"): 3.0, name("step_short"): 9.0}),
+        RoundRecord(arm="auto", round=1, began="", server={name("step_faster"): 4.0, name("lane_faster"): 2.0}),
     ]
     assert decisions(rounds) == [
         "Long prompts of auto: 5 by the prefill lane, which reads them faster than steps within the target; "

@@ -118,7 +118,7 @@ def test_who_cannot_be_admitted_gets_no_time_reserved() -> None:
         scheduler.add_request(make_request(f"resume-{number}", context + [number] * 60))
     backlog, reserved = planned(scheduler, driver)
     assert (backlog.prompts, reserved) == (3, 0)
-    assert scheduler._stats.take()["waiting_prefill_tokens"] == backlog.tokens >= 180
+    assert scheduler._stats.take()["pending_prefill_tokens"] == backlog.tokens >= 180
     while "short" in scheduler.requests:
         driver.step()
     scheduler._queue.blocked = False
@@ -137,7 +137,7 @@ def test_who_finds_no_blocks_gets_no_time_reserved(asynchronous: bool) -> None:
     driver.step()
     assert scheduler._queue.blocked
     assert planned(scheduler, driver) == (Backlog(1, 320, pytest.approx(0.0, abs=1e5)), 0)
-    assert scheduler._stats.take()["waiting_prefill_tokens"] == 320
+    assert scheduler._stats.take()["pending_prefill_tokens"] == 320
     for _ in range(60):
         driver.step()
     assert "prompt" not in scheduler.requests

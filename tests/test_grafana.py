@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from vllm_agentserve.config import SERIES
-from vllm_agentserve.scheduler.program_series import LABELLED
+from vllm_agentserve.scheduler.program_stats import LABELLED
 from vllm_agentserve.scheduler.stats import COUNTERS, GAUGES
 
 ROOT = Path(__file__).resolve().parent.parent

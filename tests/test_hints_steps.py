@@ -87,7 +87,7 @@ def test_a_sub_agent_is_charged_to_its_parent() -> None:
     scheduler.add_request(make_request("anonymous child", 30, max_tokens=2, hints=child))
     scheduler.add_request(make_request("new", 30, max_tokens=2, session="new"))
     assert served(scheduler, driver) == ["running", "new", "child", "anonymous child"]
-    assert scheduler._stats.take()["programs_live"] == 3
+    assert scheduler._stats.take()["programs_tracked"] == 3
 
 
 def test_threads_have_paths_of_their_own() -> None:
@@ -107,13 +107,13 @@ def test_threads_have_paths_of_their_own() -> None:
     assert served(scheduler, driver) == ["running", "short", "long"]
 
 
-def test_wrong_hints_are_counted_and_said_once_per_kind(caplog: pytest.LogCaptureFixture) -> None:
+def test_invalid_hints_are_counted_and_said_once_per_kind(caplog: pytest.LogCaptureFixture) -> None:
     scheduler, driver = started("fcfs")
     for number in range(5):
         hints = {"agent_class": "urgent", "agent_deadline_ms": -number, f"agent_{number}": 1}
         scheduler.add_request(make_request(f"r{number}", 30, max_tokens=2, hints=hints))
     assert len(served(scheduler, driver)) == 5
-    assert scheduler.counts["wrong_hints"] == 15
+    assert scheduler.counts["invalid_hints"] == 15
     said = [record.getMessage() for record in caplog.records if "hint" in record.getMessage()]
     assert len(said) == 3
     assert any("must be 'interactive' or 'batch'" in line for line in said)
@@ -134,7 +134,7 @@ def test_strict_hints_refuse_the_request_where_it_comes_in(strict: bool, refused
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
-    hooks.refuse_wrong_hints(UpstreamHooks)
+    hooks.refuse_invalid_hints(UpstreamHooks)
     scheduler: Any = make_scheduler(options={"strict_hints": strict})
     processor = InputProcessor.__new__(InputProcessor)
     processor.vllm_config = scheduler.vllm_config
@@ -149,7 +149,7 @@ def test_strict_hints_refuse_the_request_where_it_comes_in(strict: bool, refused
 def test_stock_servers_take_no_notice() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
-    hooks.refuse_wrong_hints(UpstreamHooks)
+    hooks.refuse_invalid_hints(UpstreamHooks)
     scheduler: Any = make_scheduler(options={"strict_hints": True})
     processor = InputProcessor.__new__(InputProcessor)
     processor.vllm_config = scheduler.vllm_config

@@ -69,7 +69,7 @@ def test_an_example_without_a_server_says_so() -> None:
 def test_hostile_hints_harm_nobody(server: VllmServer) -> None:
     """Any JSON in the place of hints: the request is served, or refused by vLLM itself; others notice nothing."""
     rng = random.Random(8)
-    before = metrics(server)["wrong_hints_total"]
+    before = metrics(server)["invalid_hints_total"]
     plain = {"prompt": list(range(5, 60)), "max_tokens": 8, "temperature": 0}
     expected = post(server, "/v1/completions", plain)["choices"][0]["text"]
     names = [
@@ -112,7 +112,7 @@ def test_hostile_hints_harm_nobody(server: VllmServer) -> None:
     assert set(refused) <= {400, 422}
     assert post(server, "/v1/completions", plain)["choices"][0]["text"] == expected
     time.sleep(0.2)
-    assert metrics(server)["wrong_hints_total"] > before
+    assert metrics(server)["invalid_hints_total"] > before
     log = server.log.read_text(errors="replace")
     assert log.count("a hint is ignored") <= 5
     assert "x" * 100 not in log

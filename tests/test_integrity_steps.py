@@ -185,7 +185,7 @@ def test_an_idle_engine_says_what_is_wrong_as_often_as_it_was_asked_to(
 ) -> None:
     now = 1000.0
     monkeypatch.setattr(integrity, "monotonic", lambda: now)
-    scheduler: Any = make_scheduler(options={"mode": "time-sliced", "integrity_check_s": 60})
+    scheduler: Any = make_scheduler(options={"mode": "time-sliced", "integrity_check_interval_s": 60})
     logger = logging.getLogger("books")
 
     def look() -> int:

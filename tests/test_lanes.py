@@ -73,7 +73,7 @@ def test_answers_equal_stock(lanes: LLM, stock: Answers, answers: Answers) -> No
     assert differences(mixed_jobs(), stock, answers) == []
     done = counts(lanes)
     assert done["lane_requests"] > 100
-    assert done["steps_beside_lane"] > 100
+    assert done["lane_overlapped_steps"] > 100
     assert done["lane_failed_requests"] == 0
 
 

@@ -21,7 +21,7 @@ def test_what_is_not_for_the_lane(asynchronous: bool) -> None:
         scheduler.add_request(request)
         driver.until(request.request_id)
     done = counts(scheduler)
-    assert (done["step_short_requests"], done["step_unfit_requests"]) == (2, 1)  # the stream is short too
+    assert (done["step_short_requests"], done["step_ineligible_requests"]) == (2, 1)  # the stream is short too
     assert not driver.jobs
 
 
@@ -30,12 +30,12 @@ def test_nobody_decodes() -> None:
     driver = LaneDriver(scheduler)
     scheduler.add_request(make_request("cold", 600))
     assert driver.step() == {"cold": 600}
-    assert counts(scheduler)["step_idle_requests"] == 1
+    assert counts(scheduler)["step_no_decodes_requests"] == 1
 
 
 @pytest.mark.parametrize(
     ("target_rate", "in_lane", "reason"),
-    [(500.0, True, "lane_tight_target_requests"), (5000.0, False, "step_loose_target_requests")],
+    [(500.0, True, "lane_faster_requests"), (5000.0, False, "step_faster_requests")],
 )
 def test_auto_decides_by_rates(target_rate: float, in_lane: bool, reason: str) -> None:
     scheduler, driver = started(options={"mode": "auto", "tpot_slo_ms": 20})
@@ -56,7 +56,7 @@ def test_auto_knows_nothing_at_first() -> None:
     scheduler._controller.whole.model = type(scheduler._controller.whole.model)()
     scheduler.add_request(make_request("cold", 600))
     driver.until("cold")
-    assert counts(scheduler)["step_unknown_requests"] == 1
+    assert counts(scheduler)["step_unmeasured_requests"] == 1
 
 
 @both

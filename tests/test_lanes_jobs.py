@@ -55,7 +55,7 @@ def test_a_lane_that_dies_after_it_was_asked(asynchronous: bool) -> None:
 
 @both
 def test_a_lane_that_is_ended_because_jobs_fail_answers_its_others(asynchronous: bool) -> None:
-    scheduler, driver = at_work(asynchronous, idle, options={"lane_jobs": 4})
+    scheduler, driver = at_work(asynchronous, idle, options={"lane_max_requests": 4})
     for name in "abcd":
         scheduler.add_request(make_request(name, 400, max_tokens=3))
     driver.step()

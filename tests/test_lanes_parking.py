@@ -13,7 +13,7 @@ BOUND = 64
 @both
 def test_a_parked_prompt_is_overtaken_for_as_many_steps_as_any_other(asynchronous: bool) -> None:
     """Resume prefills that come again and again go before a cold prompt, in the park too, but not for ever."""
-    scheduler, driver = started(asynchronous, options={"lane_jobs": 1})
+    scheduler, driver = started(asynchronous, options={"lane_max_requests": 1})
     scheduler.add_request(make_request("base", BASE, max_tokens=1))
     driver.step()
     driver.end("base")
@@ -76,7 +76,7 @@ def test_a_prompt_whose_beginning_is_being_computed_does_not_compute_it_again(as
 
 @pytest.mark.parametrize("room", [None, 1])
 def test_overdue_prompts_are_first_when_there_is_room(room: int | None) -> None:
-    scheduler, driver = started(options={"lane_jobs": 1})
+    scheduler, driver = started(options={"lane_max_requests": 1})
     scheduler.add_request(make_request("long", 3000))
     driver.step()
     scheduler.add_request(make_request("old", 600))
@@ -96,7 +96,7 @@ def test_overdue_prompts_are_first_when_there_is_room(room: int | None) -> None:
 @both
 def test_a_prompt_that_was_overdue_before_it_was_parked_goes_through_steps_too(asynchronous: bool) -> None:
     """Every place is taken until it is overdue in line; then it is parked for a lane whose one job takes minutes."""
-    scheduler, driver = started(asynchronous, options={"lane_jobs": 1}, max_num_seqs=4)
+    scheduler, driver = started(asynchronous, options={"lane_max_requests": 1}, max_num_seqs=4)
     scheduler.add_request(make_request("long", 3000))
     for _ in range(2):
         driver.step()

@@ -110,14 +110,14 @@ CONFIG = SimpleNamespace(obstacle=None)
 
 
 def test_a_lane_is_put_together(gpu: type[GPU]) -> None:
-    lane = StreamLane.start(options(lane_jobs=4), CONFIG, "kv cache config")
+    lane = StreamLane.start(options(lane_max_requests=4), CONFIG, "kv cache config")
     runner = gpu.runner
     assert runner is not None
     assert lane.slots == (Slot(32, 100), Slot(64, 68), Slot(96, 36))
     assert runner.made[1:] == (CONFIG, "kv cache config", 5, 1600)
     assert runner.led == (lane.step, lane.step_goes_on)
     names, largest = runner.graphs or ([], 0)
-    assert (len(set(names)), largest) == (3, AgentServeConfig().lane_graph_tokens)
+    assert (len(set(names)), largest) == (3, AgentServeConfig().lane_cudagraph_tokens)
     lengths = [tokens for _, tokens in runner.warmed]
     assert lengths == [704, 448, 256, 1600]
     assert len({name for name, _ in runner.warmed} | set(names)) == 7, "every stream has one kind of work"

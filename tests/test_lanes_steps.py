@@ -21,7 +21,7 @@ def test_admitted_computed_and_handed_over(asynchronous: bool) -> None:
     assert driver.until("cold")[-1] == {"stream": 1, "cold": 1}
     assert driver.step() == {"stream": 1, "cold": 1}
     done = counts(scheduler)
-    assert (done["lane_requests"], done["lane_tokens"], done["lane_asked_requests"]) == (1, 599, 1)
+    assert (done["lane_requests"], done["lane_tokens"], done["lane_forced_requests"]) == (1, 599, 1)
     assert done["cold_prefill_requests"] == 2
     assert not scheduler._lane.busy
 
@@ -90,7 +90,7 @@ def test_a_job_carries_the_rank_of_its_call(asynchronous: bool) -> None:
 
 @both
 def test_a_full_lane_holds_others_back(asynchronous: bool) -> None:
-    scheduler, driver = started(asynchronous, options={"lane_jobs": 1})
+    scheduler, driver = started(asynchronous, options={"lane_max_requests": 1})
     for name in ("a", "b", "c"):
         scheduler.add_request(make_request(name, 400))
     for _ in range(4):
@@ -109,7 +109,7 @@ def test_a_full_lane_holds_others_back(asynchronous: bool) -> None:
 @both
 def test_held_prompts_are_not_looked_at_again_and_again(asynchronous: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Thirty agents behind a busy lane cost a step nothing; they get their turns one by one, in order."""
-    scheduler, driver = started(asynchronous, options={"lane_jobs": 1})
+    scheduler, driver = started(asynchronous, options={"lane_max_requests": 1})
     names = [f"agent-{n:02}" for n in range(30)]
     for name in names:
         scheduler.add_request(make_request(name, 400, max_tokens=1))

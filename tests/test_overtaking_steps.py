@@ -20,7 +20,7 @@ from vllm_agentserve.policy.order import Urgency
 from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.policy.preemption import PreemptionAccount
 from vllm_agentserve.scheduler.admission import Admission
-from vllm_agentserve.scheduler.announcer import Announcer
+from vllm_agentserve.scheduler.log_messages import LogMessages
 from vllm_agentserve.scheduler.programs import ProgramTracker
 from vllm_agentserve.scheduler.queues import AgentQueue
 from vllm_agentserve.scheduler.stats import StatsCollector
@@ -95,7 +95,7 @@ class Line:
         scheduler: Any = SimpleNamespace(requests=self.requests, kv_cache_manager=self, coordinator=self)
         self.coordinator = self
         self.admission = Admission(
-            scheduler, controller, stats, self.programs, Announcer(init_logger("vllm.agentserve"))
+            scheduler, controller, stats, self.programs, LogMessages(init_logger("vllm.agentserve"))
         )
         self.queue = AgentQueue(self.admission.key, BOUND, BATCH_BOUND)
 

@@ -228,7 +228,7 @@ def test_toy_model_is_made_once(toy_model: Path) -> None:
 
 
 def test_the_operations_page_explains_every_series() -> None:
-    from vllm_agentserve.scheduler.program_series import LABELLED
+    from vllm_agentserve.scheduler.program_stats import LABELLED
     from vllm_agentserve.scheduler.stats import COUNTERS, GAUGES
 
     page = (ROOT / "docs" / "operations.md").read_text()

@@ -54,7 +54,7 @@ def test_right_hints_are_taken(given_: dict[str, Any] | None, hints: Hints) -> N
         ("agent_" + "x" * 10_000, 1, "is not allowed: it must be named"),
     ],
 )
-def test_wrong_hints_are_named_and_the_others_hold(name: str, value: Any, message: str) -> None:
+def test_invalid_hints_are_named_and_the_others_hold(name: str, value: Any, message: str) -> None:
     hints, errors = read_hints({name: value} | {key: right for key, right in RIGHT.items() if key != name})
     assert len(errors) == 1
     assert message in str(errors[0])

@@ -23,14 +23,14 @@ from vllm_agentserve.policy.slots import (
     ("prompt", "decodes", "in_flight", "answer"),
     [
         (Prompt(99), 4, 0, (Route.STEP, Reason.SHORT)),
-        (Prompt(100), 4, 0, (Route.LANE, Reason.ASKED)),
-        (Prompt(5000), 0, 0, (Route.STEP, Reason.NOBODY_DECODES)),
-        (Prompt(5000, fit=False), 4, 0, (Route.STEP, Reason.UNFIT)),
-        (Prompt(5000), 1, 1, (Route.LANE, Reason.ASKED)),
-        (Prompt(5000), 1, 2, (Route.HOLD, Reason.ASKED)),
-        (Prompt(5000), 1, 9, (Route.HOLD, Reason.ASKED)),
+        (Prompt(100), 4, 0, (Route.LANE, Reason.FORCED)),
+        (Prompt(5000), 0, 0, (Route.STEP, Reason.NO_DECODES)),
+        (Prompt(5000, eligible=False), 4, 0, (Route.STEP, Reason.INELIGIBLE)),
+        (Prompt(5000), 1, 1, (Route.LANE, Reason.FORCED)),
+        (Prompt(5000), 1, 2, (Route.HOLD, Reason.FORCED)),
+        (Prompt(5000), 1, 9, (Route.HOLD, Reason.FORCED)),
         # Asked for is asked for, whatever would be faster.
-        (Prompt(5000, step_rate=4000.0, lane_rate=1000.0), 1, 0, (Route.LANE, Reason.ASKED)),
+        (Prompt(5000, step_rate=4000.0, lane_rate=1000.0), 1, 0, (Route.LANE, Reason.FORCED)),
     ],
 )
 def test_routes_when_lanes_are_asked_for(prompt: Prompt, decodes: int, in_flight: int, answer: tuple) -> None:
@@ -40,15 +40,15 @@ def test_routes_when_lanes_are_asked_for(prompt: Prompt, decodes: int, in_flight
 @pytest.mark.parametrize(
     ("step_rate", "lane_rate", "in_flight", "answer"),
     [
-        (None, None, 0, (Route.STEP, Reason.UNKNOWN)),
-        (3000.0, None, 0, (Route.STEP, Reason.UNKNOWN)),
-        (None, 2000.0, 0, (Route.STEP, Reason.UNKNOWN)),
-        (3000.0, 2000.0, 0, (Route.STEP, Reason.LOOSE_TARGET)),
-        (1000.0, 2000.0, 0, (Route.LANE, Reason.TIGHT_TARGET)),
-        (1000.0, 2000.0, 2, (Route.HOLD, Reason.TIGHT_TARGET)),
+        (None, None, 0, (Route.STEP, Reason.UNMEASURED)),
+        (3000.0, None, 0, (Route.STEP, Reason.UNMEASURED)),
+        (None, 2000.0, 0, (Route.STEP, Reason.UNMEASURED)),
+        (3000.0, 2000.0, 0, (Route.STEP, Reason.STEP_FASTER)),
+        (1000.0, 2000.0, 0, (Route.LANE, Reason.LANE_FASTER)),
+        (1000.0, 2000.0, 2, (Route.HOLD, Reason.LANE_FASTER)),
         # A tenth slower is worth it: streams run at their own pace beside the lane.
-        (2190.0, 2000.0, 0, (Route.LANE, Reason.TIGHT_TARGET)),
-        (2210.0, 2000.0, 0, (Route.STEP, Reason.LOOSE_TARGET)),
+        (2190.0, 2000.0, 0, (Route.LANE, Reason.LANE_FASTER)),
+        (2210.0, 2000.0, 0, (Route.STEP, Reason.STEP_FASTER)),
     ],
 )
 def test_auto_takes_what_reads_the_prompt_faster(
@@ -63,7 +63,7 @@ def test_a_lane_that_failed_gets_nothing_until_one_is_started() -> None:
     policy.failed()
     assert policy.route(Prompt(9), 1, 0) == (Route.STEP, Reason.LANE_DOWN)
     policy.started()
-    assert policy.route(Prompt(9), 1, 0) == (Route.LANE, Reason.ASKED)
+    assert policy.route(Prompt(9), 1, 0) == (Route.LANE, Reason.FORCED)
 
 
 @pytest.mark.parametrize(
@@ -242,13 +242,13 @@ def test_a_report_of_one_token_counts() -> None:
 def test_a_prompt_that_has_waited_for_room_goes_through_steps() -> None:
     policy = LanePolicy(100, 2)
     assert policy.route(Prompt(500), 4, 2, True) == (Route.STEP, Reason.LANE_FULL)
-    assert policy.route(Prompt(500), 4, 1, True) == (Route.LANE, Reason.ASKED)
+    assert policy.route(Prompt(500), 4, 1, True) == (Route.LANE, Reason.FORCED)
 
 
 def test_as_fast_as_steps_is_fast_enough() -> None:
     policy = LanePolicy(10, 2, compares=True)
-    assert policy.route(Prompt(100, step_rate=110.0, lane_rate=100.0), 1, 0)[1] is Reason.TIGHT_TARGET
-    assert policy.route(Prompt(100, step_rate=110.1, lane_rate=100.0), 1, 0)[1] is Reason.LOOSE_TARGET
+    assert policy.route(Prompt(100, step_rate=110.0, lane_rate=100.0), 1, 0)[1] is Reason.LANE_FASTER
+    assert policy.route(Prompt(100, step_rate=110.1, lane_rate=100.0), 1, 0)[1] is Reason.STEP_FASTER
 
 
 @pytest.mark.parametrize(("units", "smallest", "tokens"), [(4, 4, 100), (3, 4, 100), (5, 4, 100), (6, 4, 128)])

@@ -58,7 +58,7 @@ def test_a_rate_that_was_wrong_once_is_not_wrong_for_ever() -> None:
     rate, policy = LaneRate(0.5), LanePolicy(512, 2, compares=True)
     rate.report(256, 33.6)
     tries = 0
-    while policy.route(Prompt(5000, True, 300.0, rate.tokens_per_s(2000.0)), 4, 0)[1] is Reason.LOOSE_TARGET:
+    while policy.route(Prompt(5000, True, 300.0, rate.tokens_per_s(2000.0)), 4, 0)[1] is Reason.STEP_FASTER:
         rate.passed_over()
         tries += 1
         assert tries < 1000
@@ -95,7 +95,7 @@ def test_one_wrong_first_report_does_not_shut_the_lane_out_for_ever() -> None:
     tried = 0
     for _ in range(4000):
         reason = policy.route(Prompt(4000, True, 300.0, rate.tokens_per_s(1000.0)), 2, 0)[1]
-        if reason is Reason.LOOSE_TARGET:
+        if reason is Reason.STEP_FASTER:
             rate.passed_over()
         else:
             tried += 1

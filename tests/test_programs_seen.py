@@ -10,8 +10,8 @@ from schedulers import Driver, make_request, make_scheduler
 
 from vllm_agentserve.policy.program import identifier
 from vllm_agentserve.scheduler import metrics
-from vllm_agentserve.scheduler.program_series import BY_STREAM, LABELLED, ROW_KEYS, ROWS
-from vllm_agentserve.top_scrape import Reading, parse
+from vllm_agentserve.scheduler.program_stats import BY_STREAM, LABELLED, ROW_KEYS, ROWS
+from vllm_agentserve.top_scrape import EngineMetrics, parse
 from vllm_agentserve.vllm_compat import STATS_FIELD
 
 
@@ -31,7 +31,7 @@ class Page:
     def text(self) -> str:
         return generate_latest(self.registry).decode()
 
-    def reading(self, engine: int = 0) -> Reading:
+    def reading(self, engine: int = 0) -> EngineMetrics:
         return parse(self.text(), 0.0)[str(engine)]
 
 
@@ -65,7 +65,7 @@ def test_a_row_says_what_a_program_does(page: Page, asynchronous: bool) -> None:
     run(driver)
     page.record(scheduler._stats.take())
     row = row_of(page, "s")
-    assert (row["turns"], row["waiting"], row["decoding"], row["kv_tokens"]) == (1, 0, 0, 0)
+    assert (row["calls"], row["waiting"], row["decoding"], row["kv_tokens"]) == (1, 0, 0, 0)
     assert row["cached_ratio"] == 0
     assert 19 <= row["decode_tokens"] <= 22
     assert row["service_seconds"] > 0
@@ -76,7 +76,7 @@ def test_a_row_says_what_a_program_does(page: Page, asynchronous: bool) -> None:
     run(driver, 20)
     page.record(scheduler._stats.take())
     row = row_of(page, "s")
-    assert (row["turns"], row["waiting"], row["decoding"]) == (4, 1, 2)
+    assert (row["calls"], row["waiting"], row["decoding"]) == (4, 1, 2)
     assert (row["cold_prefill"], row["resume_prefill"]) == (0, 0)
     assert 0.3 < row["cached_ratio"] < 0.7
     running = [request for request in scheduler.running if request.num_tokens]
@@ -134,8 +134,8 @@ def test_rows_of_programs_that_are_gone_leave_the_page(page: Page) -> None:
 def test_several_api_servers_empty_rows_with_nan(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page is not the one of the report before: rows it never had are emptied too."""
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "set")
-    page.record({"programs_live": 1.0, "program_row_id:0": 7.0, "program_row_turns:0": 1.0})
-    assert page.reading().rows() == {7: {"id": 7.0, "turns": 1.0}}
+    page.record({"programs_tracked": 1.0, "program_row_id:0": 7.0, "program_row_calls:0": 1.0})
+    assert page.reading().rows() == {7: {"id": 7.0, "calls": 1.0}}
     assert page.text().count("NaN") == len(ROW_KEYS) - 2
 
 
@@ -165,7 +165,7 @@ def test_the_distribution_is_cumulative(page: Page) -> None:
     buckets = page.reading().labelled["program_service_seconds_bucket"]
     counts = [buckets[bound] for bound in sorted(buckets, key=float)]
     assert counts == sorted(counts)
-    assert counts[-1] == buckets["+Inf"] == page.reading().figures["programs_live"] == 5
+    assert counts[-1] == buckets["+Inf"] == page.reading().figures["programs_tracked"] == 5
     assert sorted(map(float, buckets))[:3] == [0.001, 0.003, 0.007]
 
 
@@ -175,7 +175,7 @@ def test_without_programs_nothing_is_said_of_them(page: Page) -> None:
     run(driver)
     page.record(scheduler.counts | scheduler._stats.take())
     assert page.reading().labelled == {}
-    assert "policy fcfs" in (page.reading().lack or "")
+    assert "policy fcfs" in (page.reading().missing or "")
 
 
 def test_rows_another_server_may_have_written_become_nan(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:

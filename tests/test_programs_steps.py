@@ -61,7 +61,7 @@ def test_continuations_are_charged_to_their_program() -> None:
     scheduler.add_request(make_request("new", 600, max_tokens=2))
     assert served(scheduler, driver)[-2:] == ["new", "goes on"]
     counts = scheduler.counts
-    assert (counts["program_first_requests"], counts["program_inferred_requests"]) == (3, 1)
+    assert (counts["program_new_requests"], counts["program_inferred_requests"]) == (3, 1)
 
 
 def test_nobody_starves_behind_programs_that_keep_coming() -> None:
@@ -97,7 +97,7 @@ def test_nothing_is_left_behind() -> None:
     table = scheduler._programs.table
     assert not table._calls
     assert len(table) == 1
-    assert scheduler._stats.take()["programs_live"] == 1
+    assert scheduler._stats.take()["programs_tracked"] == 1
 
 
 def test_vllms_own_priorities_stay_in_force() -> None:

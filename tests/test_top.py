@@ -30,7 +30,7 @@ vllm:agentserve_decode_steps_total{{{labels}}} 12.0
 vllm:agentserve_tpot_target_seconds{{{labels}}} 0.04
 vllm:agentserve_tpot_seconds{{{labels}}} 0.021
 vllm:agentserve_tpot_p95_seconds{{{labels}}} 0.055
-vllm:agentserve_programs_live{{{labels}}} {live}
+vllm:agentserve_programs_tracked{{{labels}}} {live}
 vllm:agentserve_lane_requests_total{{{labels}}} 0.0
 """
 TOLD = """\
@@ -39,7 +39,7 @@ vllm:agentserve_program_waiting_requests{{level="3",{labels}}} 2.0
 vllm:agentserve_program_service_seconds_bucket{{le="+Inf",{labels}}} 2.0
 """
 ROW = {
-    "turns": 5,
+    "calls": 5,
     "waiting": 0,
     "cold_prefill": 0,
     "resume_prefill": 0,
@@ -245,7 +245,7 @@ def test_addresses(url: str) -> None:
 
 def test_values_that_are_no_numbers_are_passed_over() -> None:
     labels = LABELS.format(engine=0)
-    emptied = rows({"id": 1}) + rows({"id": float("nan"), "turns": float("inf")}).replace('row="0"', 'row="1"')
+    emptied = rows({"id": 1}) + rows({"id": float("nan"), "calls": float("inf")}).replace('row="0"', 'row="1"')
     (reading,) = parse(emptied + f"vllm:kv_cache_usage_perc{{{labels}}} NaN\n", 0.0).values()
     assert list(reading.rows()) == [1]
     assert "kv_usage" not in reading.figures

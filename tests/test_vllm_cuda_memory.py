@@ -135,7 +135,7 @@ class Boot:
         worker.cache_config = SimpleNamespace(kv_cache_memory_bytes=own_size)
         worker.init_snapshot = SimpleNamespace(free_memory=80 * GIB)
         worker.vllm_config = SimpleNamespace(
-            additional_config={"agentserve": {"mode": "lanes", "lane_graph_tokens": 64}},
+            additional_config={"agentserve": {"mode": "lanes", "lane_cudagraph_tokens": 64}},
             scheduler_config=SimpleNamespace(max_num_batched_tokens=8192),
             model_config=SimpleNamespace(max_model_len=32768, get_vocab_size=lambda: 152_064),
             compilation_config=SimpleNamespace(cudagraph_capture_sizes=[1, 2, 4, 8, 64, 128, 256, 512]),

@@ -27,7 +27,7 @@ OPTIONS = {
     "tpot_slo_ms": 30,
     "lane_min_tokens": 48,
     "lane_chunk_tokens": 64,
-    "lane_jobs": 4,
+    "lane_max_requests": 4,
     "lane_restarts": 1000,
     "first_chunk_tokens": 16,
 }

@@ -25,7 +25,7 @@ BY_LEVEL = {
 }
 ROWS = {
     "program_row_id": "Number of the program in this row: the first 24 bits of the SHA-256 of its session id.",
-    "program_row_turns": "Calls of the program so far.",
+    "program_row_calls": "Calls of the program so far.",
     "program_row_waiting": "Its calls that wait.",
     "program_row_cold_prefill": "Its calls in a cold prefill.",
     "program_row_resume_prefill": "Its calls in a resume prefill.",
@@ -56,7 +56,7 @@ ROW_KEYS = frozenset(key for keys in KEYS_OF_ROWS for key in keys)
 def program_report(table: ProgramTable, now: float) -> dict[str, float]:
     """The figures of programs at time `now` (s): O(levels + rows)."""
     table.look_again(LOOK_AGAIN, now)
-    report: dict[str, float] = {"programs_live": len(table)}
+    report: dict[str, float] = {"programs_tracked": len(table)}
     for level, waiting in enumerate(table.census.waiting):
         report[f"program_waiting_requests:{level}"] = waiting
     programs = 0

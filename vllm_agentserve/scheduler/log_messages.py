@@ -14,15 +14,15 @@ MODES = {
 """By whether there is a lane, whether prefills are cut, and whether the mode is `auto`; `stock` otherwise."""
 
 
-class Announcer:
+class LogMessages:
     """Args: logger: vLLM's, so that lines look like its own."""
 
     def __init__(self, logger: Logger) -> None:
         self._logger = logger
-        self._uncut: set[str] = set()
-        self._wrong: set[str] = set()
+        self._not_cut: set[str] = set()
+        self._invalid: set[str] = set()
 
-    def what_runs(
+    def startup(
         self,
         options: AgentServeConfig,
         lane: bool,
@@ -43,17 +43,17 @@ class Announcer:
         if order_obstacle is not None:
             self._logger.warning("agentserve: waiting requests keep vLLM's order: %s.", order_obstacle)
 
-    def uncut(self, obstacle: str) -> None:
+    def prefill_not_cut(self, obstacle: str) -> None:
         """Says, once per reason, that a prompt is longer than its budget."""
-        if obstacle not in self._uncut:
-            self._uncut.add(obstacle)
+        if obstacle not in self._not_cut:
+            self._not_cut.add(obstacle)
             self._logger.warning("agentserve: a prompt is not cut to the TPOT target because %s.", obstacle)
 
-    def wrong_hint(self, error: HintError) -> None:
+    def invalid_hint(self, error: HintError) -> None:
         """Says, once per hint, that it is ignored; all unknown ones are one kind. What the client sent stays out of the log."""
         kind = error.name if error.name in KNOWN else ""
-        if kind not in self._wrong:
-            self._wrong.add(kind)
+        if kind not in self._invalid:
+            self._invalid.add(kind)
             self._logger.warning(
                 "agentserve: a hint is ignored: vllm_xargs[%s] must be %s. Further ones of this kind are only counted.",
                 repr(kind) if kind else "'agent_...'",
