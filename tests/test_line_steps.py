@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 from pinned import pinned, with_cached_contexts
 from schedulers import make_request
+from vllm_agentserve.scheduler.line import Line
+from vllm_agentserve.scheduler.planning import backlog_of
+from vllm_agentserve.scheduler.queues import AgentQueue
 
 from vllm_agentserve.policy.latency import StepModel
 from vllm_agentserve.policy.order import AdmissionKey, Urgency
 from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.policy.target import Backlog
-from vllm_agentserve.scheduler.line import Line
-from vllm_agentserve.scheduler.planning import backlog_of
-from vllm_agentserve.scheduler.queues import AgentQueue
 
 
 def key(number: int, cold: bool, tokens: int = 100, batch: bool = False) -> AdmissionKey:

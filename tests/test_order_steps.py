@@ -4,9 +4,9 @@ import pytest
 from pinned import context_of, phases, pinned, waiting, with_cached_contexts
 from schedulers import BLOCK, Driver, make_request, make_scheduler
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue, PriorityRequestQueue
+from vllm_agentserve.scheduler.queues import AgentQueue
 
 from vllm_agentserve.policy.order import AdmissionKey, Urgency
-from vllm_agentserve.scheduler.queues import AgentQueue
 
 
 def test_resume_prefills_come_before_cold_ones_and_the_shortest_first() -> None:

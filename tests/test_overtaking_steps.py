@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from schedulers import make_request
 from vllm.logger import init_logger
 from vllm.v1.request import Request, RequestStatus
+from vllm_agentserve.scheduler.admission import Admission
+from vllm_agentserve.scheduler.programs import ProgramTracker
+from vllm_agentserve.scheduler.queues import AgentQueue
 
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.policy.controller import BudgetController, BudgetLimits
 from vllm_agentserve.policy.order import Urgency
 from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.policy.preemption import PreemptionAccount
-from vllm_agentserve.scheduler.admission import Admission
 from vllm_agentserve.scheduler.log_messages import LogMessages
-from vllm_agentserve.scheduler.programs import ProgramTracker
-from vllm_agentserve.scheduler.queues import AgentQueue
 from vllm_agentserve.scheduler.stats import StatsCollector
 
 BOUND, BATCH_BOUND = 7, 15

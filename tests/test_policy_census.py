@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from vllm_agentserve.policy.census import Stage
+
 from vllm_agentserve.policy.program import Program, identifier
 from vllm_agentserve.policy.programs import ProgramTable
 

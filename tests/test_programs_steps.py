@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from schedulers import Driver, make_request, make_scheduler
 from vllm.v1.request import RequestStatus
-
 from vllm_agentserve.policy.census import Stage
+
 from vllm_agentserve.vllm_compat.scheduler import preempt
 
 

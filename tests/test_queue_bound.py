@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pinned import pinned
 from schedulers import make_request
+from vllm_agentserve.scheduler.queues import AgentQueue
 
 from vllm_agentserve.policy.order import AdmissionKey, admission_key
 from vllm_agentserve.policy.phase import Phase
-from vllm_agentserve.scheduler.queues import AgentQueue
 
 STEPS = 7
 """How many steps a request may be overtaken in these tests."""
