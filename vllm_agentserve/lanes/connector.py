@@ -18,8 +18,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from vllm_agentserve.config import AgentServeConfig
+from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker, lane_worker
 from vllm_agentserve.lanes.lane import LaneReport
-from vllm_agentserve.lanes.worker import LaneWorker, lane_worker
 from vllm_agentserve.policy.jobs import Job
 from vllm_agentserve.vllm_compat.weights import refuse_weight_updates
 
@@ -58,7 +58,7 @@ class LaneConnector(KVConnectorBase_V1):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self.half: Any = None
-        """At the worker `LaneWorker`, at the scheduler `LaneDispatch`, which the scheduler sets before its first step."""
+        """At the worker `LaneConnectorWorker`, at the scheduler `LaneConnectorScheduler`, which the scheduler sets before its first step."""
         if role is KVConnectorRole.WORKER:
             refuse_weight_updates()
             options = AgentServeConfig.from_additional_config(vllm_config.additional_config)
@@ -116,5 +116,5 @@ class LaneConnector(KVConnectorBase_V1):
         return LaneWorkerMetadata(report) if report is not None else None
 
     def shutdown(self) -> None:
-        if isinstance(self.half, LaneWorker):
+        if isinstance(self.half, LaneConnectorWorker):
             self.half.close()

@@ -74,7 +74,7 @@ def has_lane_connector(scheduler: "Scheduler") -> bool:
 
 
 def serve_lane_connector(scheduler: "Scheduler", dispatch: Any) -> None:
-    """Makes `LaneDispatch` the scheduler's half of the lane connector, which vLLM has made without one."""
+    """Makes `LaneConnectorScheduler` the scheduler's half of the lane connector, which vLLM has made without one."""
     scheduler.connector.half = dispatch
 
 

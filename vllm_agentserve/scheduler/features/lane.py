@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from typing import TYPE_CHECKING
 
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.lanes.dispatch import LaneDispatch
+from vllm_agentserve.lanes.connector_scheduler import LaneConnectorScheduler
 from vllm_agentserve.policy.call import Call, Chunk
 from vllm_agentserve.policy.engine import EnginePolicy
 from vllm_agentserve.policy.waiting import lane_takes
@@ -26,7 +26,7 @@ class NoLane(Feature):
 
 
 class Lane(NoLane):
-    """Follows what `LaneDispatch` decides.
+    """Follows what `LaneConnectorScheduler` decides.
 
     Args:
         options: mode and limits.
@@ -45,7 +45,7 @@ class Lane(NoLane):
         counts: MutableMapping[str, float],
     ) -> None:
         block_size = int(scheduler.cache_config.block_size)
-        self.dispatch = LaneDispatch(
+        self.dispatch = LaneConnectorScheduler(
             options, block_size, calls, policy, policy.controller, self.dispatched, self.failed
         )
         compat.serve_lane_connector(scheduler, self.dispatch)
