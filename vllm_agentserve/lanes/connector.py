@@ -58,7 +58,7 @@ class LaneConnector(KVConnectorBase_V1):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self.half: Any = None
-        """At the worker `LaneConnectorWorker`, at the scheduler `LaneConnectorScheduler`, which the scheduler sets before its first step."""
+        """At the worker a `LaneConnectorWorker`; at the scheduler a `LaneConnectorScheduler`, set before the first step."""
         if role is KVConnectorRole.WORKER:
             refuse_weight_updates()
             options = AgentServeConfig.from_additional_config(vllm_config.additional_config)

@@ -223,7 +223,7 @@ class EnginePolicy:
         self.budget.charge(call.served_as, tokens, computed)
 
     def computes(self, call: Call, chunk: Chunk, first: bool, last: bool) -> None:
-        """A chunk of a prompt is scheduled; whether it is the first since the call was admitted, and whether it ends the prompt."""
+        """A chunk of a prompt is scheduled: the `first` since the call was admitted, the `last` of the prompt, or both."""
         if first:
             self.programs.runs(call, chunk.context)
         self.programs.computes(call, chunk, self._now())

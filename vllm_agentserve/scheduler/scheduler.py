@@ -48,6 +48,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
     """
 
     agentserve = True
+    controller_type = BudgetController
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "AgentScheduler":
         vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
@@ -63,7 +64,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         stock = "mode is 'stock'" if options.mode == "stock" else None
         budget_obstacle, order_obstacle = stock or compat.budget_obstacle(self), stock or compat.order_obstacle(self)
         orders = order_obstacle is None
-        controller = BudgetController(limits, pipeline_depth=stages)
+        controller = self.controller_type(limits, pipeline_depth=stages)
         self._stats = StatsCollector(controller)
         self.counts = self._stats.counts
         """What `/metrics` counts, since the start."""
