@@ -11,7 +11,8 @@ from time import monotonic, perf_counter
 from typing import Any
 
 import pytest
-from schedulers import Driver, make_request, make_scheduler
+
+from tests.support.schedulers import Driver, make_request, make_scheduler
 
 STEPS = 3000
 PROGRAMS = 10_000

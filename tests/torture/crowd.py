@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from torture.episode import BLOCK, Episode, Event, Request, near_border
+from tests.torture.episode import BLOCK, Episode, Event, Request, near_border
 from vllm_agentserve import toy
 
 SMALL = {

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lane_engine import lanes_run_here
 
+from tests.support.lane_engine import lanes_run_here
 from vllm_agentserve.bench.server import VllmServer
 
 pytestmark = lanes_run_here

@@ -14,7 +14,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.lanes.dispatch import LaneDispatch
+from vllm_agentserve.lanes.connector_scheduler import LaneConnectorScheduler
 from vllm_agentserve.policy.budget import StepBudget
 from vllm_agentserve.policy.controller import BudgetController, BudgetLimits
 from vllm_agentserve.policy.order import DECIDE_STEPS, LOOK_AHEAD
@@ -76,7 +76,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         self._cuts_prefills = budget_obstacle is None
         self._stock_limit = getattr(super(), compat.CHUNK_LIMIT)
         self._said = LogMessages(logger)
-        self._lane: LaneDispatch | None = compat.lane_of(self)
+        self._lane: LaneConnectorScheduler | None = compat.lane_of(self)
         self._log = StepLog(self._controller, self._stats, self._lane.decoded if self._lane is not None else None)
         self._programs: ProgramTracker | None = None
         if options.policy != "fcfs" and order_obstacle is None:
