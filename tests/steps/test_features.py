@@ -73,8 +73,8 @@ def test_the_life_of_a_request_in_events() -> None:
         "finished 0 [40] False",
         # Steps of decodes only are vLLM's own.
         "finished 1 [] False",
-        "freed a",
         "finished 1 [] False",
+        "freed a",
     ]
     assert scheduler.report()["seen"] == len(follows.seen)
 
