@@ -1,0 +1,203 @@
+"""Whose a request is: the program it belongs to, named by its client or found by what its prompt begins with.
+
+A request with a session id belongs to the program of that name, or to that of the session that its client says started it
+(`agent_parent`). Without one it belongs to the program of the request whose prompt and answer its own prompt begins with
+(`Lineage`): an agent's next prompt begins with its last prompt and answer. Else it is the first of a new program.
+"""
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from vllm_agentserve.policy.call import Call
+from vllm_agentserve.policy.program import SESSION
+
+WEAK_OUTPUT_TOKENS = 4
+"""Tokens of the answer that a continuation must share at least: a client's template may write the rest with other tokens."""
+
+
+@dataclass(slots=True)
+class Remembered:
+    """A token sequence that an agent's next prompt would begin with.
+
+    Args:
+        program: whose it is.
+        path_ms: length of the path to its end, see `ProgramTable`.
+        tail: its tokens after its last full block.
+        continued: how often a prompt went on from it.
+        end: number of the end of the call it is from, see `ProgramTable`.
+    """
+
+    program: str
+    path_ms: float
+    tail: "array[int]"
+    continued: int = 0
+    end: int = 0
+
+
+class Lineage:
+    """Remembers finished sequences by the hash of their last full block, which covers everything before it.
+
+    A prompt continues the longest remembered sequence it begins with, exact to the token, and is longer than that. So a shared
+    system prompt joins nobody: no sequence ends inside it. Identical prompts are not joined; when identical sequences are
+    there to go on from, the one that was continued less is taken. A fork goes on from the same sequence twice, and stays in
+    the program; an edited history begins a new one. Sequences shorter than a block are not remembered.
+
+    Args:
+        block_size: tokens per block.
+        capacity: sequences remembered, the oldest are forgotten first.
+    """
+
+    ALIKE = 64
+    """Sequences remembered that differ in their tails only: the same prompt sent for ever must not make look-ups long."""
+
+    def __init__(self, block_size: int, capacity: int = 16_384) -> None:
+        self._block_size = block_size
+        self._capacity = capacity
+        self._by_hash: OrderedDict[Hashable, list[Remembered]] = OrderedDict()
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def remember(
+        self,
+        program: str,
+        path_ms: float,
+        hashes: Sequence[Hashable],
+        tokens: Sequence[int],
+        prompt_tokens: int,
+        end: int = 0,
+    ) -> None:
+        """Takes in a finished request.
+
+        Args:
+            program: whose it is.
+            path_ms: length of the path to its end.
+            hashes: of the full blocks of `tokens`, as far as they are known.
+            tokens: prompt and answer.
+            prompt_tokens: how many of them are the prompt.
+            end: number of the end of the request.
+        """
+        answered = len(tokens) - prompt_tokens
+        for length in {len(tokens), prompt_tokens + min(answered, WEAK_OUTPUT_TOKENS)}:
+            blocks = min(len(hashes), length // self._block_size)
+            # A tail of two blocks would mean that hashes are missing: nothing to find it by.
+            if not answered or not blocks or length - blocks * self._block_size >= 2 * self._block_size:
+                continue
+            # Four bytes a token: as a tuple the longest tails would keep ten times as much.
+            tail = array("i", tokens[blocks * self._block_size : length])
+            same = self._by_hash.setdefault(hashes[blocks - 1], [])
+            same.append(Remembered(program, path_ms, tail, end=end))
+            self._by_hash.move_to_end(hashes[blocks - 1])
+            self._count += 1
+            if len(same) > self.ALIKE:
+                del same[0]
+                self._count -= 1
+        while self._count > self._capacity:
+            _, forgotten = self._by_hash.popitem(last=False)
+            self._count -= len(forgotten)
+
+    def find(self, hashes: Sequence[Hashable], tokens: Sequence[int]) -> Remembered | None:
+        """The sequence this prompt goes on from, None if there is none; one look-up per full block, the last one first."""
+        for blocks in range(len(hashes), 0, -1):
+            found = self._by_hash.get(hashes[blocks - 1])
+            if found is None:
+                continue
+            begin = blocks * self._block_size
+            fitting = [
+                one
+                for one in found
+                if begin + len(one.tail) < len(tokens) and array("i", tokens[begin : begin + len(one.tail)]) == one.tail
+            ]
+            if fitting:
+                best = min(fitting, key=lambda one: (-len(one.tail), one.continued))
+                best.continued += 1
+                return best
+        return None
+
+
+class Families:
+    """Remembers, for sessions that named a parent, the first of the family; bounded, the longest unseen is forgotten first.
+
+    What a session said first holds: it cannot move to another program later.
+
+    Args:
+        capacity: sessions remembered.
+    """
+
+    def __init__(self, capacity: int = 65_536) -> None:
+        self._roots: OrderedDict[str, str] = OrderedDict()
+        self._capacity = capacity
+
+    def __len__(self) -> int:
+        return len(self._roots)
+
+    def root(self, session: str, parent: str | None) -> str:
+        """The session whose program this one belongs to: itself without a parent, else the root of the parent as known."""
+        known = self._roots.get(session)
+        if known is None:
+            if parent is None or parent == session:
+                return session
+            known = self._roots[session] = self._roots.get(parent, parent)
+            if len(self._roots) > self._capacity:
+                self._roots.popitem(last=False)
+        self._roots.move_to_end(session)
+        return known
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The program of a request, and where in it the request belongs.
+
+    Args:
+        key: of the program.
+        path_ms: length of the path to the request, see `ProgramTable`; None: the program's longest.
+        thread: of the program that it continues.
+        end: number of the end of the call it goes on from.
+        source: `explicit`: its client names it; `inferred` from its prompt; `new`: the first of a program.
+    """
+
+    key: str
+    path_ms: float | None = None
+    thread: str | None = None
+    end: int | None = None
+    source: Literal["explicit", "inferred", "new"] = "explicit"
+
+
+class Attribution:
+    """Says whose a request is, and remembers finished ones.
+
+    Args:
+        block_size: tokens per KV block, whose hashes requests carry.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self._lineage = Lineage(block_size)
+        self._families = Families()
+
+    def owner(self, call: Call) -> Owner:
+        request, hints = call.request, call.hints
+        found = self._lineage.find(request.block_hashes, request.prompt_token_ids or ())
+        session = request.session_id if request.session_id is not None else hints.parent
+        if session is not None:
+            # Who only names its parent is one of its threads, like a sub-agent with a session of its own.
+            root = self._families.root(session, hints.parent)
+            thread = hints.thread or (session if root != session else None)
+            key = f"{SESSION}{root}"
+            if found is not None and found.program == key:
+                return Owner(key, found.path_ms, thread, found.end)
+            return Owner(key, thread=thread)
+        if found is not None:
+            return Owner(found.program, found.path_ms, hints.thread, found.end, "inferred")
+        return Owner(f"request {call.name}", 0.0, hints.thread, source="new")
+
+    def remember(self, call: Call, key: str, path_ms: float, end: int) -> None:
+        """The call has ended, with a path of this length to its end, which has this number; others may go on from its answer."""
+        request = call.request
+        if request.num_output_tokens:
+            self._lineage.remember(
+                key, path_ms, request.block_hashes, request.all_token_ids, request.num_prompt_tokens, end
+            )
