@@ -97,7 +97,6 @@ class Call:
     prompt_tokens: int
     free: Begins | None
     begun: bool = False
-    held: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,9 @@ class LoadControl:
         """Those whose claims have lapsed or that are over: one that comes back all the same is known."""
         self._calls: dict[str, Call] = {}
         self._firsts: dict[str, Call] = {}
-        """First calls that have not begun."""
+        """First calls that may not begin yet, or were not asked for."""
+        self._held: set[str] = set()
+        """Those of them that were asked for."""
         self._untrue = Mean()
         """1 for a program that came back after its told end, 0 for a told end."""
         self._hits = Mean()
@@ -228,11 +229,20 @@ class LoadControl:
             return
         one.begun = True
         program = self._live[one.program]
-        if self._firsts.pop(call, None) is not None:
-            self._claims += self._newcomer(program.named, one.prompt_tokens)
+        self._release(call)
         if program.turns:
             self._resumed(program, now_s, one.prompt_tokens, cached_tokens)
         program.begun = True
+
+    def _release(self, call: str) -> None:
+        """The program of a first call is under way from now on, even if the call waits for other reasons."""
+        first = self._firsts.pop(call, None)
+        self._held.discard(call)
+        if first is not None:
+            program = self._live[first.program]
+            if not program.begun:
+                self._claims += self._newcomer(program.named, first.prompt_tokens)
+            program.begun = True
 
     def _resumed(self, program: Program, now_s: float, prompt_tokens: int, cached_tokens: int) -> None:
         found = min(cached_tokens / max(min(program.context, prompt_tokens), 1), 1.0)
@@ -268,6 +278,7 @@ class LoadControl:
         """
         one = self._calls.pop(call)
         self._firsts.pop(call, None)
+        self._held.discard(call)
         program = self._live[one.program]
         del program.prompts[call]
         if program.turns and context_tokens > program.context:
@@ -298,6 +309,7 @@ class LoadControl:
         if one is None:
             return
         self._firsts.pop(call, None)
+        self._held.discard(call)
         program = self._live[one.program]
         del program.prompts[call]
         program.ended_s = now_s
@@ -328,22 +340,24 @@ class LoadControl:
     def may_begin(self, call: str, now_s: float, *, idle: bool) -> bool:
         """Whether a call that waits may be scheduled; ask for the held ones in their order.
 
+        A yes is not taken back, and its program counts as under way. A newcomer does not pass those that are held: asked for
+        when it comes, it is held too.
+
         Args:
             idle: whether the engine has nothing else to do: nothing runs, and nothing that may begin waits.
         """
         one = self._calls[call]
-        why = self._why(one, now_s, idle)
+        why = self._why(call, one, now_s, idle)
         if why is None:
-            one.held = True
-            if not self.closed(now_s):
-                self._closed_until_s = now_s + COUNT_S
+            self._held.add(call)
             return False
-        if one.free is None and call in self._firsts:
+        if one.free is None:
             self._begun[why] += 1
             one.free = why
+        self._release(call)
         return True
 
-    def _why(self, call: Call, now_s: float, idle: bool) -> Begins | None:
+    def _why(self, name: str, call: Call, now_s: float, idle: bool) -> Begins | None:
         """Why it may begin; None if it is held."""
         program = self._live[call.program]
         if call.free is not None:
@@ -354,17 +368,23 @@ class LoadControl:
             return "bound"
         if self.returns.begins(program.named) <= USUAL:
             return "one-shot"
-        if self.closed(now_s):
+        if self.closed(now_s) or (self._held and name not in self._held):
             return None
         self._count(now_s)
+        wanted = (self._claims + self._newcomer(program.named, call.prompt_tokens)).most
+        if self._reason == "fits" and wanted > FITS * self.pool_tokens:
+            self._decided_s = -inf
         self._decide(now_s)
         if self._limit == inf:
             return "unlimited"
         if not self._claims.programs:
             return "alone"
-        if (self._claims + self._newcomer(program.named, call.prompt_tokens)).most <= self._limit:
+        if wanted <= self._limit:
             return "fits"
-        return "idle" if idle and self._nobody_returns(now_s) else None
+        if idle and self._nobody_returns(now_s):
+            return "idle"
+        self._closed_until_s = now_s + COUNT_S
+        return None
 
     def _newcomer(self, named: bool, prompt_tokens: float, programs: int = 1) -> Claims:
         """What so many programs want that begin, with prompts of so many tokens in the mean."""
@@ -458,7 +478,7 @@ class LoadControl:
             self._claims.most,
             self.pool_tokens,
             self._claims.programs,
-            sum(call.held and call.free is None for call in self._firsts.values()),
+            len(self._held),
             self._hits.value,
             self._room,
             dict(self._begun),
@@ -468,6 +488,7 @@ class LoadControl:
         """What does not agree, `known` being the calls there are."""
         found = [f"the call {call!r} is gone" for call in self._calls if call not in known]
         found += [f"the first call {call!r} is gone" for call in self._firsts if call not in self._calls]
+        found += [f"the held call {call!r} is no first one" for call in self._held if call not in self._firsts]
         for name, program in self._live.items():
             if not program.prompts and not program.turns:
                 found.append(f"the program {name!r} has neither calls nor turns")
