@@ -4,7 +4,7 @@ from collections import OrderedDict
 from math import exp
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_agentserve.policy.gaps import (
@@ -66,6 +66,7 @@ def test_the_share_of_longer_gaps() -> None:
     assert gaps.longer(100.0) < 0.01
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.001, 1e4), min_size=1, max_size=50), st.floats(0, 1e4), st.floats(1.0, 10.0))
 def test_fewer_gaps_are_longer_than_a_longer_time(seen: list[float], elapsed: float, times: float) -> None:
     gaps = gaps_of(*seen)

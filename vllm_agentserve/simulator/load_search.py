@@ -337,6 +337,20 @@ def measure(cell: Cell) -> dict[str, Any]:
     }
 
 
+HEAD = """# Load control in the simulator
+
+    python -m vllm_agentserve.simulator.load_search --output docs/results/load-simulated.json
+
+Figures are relative to the same traffic without load control: session mean / p95 / makespan, then the share of resumed context that was found.
+A session is counted from its arrival, so holding is part of it. *Control* has seen 16 programs of the same kind before, as a server in use has.
+*Ends not told*: the client never says which call is the last. *Ends told wrongly*: it says so of every call.
+*Best fixed limit*: of so many programs at once, the one with the shortest mean, found by trying all; it knows when programs end.
+*Endless*: a KV cache without bounds. `engine` is the toy model on two cores, `server` about the same with HTTP and a client on these cores;
+`H100` is a 7B model by arithmetic, never run. Which traffic a cell has is in `simulator/load_search.py`.
+
+"""
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Session mean, p95 and makespan relative to no limit; turns per second."""
     lines = []
@@ -386,7 +400,7 @@ def main() -> None:
         rows.append(measure(Cell(**{**cell.__dict__, "warm": given.warm})))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     given.output.write_text(json.dumps(rows, indent=1) + "\n")
-    given.output.with_suffix(".md").write_text(table(rows))
+    given.output.with_suffix(".md").write_text(HEAD + table(rows))
 
 
 if __name__ == "__main__":
