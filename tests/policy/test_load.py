@@ -240,7 +240,7 @@ def test_the_end_of_a_program_lets_the_next_one_begin() -> None:
 
 
 def test_a_program_counts_from_the_moment_it_may_begin() -> None:
-    """A scheduler that asks when calls come, one by one, and schedules them later: six are 0.96 pools, the seventh is too many."""
+    """A scheduler that asks when calls come, and schedules them later: six want 0.96 pools, the seventh is too many."""
     server = learned()
     asked = []
     for index in range(10):

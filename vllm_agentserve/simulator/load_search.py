@@ -117,7 +117,11 @@ def pressure_cells() -> list[Cell]:
                 if gap in (0.1, 30.0) and (machine == "server" or ratio == 8):
                     continue
                 programs = Programs(16, (6, 6), 1500, 200, 32, gap)
-                cells.append(Cell("pressure", f"{machine} {ratio}x gap {gap:g} s", at, programs, tuple(range(2, 16))))
+                cells.append(
+                    Cell(
+                        "pressure", f"{machine} {ratio}x gap {gap:g} s", at, programs, (2, 3, 4, 5, 6, 7, 8, 10, 12, 15)
+                    )
+                )
     return cells
 
 
@@ -341,12 +345,15 @@ HEAD = """# Load control in the simulator
 
     python -m vllm_agentserve.simulator.load_search --output docs/results/load-simulated.json
 
-Figures are relative to the same traffic without load control: session mean / p95 / makespan, then the share of resumed context that was found.
-A session is counted from its arrival, so holding is part of it. *Control* has seen 16 programs of the same kind before, as a server in use has.
+Figures are relative to the same traffic without load control: session mean / p95 / makespan, then the share of resumed
+context that was found.
+A session is counted from its arrival, so holding is part of it.
+*Control* has seen up to 16 programs of the same kind before, as a server in use has.
 *Ends not told*: the client never says which call is the last. *Ends told wrongly*: it says so of every call.
-*Best fixed limit*: of so many programs at once, the one with the shortest mean, found by trying all; it knows when programs end.
-*Endless*: a KV cache without bounds. `engine` is the toy model on two cores, `server` about the same with HTTP and a client on these cores;
-`H100` is a 7B model by arithmetic, never run. Which traffic a cell has is in `simulator/load_search.py`.
+*Best fixed limit*: of so many programs at once, the one with the shortest mean, found by trying; it knows when programs end.
+*Endless*: a KV cache without bounds.
+`engine` is the toy model on two cores, `server` about the same with HTTP and a client on these cores; `H100` is a 7B model
+by arithmetic, never run. Which traffic a cell has is in `simulator/load_search.py`.
 
 """
 
