@@ -241,7 +241,9 @@ def test_the_end_of_a_program_lets_the_next_one_begin() -> None:
 
 def test_a_program_counts_from_the_moment_it_may_begin() -> None:
     """A scheduler that asks when calls come, and schedules them later: six want 0.96 pools, the seventh is too many."""
-    server = learned()
+    server = Server()
+    server.read_s = 1.0
+    server.learn()
     asked = []
     for index in range(10):
         server.arrive(f"{index}/0", f"{index}")
@@ -488,7 +490,7 @@ def test_room_is_left_alone_where_there_is_no_limit() -> None:
     assert server.load.report().room == FIRST_ROOM
 
 
-def test_a_limit_needs_a_tenth_more_turns_to_come_and_goes_with_a_tenth_less() -> None:
+def test_a_limit_needs_a_fifth_more_turns_to_come_and_goes_with_a_tenth_less() -> None:
     """Gaps grow, program by program, until a limit is too expensive; then they shrink until it comes again."""
 
     def limited(gap_s: float, before: bool) -> bool:
@@ -513,7 +515,7 @@ def test_a_limit_needs_a_tenth_more_turns_to_come_and_goes_with_a_tenth_less() -
         # The first of thirty was not held: nobody was under way.
         return turns_per_second(fits, turn, hit_ratio(1.0)) / turns_per_second(30, turn, 0.0)
 
-    assert gain(comes) > 1.1 * 0.93
+    assert gain(comes) > 1.2 * 0.93
     assert gain(stays) > 0.9 * 0.93
     assert gain(gaps[gaps.index(stays) + 1]) < 0.9 * 1.07
 
