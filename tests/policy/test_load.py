@@ -1,0 +1,606 @@
+"""Which programs may begin."""
+
+from math import exp, inf
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_agentserve.policy.load import FIRST_ROOM, LoadControl, Mean
+from vllm_agentserve.policy.turn_rate import TurnCost, hit_ratio, turns_per_second
+
+FADE = exp(-1 / 32)
+BEGAN = 5
+"""Programs that `fill` lets begin after `learn`."""
+
+
+class Server:
+    """Drives load control as a scheduler would, without an engine."""
+
+    def __init__(self, pool_tokens: int = 10_000, max_hold_s: float = 600.0, block_tokens: int = 16) -> None:
+        self.load = LoadControl(pool_tokens, block_tokens, max_hold_s)
+        self.now = 0.0
+        self.read_s = 0.2
+        """Seconds to read a thousand tokens."""
+        self.prompts: dict[str, int] = {}
+        self.programs: dict[str, str] = {}
+
+    def arrive(self, call: str, program: str, prompt: int = 1000, **more: object) -> None:
+        self.load.arrive(call, program, self.now, prompt, **more)  # type: ignore[arg-type]
+        self.prompts[call], self.programs[call] = prompt, program
+
+    def may(self, call: str, idle: bool = False) -> bool:
+        return self.load.may_begin(call, self.now, idle=idle)
+
+    def begin(self, call: str, cached: int = 0) -> None:
+        self.load.begin(call, self.now, cached)
+
+    def end(self, call: str, answer: int = 50, last: bool = False, tool: str | None = None) -> None:
+        self.load.end(
+            call,
+            self.now,
+            self.prompts[call] + answer,
+            read_s=self.read_s,
+            read_tokens=1000,
+            decode_s=0.3,
+            last=last,
+            tool=tool,
+        )
+
+    def turn(
+        self, call: str, program: str, prompt: int = 1000, cached: int = 0, last: bool = False, **more: object
+    ) -> None:
+        self.arrive(call, program, prompt, **more)
+        assert self.may(call)
+        self.begin(call, cached)
+        self.end(call, last=last)
+
+    def learn(
+        self,
+        programs: int = 10,
+        turns: int = 4,
+        gap_s: float = 1.0,
+        named: bool = True,
+        ends: bool = True,
+        other_gap_s: float | None = None,
+    ) -> None:
+        """Programs one after the other, which come back after a second each time: growth 150, 100 new tokens a turn."""
+        for index in range(programs):
+            for turn in range(turns):
+                name = f"old-{named}-{index}"
+                prompt = 1000 + 150 * turn
+                self.turn(f"{name}/{turn}", name, prompt, max(prompt - 100, 0), ends and turn == turns - 1, named=named)
+                self.now += gap_s if other_gap_s is None or turn % 2 else other_gap_s
+        self.now += 100.0
+
+
+def learned(**more: object) -> Server:
+    server = Server(**more)  # type: ignore[arg-type]
+    server.learn()
+    return server
+
+
+def fill(server: Server, number: int = 30, **more: object) -> list[str]:
+    """So many first calls come at once; returns those that are held, the others have begun."""
+    calls = [f"new-{index}/0" for index in range(number)]
+    for index, call in enumerate(calls):
+        server.arrive(call, f"new-{index}", **more)
+    held = []
+    for call in calls:
+        if server.may(call):
+            server.begin(call)
+        else:
+            held.append(call)
+    return held
+
+
+def test_a_mean_of_what_was_seen_lately() -> None:
+    mean = Mean()
+    assert mean.value == 0.0
+    mean.add(2.0)
+    mean.add(8.0, 3.0)
+    assert mean.value == pytest.approx((2 * FADE + 24) / (FADE + 3))
+
+
+def test_nobody_is_held_until_a_return_was_seen() -> None:
+    server = Server()
+    assert fill(server) == []
+    report = server.load.report()
+    assert report.begun == {"one-shot": 30}
+    assert (report.held, report.limit_tokens, report.reason) == (0, None, "fits")
+
+
+def test_one_return_is_enough() -> None:
+    server = Server()
+    server.turn("a/0", "a")
+    server.now = 1.0
+    server.turn("a/1", "a", 1200, 1000)
+    assert len(fill(server)) > 10
+
+
+def test_programs_begin_while_they_fit() -> None:
+    """A program is assumed to have five calls and grow by 150 in each, to 1608 with half a block; there is room for 9500."""
+    server = learned()
+    held = fill(server)
+    began = 30 - len(held)
+    assert began == BEGAN
+    report = server.load.report()
+    assert report.held == len(held) == 25
+    assert report.begun == {"one-shot": 1, "unlimited": 9, "alone": 1, "fits": 4}
+    assert report.reason == "model"
+    assert report.limit_tokens == pytest.approx(0.95 * 10_000)
+    assert report.programs == BEGAN
+    assert report.claims_tokens <= report.limit_tokens < report.claims_tokens * 6 / 5
+    assert report.pool_tokens == 10_000
+    assert report.room == FIRST_ROOM == 0.95
+    # Ten first calls found nothing; resumed ones all but the 100 new tokens.
+    assert report.hit_ratio > 0.85
+
+
+def test_where_all_fits_nobody_is_held() -> None:
+    server = learned(pool_tokens=100_000)
+    assert fill(server) == []
+    assert server.load.report().reason == "fits"
+    assert server.load.report().limit_tokens is None
+
+
+def test_long_gaps_make_a_limit_too_expensive() -> None:
+    """Sixty seconds between turns: an engine that recomputes gives more turns than one whose programs fit."""
+    server = Server()
+    server.learn(gap_s=60.0)
+    assert fill(server) == []
+    assert server.load.report().reason == "faster without"
+    server.load.faults(server.prompts)
+
+
+def test_a_returning_call_is_never_held() -> None:
+    server = learned()
+    held = fill(server)
+    server.end("new-0/0")
+    server.now += 0.05
+    server.arrive("new-0/1", "new-0", 1200)
+    assert not server.may(held[0])
+    assert server.may("new-0/1")
+    # Nor a second call beside the first, once that has begun.
+    server.arrive("new-1/x", "new-1", 1200)
+    assert server.may("new-1/x")
+
+
+def test_calls_of_a_program_that_has_not_begun_go_with_its_first() -> None:
+    server = learned()
+    held = fill(server)
+    program = held[0].split("/", maxsplit=1)[0]
+    server.arrive("second", program)
+    assert not server.may("second")
+    server.load.begin("second", server.now, 0)
+    assert server.may(held[0])
+    assert server.load.report().held == len(held) - 1
+
+
+def test_a_program_that_was_gone_is_not_a_newcomer() -> None:
+    server = learned()
+    fill(server)
+    for program in ("old-True-9", "old-True-3"):
+        server.arrive(f"{program}/again", program)
+        assert server.may(f"{program}/again")
+    assert server.load.faults(server.prompts) == []
+
+
+def test_children_of_a_program_under_way_are_never_held() -> None:
+    server = learned()
+    held = fill(server)
+    server.arrive("child", "child", parent="new-0")
+    assert server.may("child")
+    orphan_of = held[0].split("/", maxsplit=1)[0]
+    server.arrive("orphan", "orphan", parent=orphan_of)
+    assert not server.may("orphan")
+    server.arrive("stray", "stray", parent="nobody")
+    assert not server.may("stray")
+
+
+def test_what_cannot_return_is_never_held() -> None:
+    server = learned()
+    fill(server)
+    server.arrive("embedding", "embedding", can_return=False)
+    assert server.may("embedding")
+    # Unnamed programs were never seen to return.
+    server.arrive("plain", "plain", named=False)
+    assert server.may("plain")
+
+
+def test_unnamed_programs_are_learned_too() -> None:
+    server = Server()
+    server.learn(named=False)
+    assert len(fill(server, named=False)) == 25
+    server.arrive("named", "named", named=True)
+    assert server.may("named")
+
+
+def test_nobody_is_held_for_longer_than_the_bound() -> None:
+    server = learned(max_hold_s=20.0)
+    held = fill(server)
+    for _ in range(19):
+        server.now += 1.0
+        assert not any(server.may(call) for call in held)
+    server.now += 1.0
+    assert all(server.may(call) for call in held)
+    assert server.load.report().begun["bound"] == len(held)
+
+
+def test_the_end_of_a_program_lets_the_next_one_begin() -> None:
+    server = learned()
+    held = fill(server)
+    assert server.load.closed(server.now)
+    assert server.load.ask_again_s == server.now + 0.1
+    server.end("new-0/0", last=True)
+    assert not server.load.closed(server.now)
+    assert server.may(held[0])
+    server.begin(held[0])
+    assert not server.may(held[1])
+
+
+def test_asking_twice_counts_once() -> None:
+    server = learned()
+    fill(server, 1)
+    server.arrive("one", "one")
+    before = sum(server.load.report().begun.values())
+    assert server.may("one")
+    assert server.may("one")
+    assert sum(server.load.report().begun.values()) == before + 1
+    server.begin("one")
+    server.begin("one")
+    assert server.may("one")
+    assert server.load.report().programs <= 2.0
+
+
+def test_claims_lapse_when_programs_do_not_return() -> None:
+    server = learned()
+    held = fill(server)
+    for index in range(BEGAN):
+        server.end(f"new-{index}/0")
+    server.now += 0.5
+    assert not server.may(held[0])
+    server.now += 30.0
+    assert server.may(held[0])
+    assert server.load.report().programs == 0.0
+    assert server.load.report().begun["alone"] == 2
+    assert server.load.faults(held) == []
+
+
+def test_an_idle_engine_lets_somebody_begin_where_nobody_is_expected() -> None:
+    """Gaps of one second and of thirty: who is not back after three will not be for long."""
+    server = Server()
+    server.read_s = 20.0
+    server.learn(programs=20, gap_s=1.0, other_gap_s=30.0)
+    held = fill(server)
+    for index in range(30 - len(held)):
+        server.end(f"new-{index}/0")
+    server.now += 0.2
+    assert not server.may(held[0], idle=True)
+    server.now += 2.8
+    assert not server.may(held[0], idle=False)
+    server.now += 0.2
+    assert server.may(held[0], idle=True)
+    assert server.load.report().begun["idle"] == 1
+    # A program with a call is expected: the engine is not idle for long.
+    server.begin(held[0])
+    server.now += 0.2
+    assert not server.load._nobody_returns(server.now)
+
+
+def test_a_parent_that_waits_for_a_held_child_ends_in_time() -> None:
+    """Everybody under way waits for a held program that did not name its parent: their claims lapse, or the engine idles."""
+    server = learned()
+    held = fill(server)
+    for index in range(BEGAN):
+        server.end(f"new-{index}/0", tool="sub-agent")
+    waited = 0.0
+    while not server.may(held[0], idle=True):
+        server.now += 0.5
+        waited += 0.5
+    assert waited <= 10.0
+
+
+def test_aborted_calls_leave_nothing_behind() -> None:
+    server = learned()
+    held = fill(server)
+    for call in held:
+        server.load.abort(call, server.now)
+    server.load.abort("unknown", server.now)
+    assert server.load.report().held == 0
+    for index in range(BEGAN):
+        server.load.abort(f"new-{index}/0", server.now)
+    assert not server.load.closed(server.now)
+    server.arrive("next", "next")
+    assert server.may("next")
+    assert server.load.report().programs == 0.0
+    assert server.load.faults(["next"]) == []
+
+
+def test_an_aborted_turn_leaves_the_program_under_way() -> None:
+    server = learned()
+    held = fill(server)
+    server.end("new-0/0")
+    server.now += 1.0
+    server.arrive("new-0/1", "new-0", 1200)
+    server.begin("new-0/1")
+    server.now += 5.0
+    server.load.abort("new-0/1", server.now)
+    server.now += 0.2
+    assert not server.may(held[0])
+    assert server.load.report().programs == pytest.approx(BEGAN, abs=0.3)
+
+
+def test_forgotten_programs_have_no_claims() -> None:
+    server = learned()
+    held = fill(server)
+    server.end("new-0/0")
+    server.load.forget("new-0")
+    server.load.forget("unknown")
+    server.load.forget("new-1")
+    assert server.may(held[0])
+    assert server.load.faults(server.prompts) == []
+    server.load.forget("old-True-3")
+    server.arrive("old", "old-True-3")
+    server.begin(held[0])
+    assert not server.may("old")
+
+
+def test_forks_are_calls_of_their_program() -> None:
+    server = learned()
+    held = fill(server)
+    for fork in range(3):
+        server.arrive(f"fork-{fork}", "new-0", 1100)
+        assert server.may(f"fork-{fork}")
+        server.begin(f"fork-{fork}", 1000)
+    server.now += 0.2
+    assert not server.may(held[0])
+    assert server.load.report().programs == BEGAN
+    for fork in range(3):
+        server.end(f"fork-{fork}", last=True)
+    # Its first call still runs.
+    assert server.load.report().programs == BEGAN
+    server.end("new-0/0", last=True)
+    server.now += 0.2
+    assert server.may(held[0])
+
+
+def test_the_last_call_that_was_not_the_last() -> None:
+    server = learned()
+    fill(server)
+    server.end("new-0/0", last=True)
+    server.now += 1.0
+    server.arrive("new-0/1", "new-0", 1200)
+    assert server.may("new-0/1")
+    server.begin("new-0/1", 1000)
+    server.end("new-0/1", last=True)
+    assert server.load.faults([call for call in server.load._calls]) == []
+
+
+def test_measured_hits_correct_the_room() -> None:
+    server = learned()
+    held = fill(server)
+    for index in range(BEGAN):
+        server.end(f"new-{index}/0")
+    server.now += 1.0
+    for index in range(3):
+        server.arrive(f"new-{index}/1", f"new-{index}", 1150)
+        server.begin(f"new-{index}/1", 0)
+    # All fit, and nothing was found: the model says 1.
+    assert server.load.report().room == pytest.approx(0.95 * exp(-0.02 * 3))
+    for index in range(3, BEGAN):
+        server.arrive(f"new-{index}/1", f"new-{index}", 1150)
+        server.begin(f"new-{index}/1", 1000)
+    assert server.load.report().room == pytest.approx(0.95 * exp(-0.02 * 3))
+    for turn in range(30):
+        for index in range(BEGAN):
+            server.end(f"new-{index}/{turn + 1}")
+        server.now += 1.0
+        for index in range(BEGAN):
+            server.arrive(f"new-{index}/{turn + 2}", f"new-{index}", 1150)
+            server.begin(f"new-{index}/{turn + 2}", 0)
+    assert server.load.report().room == 0.85
+    assert server.load.report().hit_ratio < 0.01
+    assert not server.may(held[0])
+
+
+def test_room_grows_where_more_is_found_than_fits() -> None:
+    server = learned()
+    fill(server)
+    for index in range(BEGAN):
+        server.end(f"new-{index}/0")
+    for turn in range(1, 30):
+        server.now += 1.0
+        for index in range(BEGAN):
+            # Contexts of 3000: twice the pool.
+            server.arrive(f"new-{index}/{turn}", f"new-{index}", 3000)
+            server.begin(f"new-{index}/{turn}", 3000)
+        for index in range(BEGAN):
+            server.end(f"new-{index}/{turn}")
+    assert server.load.report().room == 1.15
+
+
+def test_room_is_left_alone_where_there_is_no_limit() -> None:
+    server = Server(pool_tokens=1_000_000)
+    server.learn()
+    fill(server)
+    server.end("new-0/0")
+    server.now += 1.0
+    server.arrive("new-0/1", "new-0", 1200)
+    server.begin("new-0/1", 0)
+    assert server.load.report().room == FIRST_ROOM
+
+
+def test_a_limit_needs_a_tenth_more_turns_to_come_and_goes_with_a_tenth_less() -> None:
+    """Gaps grow, program by program, until a limit is too expensive; then they shrink until it comes again."""
+
+    def limited(gap_s: float, before: bool) -> bool:
+        server = Server()
+        server.learn(gap_s=gap_s)
+        if before:
+            server.load._limit = 1e4
+        return bool(fill(server))
+
+    gaps = [0.5 * 1.1**step for step in range(30)]
+    comes = max(gap for gap in gaps if limited(gap, False))
+    stays = max(gap for gap in gaps if limited(gap, True))
+    assert comes < stays
+
+    def gain(gap_s: float) -> float:
+        server = Server()
+        server.learn(gap_s=gap_s)
+        load = server.load
+        footprint = load._newcomer(True, 1000).most
+        turn = TurnCost(load.returns.gaps.mean_s, 0.3, 100 * 0.0002, footprint * 0.0002)
+        fits = 9_500 / footprint
+        # The first of thirty was not held: nobody was under way.
+        return turns_per_second(fits, turn, hit_ratio(1.0)) / turns_per_second(30, turn, 0.0)
+
+    assert gain(comes) > 1.1 * 0.93
+    assert gain(stays) > 0.9 * 0.93
+    assert gain(gaps[gaps.index(stays) + 1]) < 0.9 * 1.07
+
+
+def test_decisions_are_made_four_times_a_second() -> None:
+    server = learned()
+    held = fill(server)
+    limit = server.load.report().limit_tokens
+    server.load.pool_tokens = 8_000
+    server.now += 0.2
+    assert not server.may(held[0])
+    assert server.load.report().limit_tokens == limit
+    server.now += 0.11
+    assert not server.may(held[0])
+    assert server.load.report().limit_tokens == pytest.approx(0.95 * 8_000)
+
+
+def test_half_a_block_of_every_context_is_wasted() -> None:
+    fine, coarse = learned(), learned(block_tokens=1024)
+    assert len(fill(coarse)) > len(fill(fine))
+
+
+def test_faults_are_found() -> None:
+    server = learned()
+    held = fill(server)
+    assert server.load.faults(server.prompts) == []
+    assert server.load.faults(held) == [f"the call 'new-{index}/0' is gone" for index in range(BEGAN)]
+    load = server.load
+    load._firsts["ghost"] = load._firsts[held[0]]
+    load._live["new-7"].prompts["ghost"] = 1
+    del load._live["new-8"]
+    load._live["new-9"].prompts.clear()
+    load._gone["new-0"] = load._live["new-0"]
+    assert load.faults(server.prompts) == [
+        "the first call 'ghost' is gone",
+        "the program 'new-7' has calls that are gone",
+        "the program 'new-9' has neither calls nor turns",
+        "the program 'new-9' with 0 calls is not where such programs are",
+        "the call 'new-8/0' has no program",
+        "the program 'new-0' is live and gone",
+    ]
+
+
+def test_chat_then_agents_then_chat() -> None:
+    """How fast it adapts: seven returns in a row bring load control, three first calls without one end it."""
+    server = Server(pool_tokens=6_000)
+    server.read_s = 1.0
+    for index in range(40):
+        server.turn(f"chat-{index}", f"chat-{index}")
+        server.now += 1.0
+    server.now += 100.0
+    assert fill(server, 8) == []
+    returned = 0
+    for index in range(8):
+        server.end(f"new-{index}/0")
+    server.now += 0.5
+    while server.load.returns.begins(True) <= 0.6:
+        index, turn = returned % 8, returned // 8 + 1
+        server.arrive(f"new-{index}/{turn}", f"new-{index}", 1200)
+        server.begin(f"new-{index}/{turn}", 1000)
+        returned += 1
+    assert returned == 7
+    for index in range(20):
+        server.arrive(f"more-{index}", f"more-{index}")
+    assert not all([server.may(f"more-{index}") for index in range(20)])
+    # Chat again: what has begun never comes back.
+    for index in range(20):
+        server.begin(f"more-{index}")
+        server.end(f"more-{index}")
+    server.now += 100.0
+    server.arrive("last", "last")
+    assert server.may("last")
+    server.begin("last")
+    server.now += 0.2
+    server.arrive("chat", "chat")
+    assert server.may("chat")
+    assert server.load.returns.begins(True) < 0.6
+
+
+EVENT = st.tuples(
+    st.sampled_from(["arrive", "begin", "end", "last", "abort", "forget", "wait"]), st.integers(0, 7), st.booleans()
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(EVENT, max_size=120), st.floats(500, 20_000))
+def test_whatever_happens_books_balance_and_nobody_waits_for_ever(
+    events: list[tuple[str, int, bool]], pool: float
+) -> None:
+    server = Server(pool_tokens=int(pool), max_hold_s=50.0)
+    server.learn(programs=3)
+    waiting: dict[str, float] = {}
+    running: dict[str, str] = {}
+    for number, (event, program, flag) in enumerate(events):
+        server.now += 0.3
+        if event == "arrive":
+            call = f"{program}/{number}"
+            server.arrive(call, f"p-{program}", 1000, named=flag)
+            waiting[call] = server.now
+        elif event == "begin":
+            for call in list(waiting):
+                if server.may(call, idle=not running):
+                    server.begin(call, 500 if flag else 0)
+                    running[call] = call
+                    del waiting[call]
+        elif event in ("end", "last") and running:
+            call = sorted(running)[program % len(running)]
+            server.end(call, last=event == "last", tool="t" if flag else None)
+            del running[call]
+        elif event == "abort" and (waiting or running):
+            call = sorted([*waiting, *running])[program % (len(waiting) + len(running))]
+            server.load.abort(call, server.now)
+            waiting.pop(call, None)
+            running.pop(call, None)
+        elif event == "forget":
+            server.load.forget(f"p-{program}")
+        elif event == "wait":
+            server.now += 3.0 * program
+        assert server.load.faults([*waiting, *running]) == []
+        report = server.load.report()
+        assert report.held <= len(waiting)
+        assert 0 <= report.claims_tokens < inf
+    server.now += 50.0
+    assert all(server.may(call) for call in waiting)
+    for call in [*waiting, *running]:
+        server.load.abort(call, server.now)
+    server.now += 1e4
+    server.arrive("end", "end")
+    assert server.may("end")
+    assert server.load.report().programs == 0.0
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 1000))
+def test_an_idle_engine_never_waits_for_ever(seed: int) -> None:
+    """Nobody under way ever comes back, nothing was told: the next one begins within a few usual gaps."""
+    server = learned(pool_tokens=5_000 + 20 * seed)
+    held = fill(server)
+    for index in range(30 - len(held)):
+        server.end(f"new-{index}/0")
+    began = server.now
+    for call in held:
+        while not server.may(call, idle=True):
+            server.now += 0.5
+            assert server.now - began < 20.0 * len(held)
+        server.begin(call)
+        server.end(call)

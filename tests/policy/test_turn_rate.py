@@ -1,0 +1,43 @@
+"""Turns per second of programs that think between their turns."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_agentserve.policy.turn_rate import TurnCost, hit_ratio, turns_per_second
+
+
+@pytest.mark.parametrize(
+    ("pressure", "expected"), [(0.0, 1.0), (1.0, 1.0), (1.3, 0.5), (1.45, 0.25), (1.6, 0.0), (4.0, 0.0)]
+)
+def test_hits_end_where_contexts_do_not_fit(pressure: float, expected: float) -> None:
+    assert hit_ratio(pressure) == pytest.approx(expected)
+
+
+def test_one_program_alone_waits_for_nobody() -> None:
+    """A turn of 1 + 0.5 + 0.001 s; reading takes a thousandth of the engine."""
+    turn = TurnCost(gap_s=1.0, decode_s=0.5, read_s=0.001, again_s=0.0)
+    assert turns_per_second(1, turn, 1.0) == pytest.approx(1 / 1.501, rel=0.001)
+
+
+def test_many_programs_read_all_the_time() -> None:
+    turn = TurnCost(gap_s=1.0, decode_s=0.5, read_s=0.1, again_s=0.4)
+    assert turns_per_second(10_000, turn, 1.0) == pytest.approx(10.0, rel=0.01)
+    assert turns_per_second(10_000, turn, 0.0) == pytest.approx(2.0, rel=0.01)
+    assert turns_per_second(10_000, turn, 0.5) == pytest.approx(1 / 0.3, rel=0.01)
+
+
+def test_nothing_to_read_is_no_error() -> None:
+    assert turns_per_second(4, TurnCost(1.0, 1.0, 0.0, 0.0), 1.0) == pytest.approx(2.0)
+    assert turns_per_second(4, TurnCost(0.0, 2.0, 0.0, 0.0), 1.0) == pytest.approx(2.0)
+
+
+@given(
+    st.floats(0.5, 500), st.floats(0, 30), st.floats(0.01, 5), st.floats(0.001, 1), st.floats(0, 10), st.floats(0, 1)
+)
+def test_littles_law(programs: float, gap: float, decode: float, read: float, again: float, hits: float) -> None:
+    rate = turns_per_second(programs, TurnCost(gap, decode, read, again), hits)
+    busy = rate * (read + (1 - hits) * again)
+    assert 0 < busy < 1
+    there = rate * gap + rate * (read + (1 - hits) * again + decode) / (1 - busy)
+    assert there == pytest.approx(programs, rel=1e-3)

@@ -1,0 +1,140 @@
+"""What the programs under way will want of the KV cache: their contexts, weighted by the probability that they come back."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from vllm_agentserve.policy.gaps import OwnGaps, Returns, Turn
+
+TURNS_APART = 48
+"""Calls of a program that are told apart by their number; later ones count as this one."""
+AHEAD = (0, 1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
+"""Turns ahead at which the contexts of all programs are added up."""
+LEAST_CALLS, ENOUGH = 5, 24
+"""A program is assumed to have so many calls until that many programs were seen after a call of that turn: claims that are too
+small cannot be taken back, since who has begun is never held, while claims that are too large end with their programs. Contexts
+are assumed to grow to twice their size by that, no more."""
+HELD_BACK = 0.8
+"""Least probability of a return where programs usually return, until that many were seen after a call of that turn."""
+USUAL = 0.6
+"""Programs usually return where more than this share of the calls is followed by another."""
+LAPSE = 0.03
+"""A claim lapses when no more than this share of the gaps is longer."""
+UNKNOWN_S = 60.0
+"""The same where no gap was ever seen: after so long."""
+
+
+@dataclass(slots=True)
+class Program:
+    """A program as load control sees it.
+
+    Args:
+        named: whether the client gives it a name.
+        begun: whether one of its calls has been scheduled.
+        prompts: tokens of the prompts of its calls that wait or run, by call.
+        context: tokens of its longest context at the end of a call.
+        turns: calls that ended.
+        ended_s: when the last one did.
+        tool: what it called then, if that was told.
+    """
+
+    named: bool
+    begun: bool = False
+    prompts: dict[str, int] = field(default_factory=dict)
+    context: int = 0
+    turns: int = 0
+    ended_s: float = 0.0
+    tool: str | None = None
+    own: OwnGaps = field(default_factory=OwnGaps)
+
+    def turn(self, more: int = 0) -> Turn:
+        """Its last call, the first before any ended; or the one so many later."""
+        return self.named, min(max(self.turns, 1) + more, TURNS_APART)
+
+
+def longer(program: Program, returns: Returns, away_s: float) -> float:
+    """The share of its gaps that are longer."""
+    return program.own.longer(away_s, returns.longer(program.tool, away_s))
+
+
+def presence(program: Program, returns: Returns, now_s: float) -> float:
+    """The probability that it comes back, 0 where its claim has lapsed."""
+    if program.prompts:
+        return 1.0
+    away = now_s - program.ended_s
+    if not returns.gaps.samples:
+        return 0.0
+    left = longer(program, returns, away)
+    if left <= LAPSE:
+        return 0.0
+    back = returns.probability(program.turn(), program.tool)
+    if returns.overall() > USUAL and returns.seen(program.turn()) < ENOUGH:
+        back = max(back, HELD_BACK)
+    return back * left / (back * left + 1 - back)
+
+
+def lapsed(program: Program, returns: Returns, now_s: float) -> bool:
+    """Whether it has been away for longer than programs are."""
+    away = now_s - program.ended_s
+    if program.prompts:
+        return False
+    return longer(program, returns, away) <= LAPSE if returns.gaps.samples else away > UNKNOWN_S
+
+
+Stay = tuple[float, float]
+"""The probability that a program is still there: as learned, and as assumed where too few were seen."""
+
+
+def stays(returns: Returns, named: bool, number: int) -> list[Stay]:
+    """The probability that a program in its call of that number is there so many turns later, for each of `AHEAD`."""
+    found, learned, assumed, at = [], 1.0, 1.0, 0
+    for turns in AHEAD:
+        while at < turns:
+            turn = named, min(number + at, TURNS_APART)
+            share = returns.at_most(turn)
+            learned *= share
+            if number + at >= LEAST_CALLS or returns.seen(turn) >= ENOUGH:
+                assumed *= share
+            at += 1
+        found.append((learned, assumed))
+    return found
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What programs want of the KV cache.
+
+    Args:
+        programs: how many there are; one that comes back with probability 0.5 counts a half.
+        ahead: tokens of their contexts so many turns later, for each of `AHEAD`.
+    """
+
+    programs: float = 0.0
+    ahead: tuple[float, ...] = (0.0,) * len(AHEAD)
+
+    @property
+    def now(self) -> float:
+        """Tokens at the end of the next turn."""
+        return self.ahead[0]
+
+    @property
+    def most(self) -> float:
+        """The most tokens they will want together."""
+        return max(self.ahead)
+
+    def __add__(self, other: "Claims") -> "Claims":
+        ahead = tuple(one + more for one, more in zip(self.ahead, other.ahead, strict=True))
+        return Claims(self.programs + other.programs, ahead)
+
+
+def claim(tokens: float, growth: float, stay: Iterable[Stay], share: float = 1.0) -> Claims:
+    """What a program wants whose context has `tokens` and grows by `growth` a turn.
+
+    Args:
+        stay: the probability that it is still there, for each of `AHEAD`.
+        share: the probability that it comes back at all; or how many such programs there are, `tokens` being their mean.
+    """
+    ahead = tuple(
+        share * max(learned * (tokens + turns * growth), assumed * min(tokens + turns * growth, 2 * tokens))
+        for (learned, assumed), turns in zip(stay, AHEAD, strict=True)
+    )
+    return Claims(share, ahead)

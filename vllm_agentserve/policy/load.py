@@ -1,0 +1,470 @@
+"""Load control: which programs may begin, so that those under way keep their contexts in the KV cache.
+
+When the contexts of the programs under way do not fit, every turn computes its context again and pushes out somebody else's:
+an engine that could give many turns per second gives few. So the first call of a program waits while those under way fill the
+cache, as long as that gives more turns per second than letting everybody begin. After an operating system's load control
+against thrashing (Denning, 1968).
+
+What is learned, from how much, and how fast it follows:
+
+- Whether and when programs come back: `policy/gaps.py`. Until a return was seen there is none, and nothing is held. One return
+  is enough to begin. Where nobody came back, seven returns in a row begin it; where all did, three first calls in a row
+  without a return end it.
+- Seconds to read a token, decoding time, new tokens and growth of a turn: means over about 32 turns.
+- How much of the cache is of use, 0.95 of its size at first, 0.85 to 1.15: each turn whose share of found context differs by
+  more than a tenth from the model's moves it by up to 2 %.
+- The limit is decided anew four times a second while a first call waits.
+
+Everything is said with the time at which it happened, in seconds of any clock.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Container
+from dataclasses import dataclass
+from itertools import islice
+from math import exp, inf
+from typing import Literal
+
+from vllm_agentserve.policy.claims import (
+    USUAL,
+    Claims,
+    Program,
+    claim,
+    lapsed,
+    longer,
+    presence,
+    stays,
+)
+from vllm_agentserve.policy.gaps import Returns
+from vllm_agentserve.policy.turn_rate import TurnCost, hit_ratio, turns_per_second
+
+Begins = Literal["returning", "child", "one-shot", "bound", "unlimited", "alone", "idle", "fits"]
+"""Why a call may begin: its program has begun; its parent is under way; its like does not come back; it was held for the longest
+time; there is no limit; nobody is under way; the engine has nothing to do; its program fits."""
+Reason = Literal["fits", "faster without", "model"]
+"""Of the limit: there is none because all fit, or because recomputing costs less than idling; or it is the model's."""
+
+MAX_HOLD_S = 600.0
+DECIDE_S = 0.25
+COUNT_S = 0.1
+"""Claims are counted again after so long."""
+MARGIN = 0.1
+"""A limit comes when it gives so much more turns per second than none, and goes when none gives so much more."""
+FIRST_ROOM, LEAST_ROOM, MOST_ROOM = 0.95, 0.85, 1.15
+"""Share of the pool that contexts can fill before they push each other out: at first, and the bounds of what is measured."""
+ROOM_STEP = 0.02
+ROOM_TOLERANCE = 0.1
+PRESSURES = tuple(step / 10 for step in range(5, 11))
+"""Limits that are tried, in pools."""
+TURNS_KEPT = 32.0
+LOOK_AHEAD = 4
+"""Programs that are away and looked at again whenever a call comes."""
+PROGRAMS_KEPT = 65_536
+"""Programs remembered that are gone."""
+
+
+class Mean:
+    """A weighted mean of what was seen lately."""
+
+    def __init__(self) -> None:
+        self._fade = exp(-1 / TURNS_KEPT)
+        self._sum = self._weight = 0.0
+
+    def add(self, value: float, weight: float = 1.0) -> None:
+        self._sum = self._sum * self._fade + value * weight
+        self._weight = self._weight * self._fade + weight
+
+    @property
+    def value(self) -> float:
+        """0 where nothing was seen."""
+        return self._sum / self._weight if self._weight else 0.0
+
+
+@dataclass(slots=True)
+class Call:
+    """A call that waits or runs.
+
+    Args:
+        free: why it is never held; None for the first call of a program.
+    """
+
+    program: str
+    came_s: float
+    prompt_tokens: int
+    free: Begins | None
+    begun: bool = False
+    held: bool = False
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What load control does.
+
+    Args:
+        limit_tokens: of claims; None where there is no limit.
+        claims_tokens: what the programs under way will want at most.
+        pool_tokens: size of the KV cache.
+        programs: under way.
+        held: first calls that are held.
+        hit_ratio: of resumed turns, lately.
+        room: share of the pool that is of use, as measured.
+        begun: first calls that began, by why they might.
+    """
+
+    limit_tokens: float | None
+    reason: Reason
+    claims_tokens: float
+    pool_tokens: int
+    programs: float
+    held: int
+    hit_ratio: float
+    room: float
+    begun: dict[Begins, int]
+
+
+class LoadControl:
+    """Says whether a call may begin. Only a program's first call is ever held.
+
+    Args:
+        pool_tokens: size of the KV cache.
+        block_tokens: of a KV block; half a block of every context is wasted.
+        max_hold_s: nobody is held longer.
+    """
+
+    def __init__(self, pool_tokens: int, block_tokens: int = 16, max_hold_s: float = MAX_HOLD_S) -> None:
+        self.pool_tokens = pool_tokens
+        self.max_hold_s = max_hold_s
+        self._waste = block_tokens // 2
+        self.returns = Returns()
+        self._live: dict[str, Program] = {}
+        """Programs that wait to begin or are under way."""
+        self._away: OrderedDict[str, None] = OrderedDict()
+        """Those of them without calls."""
+        self._gone: OrderedDict[str, Program] = OrderedDict()
+        """Those whose claims have lapsed or that are over: one that comes back all the same is known."""
+        self._calls: dict[str, Call] = {}
+        self._firsts: dict[str, Call] = {}
+        """First calls that have not begun."""
+        self._hits = Mean()
+        self._read_s_per_token = Mean()
+        self._decode_s = Mean()
+        self._growth = Mean()
+        self._new_tokens = Mean()
+        self._room = FIRST_ROOM
+        self._claims = Claims()
+        self._limit = inf
+        self._reason: Reason = "fits"
+        self._counted_s = self._decided_s = self._closed_until_s = -inf
+        self._begun: Counter[Begins] = Counter()
+
+    # Events.
+
+    def arrive(
+        self,
+        call: str,
+        program: str,
+        now_s: float,
+        prompt_tokens: int,
+        *,
+        named: bool = True,
+        parent: str | None = None,
+        can_return: bool = True,
+    ) -> None:
+        """A call came.
+
+        Args:
+            call: its id, not in use.
+            program: whose it is.
+            named: whether the client said so; otherwise it was inferred.
+            parent: the program that started this one.
+            can_return: False for what cannot come back: pooling, or no prefix cache.
+        """
+        self._look_again(now_s)
+        free: Begins | None = None
+        if program in self._gone:
+            self._live[program] = self._gone.pop(program)
+            self._returned(self._live[program], now_s, revised=True)
+        elif program in self._live and not self._live[program].prompts:
+            self._returned(self._live[program], now_s, revised=False)
+        found = self._live.setdefault(program, Program(named))
+        parent_found = self._live.get(parent) if parent is not None else None
+        if found.turns or found.begun:
+            free = "returning"
+        elif parent_found is not None and parent_found.begun:
+            free = "child"
+        elif not can_return:
+            free = "one-shot"
+        self._away.pop(program, None)
+        found.prompts[call] = prompt_tokens
+        self._calls[call] = Call(program, now_s, prompt_tokens, free)
+        if free is None:
+            self._firsts[call] = self._calls[call]
+
+    def _look_again(self, now_s: float) -> None:
+        """Whether some of the programs that are away have been so for too long: in turns, so that all are seen."""
+        for name in [*islice(self._away, LOOK_AHEAD)]:
+            self._away.move_to_end(name)
+            if lapsed(self._live[name], self.returns, now_s):
+                self._lapse(name)
+
+    def _returned(self, program: Program, now_s: float, revised: bool) -> None:
+        gap = now_s - program.ended_s
+        program.own.add(gap)
+        self.returns.returned(program.turn(), program.tool, gap, revised)
+
+    def begin(self, call: str, now_s: float, cached_tokens: int) -> None:
+        """A call is scheduled for the first time, with so many tokens of its prompt found in the prefix cache."""
+        one = self._calls[call]
+        if one.begun:
+            return
+        one.begun = True
+        program = self._live[one.program]
+        if self._firsts.pop(call, None) is not None:
+            self._claims += self._newcomer(program.named, one.prompt_tokens)
+        if program.turns:
+            self._resumed(program, now_s, one.prompt_tokens, cached_tokens)
+        program.begun = True
+
+    def _resumed(self, program: Program, now_s: float, prompt_tokens: int, cached_tokens: int) -> None:
+        found = min(cached_tokens / max(min(program.context, prompt_tokens), 1), 1.0)
+        self._hits.add(found)
+        self._new_tokens.add(max(prompt_tokens - program.context, 0))
+        if self._limit < inf:
+            self._count(now_s)
+            error = found - hit_ratio(self._claims.now / (self.pool_tokens * self._room))
+            if abs(error) > ROOM_TOLERANCE:
+                self._room = min(max(self._room * exp(ROOM_STEP * error), LEAST_ROOM), MOST_ROOM)
+
+    def end(
+        self,
+        call: str,
+        now_s: float,
+        context_tokens: int,
+        *,
+        read_s: float,
+        read_tokens: int,
+        decode_s: float,
+        last: bool = False,
+        tool: str | None = None,
+    ) -> None:
+        """A call that had begun ended.
+
+        Args:
+            context_tokens: prompt and answer.
+            read_s: engine time its prompt took.
+            read_tokens: tokens of the prompt that were computed, again after a preemption included.
+            decode_s: what its decoding would have taken in steps without prompts.
+            last: whether the client said that the program ends with it.
+            tool: what the program does until it comes back, where that was said.
+        """
+        one = self._calls.pop(call)
+        self._firsts.pop(call, None)
+        program = self._live[one.program]
+        del program.prompts[call]
+        if program.turns and context_tokens > program.context:
+            self._growth.add(context_tokens - program.context)
+        program.context = max(program.context, context_tokens)
+        program.turns += 1
+        program.ended_s, program.tool, program.begun = now_s, tool, True
+        if read_tokens:
+            self._read_s_per_token.add(read_s / read_tokens, read_tokens)
+        self._decode_s.add(decode_s)
+        self._closed_until_s = -inf
+        self._leaves(one.program)
+        if last and not program.prompts:
+            self._lapse(one.program)
+            self._counted_s = -inf
+
+    def _leaves(self, name: str) -> None:
+        """A call of the program is no more; without others it is away."""
+        if not self._live[name].prompts:
+            self._away[name] = None
+
+    def abort(self, call: str, now_s: float) -> None:
+        """A call ended before its answer did, or before it began. Unknown ones are no matter."""
+        one = self._calls.pop(call, None)
+        if one is None:
+            return
+        self._firsts.pop(call, None)
+        program = self._live[one.program]
+        del program.prompts[call]
+        program.ended_s = now_s
+        if program.prompts or program.turns:
+            self._leaves(one.program)
+        else:
+            del self._live[one.program]
+        self._counted_s = self._closed_until_s = -inf
+
+    def forget(self, program: str) -> None:
+        """A program without calls is over. One with calls goes on, unknown ones are no matter."""
+        self._gone.pop(program, None)
+        if program in self._live and not self._live[program].prompts:
+            del self._live[program], self._away[program]
+            self._counted_s = self._closed_until_s = -inf
+
+    # Decisions.
+
+    def closed(self, now_s: float) -> bool:
+        """Whether asking again is of no use yet: `may_begin` said no, and nothing has happened since."""
+        return now_s < self._closed_until_s
+
+    @property
+    def ask_again_s(self) -> float:
+        """When `may_begin` may say something else even if nothing happens; -inf for now."""
+        return self._closed_until_s
+
+    def may_begin(self, call: str, now_s: float, *, idle: bool) -> bool:
+        """Whether a call that waits may be scheduled; ask for the held ones in their order.
+
+        Args:
+            idle: whether the engine has nothing else to do: nothing runs, and nothing that may begin waits.
+        """
+        one = self._calls[call]
+        why = self._why(one, now_s, idle)
+        if why is None:
+            one.held = True
+            if not self.closed(now_s):
+                self._closed_until_s = now_s + COUNT_S
+            return False
+        if one.free is None and call in self._firsts:
+            self._begun[why] += 1
+            one.free = why
+        return True
+
+    def _why(self, call: Call, now_s: float, idle: bool) -> Begins | None:
+        """Why it may begin; None if it is held."""
+        program = self._live[call.program]
+        if call.free is not None:
+            return call.free
+        if program.begun:
+            return "returning"
+        if now_s - call.came_s >= self.max_hold_s:
+            return "bound"
+        if self.returns.begins(program.named) <= USUAL:
+            return "one-shot"
+        if self.closed(now_s):
+            return None
+        self._count(now_s)
+        self._decide(now_s)
+        if self._limit == inf:
+            return "unlimited"
+        if not self._claims.programs:
+            return "alone"
+        if (self._claims + self._newcomer(program.named, call.prompt_tokens)).most <= self._limit:
+            return "fits"
+        return "idle" if idle and self._nobody_returns(now_s) else None
+
+    def _newcomer(self, named: bool, prompt_tokens: float, programs: int = 1) -> Claims:
+        """What so many programs want that begin, with prompts of so many tokens in the mean."""
+        return claim(prompt_tokens + self._waste, self._growth.value, stays(self.returns, named, 1), programs)
+
+    def _nobody_returns(self, now_s: float) -> bool:
+        """Whether more likely than not nobody comes back within a mean gap."""
+        soon, nobody = self.returns.gaps.mean_s, 1.0
+        for program in self._live.values():
+            if not program.begun:
+                continue
+            if program.prompts:
+                return False
+            there = presence(program, self.returns, now_s)
+            if there:
+                away = now_s - program.ended_s
+                then = longer(program, self.returns, away + soon) / longer(program, self.returns, away)
+                nobody *= 1 - there * (1 - then)
+        return nobody > 0.5
+
+    def _count(self, now_s: float) -> None:
+        """Adds up the claims of the programs under way; those that have lapsed are gone."""
+        if now_s - self._counted_s < COUNT_S:
+            return
+        self._counted_s = now_s
+        growth = self._growth.value
+        alike: dict[tuple[bool, int], tuple[float, float]] = {}
+        for name, program in list(self._live.items()):
+            if not program.begun:
+                continue
+            if lapsed(program, self.returns, now_s):
+                self._lapse(name)
+                continue
+            there = presence(program, self.returns, now_s)
+            tokens = max(program.context, *program.prompts.values()) if program.prompts else program.context + growth
+            key = program.named, program.turns + 1
+            programs, sum_of = alike.get(key, (0.0, 0.0))
+            alike[key] = programs + there, sum_of + there * (tokens + self._waste)
+        self._claims = Claims()
+        for (named, number), (programs, tokens) in alike.items():
+            if programs:
+                self._claims += claim(tokens / programs, growth, stays(self.returns, named, number), programs)
+
+    def _lapse(self, name: str) -> None:
+        program = self._gone[name] = self._live.pop(name)
+        del self._away[name]
+        self.returns.gone(program.turn(), program.tool)
+        if len(self._gone) > PROGRAMS_KEPT:
+            self._gone.popitem(last=False)
+
+    def _decide(self, now_s: float) -> None:
+        """Chooses the limit that gives the most turns per second to those under way and those that wait."""
+        if now_s - self._decided_s < DECIDE_S:
+            return
+        self._decided_s = now_s
+        everybody = self._claims
+        for named in (True, False):
+            prompts = [call.prompt_tokens for call in self._firsts.values() if self._live[call.program].named is named]
+            if prompts:
+                everybody += self._newcomer(named, sum(prompts) / len(prompts), len(prompts))
+        pool = self.pool_tokens * self._room
+        if everybody.most <= pool:
+            self._limit, self._reason = inf, "fits"
+            return
+        footprint = everybody.most / everybody.programs
+        turn = TurnCost(
+            gap_s=self.returns.gaps.mean_s,
+            decode_s=self._decode_s.value,
+            read_s=self._new_tokens.value * self._read_s_per_token.value,
+            again_s=footprint * self._read_s_per_token.value,
+        )
+        without = turns_per_second(everybody.programs, turn, hit_ratio(everybody.most / pool))
+        rates = [
+            (turns_per_second(pressure * pool / footprint, turn, hit_ratio(pressure)), -pressure)
+            for pressure in PRESSURES
+            if footprint <= pressure * pool <= everybody.most
+        ]
+        best, pressure = max(rates, default=(0.0, 0.0))
+        margin = MARGIN if self._limit == inf else -MARGIN
+        if best > without * (1 + margin):
+            self._limit, self._reason = -pressure * pool, "model"
+        else:
+            self._limit, self._reason = inf, "faster without"
+
+    # What is seen.
+
+    def report(self) -> LoadReport:
+        return LoadReport(
+            None if self._limit == inf else self._limit,
+            self._reason,
+            self._claims.most,
+            self.pool_tokens,
+            self._claims.programs,
+            sum(call.held and call.free is None for call in self._firsts.values()),
+            self._hits.value,
+            self._room,
+            dict(self._begun),
+        )
+
+    def faults(self, known: Container[str]) -> list[str]:
+        """What does not agree, `known` being the calls there are."""
+        found = [f"the call {call!r} is gone" for call in self._calls if call not in known]
+        found += [f"the first call {call!r} is gone" for call in self._firsts if call not in self._calls]
+        for name, program in self._live.items():
+            if not program.prompts and not program.turns:
+                found.append(f"the program {name!r} has neither calls nor turns")
+            if (name in self._away) == bool(program.prompts):
+                found.append(f"the program {name!r} with {len(program.prompts)} calls is not where such programs are")
+            if any(call not in self._calls for call in program.prompts):
+                found.append(f"the program {name!r} has calls that are gone")
+        found += [
+            f"the call {call!r} has no program" for call, one in self._calls.items() if one.program not in self._live
+        ]
+        found += [f"the program {name!r} is live and gone" for name in self._gone if name in self._live]
+        return found

@@ -1,0 +1,472 @@
+"""An engine with a KV cache that may be too small, under agents that come back: what load control is tried on.
+
+Steps are vLLM's: running requests first, then waiting ones in order of arrival while slots, tokens and blocks are left; a
+running request that finds no block takes the place of the one that was admitted last. What a step takes is given. Whether a
+program's first call may begin is asked of the load control, the same object the scheduler asks.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Protocol
+
+from vllm_agentserve.bench.cost import StepCost
+from vllm_agentserve.simulator.kv_blocks import KvBlocks
+
+POLL_S = 0.05
+"""Longest time between two questions whether a held call may begin."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One call: tokens added to the context, tokens of the answer, and seconds since the answer before."""
+
+    added: int
+    answer: int
+    gap_s: float = 0.0
+    children: tuple["Agent", ...] = ()
+    """Sub-agents that are started with the end of this call; the next turn waits for all of them, then for its gap."""
+
+
+@dataclass(frozen=True)
+class Agent:
+    """A program.
+
+    Args:
+        name: unique.
+        arrival_s: of its first call.
+        turns: its calls, one after the other.
+        shared: what the first tokens are: agents of the same name share them.
+        shared_tokens: how many tokens they share.
+        told: whether the client gives a session id.
+        returns: whether it is a program with turns at all; one-shot traffic has one.
+    """
+
+    name: str
+    arrival_s: float
+    turns: tuple[Turn, ...]
+    shared: str = ""
+    shared_tokens: int = 0
+    told: bool = True
+
+
+class LoadGate(Protocol):
+    """What the engine tells of calls, and asks of first ones; `LoadControl` is one."""
+
+    def arrive(
+        self,
+        call: str,
+        program: str,
+        now_s: float,
+        prompt_tokens: int,
+        *,
+        named: bool = True,
+        parent: str | None = None,
+        can_return: bool = True,
+    ) -> None: ...
+
+    def may_begin(self, call: str, now_s: float, *, idle: bool) -> bool: ...
+
+    def closed(self, now_s: float) -> bool: ...
+
+    def begin(self, call: str, now_s: float, cached_tokens: int) -> None: ...
+
+    def end(
+        self,
+        call: str,
+        now_s: float,
+        context_tokens: int,
+        *,
+        read_s: float,
+        read_tokens: int,
+        decode_s: float,
+        last: bool = False,
+        tool: str | None = None,
+    ) -> None: ...
+
+
+class FixedLimit:
+    """At most so many programs under way, whose ends are known: the best of these is what load control is held against.
+
+    Args:
+        programs: None for no limit, as in stock vLLM.
+        turns: of each program by name, 1 for one-shot calls, which never wait.
+    """
+
+    def __init__(self, programs: int | None = None, turns: dict[str, int] | None = None) -> None:
+        self._limit = programs
+        self._left = dict(turns or {})
+        self._begun: set[str] = set()
+        self._program: dict[str, str] = {}
+
+    def arrive(
+        self,
+        call: str,
+        program: str,
+        now_s: float,
+        prompt_tokens: int,
+        *,
+        named: bool = True,
+        parent: str | None = None,
+        can_return: bool = True,
+    ) -> None:
+        self._program[call] = program
+
+    def may_begin(self, call: str, now_s: float, *, idle: bool) -> bool:
+        if self._limit is None:
+            return True
+        program = self._program[call]
+        return program in self._begun or self._left[program] == 1 or len(self._begun) < self._limit
+
+    def closed(self, now_s: float) -> bool:
+        return False
+
+    def begin(self, call: str, now_s: float, cached_tokens: int) -> None:
+        program = self._program[call]
+        if self._left.get(program, 1) > 1:
+            self._begun.add(program)
+
+    def end(
+        self,
+        call: str,
+        now_s: float,
+        context_tokens: int,
+        *,
+        read_s: float,
+        read_tokens: int,
+        decode_s: float,
+        last: bool = False,
+        tool: str | None = None,
+    ) -> None:
+        program = self._program.pop(call)
+        if program in self._left:
+            self._left[program] -= 1
+            if not self._left[program]:
+                self._begun.discard(program)
+
+
+@dataclass(slots=True)
+class Run:
+    """An agent on its way."""
+
+    agent: Agent
+    turn: int = 0
+    context: int = 0
+    came_s: float = 0.0
+    keys: list[Hashable] = field(default_factory=list)
+    parent: "Run | None" = None
+    pending: int = 0
+    """Sub-agents that have not ended."""
+
+
+@dataclass(slots=True)
+class Request:
+    run: Run
+    name: str
+    number: int
+    first: bool
+    prompt: int
+    answer: int
+    computed: int = 0
+    done: int = 0
+    """Tokens of the answer."""
+    filled: int = 0
+    blocks: list[int] = field(default_factory=list)
+    prefill_ms: float = 0.0
+    prefill_tokens: int = 0
+    decode_ms: float = 0.0
+    began: bool = False
+    came_s: float = 0.0
+
+    @property
+    def needs(self) -> int:
+        """Tokens that have to be computed before the next one is sampled."""
+        return self.prompt + self.done - self.computed
+
+
+@dataclass
+class Outcome:
+    """What a run gave.
+
+    Args:
+        sessions: by agent: seconds from its arrival to the end of its last call.
+        ended_s: when the last call ended.
+        turns: calls that ended.
+        hits: tokens found of contexts that came back, and tokens these contexts had.
+        held_s: seconds first calls waited before they began.
+    """
+
+    sessions: dict[str, float] = field(default_factory=dict)
+    ends: dict[str, float] = field(default_factory=dict)
+    ended_s: float = 0.0
+    turns: int = 0
+    found: int = 0
+    sought: int = 0
+    preempted: int = 0
+    held_s: list[float] = field(default_factory=list)
+
+    @property
+    def hit_ratio(self) -> float:
+        return self.found / self.sought if self.sought else 1.0
+
+
+class PressureEngine:
+    """One engine.
+
+    Args:
+        blocks: its KV cache.
+        cost: of its steps.
+        load: decides whether first calls may begin.
+        slots: sequences at once.
+        step_tokens: tokens of a step at most.
+        ends_told: whether the client says which call is a program's last.
+        start_s: when the clock begins.
+    """
+
+    def __init__(
+        self,
+        blocks: KvBlocks,
+        cost: StepCost,
+        load: LoadGate,
+        slots: int = 256,
+        step_tokens: int = 2048,
+        ends_told: bool = True,
+        start_s: float = 0.0,
+    ) -> None:
+        self._blocks = blocks
+        self._cost = cost
+        self._load = load
+        self._slots = slots
+        self._step_tokens = step_tokens
+        self._ends_told = ends_told
+        self.now_s = start_s
+        self._numbers = count()
+        self._events: list[tuple[float, int, Run]] = []
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._held = False
+        self.outcome = Outcome()
+
+    def run(self, agents: Sequence[Agent]) -> Outcome:
+        """Runs all agents to their end. Arrivals are counted from the clock as it stands."""
+        self.outcome = Outcome()
+        for agent in agents:
+            self._start(agent, self.now_s + agent.arrival_s, None)
+        while self._events or self._waiting or self._running:
+            self._arrivals()
+            chunks = self._schedule()
+            if chunks:
+                self._step(chunks)
+            elif self._events or self._waiting:
+                due = self._events[0][0] if self._events else self.now_s + POLL_S
+                self.now_s = max(min(due, self.now_s + POLL_S) if self._waiting else due, self.now_s)
+        self.outcome.ended_s = self.now_s
+        return self.outcome
+
+    def _start(self, agent: Agent, when_s: float, parent: Run | None) -> None:
+        run = Run(agent, came_s=when_s, parent=parent)
+        heapq.heappush(self._events, (when_s, next(self._numbers), run))
+
+    def _arrivals(self) -> None:
+        while self._events and self._events[0][0] <= self.now_s:
+            when, number, run = heapq.heappop(self._events)
+            agent, turn = run.agent, run.agent.turns[run.turn]
+            request = Request(
+                run, f"{agent.name}/{run.turn}", number, not run.turn, run.context + turn.added, turn.answer
+            )
+            request.came_s = when
+            self._load.arrive(
+                request.name,
+                agent.name,
+                when,
+                request.prompt,
+                named=agent.told,
+                parent=run.parent.agent.name if run.parent else None,
+            )
+            self._waiting.append(request)
+
+    def _keys(self, request: Request, tokens: int) -> list[Hashable]:
+        """Keys of the full blocks of the first `tokens` of a request's context."""
+        size, agent, keys = self._blocks.tokens, request.run.agent, request.run.keys
+        while len(keys) < tokens // size:
+            shared = (len(keys) + 1) * size <= agent.shared_tokens
+            keys.append((agent.shared if shared else agent.name, len(keys)))
+        return keys[: tokens // size]
+
+    def _schedule(self) -> list[tuple[Request, int]]:
+        """What vLLM's scheduler gives to whom in the next step: request and tokens."""
+        budget, chunks = self._step_tokens, list[tuple[Request, int]]()
+        preempted = False
+        index = 0
+        while index < len(self._running) and budget:
+            request = self._running[index]
+            tokens = min(request.needs, budget)
+            while not self._grow(request, tokens):
+                victim = self._running.pop()
+                self._preempt(victim)
+                preempted = True
+                if victim is request:
+                    break
+            else:
+                chunks.append((request, tokens))
+                budget -= tokens
+                index += 1
+                continue
+            break
+        self._held = False
+        if preempted:
+            return chunks
+        skipped: list[Request] = []
+        idle = not self._running
+        closed = self._load.closed(self.now_s)
+        while self._waiting and budget and len(self._running) < self._slots:
+            request = self._waiting[0]
+            if request.first and not request.began:
+                if closed:
+                    skipped.append(self._waiting.popleft())
+                    continue
+                others = idle and any(not one.first or one.began for one in self._waiting)
+                if not self._load.may_begin(request.name, self.now_s, idle=idle and not self._running and not others):
+                    skipped.append(self._waiting.popleft())
+                    continue
+            tokens = self._admit(request, budget)
+            if not tokens:
+                break
+            self._waiting.popleft()
+            self._running.append(request)
+            chunks.append((request, tokens))
+            budget -= tokens
+        self._held = bool(skipped)
+        self._waiting.extendleft(reversed(skipped))
+        return chunks
+
+    def _grow(self, request: Request, tokens: int) -> bool:
+        missing = -(-(request.computed + tokens) // self._blocks.tokens) - len(request.blocks)
+        if missing > self._blocks.free:
+            return False
+        if missing > 0:
+            request.blocks += self._blocks.allocate(missing)
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self._blocks.release(request.blocks)
+        request.blocks, request.computed, request.filled = [], 0, 0
+        self._waiting.appendleft(request)
+        self.outcome.preempted += 1
+
+    def _admit(self, request: Request, budget: int) -> int:
+        """Tokens of its first chunk; 0 where its prompt has no room."""
+        length = request.prompt + request.done
+        keys = self._keys(request, length - 1)
+        hits = self._blocks.hits(keys)
+        if self._blocks.needed(keys, hits, length) > self._blocks.free:
+            return 0
+        request.blocks = self._blocks.touch(keys[:hits])
+        request.computed = hits * self._blocks.tokens
+        request.filled = hits
+        tokens = min(request.needs, budget)
+        self._grow(request, tokens)
+        if not request.began:
+            request.began = True
+            self._load.begin(request.name, self.now_s, request.computed)
+            if request.first:
+                self.outcome.held_s.append(self.now_s - request.came_s)
+            else:
+                self.outcome.found += min(request.computed, request.run.context)
+                self.outcome.sought += request.run.context
+        return tokens
+
+    def _step(self, chunks: Sequence[tuple[Request, int]]) -> None:
+        decodes = [request for request, tokens in chunks if tokens == 1 and request.needs == 1 and request.done]
+        prompts = [
+            (request, tokens) for request, tokens in chunks if not (tokens == 1 and request.needs == 1 and request.done)
+        ]
+        context = sum(request.computed for request in decodes)
+        took = self._cost.step_ms(len(decodes), context, [(tokens, request.computed) for request, tokens in prompts])
+        steps = 1
+        if not prompts and not (self._waiting and not self._held):
+            steps = self._steps_alike(decodes, took)
+        each = self._cost.decode_ms(len(decodes), context)
+        self.now_s += took * steps / 1000
+        ended = []
+        for request, tokens in prompts:
+            request.prefill_ms += self._cost.chunk_ms(tokens, request.computed) + self._cost.prefill / len(prompts)
+            request.prefill_tokens += tokens
+            request.computed += tokens
+            if not request.needs:
+                request.done += 1
+            self._fill(request)
+            if request.done >= request.answer and not request.needs - 1:
+                ended.append(request)
+        for request in decodes:
+            if steps > 1:
+                self._grow(request, steps)
+            request.decode_ms += each * steps
+            request.computed += steps
+            request.done += steps
+            self._fill(request)
+            if request.done >= request.answer:
+                ended.append(request)
+        if ended:
+            self._running = [request for request in self._running if request not in ended]
+            for request in ended:
+                self._end(request)
+
+    def _steps_alike(self, decodes: Sequence[Request], each_ms: float) -> int:
+        """Steps that can be taken together: nothing ends, nothing comes, and there are blocks for all of them."""
+        steps = min(request.answer - request.done for request in decodes)
+        if self._events:
+            steps = min(steps, int((self._events[0][0] - self.now_s) * 1000 / each_ms) + 1)
+        if self._held:
+            steps = min(steps, int(POLL_S * 1000 / each_ms) + 1)
+        size = self._blocks.tokens
+        while steps > 1:
+            needed = sum(max(-(-(one.computed + steps) // size) - len(one.blocks), 0) for one in decodes)
+            if needed <= self._blocks.free:
+                return steps
+            steps //= 2
+        return max(steps, 1)
+
+    def _fill(self, request: Request) -> None:
+        full = request.computed // self._blocks.tokens
+        if full > request.filled:
+            keys = self._keys(request, request.computed)
+            for index in range(request.filled, full):
+                self._blocks.fill(request.blocks[index], keys[index])
+            request.filled = full
+
+    def _end(self, request: Request) -> None:
+        self._blocks.release(request.blocks)
+        run = request.run
+        agent, turn = run.agent, run.agent.turns[run.turn]
+        run.context = request.prompt + request.answer
+        run.turn += 1
+        last = run.turn == len(agent.turns)
+        self._load.end(
+            request.name,
+            self.now_s,
+            run.context,
+            read_s=request.prefill_ms / 1000,
+            read_tokens=request.prefill_tokens,
+            decode_s=request.decode_ms / 1000,
+            last=last and self._ends_told,
+        )
+        self.outcome.turns += 1
+        for child in turn.children:
+            run.pending += 1
+            self._start(child, self.now_s, run)
+        if last:
+            self.outcome.sessions[agent.name] = self.now_s - run.came_s
+            self.outcome.ends[agent.name] = self.now_s
+            if run.parent is not None:
+                run.parent.pending -= 1
+                if not run.parent.pending:
+                    self._next(run.parent)
+        elif not run.pending:
+            self._next(run)
+
+    def _next(self, run: Run) -> None:
+        gap = run.agent.turns[run.turn].gap_s
+        heapq.heappush(self._events, (self.now_s + gap, next(self._numbers), run))
