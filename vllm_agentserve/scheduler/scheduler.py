@@ -22,7 +22,7 @@ from vllm_agentserve.policy.hints import read_hints
 from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.policy.waiting import WaitingList
 from vllm_agentserve.scheduler.features import Events
-from vllm_agentserve.scheduler.features.build import build_features, lane_of, program_order
+from vllm_agentserve.scheduler.features.build import attribution_of, build_features, lane_of, program_order
 from vllm_agentserve.scheduler.integrity import Integrity
 from vllm_agentserve.scheduler.log_messages import LogMessages
 from vllm_agentserve.scheduler.stats import StatsCollector
@@ -71,12 +71,14 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         self.calls: dict[str, Call] = {}
         """All that is known of requests, by their ids, from arrival to end."""
         block_size = int(self.cache_config.block_size)
-        programs = program_order(options if orders else None, controller, self.counts, block_size, stages > 1)
+        attribution = attribution_of(options, orders, block_size)
+        programs = program_order(options if orders else None, controller, self.counts, stages > 1)
         self.policy = EnginePolicy(
             self,
             controller,
             self.counts,
             perf_counter,
+            attribution,
             programs,
             options.bypass_steps,
             options.batch_bypass_steps,

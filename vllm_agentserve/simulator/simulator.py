@@ -15,8 +15,7 @@ from typing import Literal
 
 from vllm_agentserve.bench.calls import ProgramShape, forks, origin, tool_chain_s
 from vllm_agentserve.bench.cost import StepCost
-from vllm_agentserve.policy.attribution import Owner
-from vllm_agentserve.policy.call import Call, Chunk
+from vllm_agentserve.policy.call import Call, Chunk, Owner
 from vllm_agentserve.policy.controller import BudgetController, BudgetLimits
 from vllm_agentserve.policy.engine import EnginePolicy
 from vllm_agentserve.policy.order import BYPASS_STEPS, PATIENT_BYPASS_STEPS
@@ -75,12 +74,12 @@ class Simulator:
         programs: NoPrograms = NoPrograms()
         if table is not None:
             account = PreemptionAccount(0.0)
-            programs = ProgramOrder(table, self._owner, self._remember, controller.prompt_ms, account, counts)  # type: ignore[arg-type]
+            programs = ProgramOrder(table, controller.prompt_ms, account, counts)  # type: ignore[arg-type]
         elif order in ORACLES:
             programs = ORACLES[order]()
         bound = patience if patience is not None else PATIENCE.get(order, inf)
         kind, cuts = (StockPolicy, False) if order == "stock" else (EnginePolicy, True)
-        self.policy = kind(self, controller, counts, lambda: self._now, programs, bound, cuts=cuts)  # type: ignore[arg-type]
+        self.policy = kind(self, controller, counts, lambda: self._now, self, programs, bound, cuts=cuts)  # type: ignore[arg-type]
         assert isinstance(self.policy.waiting, WaitingList)
         self._waiting: WaitingList = self.policy.waiting
         self._decoding: list[Call] = []
@@ -94,15 +93,13 @@ class Simulator:
     def is_preempted(self, call: Call) -> bool:
         return False
 
-    @staticmethod
-    def _owner(call: Call) -> Owner:
+    def owner(self, call: Call) -> Owner:
         """The scheduler sees which call a prompt goes on from, and for a join what else ended since."""
         live, before = call.request.live, call.request.before
         path, end = live.ends[before] if before is not None else (0.0, None)
         return Owner(live.shape.name, path, end=end)
 
-    @staticmethod
-    def _remember(call: Call, key: str, path_ms: float, end: int) -> None:
+    def remember(self, call: Call, path_ms: float, end: int) -> None:
         call.request.live.ends[call.request.index] = path_ms, end
 
     def run(self, programs: Sequence[ProgramShape]) -> list[Ended]:
@@ -210,7 +207,6 @@ class Simulator:
         self._decoding = [call for call in self._decoding if call.request.output > 0]
         for call in done:
             live: Live = call.request.live
-            live.ends[call.request.index] = 0.0, 0
             self.policy.end(call)
             if self._told:
                 self.policy.sessions.touch(live.shape.name)
