@@ -4,7 +4,7 @@ from collections import OrderedDict
 from math import exp
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_agentserve.policy.gaps import (
@@ -66,6 +66,7 @@ def test_the_share_of_longer_gaps() -> None:
     assert gaps.longer(100.0) < 0.01
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.001, 1e4), min_size=1, max_size=50), st.floats(0, 1e4), st.floats(1.0, 10.0))
 def test_fewer_gaps_are_longer_than_a_longer_time(seen: list[float], elapsed: float, times: float) -> None:
     gaps = gaps_of(*seen)
@@ -156,6 +157,17 @@ def test_three_that_are_gone_where_all_came_back_change_the_share() -> None:
     # The run begins anew.
     share.add(False)
     assert share.samples > 3
+
+
+def test_a_late_return_ends_a_run() -> None:
+    share = Share()
+    for _ in range(20):
+        share.add(True)
+    for _ in range(6):
+        share.add(False)
+        share.revise()
+    assert share.samples > 17
+    assert share.estimate(0.5, 1.0) > 0.95
 
 
 def test_results_that_alternate_change_nothing() -> None:

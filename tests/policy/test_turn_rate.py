@@ -1,7 +1,7 @@
 """Turns per second of programs that think between their turns."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_agentserve.policy.turn_rate import TurnCost, hit_ratio, turns_per_second
@@ -32,6 +32,7 @@ def test_nothing_to_read_is_no_error() -> None:
     assert turns_per_second(4, TurnCost(0.0, 2.0, 0.0, 0.0), 1.0) == pytest.approx(2.0)
 
 
+@settings(deadline=None)
 @given(
     st.floats(0.5, 500), st.floats(0, 30), st.floats(0.01, 5), st.floats(0.001, 1), st.floats(0, 10), st.floats(0, 1)
 )

@@ -35,6 +35,7 @@ class Program:
         turns: calls that ended.
         ended_s: when the last one did.
         tool: what it called then, if that was told.
+        over: whether its client said that it ended.
     """
 
     named: bool
@@ -44,6 +45,7 @@ class Program:
     turns: int = 0
     ended_s: float = 0.0
     tool: str | None = None
+    over: bool = False
     own: OwnGaps = field(default_factory=OwnGaps)
 
     def turn(self, more: int = 0) -> Turn:

@@ -139,6 +139,7 @@ class Share:
     def revise(self) -> None:
         """One that was counted as not so turned out to be so."""
         self._yes = min(self._yes + 1, self.samples)
+        self._run = 0
 
     def estimate(self, prior: float, weight: float) -> float:
         """The share, where `prior` counts like so many samples."""

@@ -54,9 +54,13 @@ FIRST_ROOM, LEAST_ROOM, MOST_ROOM = 0.95, 0.85, 1.15
 """Share of the pool that contexts can fill before they push each other out: at first, and the bounds of what is measured."""
 ROOM_STEP = 0.02
 ROOM_TOLERANCE = 0.1
+FITS = 1.1
+"""Programs that will want so many pools at most are not held: they seldom want it all at once."""
 PRESSURES = tuple(step / 10 for step in range(5, 11))
 """Limits that are tried, in pools."""
 TURNS_KEPT = 32.0
+UNTRUE = 0.15
+"""Ends that are told are believed while returns after them are at most this share of both."""
 LOOK_AHEAD = 4
 """Programs that are away and looked at again whenever a call comes."""
 PROGRAMS_KEPT = 65_536
@@ -93,7 +97,6 @@ class Call:
     prompt_tokens: int
     free: Begins | None
     begun: bool = False
-    held: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,11 @@ class LoadControl:
         """Those whose claims have lapsed or that are over: one that comes back all the same is known."""
         self._calls: dict[str, Call] = {}
         self._firsts: dict[str, Call] = {}
-        """First calls that have not begun."""
+        """First calls that may not begin yet, or were not asked for."""
+        self._held: set[str] = set()
+        """Those of them that were asked for."""
+        self._untrue = Mean()
+        """1 for a program that came back after its told end, 0 for a told end."""
         self._hits = Mean()
         self._read_s_per_token = Mean()
         self._decode_s = Mean()
@@ -210,6 +217,9 @@ class LoadControl:
     def _returned(self, program: Program, now_s: float, revised: bool) -> None:
         gap = now_s - program.ended_s
         program.own.add(gap)
+        if program.over:
+            self._untrue.add(1.0)
+            program.over = False
         self.returns.returned(program.turn(), program.tool, gap, revised)
 
     def begin(self, call: str, now_s: float, cached_tokens: int) -> None:
@@ -219,11 +229,20 @@ class LoadControl:
             return
         one.begun = True
         program = self._live[one.program]
-        if self._firsts.pop(call, None) is not None:
-            self._claims += self._newcomer(program.named, one.prompt_tokens)
+        self._release(call)
         if program.turns:
             self._resumed(program, now_s, one.prompt_tokens, cached_tokens)
         program.begun = True
+
+    def _release(self, call: str) -> None:
+        """The program of a first call is under way from now on, even if the call waits for other reasons."""
+        first = self._firsts.pop(call, None)
+        self._held.discard(call)
+        if first is not None:
+            program = self._live[first.program]
+            if not program.begun:
+                self._claims += self._newcomer(program.named, first.prompt_tokens)
+            program.begun = True
 
     def _resumed(self, program: Program, now_s: float, prompt_tokens: int, cached_tokens: int) -> None:
         found = min(cached_tokens / max(min(program.context, prompt_tokens), 1), 1.0)
@@ -259,6 +278,7 @@ class LoadControl:
         """
         one = self._calls.pop(call)
         self._firsts.pop(call, None)
+        self._held.discard(call)
         program = self._live[one.program]
         del program.prompts[call]
         if program.turns and context_tokens > program.context:
@@ -272,8 +292,11 @@ class LoadControl:
         self._closed_until_s = -inf
         self._leaves(one.program)
         if last and not program.prompts:
-            self._lapse(one.program)
-            self._counted_s = -inf
+            program.over = True
+            self._untrue.add(0.0)
+            if self._untrue.value <= UNTRUE:
+                self._lapse(one.program)
+                self._counted_s = -inf
 
     def _leaves(self, name: str) -> None:
         """A call of the program is no more; without others it is away."""
@@ -286,6 +309,7 @@ class LoadControl:
         if one is None:
             return
         self._firsts.pop(call, None)
+        self._held.discard(call)
         program = self._live[one.program]
         del program.prompts[call]
         program.ended_s = now_s
@@ -316,22 +340,24 @@ class LoadControl:
     def may_begin(self, call: str, now_s: float, *, idle: bool) -> bool:
         """Whether a call that waits may be scheduled; ask for the held ones in their order.
 
+        A yes is not taken back, and its program counts as under way. A newcomer does not pass those that are held: asked for
+        when it comes, it is held too.
+
         Args:
             idle: whether the engine has nothing else to do: nothing runs, and nothing that may begin waits.
         """
         one = self._calls[call]
-        why = self._why(one, now_s, idle)
+        why = self._why(call, one, now_s, idle)
         if why is None:
-            one.held = True
-            if not self.closed(now_s):
-                self._closed_until_s = now_s + COUNT_S
+            self._held.add(call)
             return False
-        if one.free is None and call in self._firsts:
+        if one.free is None:
             self._begun[why] += 1
             one.free = why
+        self._release(call)
         return True
 
-    def _why(self, call: Call, now_s: float, idle: bool) -> Begins | None:
+    def _why(self, name: str, call: Call, now_s: float, idle: bool) -> Begins | None:
         """Why it may begin; None if it is held."""
         program = self._live[call.program]
         if call.free is not None:
@@ -342,17 +368,23 @@ class LoadControl:
             return "bound"
         if self.returns.begins(program.named) <= USUAL:
             return "one-shot"
-        if self.closed(now_s):
+        if self.closed(now_s) or (self._held and name not in self._held):
             return None
         self._count(now_s)
+        wanted = (self._claims + self._newcomer(program.named, call.prompt_tokens)).most
+        if self._reason == "fits" and wanted > FITS * self.pool_tokens:
+            self._decided_s = -inf
         self._decide(now_s)
         if self._limit == inf:
             return "unlimited"
         if not self._claims.programs:
             return "alone"
-        if (self._claims + self._newcomer(program.named, call.prompt_tokens)).most <= self._limit:
+        if wanted <= self._limit:
             return "fits"
-        return "idle" if idle and self._nobody_returns(now_s) else None
+        if idle and self._nobody_returns(now_s):
+            return "idle"
+        self._closed_until_s = now_s + COUNT_S
+        return None
 
     def _newcomer(self, named: bool, prompt_tokens: float, programs: int = 1) -> Claims:
         """What so many programs want that begin, with prompts of so many tokens in the mean."""
@@ -414,7 +446,7 @@ class LoadControl:
             if prompts:
                 everybody += self._newcomer(named, sum(prompts) / len(prompts), len(prompts))
         pool = self.pool_tokens * self._room
-        if everybody.most <= pool:
+        if everybody.most <= FITS * self.pool_tokens:
             self._limit, self._reason = inf, "fits"
             return
         footprint = everybody.most / everybody.programs
@@ -446,7 +478,7 @@ class LoadControl:
             self._claims.most,
             self.pool_tokens,
             self._claims.programs,
-            sum(call.held and call.free is None for call in self._firsts.values()),
+            len(self._held),
             self._hits.value,
             self._room,
             dict(self._begun),
@@ -456,6 +488,7 @@ class LoadControl:
         """What does not agree, `known` being the calls there are."""
         found = [f"the call {call!r} is gone" for call in self._calls if call not in known]
         found += [f"the first call {call!r} is gone" for call in self._firsts if call not in self._calls]
+        found += [f"the held call {call!r} is no first one" for call in self._held if call not in self._firsts]
         for name, program in self._live.items():
             if not program.prompts and not program.turns:
                 found.append(f"the program {name!r} has neither calls nor turns")

@@ -10,11 +10,12 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Protocol
+from typing import Literal, Protocol
 
 from vllm_agentserve.bench.cost import StepCost
 from vllm_agentserve.simulator.kv_blocks import KvBlocks
 
+Ends = Literal["told", "untold", "untrue"]
 POLL_S = 0.05
 """Longest time between two questions whether a held call may begin."""
 
@@ -221,7 +222,7 @@ class PressureEngine:
         load: decides whether first calls may begin.
         slots: sequences at once.
         step_tokens: tokens of a step at most.
-        ends_told: whether the client says which call is a program's last.
+        ends: whether the client says which call is a program's last; or says so of every call.
         start_s: when the clock begins.
     """
 
@@ -232,7 +233,7 @@ class PressureEngine:
         load: LoadGate,
         slots: int = 256,
         step_tokens: int = 2048,
-        ends_told: bool = True,
+        ends: Ends = "told",
         start_s: float = 0.0,
     ) -> None:
         self._blocks = blocks
@@ -240,7 +241,7 @@ class PressureEngine:
         self._load = load
         self._slots = slots
         self._step_tokens = step_tokens
-        self._ends_told = ends_told
+        self._ends = ends
         self.now_s = start_s
         self._numbers = count()
         self._events: list[tuple[float, int, Run]] = []
@@ -451,7 +452,7 @@ class PressureEngine:
             read_s=request.prefill_ms / 1000,
             read_tokens=request.prefill_tokens,
             decode_s=request.decode_ms / 1000,
-            last=last and self._ends_told,
+            last=last if self._ends == "told" else self._ends == "untrue",
         )
         self.outcome.turns += 1
         for child in turn.children:
