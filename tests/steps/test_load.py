@@ -152,8 +152,9 @@ def test_an_engine_that_has_seen_no_returns_holds_nobody(clock: Clock) -> None:
 def test_it_is_said_once(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     scheduler, driver, load = started()
     learned(scheduler, driver, clock)
-    for name in "abcdefgh":
-        turn(scheduler, name, 0)
+    with caplog.at_level("INFO", logger="vllm.agentserve"):
+        for name in "abcdefgh":
+            turn(scheduler, name, 0)
     assert len(held(scheduler)) > 1
     assert sum("load control" in record.getMessage() for record in caplog.records) == 1
 

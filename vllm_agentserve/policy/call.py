@@ -95,6 +95,7 @@ class Call:
         lost_ms: what it would lose at most by the preemption that it still has to make up for; None without one.
         owner: the program it belongs to; None where nobody asks.
         program: its part in a program, where calls are ordered by programs.
+        held_since_s: when load control began to hold it, in s.
         cached_tokens: tokens of its prompt that the KV cache held when it was first admitted; None before that.
         computed_tokens: tokens of its prompt that were scheduled so far, those computed again after a preemption included.
         computed_ms: what these take of the whole device.
@@ -118,6 +119,7 @@ class Call:
     lost_ms: float | None = None
     owner: Owner | None = None
     program: "ProgramCall | None" = None
+    held_since_s: float = 0.0
     cached_tokens: int | None = None
     computed_tokens: int = 0
     computed_ms: float = 0.0

@@ -60,6 +60,7 @@ class Load(Feature):
         # A part of a prompt that is streamed is not in the list yet.
         if call.key is not None and not self.control.may_begin(call.name, now, idle=self._idle()):
             self._waiting.park({call: HELD})
+            call.held_since_s = now
             self._counts["load_held_requests"] += 1
             if not self._said:
                 self._said = True
@@ -85,7 +86,7 @@ class Load(Feature):
             if call.awaited is not HELD or not self.control.may_begin(call.name, now, idle=idle):
                 return False
             idle = False
-            self._counts["load_hold_seconds"] += now - call.wait_since_s
+            self._counts["load_hold_seconds"] += now - call.held_since_s
             return True
 
         self._waiting.release(ready)
