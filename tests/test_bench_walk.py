@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vllm_agentserve.bench.calls import CallShape, program_walk
 from vllm_agentserve.bench.sessions import Session, Turn, contexts, session_walk
-from vllm_agentserve.bench.walk import Due, Walk
+from vllm_agentserve.bench.walk import DueCall, Walk
 
 FORKING = [
     Session("p", "p", (Turn((1,) * 8, 2, spawns=("x", "y")), Turn((2,) * 4, 1, 0.5)), start_s=3.0),
@@ -20,20 +20,20 @@ FORKING = [
 """`p` spawns two sessions, of which one spawns a third; `q` starts after `p`."""
 
 
-def names(due: list[Due]) -> list:
+def names(due: list[DueCall]) -> list:
     return [one.name for one in due]
 
 
 def test_sessions_fork_and_join() -> None:
     walk = session_walk(FORKING)
-    assert walk.begin(100.0) == [Due(("p", 0), 103.0)]
-    assert walk.end(("p", 0), 110.0) == [Due(("x", 0), 110.1), Due(("y", 0), 110.0)]
-    assert walk.end(("x", 0), 111.0) == [Due(("z", 0), 111.0)]
-    assert walk.end(("y", 0), 112.0) == [Due(("y", 1), 112.2)]
+    assert walk.begin(100.0) == [DueCall(("p", 0), 103.0)]
+    assert walk.end(("p", 0), 110.0) == [DueCall(("x", 0), 110.1), DueCall(("y", 0), 110.0)]
+    assert walk.end(("x", 0), 111.0) == [DueCall(("z", 0), 111.0)]
+    assert walk.end(("y", 0), 112.0) == [DueCall(("y", 1), 112.2)]
     assert walk.end(("y", 1), 113.0) == []
-    assert walk.end(("z", 0), 114.0) == [Due(("p", 1), 114.5)]
+    assert walk.end(("z", 0), 114.0) == [DueCall(("p", 1), 114.5)]
     assert not walk.over
-    assert walk.end(("p", 1), 115.0) == [Due(("q", 0), 116.25)]
+    assert walk.end(("p", 1), 115.0) == [DueCall(("q", 0), 116.25)]
     assert walk.end(("q", 0), 117.0) == []
     assert walk.over
 
@@ -53,7 +53,7 @@ def test_a_failure_gives_up_what_goes_on_from_it_and_nothing_else() -> None:
 def test_a_failed_first_turn_ends_the_session_and_all_that_would_fork_from_it() -> None:
     walk = session_walk(FORKING)
     walk.begin(0.0)
-    assert walk.fail(("p", 0), 1.0) == [Due(("q", 0), 2.25)]
+    assert walk.fail(("p", 0), 1.0) == [DueCall(("q", 0), 2.25)]
 
 
 def test_a_session_that_nobody_spawns_is_left_out() -> None:
@@ -83,11 +83,11 @@ def test_programs_join(seed: int) -> None:
             CallShape(1, 2, 1, 2.0, (1, 2)),
         )
     )
-    assert walk.begin(7.0) == [Due(0, 7.0)]
-    assert walk.end(0, 8.0) == [Due(1, 8.5), Due(2, 8.0)]
+    assert walk.begin(7.0) == [DueCall(0, 7.0)]
+    assert walk.end(0, 8.0) == [DueCall(1, 8.5), DueCall(2, 8.0)]
     first, second = random.Random(seed).sample((1, 2), 2)
     assert walk.end(first, 9.0) == []
-    assert walk.end(second, 10.0) == [Due(3, 12.0)]
+    assert walk.end(second, 10.0) == [DueCall(3, 12.0)]
 
 
 @given(st.data())

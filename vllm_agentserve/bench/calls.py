@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vllm_agentserve.bench.walk import Step, Walk
+from vllm_agentserve.bench.walk import PlannedCall, Walk
 
 LEAST_TOKENS = 4
 """Scaled lengths do not fall below this."""
@@ -53,7 +53,9 @@ def forks(calls: Sequence[CallShape], index: int) -> bool:
 
 def program_walk(calls: Sequence[CallShape]) -> Walk[int]:
     """The calls of a program, by index, as a walk; it begins when the program arrives."""
-    return Walk({index: Step(call.parents, call.tool_s, origin(calls, index)) for index, call in enumerate(calls)})
+    return Walk(
+        {index: PlannedCall(call.parents, call.tool_s, origin(calls, index)) for index, call in enumerate(calls)}
+    )
 
 
 def scaled(calls: Sequence[CallShape], scale: float) -> tuple[CallShape, ...]:

@@ -10,15 +10,15 @@ from typing import Any
 
 from vllm_agentserve.bench.recorder import Recorder
 from vllm_agentserve.bench.records import Record, digest
-from vllm_agentserve.bench.sessions import PARENT_HINT, Place, Session, session_walk, spawning
-from vllm_agentserve.bench.walk import Due
+from vllm_agentserve.bench.sessions import PARENT_HINT, Session, TurnKey, session_walk, spawning
+from vllm_agentserve.bench.walk import DueCall
 
 
 @dataclass
-class Request:
-    """One request on its way; times in seconds of `perf_counter`."""
+class RunningTurn:
+    """A turn on its way; times in seconds of `perf_counter`."""
 
-    place: Place
+    key: TurnKey
     prompt: list[int]
     due: float
     stamps: list[float] = field(default_factory=list)
@@ -46,11 +46,11 @@ class ClosedLoop:
         self.seconds = 0.0
         self._recorder = Recorder(arm, round_number, "measured")
         self._sessions = {session.name: session for session in sessions}
-        self._spawned_by = {name: place[0] for name, place in spawning(sessions).items()}
+        self._spawned_by = {name: key.session for name, key in spawning(sessions).items()}
         self._walk = session_walk(sessions)
         self._numbers = itertools.count()
-        self._due: list[tuple[float, int, Place]] = []
-        self._running: dict[str, Request] = {}
+        self._due: list[tuple[float, int, TurnKey]] = []
+        self._running: dict[str, RunningTurn] = {}
         self._contexts: dict[str, list[int]] = {}
         """By session: what was sent and answered."""
 
@@ -66,8 +66,8 @@ class ClosedLoop:
         while self._due or self._running:
             now = perf_counter()
             while self._due and self._due[0][0] <= now:
-                due, _, place = heapq.heappop(self._due)
-                self._send(place, due)
+                due, _, key = heapq.heappop(self._due)
+                self._send(key, due)
             if not self._running:
                 sleep(max(self._due[0][0] - perf_counter(), 0.0))
                 continue
@@ -79,14 +79,15 @@ class ClosedLoop:
         gc.unfreeze()
         return self.records
 
-    def _plan(self, turns: Sequence[Due[Place]]) -> None:
+    def _plan(self, turns: Sequence[DueCall[TurnKey]]) -> None:
         for due in turns:
             heapq.heappush(self._due, (due.at_s, next(self._numbers), due.name))
 
-    def _send(self, place: Place, due: float) -> None:
+    def _send(self, key: TurnKey, due: float) -> None:
         from vllm import SamplingParams
 
-        session, turn = self._sessions[place[0]], self._sessions[place[0]].turns[place[1]]
+        session = self._sessions[key.session]
+        turn = session.turns[key.number]
         parameters = SamplingParams(max_tokens=turn.answer, ignore_eos=True, temperature=0.0, detokenize=False)
         spawner = self._spawned_by.get(session.name)
         more: dict[str, Any] = {}
@@ -94,23 +95,30 @@ class ClosedLoop:
             more["session_id"] = session.name
             if spawner is not None:
                 parameters.extra_args = {PARENT_HINT: spawner}
-        before = self._contexts.get(session.name if place[1] or spawner is None else spawner, [])
+        before = self._contexts.get(session.name if key.number or spawner is None else spawner, [])
         prompt = [*before, *turn.added] if turn.context is None else list(turn.context)
-        name = f"{session.name}/{place[1]}"
+        name = f"{session.name}/{key.number}"
         self.engine.add_request(name, {"prompt_token_ids": prompt}, parameters, **more)
-        self._running[name] = Request(place, prompt, due)
+        self._running[name] = RunningTurn(key, prompt, due)
 
     def _receive(self, output: Any, now: float) -> None:
-        request = self._running[output.request_id]
+        turn = self._running[output.request_id]
         tokens = output.outputs[0].token_ids
-        request.stamps += [now] * (len(tokens) - len(request.stamps))
-        request.cached = output.num_cached_tokens if request.cached is None else request.cached
+        turn.stamps += [now] * (len(tokens) - len(turn.stamps))
+        turn.cached = output.num_cached_tokens if turn.cached is None else turn.cached
         if not output.finished:
             return
         del self._running[output.request_id]
-        prompt, (name, number) = request.prompt, request.place
+        key, prompt = turn.key, turn.prompt
         self._recorder.add(
-            self._sessions[name], number, digest(prompt), len(prompt), request.cached, request.due, now, request.stamps
+            self._sessions[key.session],
+            key.number,
+            digest(prompt),
+            len(prompt),
+            turn.cached,
+            turn.due,
+            now,
+            turn.stamps,
         )
-        self._contexts[name] = prompt + list(tokens)
-        self._plan(self._walk.end(request.place, now))
+        self._contexts[key.session] = prompt + list(tokens)
+        self._plan(self._walk.end(key, now))

@@ -15,7 +15,7 @@ from rich.console import Console
 from vllm_agentserve.bench.arms import parse_arms, split_options
 from vllm_agentserve.bench.drawing import Shape, draw_sessions
 from vllm_agentserve.bench.judge import PRIMARY, PRIMARY_OF_PROGRAMS, check_primary
-from vllm_agentserve.bench.kv_pool import check_pool, kv_bytes, pool_of
+from vllm_agentserve.bench.kv_pool import ANY_POOL, AnyPool, KvPool, kv_bytes, pool_of
 from vllm_agentserve.bench.plan import Cell, Plan
 from vllm_agentserve.bench.program_traffic import PROGRAM_WORKLOADS, Traffic, program_options, program_traffic
 from vllm_agentserve.bench.records import Results
@@ -53,11 +53,11 @@ def execute(arguments: argparse.Namespace) -> int:
             )
             return 2
         try:
-            findings = write_report(Results(arguments.folder), arguments.clean, arguments.baseline)
+            analysis = write_report(Results(arguments.folder), arguments.clean, arguments.baseline)
         except WorkloadError as error:
             console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
             return 2
-        show(findings, arguments.folder, console)
+        show(analysis, arguments.folder, console)
         return 0
     if arguments.bench == "table":
         return print_cells(arguments.folders, console)
@@ -75,7 +75,7 @@ def make_plan(arguments: argparse.Namespace, console: Console) -> Plan:
         DEFAULT_ARMS if arguments.arms is None and not arguments.url else arguments.arms or (), arguments.url
     )
     model = arguments.model
-    ours = any(arm.url is None for arm in arms)
+    ours = any(arm.ours for arm in arms)
     if ours and model is None:
         from vllm_agentserve.toy import make_toy_model
 
@@ -83,9 +83,9 @@ def make_plan(arguments: argparse.Namespace, console: Console) -> Plan:
         model = str(make_toy_model())
     serve = serve_options(arguments)
     cells = traffic_cells(arguments, serve)
-    kv_pool = None
+    kv_pool: KvPool | AnyPool = ANY_POOL
     salt = ""
-    if any(arm.url is not None for arm in arms):
+    if not all(arm.ours for arm in arms):
         salt = secrets.token_hex(4)
         console.print(
             "Servers at --url keep their prefix cache. This experiment has token ids of its own, which are not found there; "
@@ -115,8 +115,7 @@ def make_plan(arguments: argparse.Namespace, console: Console) -> Plan:
     )
     if ours:
         check_model(str(model), plan)
-        if kv_pool is not None:
-            check_pool(kv_pool, plan.context_tokens)
+        kv_pool.check(plan.context_tokens)
     return plan
 
 

@@ -13,7 +13,7 @@ from vllm_agentserve.bench.plan import Cell, Plan
 from vllm_agentserve.bench.run import new_folder, run_plan
 from vllm_agentserve.bench.server import has_nvidia_driver
 from vllm_agentserve.bench.sessions import Session
-from vllm_agentserve.bench.summary import Findings
+from vllm_agentserve.bench.summary import Analysis
 from vllm_agentserve.bench.workloads import REACT
 
 
@@ -49,9 +49,9 @@ def run_demo(plan: Plan, console: Console) -> int:
     return run_plan(plan, new_folder("demo"), console, sentence)
 
 
-def sentence(findings: Findings) -> str:
+def sentence(analysis: Analysis) -> str:
     """What the table means, in one sentence; empty unless both arms ended."""
-    stock, ours = (findings.summary["arms"][name]["figures"] for name in findings.figures)
+    stock, ours = (analysis.summary["arms"][name]["figures"] for name in analysis.figures)
     gap, which = "itl_cold_p99_ms", "worst gaps (p99) go"
     if any(figures[gap] is None for figures in (stock, ours)):
         gap, which = "itl_cold_max_ms", "worst gap goes"

@@ -31,7 +31,7 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Gaps:
+class SplitGaps:
     """Intervals between tokens of a stream, in ms, by what the engine did meanwhile."""
 
     during: list[float]
@@ -40,10 +40,10 @@ class Gaps:
     """Nobody did."""
 
 
-def split_gaps(streams: "Iterable[Stream]", prefills: Iterable[tuple[float, float]]) -> Gaps:
+def split_gaps(streams: "Iterable[Stream]", prefills: Iterable[tuple[float, float]]) -> SplitGaps:
     """Splits the intervals of `streams` by whether a prompt was read, given the (begin, end) of each prefill."""
     spans = merged(np.asarray(list(prefills), dtype=float).reshape(-1, 2))
-    gaps = Gaps([], [])
+    gaps = SplitGaps([], [])
     for stream in streams:
         stamps = np.asarray(stream.stamps)
         busy = overlaps(stamps[:-1], stamps[1:], spans)

@@ -11,8 +11,8 @@ from vllm_agentserve.bench.client import Stream, StreamError, StreamingClient
 from vllm_agentserve.bench.prompt import Prompt
 from vllm_agentserve.bench.recorder import Recorder
 from vllm_agentserve.bench.records import Record
-from vllm_agentserve.bench.sessions import Place, Session, pinned_token, session_walk, spawning
-from vllm_agentserve.bench.walk import Due
+from vllm_agentserve.bench.sessions import Session, TurnKey, pinned_token, session_walk, spawning
+from vllm_agentserve.bench.walk import DueCall
 
 LATENESS_PERIOD_S = 0.05
 
@@ -76,7 +76,7 @@ class Replay:
         self.lateness_ms: list[float] = []
         self._ended = 0.0
         self._walk = session_walk(sessions)
-        self._spawned_by = {name: place[0] for name, place in spawning(sessions).items()}
+        self._spawned_by = {name: key.session for name, key in spawning(sessions).items()}
         self._contexts: dict[str, Prompt] = {}
         """By session: what was sent and answered."""
 
@@ -114,13 +114,13 @@ class Replay:
             if perf_counter() > due:
                 self.lateness_ms.append((perf_counter() - due) * 1000)
 
-    def _start(self, group: asyncio.TaskGroup, turns: Sequence[Due[Place]]) -> None:
+    def _start(self, group: asyncio.TaskGroup, turns: Sequence[DueCall[TurnKey]]) -> None:
         for due in turns:
             group.create_task(self._run(group, due))
 
-    async def _run(self, group: asyncio.TaskGroup, due: Due[Place]) -> None:
+    async def _run(self, group: asyncio.TaskGroup, due: DueCall[TurnKey]) -> None:
         """Runs one turn when it is due, and starts those that it was the last to be waited for by."""
-        session, number = self.sessions[due.name[0]], due.name[1]
+        session, number = self.sessions[due.name.session], due.name.number
         turn, context = session.turns[number], self._context(session, number)
         # Prepared while the tool runs.
         await context.extend(turn.added if turn.context is None else turn.context)

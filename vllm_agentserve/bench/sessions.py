@@ -3,8 +3,9 @@
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from vllm_agentserve.bench.walk import Step, Walk
+from vllm_agentserve.bench.walk import PlannedCall, Walk
 
 TOKEN_IDS = (100, 4000)
 """Prompts are drawn from these ids, low included, high not: ordinary tokens of every vocabulary of 4096 and more."""
@@ -80,21 +81,24 @@ def pinned_token(session: str, turn: int) -> int:
     return random.Random(f"answer {session} {turn}").randrange(*TOKEN_IDS)
 
 
-Place = tuple[str, int]
-"""A turn: the name of its session, and its number there."""
+class TurnKey(NamedTuple):
+    """A turn: the name of its session, and its number there."""
+
+    session: str
+    number: int
 
 
-def spawning(sessions: Iterable[Session]) -> dict[str, Place]:
+def spawning(sessions: Iterable[Session]) -> dict[str, TurnKey]:
     """By the name of a forked session: the turn that spawns it."""
     return {
-        name: (session.name, number)
+        name: TurnKey(session.name, number)
         for session in sessions
         for number, turn in enumerate(session.turns)
         for name in turn.spawns
     }
 
 
-def session_walk(sessions: Iterable[Session]) -> Walk[Place]:
+def session_walk(sessions: Iterable[Session]) -> Walk[TurnKey]:
     """The turns of all sessions as a walk: a session goes on from answer to answer, forks, and waits for what it spawned.
 
     A turn that spawned sessions is followed by the next one of its session when all of them are over, and those that they
@@ -103,41 +107,41 @@ def session_walk(sessions: Iterable[Session]) -> Walk[Place]:
     by_name = {session.name: session for session in sessions}
     spawned_at = spawning(by_name.values())
 
-    def ends(session: Session) -> tuple[Place, ...]:
+    def ends(session: Session) -> tuple[TurnKey, ...]:
         """The turns that are over when the session is."""
         return following(session, len(session.turns) - 1)
 
-    def following(session: Session, number: int) -> tuple[Place, ...]:
+    def following(session: Session, number: int) -> tuple[TurnKey, ...]:
         """What has to be over before anything follows a turn."""
         spawns = session.turns[number].spawns
-        return tuple(end for name in spawns for end in ends(by_name[name])) or ((session.name, number),)
+        return tuple(end for name in spawns for end in ends(by_name[name])) or (TurnKey(session.name, number),)
 
-    steps: dict[Place, Step[Place]] = {}
+    calls: dict[TurnKey, PlannedCall[TurnKey]] = {}
     for session in by_name.values():
         if session.forked and session.name not in spawned_at:
             continue
         for number, turn in enumerate(session.turns):
             if number:
-                step = Step(following(session, number - 1), turn.tool_s, (session.name, number - 1))
+                call = PlannedCall(following(session, number - 1), turn.tool_s, TurnKey(session.name, number - 1))
             elif session.forked:
-                step = Step((spawned_at[session.name],), turn.tool_s, spawned_at[session.name])
+                call = PlannedCall((spawned_at[session.name],), turn.tool_s, spawned_at[session.name])
             else:
                 after = () if session.after is None else ends(by_name[session.after])
-                step = Step(after, session.start_s + turn.tool_s)
-            steps[session.name, number] = step
-    return Walk(steps)
+                call = PlannedCall(after, session.start_s + turn.tool_s)
+            calls[TurnKey(session.name, number)] = call
+    return Walk(calls)
 
 
-def contexts(sessions: Iterable[Session]) -> dict[Place, int]:
+def contexts(sessions: Iterable[Session]) -> dict[TurnKey, int]:
     """By turn: tokens of its prompt and its answer; forks begin with the context they fork from."""
     sessions = list(sessions)
     by_name = {session.name: session for session in sessions}
-    tokens: dict[Place, int] = {}
-    for (name, number), step in session_walk(sessions).in_order():
-        turn = by_name[name].turns[number]
-        before = 0 if step.origin is None else tokens[step.origin]
+    tokens: dict[TurnKey, int] = {}
+    for key, call in session_walk(sessions).in_order():
+        turn = by_name[key.session].turns[key.number]
+        before = 0 if call.origin is None else tokens[call.origin]
         prompt = before + len(turn.added) if turn.context is None else len(turn.context)
-        tokens[name, number] = prompt + turn.answer
+        tokens[key] = prompt + turn.answer
     return tokens
 
 
@@ -159,8 +163,8 @@ def longest_contexts(sessions: Iterable[Session]) -> dict[str, int]:
     """By name of the session: tokens of its longest prompt plus its answer."""
     sessions = list(sessions)
     longest = {session.name: 0 for session in sessions}
-    for (name, _), tokens in contexts(sessions).items():
-        longest[name] = max(longest[name], tokens)
+    for key, tokens in contexts(sessions).items():
+        longest[key.session] = max(longest[key.session], tokens)
     return longest
 
 
@@ -210,7 +214,7 @@ def alone_of(sessions: Sequence[Session], seed: str) -> list[Session]:
     """
     rng = random.Random(f"alone {seed}")
     tokens = contexts(sessions)
-    inherited = {name: tokens[place] for name, place in spawning(sessions).items()}
+    inherited = {name: tokens[key] for name, key in spawning(sessions).items()}
     alone: list[Session] = []
     for session in sessions:
         if session.kind == "batch":

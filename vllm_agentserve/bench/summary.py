@@ -21,7 +21,7 @@ FACTORS = (1.5, 2.0, 3.0, 5.0)
 
 
 @dataclass
-class Findings:
+class Analysis:
     """Everything the report is made of."""
 
     experiment: dict[str, Any]
@@ -36,7 +36,7 @@ class Findings:
         return str(self.summary["baseline"])
 
 
-def examine(results: Results, clean: bool = False, baseline: str | None = None) -> Findings:
+def analyse(results: Results, clean: bool = False, baseline: str | None = None) -> Analysis:
     """Computes all figures from what a results folder holds.
 
     Args:
@@ -94,7 +94,7 @@ def examine(results: Results, clean: bool = False, baseline: str | None = None) 
         "rounds": [msgspec.structs.asdict(one) for one in rounds],
         "notes": notes(experiment, rounds, requests, clean) + incomplete(left_out, failures(figures)),
     }
-    return Findings(experiment, rounds, requests, figures, summary)
+    return Analysis(experiment, rounds, requests, figures, summary)
 
 
 def arm_figures(

@@ -21,7 +21,7 @@ SAMPLE = "sample"
 
 
 @dataclass(frozen=True)
-class Line:
+class TraceLine:
     """One checked line of a trace; times in seconds, `hash_ids` empty where none are given."""
 
     number: int
@@ -71,7 +71,7 @@ def read_trace(path: Path, reading: Reading, seed: int) -> list[Session]:
                 f"trace {path}, line {missing.number}: no 'timestamp', which an open-loop replay goes by; replay it closed-loop"
             )
     begin = min((line.timestamp_s for line in lines if line.timestamp_s is not None), default=0.0)
-    groups: dict[str, list[Line]] = {}
+    groups: dict[str, list[TraceLine]] = {}
     for line in lines:
         name = line.session_id if line.session_id is not None else f"line-{line.number}"
         groups.setdefault(name, []).append(line)
@@ -98,7 +98,7 @@ def trace_path(given: str) -> Path:
     return Path(given)
 
 
-def is_whole(group: list[Line], inputs: str) -> bool:
+def is_whole(group: list[TraceLine], inputs: str) -> bool:
     """Whether `input_length` counts whole prompts in this session."""
     if inputs != "auto" or len(group) == 1:
         return inputs != "added" or len(group) == 1
@@ -106,7 +106,7 @@ def is_whole(group: list[Line], inputs: str) -> bool:
     return bool(first) and all(line.hash_ids[:1] == first for line in group)
 
 
-def mostly_known(lines: list[Line]) -> set[int]:
+def mostly_known(lines: list[TraceLine]) -> set[int]:
     """Numbers of the lines more than half of whose blocks stand at the same place in an earlier line."""
     seen: set[tuple[int, ...]] = set()
     known = set()
@@ -127,7 +127,7 @@ class PromptMaker:
         self.block = max(round(reading.block_tokens * reading.scale), 1)
         self._blocks: dict[int, tuple[int, ...]] = {}
 
-    def turns(self, group: list[Line], whole: bool) -> list[Turn]:
+    def turns(self, group: list[TraceLine], whole: bool) -> list[Turn]:
         made = []
         for index, line in enumerate(group):
             prompt = self.prompt(line)
@@ -136,7 +136,7 @@ class PromptMaker:
             made.append(Turn((), answer, pause, context=prompt) if whole else Turn(prompt, answer, pause))
         return made
 
-    def prompt(self, line: Line) -> tuple[int, ...]:
+    def prompt(self, line: TraceLine) -> tuple[int, ...]:
         length = max(round(line.input_length * self.reading.scale), 1)
         tokens: list[int] = []
         for number in line.hash_ids:
@@ -152,7 +152,7 @@ class PromptMaker:
         return self._blocks[number]
 
 
-def read_lines(path: Path, limit: int | None = None) -> Iterator[Line]:
+def read_lines(path: Path, limit: int | None = None) -> Iterator[TraceLine]:
     """Yields the checked lines of a trace file; empty lines are skipped."""
     try:
         text = path.read_text()
@@ -168,7 +168,7 @@ def read_lines(path: Path, limit: int | None = None) -> Iterator[Line]:
         yield check_line(path, number, words)
 
 
-def check_line(path: Path, number: int, words: str) -> Line:
+def check_line(path: Path, number: int, words: str) -> TraceLine:
     """Raises `WorkloadError` that names the line, the field and what is allowed."""
 
     def wrong(what: str) -> WorkloadError:
@@ -206,7 +206,7 @@ def check_line(path: Path, number: int, words: str) -> Line:
         raise wrong(f"'hash_ids' = {ids!r} is not allowed: it must be a list of whole numbers")
     session = fields.get("session_id")
     timestamp = a_number("timestamp", None, 0, whole=False)
-    return Line(
+    return TraceLine(
         number=number,
         input_length=a_number("input_length", None, 1, whole=True),
         output_length=a_number("output_length", 1, 1, whole=True),

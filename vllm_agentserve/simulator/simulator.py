@@ -13,7 +13,7 @@ from typing import Literal
 
 from vllm_agentserve.bench.calls import ProgramShape, forks, origin, tool_chain_s
 from vllm_agentserve.bench.cost import StepCost
-from vllm_agentserve.bench.walk import Due
+from vllm_agentserve.bench.walk import DueCall
 from vllm_agentserve.policy.budget import StepBudget
 from vllm_agentserve.policy.controller import BudgetController, BudgetLimits
 from vllm_agentserve.policy.order import BYPASS_STEPS, PATIENT_BYPASS_STEPS, AdmissionKey, Urgency, admission_key
@@ -89,7 +89,7 @@ class Simulator:
                 self._now = self._events[0][0]
         return self.ended
 
-    def _plan(self, live: Live, calls: Sequence[Due[int]]) -> None:
+    def _plan(self, live: Live, calls: Sequence[DueCall[int]]) -> None:
         for due in calls:
             heapq.heappush(self._events, (due.at_s, next(self._numbers), live, due.name))
 
