@@ -87,7 +87,7 @@ class Drawer:
         turns = [Turn(prefix + draw_tokens(self.ids, system - len(prefix)), self.answer())]
         turns += [self.turn() for _ in range(count - 1)]
         forks: list[Session] = []
-        if self.workload.forks is not None and count > 1 and self.rng.random() < self.workload.forks.share:
+        if self.workload.forks.share and count > 1 and self.rng.random() < self.workload.forks.share:
             where = self.rng.randrange(count - 1)
             forks = [
                 self.fork(f"{name}.sub-{number + 1}", kind)
@@ -105,6 +105,5 @@ class Drawer:
         return scaled(self.workload.answer, self.shape.scale, self.rng)
 
     def fork(self, name: str, kind: str) -> Session:
-        assert self.workload.forks is not None
         count = round(self.workload.forks.turns.draw(self.rng))
         return Session(name, name, tuple(self.turn() for _ in range(count)), kind, forked=True)
