@@ -60,20 +60,19 @@ bench-programs: setup
 
 # Random episodes in every mode and order, every answer compared with stock's; then the lane is killed fifty times under load.
 torture: setup
-	@$(RUN)/python tests/torture/run.py --episodes 4 --output docs/results/torture.json
-	@AGENTSERVE_LANE_KILLS=50 $(RUN)/python -m pytest --timeout 3600 tests/test_lanes_faults.py -k "again_and_again"
+	@$(RUN)/python -m tests.torture.run --episodes 4 --output docs/results/torture.json
+	@AGENTSERVE_LANE_KILLS=50 $(RUN)/python -m pytest --timeout 3600 tests/engine/test_lanes_faults.py -k "again_and_again"
 
 # Twenty thousand short requests with shared prefixes that come in the same steps, with a lane: what KV blocks hold is compared.
 torture-contents: setup
-	@$(RUN)/python tests/torture/run_crowds.py --requests 20000 --output docs/results/torture-contents.json
+	@$(RUN)/python -m tests.torture.run_crowds --requests 20000 --output docs/results/torture-contents.json
 
 # One engine under such episodes for an hour, and a picture of its memory.
 soak: setup
-	@$(RUN)/python tests/torture/soak.py --minutes 60 --output docs/results/soak.json --picture docs/results/soak.png
+	@$(RUN)/python -m tests.torture.soak --minutes 60 --output docs/results/soak.json --picture docs/results/soak.png
 
 # Lines and branches of policy/ and scheduler/ that the tests without an engine reach: two minutes.
-WITHOUT_ENGINE := $(wildcard tests/test_policy_*.py tests/test_*_steps.py) tests/test_queue_bound.py tests/test_programs_seen.py \
-  tests/test_lanes_decisions.py tests/test_config.py tests/torture/test_books_steps.py
+WITHOUT_ENGINE := tests/policy tests/steps tests/package/test_config.py
 coverage: setup
 	@$(RUN)/python -m coverage run -m pytest -q $(WITHOUT_ENGINE)
 	@$(RUN)/python -m coverage report | tee docs/results/coverage.txt

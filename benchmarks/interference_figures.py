@@ -11,7 +11,7 @@ from vllm_agentserve.bench.metrics import needed
 from vllm_agentserve.bench.summary import DECISIONS
 from vllm_agentserve.config import SERIES
 
-ELSEWHERE = ("step_idle", "step_unfit")
+ELSEWHERE = ("step_no_decodes", "step_ineligible")
 """Decisions that are none between lane and steps: nobody decoded, or the lane could not."""
 
 

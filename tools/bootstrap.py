@@ -55,7 +55,7 @@ class Environment:
     def ready(self) -> bool:
         return self.python.exists() and self.stamp.exists() and self.stamp.read_text() == self.fingerprint()
 
-    def run(self, *args: str, check: bool = True) -> subprocess.CompletedProcess:
+    def run(self, *args: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
         return subprocess.run([str(self.python), *args], check=check, text=True, cwd=ROOT)
 
     def pip(self, *args: str, check: bool = True) -> int:

@@ -20,10 +20,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from vllm_contract.check import Status, SymbolResult, check_symbols  # noqa: E402
+from vllm_contract.contract import CONTRACT  # noqa: E402
+from vllm_contract.sources import Sources  # noqa: E402
+
 from vllm_agentserve.vllm_compat import installed_vllm  # noqa: E402
-from vllm_agentserve.vllm_compat.contract import CONTRACT  # noqa: E402
-from vllm_agentserve.vllm_compat.sources import Sources  # noqa: E402
-from vllm_agentserve.vllm_compat.verdicts import Finding, Verdict, judge_all  # noqa: E402
 
 PATCHES = ROOT / "patches"
 PLATFORM = "manylinux_2_28_x86_64"
@@ -108,10 +109,10 @@ def refused_patches(version: str, sources: Path, patches: Path = PATCHES) -> lis
     ]
 
 
-def compare(version: str, sources: Path) -> tuple[list[Finding], list[str]]:
+def compare(version: str, sources: Path) -> tuple[list[SymbolResult], list[str]]:
     """What of the contract moved in these sources, and which patches are refused."""
-    findings = judge_all(Sources(sources), CONTRACT)
-    return [one for one in findings if one.verdict is not Verdict.PRESENT], refused_patches(version, sources)
+    findings = check_symbols(Sources(sources), CONTRACT)
+    return [one for one in findings if one.status is not Status.PRESENT], refused_patches(version, sources)
 
 
 def main(argv: list[str] | None = None) -> int:

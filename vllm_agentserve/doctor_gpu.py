@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_agentserve.lanes.green import Device, device_plan
+from vllm_agentserve.lanes.cuda.green import Device, device_plan
 from vllm_agentserve.policy.reserve import CONTEXT_BYTES, DECODE_SHARES, MIB, workspace_bytes
 from vllm_agentserve.vllm_compat import LaneError
 from vllm_agentserve.vllm_compat.cuda import cuda_driver

@@ -12,7 +12,7 @@ from vllm_agentserve.bench.drawing import Shape, draw_sessions
 from vllm_agentserve.bench.sessions import warm_up_of
 from vllm_agentserve.bench.workloads import HeavyTail, Uniform, find_workload
 from vllm_agentserve.gpucheck.engines import PRIORITY, Setting, counters, make_engine
-from vllm_agentserve.gpucheck.launches import LaunchLog, by_place, memory, slices
+from vllm_agentserve.gpucheck.launches import LaunchLog, by_slot, memory, slices
 
 CODING = replace(
     find_workload("coding"),
@@ -59,6 +59,6 @@ def replay(options: Mapping[str, Any]) -> dict[str, Any]:
         "counters": {name: value - before[name] for name, value in counters().items()},
         "lane": None
         if log is None
-        else {"slots": log.slots, "chunks": by_place(log.launched()), "slices": slices(log.slices)},
+        else {"slots": log.slots, "chunks": by_slot(log.launched()), "slices": slices(log.slices)},
         "memory": None if log is None else memory(torch.cuda),
     }

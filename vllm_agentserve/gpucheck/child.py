@@ -1,4 +1,4 @@
-"""One task in a process of its own, started by `Place.run`; its options come on standard input, as JSON."""
+"""One task in a process of its own, started by `CheckRun.run`; its options come on standard input, as JSON."""
 
 import contextlib
 import ctypes

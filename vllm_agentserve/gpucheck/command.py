@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vllm_agentserve.bench.server import has_nvidia_driver, serving_environment
-from vllm_agentserve.gpucheck import contest, environment, equality, faults, imports, probe, shares, summary
+from vllm_agentserve.gpucheck import agents_ab, environment, equality, faults, imports, probe, summary, throughput
 from vllm_agentserve.gpucheck.archive import write_archive
-from vllm_agentserve.gpucheck.place import Finding, Place, child_environment, told
+from vllm_agentserve.gpucheck.check_run import CheckRun, PartResult, child_environment, with_crashes
 from vllm_agentserve.gpucheck.schedule import Span, allowance
 from vllm_agentserve.gpucheck.summary import Done
 
@@ -37,7 +37,7 @@ class Part:
     """
 
     title: str
-    run: Callable[[Place], Finding]
+    run: Callable[[CheckRun], PartResult]
     span: Span
     needed: bool = False
     always: bool = False
@@ -51,10 +51,10 @@ PARTS = {
         Part("Environment", environment.run, Span("environment", 5, 40), always=True),
         Part("Green contexts", probe.run, Span("green", 20, 75)),
         Part("Tokens equal stock vLLM's, as users run it", equality.run_bfloat16, Span("equality", 120, 200)),
-        Part("Agents, A/B", contest.run, Span("agents", 180, 600)),
+        Part("Agents, A/B", agents_ab.run, Span("agents", 180, 600)),
         Part("Faults", faults.run, Span("faults", 60, 150)),
         Part("Tokens equal stock vLLM's, float32", equality.run_float32, Span("equality-float32", 45, 170)),
-        Part("Throughput against share of the device", shares.run, Span("shares", 20, 60)),
+        Part("Throughput against share of the device", throughput.run, Span("shares", 20, 60)),
     )
 }
 """All parts, in the order in which they run: what decides most comes first, should the time run out."""
@@ -65,7 +65,7 @@ def chosen_device(wanted: str) -> str:
     return wanted if wanted != "auto" else "cuda" if has_nvidia_driver() else "cpu"
 
 
-def check(place: Place, names: Sequence[str], budget_s: float, command: str) -> list[Done]:
+def run_parts(check: CheckRun, names: Sequence[str], budget_s: float, command: str) -> list[Done]:
     """Runs the parts called `names`; writes summary and archive after each. A part that raises has failed, and the next one
     runs, unless the part is `needed`. What is ended from outside leaves its summary too, and ends the check."""
     end = time.monotonic() + budget_s
@@ -76,24 +76,24 @@ def check(place: Place, names: Sequence[str], budget_s: float, command: str) -> 
         later = [PARTS[other].span for other in names[index + 1 :]]
         # A longer check is longer in all its parts.
         span = replace(part.span, most_s=part.span.most_s * max(budget_s / BUDGET_S, 1.0))
-        if place.device == "cpu":
+        if check.device == "cpu":
             later = [replace(one, least_s=one.least_s * CPU_LEAST) for one in later]
         allowed = allowance(span, later, end - began)
         ended = False
         if allowed is None:
-            finding = Finding("not run", f"only {max(end - began, 0.0):.0f} s of the time were left")
+            finding = PartResult("not run", f"only {max(end - began, 0.0):.0f} s of the time were left")
         else:
-            place.end = began + allowed
+            check.end = began + allowed
             try:
-                finding = part.run(place)
+                finding = part.run(check)
             except KeyboardInterrupt:
-                finding, ended = Finding("ran out of time", "the check was ended from outside"), True
+                finding, ended = PartResult("ran out of time", "the check was ended from outside"), True
             except Exception as error:
                 trace = traceback.format_exc().splitlines()
-                finding = Finding("failed", f"{type(error).__name__}: {error}", ["```", *trace, "```"])
-        finding = told(finding, place.forget_crashes())
+                finding = PartResult("failed", f"{type(error).__name__}: {error}", ["```", *trace, "```"])
+        finding = with_crashes(finding, check.forget_crashes())
         done.append(Done(name, part.title, finding, time.monotonic() - began, left_out=allowed is None))
-        keep(place.folder, done, command)
+        keep(check.folder, done, command)
         print(f"{part.title}: {finding.status}: {finding.line} ({done[-1].seconds:.0f} s)", flush=True)
         if ended or (part.needed and finding.status == "failed"):
             break
@@ -148,9 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A plain `kill` unwinds like Ctrl-C, so that no engine is left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     device = chosen_device(given.device)
-    place = Place(given.output, device, given.small, child_environment(os.environ, serving_environment(base={})))
+    check = CheckRun(given.output, device, given.small, child_environment(os.environ, serving_environment(base={})))
     names = [name for name, part in PARTS.items() if name in given.parts or part.always]
     shown = " ".join(["python -m vllm_agentserve.gpucheck", *(sys.argv[1:] if arguments is None else arguments)])
-    done = check(place, names, given.budget_s, shown)
+    done = run_parts(check, names, given.budget_s, shown)
     print(f"summary: {given.output / 'summary.md'}")
     return exit_code(done)

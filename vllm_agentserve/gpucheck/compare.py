@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from vllm_agentserve.gpucheck.jobs import Answer, Answers, Job
+from vllm_agentserve.gpucheck.scripted_requests import Answer, Answers, ScriptedRequest
 
 EXACT = 2e-4
 """Log-probabilities that differ by less are the same in float32, in whatever chunks they were computed."""
@@ -27,7 +27,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class AnswerComparison:
     """One arm against the reference.
 
     Args:
@@ -48,7 +48,7 @@ class Comparison:
         return self.equal == self.compared
 
 
-def compare(reference: Answers, other: Answers, jobs: Iterable[Job]) -> Comparison:
+def compare(reference: Answers, other: Answers, jobs: Iterable[ScriptedRequest]) -> AnswerComparison:
     """Compares token by token; an aborted request counts as far as both had come, which is at least one token.
 
     Raises:
@@ -72,7 +72,7 @@ def compare(reference: Answers, other: Answers, jobs: Iterable[Job]) -> Comparis
         else:
             differences.append(Difference(job.name, position, margin_at(theirs, ours, position)))
     mean = sum(apart) / len(apart) if apart else 0.0
-    return Comparison(compared, equal, max(apart, default=0.0), differences, mean, len(apart))
+    return AnswerComparison(compared, equal, max(apart, default=0.0), differences, mean, len(apart))
 
 
 def first_difference(one: Sequence[int], other: Sequence[int], length: int) -> int:
@@ -101,7 +101,7 @@ def margin_at(reference: Answer, other: Answer, index: int) -> float | None:
     return None if instead is None else kept[reference.tokens[index]] - instead
 
 
-def wrong(comparison: Comparison, control: Comparison | None) -> str | None:
+def wrong(comparison: AnswerComparison, control: AnswerComparison | None) -> str | None:
     """Why an arm is not the reference up to rounding; None if it is.
 
     The control is the reference against itself with other chunks: what rounding alone does on this machine. Where it changes

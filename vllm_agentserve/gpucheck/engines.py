@@ -23,7 +23,7 @@ CONTROL_CHUNK = 256
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """A dense decoder by its sizes.
 
     Args:
@@ -41,16 +41,16 @@ class Shape:
 
 
 SHAPES = (
-    Shape("qwen2.5-7b", 3584, 18944, 28, 28, 4, 152064, 30.0),
-    Shape("qwen2.5-3b", 2048, 11008, 36, 16, 2, 151936, 15.0),
-    Shape("qwen2.5-1.5b", 1536, 8960, 28, 12, 2, 151936, 9.0),
-    Shape("qwen2.5-0.5b", 896, 4864, 24, 14, 2, 151936, 0.0),
+    ModelShape("qwen2.5-7b", 3584, 18944, 28, 28, 4, 152064, 30.0),
+    ModelShape("qwen2.5-3b", 2048, 11008, 36, 16, 2, 151936, 15.0),
+    ModelShape("qwen2.5-1.5b", 1536, 8960, 28, 12, 2, 151936, 9.0),
+    ModelShape("qwen2.5-0.5b", 896, 4864, 24, 14, 2, 151936, 0.0),
 )
 """Sizes of the published models, the largest first."""
-TOY = Shape("toy", 384, 1536, 6, 6, 2, 4096, 0.0)
+TOY = ModelShape("toy", 384, 1536, 6, 6, 2, 4096, 0.0)
 
 
-def shape_for(free_gib: float | None) -> Shape:
+def shape_for(free_gib: float | None) -> ModelShape:
     """The largest shape for so much free GPU memory; the toy without a GPU."""
     if free_gib is None:
         return TOY
@@ -62,7 +62,7 @@ def kv_cache_bytes(free_gib: float | None) -> int:
     return 2 << 30 if free_gib is None else int(min(max(free_gib / 5, 1.0), 8.0) * 2**30)
 
 
-def kv_cache_blocks(shape: Shape, size: int, block: int) -> int:
+def kv_cache_blocks(shape: ModelShape, size: int, block: int) -> int:
     """How many blocks of so many tokens a KV cache of `size` bytes in bfloat16 has."""
     values = 2 * shape.layers * shape.kv_heads * shape.hidden // shape.heads
     return size // (2 * values * block)
@@ -91,7 +91,7 @@ class Setting:
     engine: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write_config(shape: Shape, folder: Path) -> Path:
+def write_config(shape: ModelShape, folder: Path) -> Path:
     """Writes the configuration of a dummy model; returns its folder."""
     model = folder / shape.name
     model.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from vllm_agentserve.gpucheck.place import PACKAGE, Finding, Place
+from vllm_agentserve.gpucheck.check_run import PACKAGE, CheckRun, PartResult
 from vllm_agentserve.vllm_compat import installed_vllm
 
 PACKAGES = ("torch", "triton", "cuda-bindings", "transformers", "numpy", "vllm-agentserve")
@@ -138,25 +138,25 @@ def collect(options: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def free_gib(place: Place) -> float | None:
+def free_gib(check: CheckRun) -> float | None:
     """Free memory of the GPU as this part saw it; None without one."""
-    facts = place.raw("environment")
+    facts = check.raw("environment")
     return None if facts is None or facts["gpu"] is None else float(facts["gpu"]["free_gib"])
 
 
-def run(place: Place) -> Finding:
+def run(check: CheckRun) -> PartResult:
     """The part."""
-    ended = place.run("environment", f"{PACKAGE}.environment:collect", {"device": place.device}, fresh=True)
+    ended = check.run("environment", f"{PACKAGE}.environment:collect", {"device": check.device}, fresh=True)
     if ended.error is not None:
-        return Finding(ended.status, "the machine could not be described", [ended.error])
+        return PartResult(ended.status, "the machine could not be described", [ended.error])
     facts = ended.result
     rows = {**facts["versions"], "torch built for CUDA": facts["torch_cuda"], "cores": facts["cores"]}
     rows |= {f"GPU {name}": value for name, value in (facts["gpu"] or {}).items()}
     rows |= facts["variables"]
     page = ["| what | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
-    if place.device == "cuda" and facts["gpu"] is None:
-        return Finding("failed", "torch finds no CUDA device", page, facts)
+    if check.device == "cuda" and facts["gpu"] is None:
+        return PartResult("failed", "torch finds no CUDA device", page, facts)
     gpu = facts["gpu"]
     shown = f"{gpu['name']}, {gpu['multiprocessors']} SMs, {gpu['free_gib']} GiB free" if gpu else "no CUDA device"
     found = facts["versions"]
-    return Finding("ok", f"{shown}; vLLM {found['vllm']}, torch {found['torch']}", page, facts)
+    return PartResult("ok", f"{shown}; vLLM {found['vllm']}, torch {found['torch']}", page, facts)

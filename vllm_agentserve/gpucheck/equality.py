@@ -4,19 +4,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from vllm_agentserve.gpucheck.compare import Comparison, compare, wrong
+from vllm_agentserve.gpucheck.check_run import PACKAGE, CheckRun, PartResult
+from vllm_agentserve.gpucheck.compare import AnswerComparison, compare, wrong
 from vllm_agentserve.gpucheck.engines import TOY, Setting, counters, make_engine, unused
-from vllm_agentserve.gpucheck.jobs import (
+from vllm_agentserve.gpucheck.scripted_requests import (
     Answers,
-    Job,
-    beside_jobs,
+    ScriptedRequest,
+    beside_requests,
     from_json,
-    mixed_jobs,
-    pinned_jobs,
-    run_jobs,
+    mixed_requests,
+    pinned_requests,
+    run_requests,
     to_json,
 )
-from vllm_agentserve.gpucheck.place import PACKAGE, Finding, Place
 
 ORDER = {
     "bfloat16": ("stock", "stock-chunk", "lanes", "time-sliced"),
@@ -47,37 +47,37 @@ def engine_limits(device: str) -> dict[str, Any]:
     }
 
 
-def setting(place: Place, arm: str, dtype: str) -> Setting:
+def setting(check: CheckRun, arm: str, dtype: str) -> Setting:
     return Setting(
         arm,
         TOY.name,
         dtype,
-        place.device,
-        str(place.folder),
+        check.device,
+        str(check.folder),
         graphs=GRAPHS[dtype],
         options=HARD,
-        engine=engine_limits(place.device),
+        engine=engine_limits(check.device),
     )
 
 
-def jobs_of(dtype: str, small: bool) -> list[Job]:
+def requests_of(dtype: str, small: bool) -> list[ScriptedRequest]:
     """Sampling with seeds only in float32: in bfloat16 a difference of a sampled token is no tie and proves nothing. There
     the same requests come once more with pinned answers: contexts stay equal, so every position is compared."""
-    free = mixed_jobs(6 if small else 20, seeded=dtype == "float32")
-    return free if dtype == "float32" else [*free, *later(pinned_jobs(free), 2 * len(free))]
+    free = mixed_requests(6 if small else 20, seeded=dtype == "float32")
+    return free if dtype == "float32" else [*free, *later(pinned_requests(free), 2 * len(free))]
 
 
-def later(jobs: list[Job], steps: int) -> list[Job]:
+def later(jobs: list[ScriptedRequest], steps: int) -> list[ScriptedRequest]:
     """The same requests, so many steps later."""
     return [replace(job, step=job.step + steps) for job in jobs]
 
 
 def answer(options: Mapping[str, Any]) -> dict[str, Any]:
-    """One arm's answers to the mix and to `beside_jobs`, in a child process."""
+    """One arm's answers to the mix and to `beside_requests`, in a child process."""
     given = Setting(**options["setting"])
     llm = make_engine(given)
-    answers = run_jobs(llm.llm_engine, jobs_of(given.dtype, options["small"]))
-    answers |= run_jobs(llm.llm_engine, beside_jobs())
+    answers = run_requests(llm.llm_engine, requests_of(given.dtype, options["small"]))
+    answers |= run_requests(llm.llm_engine, beside_requests())
     return {"answers": to_json(answers), "counters": counters()}
 
 
@@ -85,17 +85,17 @@ def name_of(dtype: str, arm: str) -> str:
     return f"equality-{dtype}-{arm}"
 
 
-def answers_of(place: Place, dtype: str, arm: str) -> Answers | str:
+def answers_of(check: CheckRun, dtype: str, arm: str) -> Answers | str:
     """The answers of an arm, from a child process of this check, an earlier one if there was; why there are none."""
-    if "answers" in (told := place.raw(name_of(dtype, arm)) or {}):
+    if "answers" in (told := check.raw(name_of(dtype, arm)) or {}):
         return from_json(told["answers"])
-    options = {"setting": asdict(setting(place, arm, dtype)), "small": place.small}
-    limit = None if arm == "stock" else place.patience_s
-    ended = place.run(name_of(dtype, arm), f"{PACKAGE}.equality:answer", options, limit)
+    options = {"setting": asdict(setting(check, arm, dtype)), "small": check.small}
+    limit = None if arm == "stock" else check.patience_s
+    ended = check.run(name_of(dtype, arm), f"{PACKAGE}.equality:answer", options, limit)
     return ended.error if ended.error is not None else from_json(ended.result["answers"])
 
 
-def row(dtype: str, arm: str, comparison: Comparison, lane_requests: int) -> str:
+def row(dtype: str, arm: str, comparison: AnswerComparison, lane_requests: int) -> str:
     margins = [one.margin for one in comparison.differences]
     shown = ", ".join("?" if margin is None else f"{margin:.4f}" for margin in margins[:6]) or "none"
     equal = f"{comparison.equal} of {comparison.compared}"
@@ -103,17 +103,17 @@ def row(dtype: str, arm: str, comparison: Comparison, lane_requests: int) -> str
     return f"| {dtype} | {arm} | {equal} | {apart} | {shown} | {lane_requests} |"
 
 
-def run_bfloat16(place: Place) -> Finding:
+def run_bfloat16(check: CheckRun) -> PartResult:
     """The part that decides whether lanes work as users run them: FlashAttention, and decode steps as CUDA graphs."""
-    return run(place, "bfloat16")
+    return run(check, "bfloat16")
 
 
-def run_float32(place: Place) -> Finding:
+def run_float32(check: CheckRun) -> PartResult:
     """The part without rounding to hide behind."""
-    return run(place, "float32")
+    return run(check, "float32")
 
 
-def run(place: Place, dtype: str) -> Finding:
+def run(check: CheckRun, dtype: str) -> PartResult:
     """Every arm's answers in this dtype against stock's."""
     page = [
         "| dtype | arm | requests with stock's tokens | log-probabilities apart: most, mean (n) | "
@@ -123,19 +123,19 @@ def run(place: Place, dtype: str) -> Finding:
     problems: list[str] = []
     figures: dict[str, Any] = {}
     found: dict[str, Answers] = {}
-    compared: dict[str, Comparison] = {}
-    jobs = [*jobs_of(dtype, place.small), *beside_jobs()]
+    compared: dict[str, AnswerComparison] = {}
+    jobs = [*requests_of(dtype, check.small), *beside_requests()]
     for arm in ORDER[dtype]:
-        if arm == CONTROL and dtype == "float32" and place.device == "cpu":
+        if arm == CONTROL and dtype == "float32" and check.device == "cpu":
             # Its CPU runner takes back the draws of a prompt that is cut by a call that CPU generators lack.
             page.append(f"| {dtype} | {arm} | not run: vLLM on CPUs cannot cut prompts that sample with a seed | | | |")
             continue
-        if place.left_s() < LEAST_S:
+        if check.left_s() < LEAST_S:
             page.append(f"| {dtype} | {arm} | not run: the time was used up | | | |")
             continue
-        answers = answers_of(place, dtype, arm)
+        answers = answers_of(check, dtype, arm)
         if isinstance(answers, str):
-            late = place.ran_out(name_of(dtype, arm))
+            late = check.ran_out(name_of(dtype, arm))
             problems += [] if late else [f"{dtype} {arm}: no answers"]
             page.append(f"| {dtype} | {arm} | {'ran out of time' if late else 'failed'} | | | |")
             figures[name_of(dtype, arm)] = {"error": answers}
@@ -145,7 +145,7 @@ def run(place: Place, dtype: str) -> Finding:
         found[arm] = answers
         if arm != "stock":
             compared[arm] = compare(found["stock"], answers, jobs)
-            counts = place.raw(name_of(dtype, arm))["counters"]
+            counts = check.raw(name_of(dtype, arm))["counters"]
             figures[name_of(dtype, arm)] = asdict(compared[arm]) | {"counters": counts}
             page.append(row(dtype, arm, compared[arm], counts.get("lane_requests", 0)))
     control = compared.pop(CONTROL, None)
@@ -159,12 +159,12 @@ def run(place: Place, dtype: str) -> Finding:
             problems.append(f"{dtype} {arm}: {why}")
     page += errors_of(figures)
     if problems:
-        return Finding("failed", "; ".join(problems), page, figures)
+        return PartResult("failed", "; ".join(problems), page, figures)
     if not judged:
-        return Finding("ran out of time", "the time was used up before two arms had answered", page, figures)
+        return PartResult("ran out of time", "the time was used up before two arms had answered", page, figures)
     exact = all(one.equal == one.compared for one in [*judged.values(), *([control] if control is not None else [])])
     line = "all tokens are stock's" if exact else "all tokens are stock's, up to ties that stock has with itself"
-    return Finding("ok", f"{line} ({len(judged)} of {len(ORDER[dtype]) - 2} comparisons)", page, figures)
+    return PartResult("ok", f"{line} ({len(judged)} of {len(ORDER[dtype]) - 2} comparisons)", page, figures)
 
 
 def errors_of(figures: Mapping[str, Any]) -> list[str]:

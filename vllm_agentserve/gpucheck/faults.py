@@ -5,16 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from vllm_agentserve.gpucheck.compare import Comparison, compare, wrong
+from vllm_agentserve.gpucheck.check_run import PACKAGE, CheckRun, ChildResult, PartResult
+from vllm_agentserve.gpucheck.compare import AnswerComparison, compare, wrong
 from vllm_agentserve.gpucheck.engines import Setting, counters, make_engine
-from vllm_agentserve.gpucheck.equality import CONTROL, engine_limits, jobs_of, name_of, setting
-from vllm_agentserve.gpucheck.jobs import Answers, beside_jobs, from_json, run_jobs, to_json
-from vllm_agentserve.gpucheck.place import PACKAGE, Ended, Finding, Place
+from vllm_agentserve.gpucheck.equality import CONTROL, engine_limits, name_of, requests_of, setting
+from vllm_agentserve.gpucheck.scripted_requests import Answers, beside_requests, from_json, run_requests, to_json
 
 DTYPES = ("bfloat16", "float32")
 """The first as users run it, with CUDA graphs and up to ties; the second exactly, if time is left."""
 LEAST_TOKENS = 1000
-"""The jobs whose chunks raise have at least so many: the prompts of `beside_jobs`, and no warm-up."""
+"""The jobs whose chunks raise have at least so many: the prompts of `beside_requests`, and no warm-up."""
 TRIES = 4
 """So often the jobs are run until three chunks have raised in a row: one run has two long prompts, and a lane that has failed may
 get none for a while."""
@@ -40,14 +40,14 @@ class LaneSpy:
 
     def attach(self) -> None:
         """Sits between worker and lane of every engine this process makes from now on."""
-        from vllm_agentserve.lanes.worker import LaneWorker
+        from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker
 
-        before_step = LaneWorker.before_step
+        before_step = LaneConnectorWorker.before_step
 
         def watched(worker: Any, jobs: Sequence[Any], *args: Any) -> None:
             before_step(worker, [self.passed(job) for job in jobs], *args)
 
-        LaneWorker.before_step = watched  # type: ignore[method-assign,assignment]
+        LaneConnectorWorker.before_step = watched  # type: ignore[method-assign,assignment]
         if self.device == "cuda":
             from vllm_agentserve.vllm_compat.cuda_runner import LaneModelRunner
 
@@ -82,7 +82,7 @@ class LaneSpy:
 def scenarios(options: Mapping[str, Any]) -> dict[str, Any]:
     """All of them with one engine, in a child process. The abort comes first, since a failure leaves no lane for a while, and
     the failures in a row last, since they leave none at all."""
-    from vllm_agentserve.lanes.worker import FAILURES_IN_A_ROW
+    from vllm_agentserve.lanes.connector_worker import FAILURES_IN_A_ROW
 
     setting = Setting(**options["setting"])
     spy = LaneSpy(setting.device)
@@ -94,7 +94,7 @@ def scenarios(options: Mapping[str, Any]) -> dict[str, Any]:
     def scenario(name: str, before_step: Any = lambda step: None) -> None:
         llm.reset_prefix_cache()
         before = counters()
-        answers = run_jobs(engine, beside_jobs(), f"{name}-", before_step)
+        answers = run_requests(engine, beside_requests(), f"{name}-", before_step)
         gained = {key: value - before.get(key, 0) for key, value in counters().items()}
         results[name] = {"answers": to_json(answers), "gained": gained}
 
@@ -124,7 +124,7 @@ def scenarios(options: Mapping[str, Any]) -> dict[str, Any]:
     return found | {"in_a_row": FAILURES_IN_A_ROW - left, "wanted": FAILURES_IN_A_ROW}
 
 
-def judge(reference: Answers, found: Mapping[str, Any], control: Comparison | None = None) -> list[str]:
+def judge(reference: Answers, found: Mapping[str, Any], control: AnswerComparison | None = None) -> list[str]:
     """What is wrong with the results of `scenarios` up to the one chunk that raised; nothing when all is well.
 
     Args:
@@ -134,7 +134,7 @@ def judge(reference: Answers, found: Mapping[str, Any], control: Comparison | No
     problems = []
     for name, one in found["scenarios"].items():
         missing = set(found["aborted"]) if name == "abort" else set()
-        jobs = [job for job in beside_jobs() if job.name not in missing]
+        jobs = [job for job in beside_requests() if job.name not in missing]
         comparison = compare(reference, from_json(one["answers"]), jobs)
         if control is not None:
             if (why := wrong(comparison, control)) is not None:
@@ -169,42 +169,42 @@ def judge_retired(found: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def reference_of(place: Place, dtype: str, arm: str) -> Answers | Ended:
+def reference_of(check: CheckRun, dtype: str, arm: str) -> Answers | ChildResult:
     """The answers of an arm of the equality part, from that part where it has run."""
-    told = place.raw(name_of(dtype, arm))
+    told = check.raw(name_of(dtype, arm))
     if told is None:
-        options = {"setting": asdict(setting(place, arm, dtype)), "small": place.small}
-        ended = place.run(name_of(dtype, arm), f"{PACKAGE}.equality:answer", options)
+        options = {"setting": asdict(setting(check, arm, dtype)), "small": check.small}
+        ended = check.run(name_of(dtype, arm), f"{PACKAGE}.equality:answer", options)
         if ended.error is not None:
             return ended
         told = ended.result
     return from_json(told["answers"])
 
 
-def ended_early(dtype: str, line: str, ended: Ended) -> Finding:
+def ended_early(dtype: str, line: str, ended: ChildResult) -> PartResult:
     """One dtype without a verdict."""
     page = ["", f"{dtype}:", "", "```", *str(ended.error).splitlines(), "```"]
-    return Finding(ended.status, f"{dtype}: {line}", page)
+    return PartResult(ended.status, f"{dtype}: {line}", page)
 
 
-def run_one(place: Place, dtype: str) -> Finding:
+def run_one(check: CheckRun, dtype: str) -> PartResult:
     """All scenarios in one dtype."""
-    reference = reference_of(place, dtype, "stock")
-    if isinstance(reference, Ended):
+    reference = reference_of(check, dtype, "stock")
+    if isinstance(reference, ChildResult):
         return ended_early(dtype, "stock vLLM gave no reference", reference)
     control = None
     if dtype != "float32":
-        other = reference_of(place, dtype, CONTROL)
-        if isinstance(other, Ended):
+        other = reference_of(check, dtype, CONTROL)
+        if isinstance(other, ChildResult):
             return ended_early(dtype, f"{CONTROL} gave no reference", other)
         # All requests of that part tell what rounding can turn, but their mean is not that of the few looked at here.
-        control = compare(reference, other, [*jobs_of(dtype, place.small), *beside_jobs()])
+        control = compare(reference, other, [*requests_of(dtype, check.small), *beside_requests()])
         control = replace(control, mean=math.inf)
-    given = setting(place, "lanes", dtype)
+    given = setting(check, "lanes", dtype)
     # A cache with room: what is looked at here is the lane, not preemption.
-    blocks = 2 * engine_limits(place.device)["num_gpu_blocks_override"]
+    blocks = 2 * engine_limits(check.device)["num_gpu_blocks_override"]
     given = replace(given, engine={**given.engine, "num_gpu_blocks_override": blocks})
-    ended = place.run(f"faults-{dtype}", f"{PACKAGE}.faults:scenarios", {"setting": asdict(given)}, place.patience_s)
+    ended = check.run(f"faults-{dtype}", f"{PACKAGE}.faults:scenarios", {"setting": asdict(given)}, check.patience_s)
     if ended.error is not None:
         return ended_early(dtype, "the engine did not live through it", ended)
     found = ended.result
@@ -217,31 +217,31 @@ def run_one(place: Place, dtype: str) -> Finding:
         )
     figures = {name: one["gained"] for name, one in found["scenarios"].items()}
     if problems:
-        return Finding("failed", "; ".join(f"{dtype}: {one}" for one in problems), page, figures)
-    return Finding("ok", dtype, page, figures)
+        return PartResult("failed", "; ".join(f"{dtype}: {one}" for one in problems), page, figures)
+    return PartResult("ok", dtype, page, figures)
 
 
-def run(place: Place) -> Finding:
+def run(check: CheckRun) -> PartResult:
     """The part: all scenarios in every dtype that there is time for."""
-    found: dict[str, Finding] = {}
-    before = place.left_s()
+    found: dict[str, PartResult] = {}
+    before = check.left_s()
     for dtype in DTYPES:
         # The second needs a reference of its own, so twice as long as the first.
-        if found and place.left_s() < 2 * (before - place.left_s()):
+        if found and check.left_s() < 2 * (before - check.left_s()):
             break
-        found[dtype] = run_one(place, dtype)
+        found[dtype] = run_one(check, dtype)
     page = ["| dtype | scenario | requests of the lane | of these failed and computed again |", "|---|---|---|---|"]
     for status in ("ok", "failed", "ran out of time"):
         page += [line for one in found.values() for line in one.page if one.status == status]
     figures = {dtype: one.figures for dtype, one in found.items()}
     if failed := [one.line for one in found.values() if one.status == "failed"]:
-        return Finding("failed", "; ".join(failed), page, figures)
+        return PartResult("failed", "; ".join(failed), page, figures)
     through = [dtype for dtype, one in found.items() if one.status == "ok"]
     if not through:
-        return Finding("ran out of time", "; ".join(one.line for one in found.values()), page, figures)
-    row = ", and three in a row, which retire the lane" if place.device == "cuda" else ""
+        return PartResult("ran out of time", "; ".join(one.line for one in found.values()), page, figures)
+    row = ", and three in a row, which retire the lane" if check.device == "cuda" else ""
     line = f"all tokens are stock's after an abort and a chunk that raised{row}"
     if not row:
         page += ["", "Three chunks that raise in a row: not run: no CUDA device."]
     late = "".join(f"; {dtype}: too little time" for dtype in DTYPES if dtype not in through)
-    return Finding("ok", f"{line}, in {' and in '.join(through)}{late}", page, figures)
+    return PartResult("ok", f"{line}, in {' and in '.join(through)}{late}", page, figures)

@@ -9,9 +9,9 @@ from vllm_agentserve.gpucheck.plain import PlainLadder
 from vllm_agentserve.lanes.lane import Slot
 
 LADDER = "GreenLadder"
-"""The name by which `lanes.parts` makes its ladder."""
+"""The name by which `lanes.cuda.provider` makes its ladder."""
 ALONE = "alone"
-"""The place of chunks that run on the whole device, since nobody decodes."""
+"""The slot name of chunks that run on the whole device, since nobody decodes."""
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class Launched:
     """One chunk.
 
     Args:
-        place: "DECODE+PREFILL" in SMs, or `ALONE`.
+        slot: "DECODE+PREFILL" in SMs, or `ALONE`.
         host_ms: processor time of its launch; where it is cut into slices, of all of them.
         device_ms: the device's time for it.
     """
 
-    place: str
+    slot: str
     tokens: int
     host_ms: float
     device_ms: float
@@ -42,17 +42,17 @@ class LaunchLog:
         self._cuda = cuda
         self._make: Callable[..., Any] | None = PlainLadder if priority else None
         self._slots: tuple[Slot, ...] = ()
-        self._places: dict[Any, str] = {}
+        self._slot_names: dict[Any, str] = {}
         self._seen: list[tuple[str, int, float, Any, Any]] = []
         self.slices: list[float] = []
         """How long each slice of a launch kept the thread that launches decode steps, in ms."""
 
     def attach(self) -> None:
         """Sits between every lane made from now on, its ladder and its runner."""
-        from vllm_agentserve.lanes import parts
+        from vllm_agentserve.lanes.cuda import provider
         from vllm_agentserve.vllm_compat.cuda_runner import LaneModelRunner
 
-        make = self._make or getattr(parts, LADDER)
+        make = self._make or getattr(provider, LADDER)
 
         def ladder(*arguments: Any) -> Any:
             made = make(*arguments)
@@ -71,7 +71,7 @@ class LaunchLog:
             finally:
                 self.slices.append((perf_counter() - began) * 1000)
 
-        setattr(parts, LADDER, ladder)
+        setattr(provider, LADDER, ladder)
         LaneModelRunner.go_on = slice_  # type: ignore[method-assign,assignment]
         LaneModelRunner.run = timed  # type: ignore[method-assign,assignment]
 
@@ -79,7 +79,7 @@ class LaunchLog:
         """The ladder of the lane: its streams say where a chunk runs."""
         self._slots = ladder.slots
         for slot, streams in zip(ladder.slots, ladder.streams, strict=True):
-            self._places[streams.prefill.cuda_stream] = f"{slot.decode}+{slot.prefill}"
+            self._slot_names[streams.prefill.cuda_stream] = f"{slot.decode}+{slot.prefill}"
 
     def watch(self, tokens: int, launch: Callable[[], object]) -> object:
         """Calls `launch`, which launches a chunk on the current stream."""
@@ -91,7 +91,7 @@ class LaunchLog:
         kept = launch()
         host_ms = (thread_time() - began) * 1000
         end.record(stream)
-        self._seen.append((self._places.get(stream.cuda_stream, ALONE), tokens, host_ms, begin, end))
+        self._seen.append((self._slot_names.get(stream.cuda_stream, ALONE), tokens, host_ms, begin, end))
         return kept
 
     def clear(self) -> None:
@@ -103,8 +103,8 @@ class LaunchLog:
         """All chunks since `clear`; waits for the device."""
         self._cuda.synchronize()
         return [
-            Launched(place, tokens, host_ms, float(begin.elapsed_time(end)))
-            for place, tokens, host_ms, begin, end in self._seen
+            Launched(slot, tokens, host_ms, float(begin.elapsed_time(end)))
+            for slot, tokens, host_ms, begin, end in self._seen
         ]
 
     @property
@@ -130,15 +130,15 @@ def slices(values: Sequence[float]) -> dict[str, Any]:
     return {"n": len(values), "ms": middle(values), "most_ms": max(values, default=None)}
 
 
-def by_place(launched: Sequence[Launched]) -> dict[str, dict[str, Any]]:
-    """Figures of the chunks of every place: their number `n`, medians and the longest launch in ms, tokens a second of the
+def by_slot(launched: Sequence[Launched]) -> dict[str, dict[str, Any]]:
+    """Figures of the chunks of every slot: their number `n`, medians and the longest launch in ms, tokens a second of the
     device's time."""
     figures: dict[str, dict[str, Any]] = {}
-    for place in sorted({one.place for one in launched}):
-        own = [one for one in launched if one.place == place]
+    for slot in sorted({one.slot for one in launched}):
+        own = [one for one in launched if one.slot == slot]
         device_s = sum(one.device_ms for one in own) / 1000
         tokens = sum(one.tokens for one in own)
-        figures[place] = {
+        figures[slot] = {
             "n": len(own),
             "tokens": middle([one.tokens for one in own]),
             "host_ms": middle([one.host_ms for one in own]),

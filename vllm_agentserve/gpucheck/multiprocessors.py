@@ -1,6 +1,6 @@
 """The probe of green contexts, and shares of multiprocessors; imported in child processes on a GPU only.
 
-The ladder under test is the one the lanes use, `lanes.green.GreenLadder`.
+The ladder under test is the one the lanes use, `lanes.cuda.green.GreenLadder`.
 """
 
 import importlib
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from vllm_agentserve.gpucheck.work import Share
-from vllm_agentserve.lanes.green import GreenLadder
+from vllm_agentserve.gpucheck.step_kinds import DeviceShare
+from vllm_agentserve.lanes.cuda.green import GreenLadder
 from vllm_agentserve.policy.reserve import DECODE_SHARES
 
 FINE_SHARES = tuple(eighth / 8 for eighth in range(1, 8))
@@ -219,12 +219,12 @@ def probe(options: Mapping[str, Any]) -> dict[str, Any]:
     return found | {"arms": arms}
 
 
-def multiprocessor_shares() -> list[Share]:
+def multiprocessor_shares() -> list[DeviceShare]:
     """Streams on growing numbers of multiprocessors, the last one the whole device on an ordinary stream."""
     ladder = make_ladder(cuda_driver(), FINE_SHARES)
 
-    def share(count: int, stream: Any) -> Share:
-        return Share(count, partial(torch.cuda.stream, stream), stream.synchronize)
+    def share(count: int, stream: Any) -> DeviceShare:
+        return DeviceShare(count, partial(torch.cuda.stream, stream), stream.synchronize)
 
     shares = [share(slot.decode, streams.decode) for slot, streams in zip(ladder.slots, ladder.streams, strict=True)]
     return [*shares, share(units(), torch.cuda.Stream())]

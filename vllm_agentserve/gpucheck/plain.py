@@ -4,14 +4,15 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vllm_agentserve.lanes.green import SlotStreams
+from vllm_agentserve.lanes.cuda.green import SlotStreams
 from vllm_agentserve.lanes.lane import Slot
 from vllm_agentserve.vllm_compat import LaneError
 
 
 class PlainLadder:
-    """A ladder with the interface of `lanes.green.GreenLadder` and one slot, on which both lanes may use every SM. Blocks of a
-    decode step go first wherever an SM has room; blocks of a chunk that run already are not preempted.
+    """A ladder with the interface of `lanes.cuda.green.GreenLadder` and one slot, on which both lanes may use every SM.
+
+    Blocks of a decode step go first wherever an SM has room; blocks of a chunk that run already are not preempted.
 
     Its slot has all SMs on both sides, so a chunk beside decodes has the base length, and one of a lane that is alone twice that.
 

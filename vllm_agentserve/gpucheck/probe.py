@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_agentserve.gpucheck.place import PACKAGE, Finding, Place
+from vllm_agentserve.gpucheck.check_run import PACKAGE, CheckRun, PartResult
 
 
 def trespasses(found: Mapping[str, Any]) -> list[str]:
@@ -58,18 +58,18 @@ def page_of(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def run(place: Place) -> Finding:
+def run(check: CheckRun) -> PartResult:
     """The part."""
-    if place.device == "cpu":
-        return Finding("not run", "no CUDA device")
-    ended = place.run("green", f"{PACKAGE}.multiprocessors:probe", {}, fresh=True)
+    if check.device == "cpu":
+        return PartResult("not run", "no CUDA device")
+    ended = check.run("green", f"{PACKAGE}.multiprocessors:probe", {}, fresh=True)
     if ended.error is not None:
-        return Finding(ended.status, "the probe did not come to its end", ["```", *ended.error.splitlines(), "```"])
+        return PartResult(ended.status, "the probe did not come to its end", ["```", *ended.error.splitlines(), "```"])
     found, page = ended.result, page_of(ended.result)
     p99 = {one["arm"]: one["p99_ms"] for one in found["arms"]}
     times = "chain p99: " + ", ".join(f"{name} {value:.3g} ms" for name, value in list(p99.items())[:5])
     if found["seen"] is None:
-        return Finding("not run", f"isolation was not seen, Triton is not installed; {times}", page, found)
+        return PartResult("not run", f"isolation was not seen, Triton is not installed; {times}", page, found)
     if problems := trespasses(found):
-        return Finding("failed", "; ".join(problems), page, found)
-    return Finding("ok", f"lanes are disjoint and graphs stay on theirs; {times}", page, found)
+        return PartResult("failed", "; ".join(problems), page, found)
+    return PartResult("ok", f"lanes are disjoint and graphs stay on theirs; {times}", page, found)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_agentserve.gpucheck.place import Finding
+from vllm_agentserve.gpucheck.check_run import PartResult
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Done:
 
     name: str
     title: str
-    finding: Finding
+    finding: PartResult
     seconds: float
     left_out: bool = False
     unwritten: bool = False

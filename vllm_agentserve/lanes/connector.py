@@ -18,9 +18,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.lanes.dispatch import LaneDispatch
+from vllm_agentserve.lanes.connector_scheduler import LaneConnectorScheduler
+from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker, lane_worker
 from vllm_agentserve.lanes.lane import LaneReport
-from vllm_agentserve.lanes.worker import LaneWorker, lane_worker
 from vllm_agentserve.policy.jobs import Job
 from vllm_agentserve.vllm_compat.weights import refuse_weight_updates
 
@@ -61,7 +61,7 @@ class LaneConnector(KVConnectorBase_V1):
         options = AgentServeConfig.from_additional_config(vllm_config.additional_config)
         self.half: Any
         if role is KVConnectorRole.SCHEDULER:
-            self.half = LaneDispatch(options, int(vllm_config.cache_config.block_size))
+            self.half = LaneConnectorScheduler(options, int(vllm_config.cache_config.block_size))
         else:
             refuse_weight_updates()
             self.half = lane_worker(options, vllm_config, kv_cache_config)
@@ -118,5 +118,5 @@ class LaneConnector(KVConnectorBase_V1):
         return LaneWorkerMetadata(report) if report is not None else None
 
     def shutdown(self) -> None:
-        if isinstance(self.half, LaneWorker):
+        if isinstance(self.half, LaneConnectorWorker):
             self.half.close()

@@ -1,7 +1,7 @@
 """Whether everything the scheduler keeps books of balances: KV blocks, the queue, prefills, programs, the lane.
 
-The torture rig asks after every episode. In production, with the option `integrity_check_s`, an engine without requests is
-checked now and then; what is wrong is logged and counted, and nothing is done about it.
+The torture rig asks after every episode. In production, with the option `integrity_check_interval_s`, an engine without
+requests is checked now and then; what is wrong is logged and counted, and nothing is done about it.
 """
 
 from collections.abc import Callable, Iterable
@@ -9,7 +9,7 @@ from logging import Logger
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from vllm_agentserve.lanes.dispatch import LaneDispatch
+from vllm_agentserve.lanes.connector_scheduler import LaneConnectorScheduler
 from vllm_agentserve.scheduler.programs import ProgramTracker
 from vllm_agentserve.scheduler.queues import AgentQueue
 from vllm_agentserve.scheduler.stats import StatsCollector
@@ -38,7 +38,7 @@ class Integrity:
         prefills: Callable[[], Iterable[str]],
         queue: AgentQueue | None = None,
         programs: ProgramTracker | None = None,
-        lane: LaneDispatch | None = None,
+        lane: LaneConnectorScheduler | None = None,
         every_s: float | None = None,
     ) -> None:
         self._scheduler = scheduler

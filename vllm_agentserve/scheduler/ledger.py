@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from vllm_agentserve.lanes.dispatch import LaneDispatch
+from vllm_agentserve.lanes.connector_scheduler import LaneConnectorScheduler
 from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.scheduler.stats import StatsCollector
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class LaneLedger:
-    """Follows what `LaneDispatch` decides.
+    """Follows what `LaneConnectorScheduler` decides.
 
     Args:
         lane: the scheduler's half of the connector; gets the rates it decides by.
@@ -27,7 +27,7 @@ class LaneLedger:
 
     def __init__(
         self,
-        lane: LaneDispatch,
+        lane: LaneConnectorScheduler,
         controller: BudgetController,
         stats: StatsCollector,
         admission: "Admission",

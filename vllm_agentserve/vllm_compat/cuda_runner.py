@@ -91,7 +91,7 @@ def second_runner(main: Any, vllm_config: Any, kv_cache_config: Any, requests: i
 
 
 class Relay(Protocol):
-    """What is needed of `lanes.relay.Relay`."""
+    """What is needed of `lanes.cuda.relay.Relay`."""
 
     def begin(self, work: Callable[[], None]) -> None: ...
 
@@ -184,7 +184,7 @@ class LaneModelRunner:
         main.execute_model, main.sample_tokens = execute_model, sample_tokens
 
     def begin(self, work: Callable[[], None]) -> None:
-        """Takes the launch of a chunk, see `lanes.relay.Relay`."""
+        """Takes the launch of a chunk, see `lanes.cuda.relay.Relay`."""
         self._relay.begin(work)
 
     def go_on(self, seconds: float = inf) -> bool:

@@ -1,0 +1,259 @@
+"""The worker's half of the connector: it owns the lane, whichever provider it has, and starts it again when it dies."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+from vllm.logger import init_logger
+
+from vllm_agentserve.config import AgentServeConfig
+from vllm_agentserve.lanes.lane import LaneReport, Outcome, PrefillLane
+from vllm_agentserve.policy.fence import StepFence
+from vllm_agentserve.policy.jobs import Job
+from vllm_agentserve.vllm_compat import LaneError
+
+if TYPE_CHECKING:
+    from vllm_agentserve.lanes.cpu.memory import KvMemory
+
+logger = init_logger("vllm.agentserve")
+
+IDLE_PATIENCE_S = 0.005
+"""How long a step without tokens waits for the lane, so that an engine with nothing else to do does not spin."""
+DRAIN_PATIENCE_S = 0.05
+DRAIN_LIMIT_S = 10.0
+"""How long `drain` waits for a chunk to end before it ends the lane, and then for the lane to be gone."""
+FAILURES_IN_A_ROW = 3
+"""A lane on which so many jobs failed one after the other is taken for broken, and ended."""
+
+
+class LaneConnectorWorker:
+    """Drives the lane step by step: jobs in, outcomes out. Every job taken gets its outcome, whatever becomes of the lane.
+
+    Args:
+        options: how often a lane is started again.
+        memory: where vLLM's KV cache is allocated; None where the lane shares the worker's process.
+        start: makes a lane and waits until it is ready; raises `LaneError`.
+        restart: makes one without waiting; None where a lane is not made in the middle of service.
+    """
+
+    def __init__(
+        self,
+        options: AgentServeConfig,
+        memory: "KvMemory | None",
+        start: Callable[[], PrefillLane],
+        restart: Callable[[], PrefillLane] | None,
+    ) -> None:
+        self.options = options
+        self.memory = memory
+        self.restarts = 0
+        self._make = start
+        self._make_again = restart
+        self._computes = False
+        self._failures = 0
+        self._announce = False
+        self._say_down = False
+        self._new = True
+        """Whether the lane has not said its slots yet."""
+        self._begun: Any = None
+        self._lane: PrefillLane | None = None
+        self._tried = False
+        self._retired: PrefillLane | None = None
+        """A lane that is gone, and is closed with the engine only: it shares the device with the steps."""
+        self._fence: StepFence[Job] = StepFence()
+        self._sent: set[str] = set()
+        """The requests whose jobs came with the step that has just run."""
+        self.warmed_up: Callable[[int, int], None] = lambda reserved, step: None
+        """Called when vLLM's own warm-up is over, with bytes: those kept free for the lane, and those of the temporaries of a
+        step. Raises `LaneError`."""
+        self._cancelled: set[str] = set()
+        """Of the jobs the lane has: that they end without an error says nothing of the lane."""
+        self._refused: list[Outcome] = []
+        """Jobs that no lane took, until their outcome is told."""
+
+    def start(self) -> None:
+        """Starts the lane and waits for it. Raises `LaneError`; in mode `auto` it says why everything is time-sliced."""
+        try:
+            self._lane = self._make()
+        except (LaneError, OSError) as error:
+            if self.options.mode != "auto":
+                raise
+            logger.warning("agentserve: mode auto runs time-sliced: %s", error)
+            return
+        finally:
+            self._tried = True
+        logger.info("agentserve: prefill lane ready: %s.", self._lane.name)
+
+    @property
+    def may_have_lane(self) -> bool:
+        """False when none was made and none will be, or the last one has ended with all its jobs."""
+        return self._lane is not None or not self._tried
+
+    def begin(self, metadata: Any) -> None:
+        """Begins a step once, whoever comes first: the provider, before anything is launched, or vLLM with the metadata."""
+        if metadata is not self._begun:
+            self._begun = metadata
+            self.before_step(metadata.jobs, metadata.computes, metadata.slot)
+
+    def before_step(self, jobs: list[Job], computes: bool, slot: int) -> None:
+        """A step begins: its new jobs, whether it runs the model, and how the device is divided."""
+        self._computes = computes
+        self._fence.begin_step(jobs)
+        if self._lane is not None:
+            self._lane.begin_step(computes, slot)
+
+    def launched(self) -> None:
+        """The worker's step has run, or is launched where the device works on its own; only now the lane hears of its jobs."""
+        lane, jobs = self._lane, self._fence.step_has_run()
+        self._sent = {job.request_id for job in jobs}
+        for job in jobs:
+            if lane is not None and lane.ready:
+                lane.submit(job)
+            else:
+                self._refused.append(Outcome(job.request_id, "there is no lane that is ready"))
+        if lane is not None:
+            lane.launch()
+
+    def after_step(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """The jobs that ended; `finished_req_ids` are requests nobody wants any more. They ended before the step was scheduled: a
+        job of this step with such an id is that of another request, which came later under the same id."""
+        lane = self._lane
+        outcomes: list[Outcome] = []
+        if lane is not None:
+            for request_id in finished_req_ids - self._sent:
+                self._cancel(lane, request_id)
+            waits = lane.busy and not self._computes and not self._refused
+            if lane.busy or not lane.ready:
+                outcomes = lane.poll(IDLE_PATIENCE_S if waits else 0.0)
+        return self._results(outcomes)
+
+    def _results(self, outcomes: list[Outcome]) -> KVConnectorTransferResults:
+        self._count(outcomes)
+        outcomes, self._refused = [*outcomes, *self._refused], []
+        failed = {outcome.request_id: outcome.error for outcome in outcomes if outcome.error is not None}
+        for request_id, error in failed.items():
+            logger.error("agentserve: the prefill lane failed on %s, which is computed again: %s", request_id, error)
+        # The scheduler sends nothing after a failure until it hears of a lane that can take jobs.
+        self._announce |= bool(failed)
+        self._keep_a_lane()
+        return KVConnectorTransferResults(
+            finished_recving={outcome.request_id for outcome in outcomes}, failed_recving=set(failed)
+        )
+
+    def _cancel(self, lane: PrefillLane, request_id: str) -> None:
+        if request_id in lane.jobs():
+            self._cancelled.add(request_id)
+            lane.cancel(request_id)
+
+    def _count(self, outcomes: list[Outcome]) -> None:
+        """Counts failures of the lane in a row; a job that was cancelled is none, and no success."""
+        judged = [
+            outcome for outcome in outcomes if outcome.error is not None or outcome.request_id not in self._cancelled
+        ]
+        self._cancelled.difference_update(outcome.request_id for outcome in outcomes)
+        failed = sum(outcome.error is not None for outcome in judged)
+        if failed:
+            self._failures += failed
+        elif judged:
+            self._failures = 0
+
+    def _keep_a_lane(self) -> None:
+        """The one place where a lane ends: it is ended, its jobs get their outcomes from `poll`, and then another one is made."""
+        lane = self._lane
+        if lane is None:
+            return
+        if self._failures >= FAILURES_IN_A_ROW and lane.alive():
+            lane.end(f"{self._failures} jobs failed, one after the other")
+        if lane.gone:
+            self._replace(lane)
+
+    def _replace(self, lane: PrefillLane) -> None:
+        """Starts another lane without waiting for it; the scheduler's half sends nothing for a while, or never again."""
+        self._failures = 0
+        self._say_down = True
+        self._lane = None
+        if self._make_again is None:
+            self._retired = lane
+            logger.error("agentserve: the prefill lane has ended; from now on all is time-sliced.")
+            return
+        lane.close()
+        if self.restarts >= self.options.lane_restarts:
+            logger.error(
+                "agentserve: the prefill lane died %d times; from now on all is time-sliced.", self.restarts + 1
+            )
+            return
+        self.restarts += 1
+        logger.warning(
+            "agentserve: starting the prefill lane again (%d of %d).", self.restarts, self.options.lane_restarts
+        )
+        try:
+            self._lane, self._new = self._make_again(), True
+        except Exception as error:
+            logger.error("agentserve: the prefill lane cannot be started; from now on all is time-sliced: %s", error)
+
+    def drain(self) -> set[str]:
+        """Cancels every job and waits until none holds blocks; returns the requests whose blocks nobody writes any more.
+
+        A lane that does not answer is ended. If even that takes too long, its jobs are left for later steps to report.
+        """
+        ended: set[str] = set()
+        self._refused += [Outcome(job.request_id) for job in self._fence.drop()]
+        deadline, ending = time.monotonic() + DRAIN_LIMIT_S, False
+        lane = self._lane
+        if lane is not None:
+            for request_id in lane.jobs():
+                self._cancel(lane, request_id)
+        while lane is not None and lane.busy:
+            lane.begin_step(False, 0)
+            lane.launch()
+            ended |= self._results(lane.poll(DRAIN_PATIENCE_S)).finished_recving or set()
+            if time.monotonic() > deadline:
+                if ending:
+                    break
+                lane.end(f"it has not let go of its jobs within {DRAIN_LIMIT_S:g} s")
+                deadline, ending = time.monotonic() + DRAIN_LIMIT_S, True
+        return ended | (self._results([]).finished_recving or set())
+
+    def report(self) -> LaneReport | None:
+        """What the scheduler is to know of the lane, None when there is nothing new."""
+        lane = self._lane
+        if self._say_down:
+            self._say_down = False
+            return LaneReport(down=True)
+        if lane is None:
+            return None
+        report = lane.report()
+        if self._announce and lane.ready:
+            self._announce = False
+            report = replace(report or LaneReport(), slots=lane.slots)
+        if report is not None and report.slots:
+            report, self._new = replace(report, new=self._new), False
+        return report
+
+    def close(self) -> None:
+        for lane in (self._lane, self._retired):
+            if lane is not None:
+                lane.close()
+        self._lane = self._retired = None
+
+
+def lane_worker(options: AgentServeConfig, vllm_config: Any, kv_cache_config: Any) -> LaneConnectorWorker:
+    """The worker's half for this platform."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm_agentserve.lanes.cpu.process import ProcessLanes
+
+        lanes = ProcessLanes(options, vllm_config, kv_cache_config)
+        return LaneConnectorWorker(options, lanes.memory, lanes.start, lanes.restart)
+    from vllm_agentserve.lanes.cuda.stream import StreamLane
+
+    def start() -> PrefillLane:
+        lane = StreamLane.start(options, vllm_config, kv_cache_config)
+        lane.follow(worker.begin)
+        worker.warmed_up = lane.warmed_up
+        return lane
+
+    worker = LaneConnectorWorker(options, None, start, None)
+    return worker

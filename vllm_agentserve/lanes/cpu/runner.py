@@ -1,0 +1,149 @@
+"""The lane's own process: vLLM's CPU worker over the KV cache of another one. It computes prompts and samples nothing.
+
+python -m vllm_agentserve.lanes.cpu.runner DESCRIPTOR PARENT   # a socket to the worker, and its process; never by hand
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_agentserve.lanes.cpu.channel import Channel
+from vllm_agentserve.lanes.cpu.cores import Cores, move
+from vllm_agentserve.lanes.cpu.memory import KvMemory, SharedMemory
+from vllm_agentserve.lanes.cpu.shared_counters import SharedCounters
+from vllm_agentserve.policy.jobs import ChunkQueue
+from vllm_agentserve.policy.slots import chunk_length
+from vllm_agentserve.vllm_compat.cpu import SecondWorker
+
+PR_SET_PDEATHSIG = 1
+OOM_SCORE = 500
+"""Of 1000: when memory runs out the kernel is to end the lane, whose prompts are computed again, and not the engine."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the worker tells the lane at start."""
+
+    vllm_config: Any
+    kv_cache_config: Any
+    memory: tuple[int, int]
+    """Size and descriptor of the KV cache."""
+    chunk_tokens: int
+    most_tokens: int
+    """A chunk is no longer."""
+    slot_cores: tuple[list[int], ...]
+    """The lane's cores on every slot."""
+    all_cores: list[int]
+    load_cores: list[int]
+    """Where it loads and compiles: off the decode lane's cores when there is one."""
+    counters: int = -1
+    """Descriptor of the shared counters, which are made with the process."""
+
+
+class LaneRunner:
+    """Computes jobs chunk by chunk, in the order the policy decides between two chunks."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.counters = SharedCounters(setup.counters)
+        self.cores = Cores(process=True)
+        self.jobs = ChunkQueue()
+        self._smallest = min(len(cores) for cores in setup.slot_cores)
+        self._beside = 0
+        """Chunks computed beside decodes."""
+        memory = KvMemory(SharedMemory(*setup.memory))
+        self._worker = SecondWorker(setup.vllm_config, setup.kv_cache_config, memory.allocation())
+
+    def warm_up(self) -> float:
+        """Compiles the model; returns how many seconds the longest chunk of the smallest slot takes then, on its cores."""
+        smallest = min(self.setup.slot_cores, key=len)
+        tokens = min(self.setup.chunk_tokens, self.setup.most_tokens)
+        return self._worker.warm_up(tokens, lambda: self.cores.take(smallest))
+
+    def step(self) -> str | None:
+        """Computes one chunk; returns the id of a job that is through. Raises `ChunkError`."""
+        setup, counters = self.setup, self.counters
+        began = time.monotonic()
+        counters["beat"] = began
+        alone = not counters["decoding"]
+        own = setup.slot_cores[int(counters["slot"])]
+        self.cores.take(setup.all_cores if alone else own)
+        # No longer when it is alone: a step of decodes that comes meanwhile would find its cores taken until the end of it.
+        chunk = self.jobs.take(min(chunk_length(setup.chunk_tokens, len(own), self._smallest), setup.most_tokens))
+        request_id = chunk.job.request_id
+        try:
+            self._worker.compute(chunk)
+        except Exception as error:
+            raise ChunkError(request_id) from error
+        if not alone:
+            self._beside += 1
+            if self._beside > 1:  # libraries prepare themselves in the first one: it says nothing of those that follow
+                counters["tokens"] += chunk.tokens
+                counters["seconds"] += time.monotonic() - began
+        if not chunk.last:
+            return None
+        self.forget(request_id)
+        return request_id
+
+    def forget(self, request_id: str) -> None:
+        """Drops a job, begun or not."""
+        if self.jobs.drop(request_id):
+            self._worker.forget(request_id)
+
+
+class ChunkError(RuntimeError):
+    """A chunk failed; its only argument is the id of the job."""
+
+
+def serve(channel: Channel) -> None:
+    """Says ("ready", None, seconds of a chunk), answers every job with ("done", id, None), cancelled ones too, until told to end;
+    ends after ("failed", id, why)."""
+    messages = channel.receive(None)
+    setup: Setup = messages.pop(0)
+    move(0, setup.load_cores)
+    lane = LaneRunner(setup)
+    channel.send(("ready", None, lane.warm_up()))
+    while True:
+        messages += channel.receive(0.0 if len(lane.jobs) or messages else None)
+        for kind, value in messages:
+            if kind == "job":
+                lane.jobs.add(value)
+            elif value in lane.jobs:
+                lane.forget(value)
+                channel.send(("done", value, None))
+        messages = []
+        if not len(lane.jobs):
+            continue
+        try:
+            done = lane.step()
+        except ChunkError as error:
+            channel.send(("failed", error.args[0], traceback.format_exc()))
+            # What vLLM's runner keeps between steps is in no known state now: the worker starts another process.
+            raise
+        if done is not None:
+            channel.send(("done", done, None))
+
+
+def main() -> None:
+    # The worker may be killed without a chance to say so; and Ctrl-C reaches the whole group, but is its business.
+    # The thread that started us waits for our end, so it ends with its process only.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[2]):
+        return  # it was killed before we asked
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        serve(Channel(socket.socket(fileno=int(sys.argv[1]))))
+
+
+if __name__ == "__main__":
+    main()
