@@ -13,17 +13,17 @@ from typing import Any
 from rich.console import Console
 
 from vllm_agentserve.bench.arms import parse_arms, split_options
-from vllm_agentserve.bench.drawing import Shape, draw_sessions
+from vllm_agentserve.bench.drawing import WorkloadOptions, draw_sessions
 from vllm_agentserve.bench.judge import PRIMARY, PRIMARY_OF_PROGRAMS, check_primary
 from vllm_agentserve.bench.kv_pool import ANY_POOL, AnyPool, KvPool, kv_bytes, pool_of
 from vllm_agentserve.bench.plan import Cell, Plan
-from vllm_agentserve.bench.program_traffic import PROGRAM_WORKLOADS, Traffic, program_options, program_traffic
+from vllm_agentserve.bench.program_traffic import PROGRAM_WORKLOADS, Traffic, program_serve_options, program_traffic
 from vllm_agentserve.bench.records import Results
 from vllm_agentserve.bench.report import write_report
 from vllm_agentserve.bench.run import new_folder, print_cells, run_plan, show
 from vllm_agentserve.bench.server import has_nvidia_driver
 from vllm_agentserve.bench.sessions import TOKEN_IDS, Session, WorkloadError
-from vllm_agentserve.bench.trace import Reading, read_trace, trace_path
+from vllm_agentserve.bench.trace import TraceOptions, read_trace, trace_path
 from vllm_agentserve.bench.workloads import WORKLOADS, Workload, around, explain, find_workload
 
 DEFAULT_ARMS = ("stock", "agentserve")
@@ -130,7 +130,7 @@ def serve_options(arguments: argparse.Namespace) -> tuple[str, ...]:
     Workloads of programs bring defaults of their own.
     """
     programs = programs_wanted(arguments)
-    own = program_options(has_nvidia_driver()) if programs else ()
+    own = program_serve_options(has_nvidia_driver()) if programs else ()
     return (*base_options(arguments.model is None), *own, *split_options(arguments.serve))
 
 
@@ -165,15 +165,15 @@ def traffic(arguments: argparse.Namespace, serve: Sequence[str], gap_s: float | 
         return program_traffic(arguments, serve, has_nvidia_driver())
     if arguments.trace is not None:
         scale = arguments.scale or 1.0
-        reading = Reading(
+        options = TraceOptions(
             arguments.pace, arguments.trace_inputs, arguments.block_tokens, scale, arguments.speed, arguments.limit
         )
         path = trace_path(arguments.trace)
-        described: dict[str, Any] = {"name": f"trace {path.name}", "scale": f"{scale:g}", "pace": reading.pace}
+        described: dict[str, Any] = {"name": f"trace {path.name}", "scale": f"{scale:g}", "pace": options.pace}
 
         @cache
         def replayed(number: int) -> list[Session]:
-            return read_trace(path, reading, arguments.seed * 1000 + number)
+            return read_trace(path, options, arguments.seed * 1000 + number)
 
         replayed(0)
         return replayed, described
@@ -181,20 +181,20 @@ def traffic(arguments: argparse.Namespace, serve: Sequence[str], gap_s: float | 
     if gap_s is not None:
         workload = replace(workload, tool_s=around(gap_s))
     scale = arguments.scale or scale_of(workload)
-    shape = Shape(arguments.agents, arguments.sessions, arguments.turns, arguments.shared, scale)
+    chosen = WorkloadOptions(arguments.agents, arguments.sessions, arguments.turns, arguments.shared, scale)
 
     @cache
     def drawn(number: int) -> list[Session]:
-        return draw_sessions(workload, shape, arguments.seed * 1000 + number)
+        return draw_sessions(workload, chosen, arguments.seed * 1000 + number)
 
-    described = {"name": workload.name, "scale": f"{scale:g}", "agents": shape.agents or workload.agents}
+    described = {"name": workload.name, "scale": f"{scale:g}", "agents": chosen.agents or workload.agents}
     described |= {
-        key: value for key, value in (("sessions", shape.sessions), ("turns", shape.turns)) if value is not None
+        key: value for key, value in (("sessions", chosen.sessions), ("turns", chosen.turns)) if value is not None
     }
     if gap_s is not None:
         described["gap_s"] = f"{gap_s:g}"
-    if shape.shared is not None:
-        described["shared"] = f"{shape.shared:g}"
+    if chosen.shared is not None:
+        described["shared"] = f"{chosen.shared:g}"
     return drawn, described | {"summary": workload.summary, "source": workload.source}
 
 

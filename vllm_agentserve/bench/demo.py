@@ -7,7 +7,7 @@ from rich.console import Console
 
 from vllm_agentserve.bench.arms import Arm, scheduler_options
 from vllm_agentserve.bench.command import base_options, check_model, scale_of
-from vllm_agentserve.bench.drawing import Shape, draw_sessions
+from vllm_agentserve.bench.drawing import WorkloadOptions, draw_sessions
 from vllm_agentserve.bench.kv_pool import kv_bytes
 from vllm_agentserve.bench.plan import Cell, Plan
 from vllm_agentserve.bench.run import new_folder, run_plan
@@ -23,12 +23,12 @@ def demo_plan(model: str, toy: bool, agents: int, turns: int, port: int | None, 
     Raises:
         WorkloadError: the model cannot serve it.
     """
-    shape = Shape(agents=agents, sessions=1, turns=turns, scale=scale_of(REACT))
+    chosen = WorkloadOptions(agents=agents, sessions=1, turns=turns, scale=scale_of(REACT))
 
     def drawn(number: int) -> list[Session]:
-        return draw_sessions(REACT, shape, number)
+        return draw_sessions(REACT, chosen, number)
 
-    workload = {"name": REACT.name, "scale": f"{shape.scale:g}", "agents": agents, "sessions": 1, "turns": turns}
+    workload = {"name": REACT.name, "scale": f"{chosen.scale:g}", "agents": agents, "sessions": 1, "turns": turns}
     plan = Plan(
         arms=[Arm("stock"), Arm("agentserve", scheduler_options(settings), settings=settings)],
         cells=[Cell("", drawn, workload)],

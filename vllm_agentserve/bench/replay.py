@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from time import perf_counter
 
 from vllm_agentserve.bench.client import Stream, StreamError, StreamingClient
-from vllm_agentserve.bench.prompt import Prompt
+from vllm_agentserve.bench.prompt import GrowingPrompt
 from vllm_agentserve.bench.recorder import Recorder
 from vllm_agentserve.bench.records import Record
 from vllm_agentserve.bench.sessions import Session, TurnKey, pinned_token, session_walk, spawning
@@ -77,7 +77,7 @@ class Replay:
         self._ended = 0.0
         self._walk = session_walk(sessions)
         self._spawned_by = {name: key.session for name, key in spawning(sessions).items()}
-        self._contexts: dict[str, Prompt] = {}
+        self._contexts: dict[str, GrowingPrompt] = {}
         """By session: what was sent and answered."""
 
     @property
@@ -148,10 +148,10 @@ class Replay:
         await context.extend(stream.token_ids or [pinned] * len(stream.stamps))
         self._start(group, self._walk.end(due.name, perf_counter()))
 
-    def _context(self, session: Session, number: int) -> Prompt:
+    def _context(self, session: Session, number: int) -> GrowingPrompt:
         """The prompt that a turn goes on from; its own from now on."""
         if session.turns[number].context is not None or (number == 0 and not session.forked):
-            self._contexts[session.name] = Prompt()
+            self._contexts[session.name] = GrowingPrompt()
         elif number == 0:
             self._contexts[session.name] = self._contexts[self._spawned_by[session.name]].copy()
         return self._contexts[session.name]
@@ -160,7 +160,7 @@ class Replay:
         """The id under which a session is sent."""
         return None if self.anonymous or session is None else session + self.suffix
 
-    def _keep(self, session: Session, number: int, context: Prompt, stream: Stream, error: str | None) -> None:
+    def _keep(self, session: Session, number: int, context: GrowingPrompt, stream: Stream, error: str | None) -> None:
         self._recorder.add(
             session,
             number,

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_agentserve.bench.drawing import Shape
+from vllm_agentserve.bench.drawing import WorkloadOptions
 from vllm_agentserve.bench.measure import RoundFigures, pool, round_figures
 from vllm_agentserve.bench.records import Record
 from vllm_agentserve.gpucheck.check_run import PACKAGE, CheckRun, ChildResult, PartResult
@@ -178,8 +178,8 @@ def setting(check: CheckRun, arm: str) -> Setting:
     return Setting(arm, model.name, dtype, check.device, str(check.folder), True, options, engine)
 
 
-def shape_of(small: bool) -> Shape:
-    return Shape(agents=4, sessions=1, turns=3, scale=0.2) if small else Shape(agents=6, sessions=2)
+def shape_of(small: bool) -> WorkloadOptions:
+    return WorkloadOptions(agents=4, sessions=1, turns=3, scale=0.2) if small else WorkloadOptions(agents=6, sessions=2)
 
 
 def replay(check: CheckRun, name: str, number: int, limit_s: float | None) -> ChildResult:

@@ -25,7 +25,7 @@ from vllm_agentserve.bench.calls import ProgramShape, in_blocks, tool_chain_s
 from vllm_agentserve.bench.cost import StepCost, read_cost, write_cost
 from vllm_agentserve.bench.measure import quantiles
 from vllm_agentserve.bench.program_figures import program_figures
-from vllm_agentserve.bench.program_traffic import PROGRAM_WORKLOADS, Programs, sessions_of
+from vllm_agentserve.bench.program_traffic import PROGRAM_WORKLOADS, ProgramOptions, sessions_of
 from vllm_agentserve.bench.server import has_nvidia_driver, serving_environment
 from vllm_agentserve.bench.sessions import longest_context, warm_up_of
 from vllm_agentserve.simulator.calls import Ended
@@ -107,7 +107,7 @@ def run_engine(given: Mapping[str, Any], policy: str, number: int) -> dict[str, 
 
 
 def drawn(given: Mapping[str, Any], number: int) -> list[ProgramShape]:
-    chosen = Programs(
+    chosen = ProgramOptions(
         given["programs"],
         given["load"],
         given["scale"],
