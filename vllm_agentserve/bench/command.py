@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -163,20 +162,26 @@ def traffic(arguments: argparse.Namespace, serve: Sequence[str], gap_s: float | 
     refuse(arguments, NOT_OF_PROGRAMS if programs else ONLY_OF_PROGRAMS)
     if programs:
         return program_traffic(arguments, serve, has_nvidia_driver())
-    if arguments.trace is not None:
-        scale = arguments.scale or 1.0
-        options = TraceOptions(
-            arguments.pace, arguments.trace_inputs, arguments.block_tokens, scale, arguments.speed, arguments.limit
-        )
-        path = trace_path(arguments.trace)
-        described: dict[str, Any] = {"name": f"trace {path.name}", "scale": f"{scale:g}", "pace": options.pace}
+    return trace_traffic(arguments) if arguments.trace is not None else agent_traffic(arguments, gap_s)
 
-        @cache
-        def replayed(number: int) -> list[Session]:
-            return read_trace(path, options, arguments.seed * 1000 + number)
 
-        replayed(0)
-        return replayed, described
+def trace_traffic(arguments: argparse.Namespace) -> Traffic:
+    """The sessions of a recorded trace; raises `WorkloadError` where it cannot be read."""
+    path, scale = trace_path(arguments.trace), arguments.scale or 1.0
+    options = TraceOptions(
+        arguments.pace, arguments.trace_inputs, arguments.block_tokens, scale, arguments.speed, arguments.limit
+    )
+
+    @cache
+    def replayed(number: int) -> list[Session]:
+        return read_trace(path, options, arguments.seed * 1000 + number)
+
+    replayed(0)
+    return replayed, {"name": f"trace {path.name}", "scale": f"{scale:g}", "pace": options.pace}
+
+
+def agent_traffic(arguments: argparse.Namespace, gap_s: float | None) -> Traffic:
+    """Sessions drawn from the distributions of a workload."""
     workload = find_workload(arguments.workload, PROGRAM_WORKLOADS)
     if gap_s is not None:
         workload = replace(workload, tool_s=around(gap_s))
@@ -188,13 +193,10 @@ def traffic(arguments: argparse.Namespace, serve: Sequence[str], gap_s: float | 
         return draw_sessions(workload, chosen, arguments.seed * 1000 + number)
 
     described = {"name": workload.name, "scale": f"{scale:g}", "agents": chosen.agents or workload.agents}
-    described |= {
-        key: value for key, value in (("sessions", chosen.sessions), ("turns", chosen.turns)) if value is not None
-    }
-    if gap_s is not None:
-        described["gap_s"] = f"{gap_s:g}"
-    if chosen.shared is not None:
-        described["shared"] = f"{chosen.shared:g}"
+    given = {"sessions": chosen.sessions, "turns": chosen.turns}
+    described |= {key: value for key, value in given.items() if value is not None}
+    factors = {"gap_s": gap_s, "shared": chosen.shared}
+    described |= {key: f"{value:g}" for key, value in factors.items() if value is not None}
     return drawn, described | {"summary": workload.summary, "source": workload.source}
 
 
