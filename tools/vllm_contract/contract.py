@@ -253,7 +253,7 @@ CONTRACT = (
     *reads(CONFIG, f"{CUDA} {SHARED}", "parallel_config"),
     *reads(CONFIG, CUDA, "use_v2_model_runner"),
     *reads(CONFIG, f"{CPU} {WEIGHTS}", "kv_transfer_config"),
-    *reads("vllm.config:CacheConfig", f"{SCHED} {CONNECTOR}", "block_size"),
+    *reads("vllm.config:CacheConfig", f"{SCHED} scheduler/features/lane.py", "block_size"),
     *reads("vllm.config:CacheConfig", WORKER, "kv_cache_memory_bytes"),
     *reads("vllm.config:CompilationConfig", f"{CPU} {RUNNER}", "static_forward_context"),
     *reads("vllm.config:CompilationConfig", RUNNER, "cudagraph_mode"),
