@@ -11,6 +11,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from vllm_agentserve.bench.server import has_nvidia_driver
 from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker
+from vllm_agentserve.lanes.lane import NoLane
 from vllm_agentserve.policy.jobs import Job as PrefillJob
 
 KILLS = int(os.environ.get("AGENTSERVE_LANE_KILLS", "2"))
@@ -66,7 +67,7 @@ def plant_jobs_sent_before_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     original = LaneConnectorWorker.before_step
 
     def too_early(self: LaneConnectorWorker, jobs: list[PrefillJob], computes: bool, slot: int) -> None:
-        for job in jobs if self._lane is not None else []:
+        for job in jobs if not isinstance(self._lane, NoLane) else []:
             self._lane.submit(job)
         original(self, [], computes, slot)
 

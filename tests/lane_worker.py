@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from lane_driver import LaneDriver
+from lane_provider import Lanes
 from schedulers import BLOCK, make_request, make_scheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
@@ -183,7 +184,7 @@ class WorkerDriver(LaneDriver):
             return self.lanes[-1]
 
         options: Any = SimpleNamespace(lane_restarts=restarts, mode="lanes")
-        self.worker = LaneConnectorWorker(options, None, start, start)
+        self.worker = LaneConnectorWorker(options, Lanes(start, start))
         self.worker.start()
 
     def transfers(self, output: SchedulerOutput) -> KVConnectorOutput:

@@ -8,22 +8,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes.cpu.channel import Channel
 from vllm_agentserve.lanes.cpu.child import Child
 from vllm_agentserve.lanes.cpu.cores import Cores
-from vllm_agentserve.lanes.cpu.memory import KvMemory
 from vllm_agentserve.lanes.cpu.runner import Setup
 from vllm_agentserve.lanes.cpu.shared_counters import SharedCounters
 from vllm_agentserve.lanes.lane import LaneReport, Outcome, Slot
 from vllm_agentserve.policy.jobs import Job
-from vllm_agentserve.policy.slots import core_ladder
-from vllm_agentserve.vllm_compat import LaneError, cpu
+from vllm_agentserve.vllm_compat import LaneError
 
-CHUNK_TOKENS = 256
-"""Default of `lane_chunk_tokens` here: about a tenth of a second on one core."""
 STOP_TIMEOUT_S = 5.0
 CHUNK_TIMEOUT_S = 60.0
 CHUNK_TIMEOUT_FACTOR = 20.0
@@ -200,6 +194,9 @@ class ProcessLane:
         if self._silent_s > limit:
             self.end(f"it has begun no chunk for {limit:.0f} s")
 
+    def warmed_up(self, reserved: int, step: int) -> None:
+        """Nothing: the lane takes no memory of the worker's."""
+
     def end(self, why: str) -> None:
         if self._why is None:
             self._why = why
@@ -222,60 +219,6 @@ class ProcessLane:
             self._child.wait(STOP_TIMEOUT_S)
         self._counters.close()
         self._cores.take(self._setup.all_cores)
-
-
-class ProcessLanes:
-    """Makes the lanes of one worker, the first and those that follow one that died: over one KV cache, on the same cores.
-
-    Args:
-        options: length of chunks, and the user's own split of the cores.
-        vllm_config: the worker's.
-        kv_cache_config: the worker's.
-    """
-
-    def __init__(self, options: AgentServeConfig, vllm_config: Any, kv_cache_config: Any) -> None:
-        self.memory = KvMemory()
-        self._options = options
-        self._configs = vllm_config, kv_cache_config
-        self._cores: Cores | None = None
-
-    def start(self) -> ProcessLane:
-        """Starts a lane and waits for it: it loads on all cores, since the worker does nothing meanwhile. Raises `LaneError`, and
-        what `ProcessLane` does."""
-        lane = self._lane(alone=True)
-        lane.wait_until_ready()
-        return lane
-
-    def restart(self) -> ProcessLane:
-        """Starts one without waiting. Raises what `start` does."""
-        return self._lane(alone=False)
-
-    def _lane(self, alone: bool) -> ProcessLane:
-        every = cpu.worker_cores()
-        if len(every) < 2:
-            raise LaneError(
-                f"two lanes need two cores, and vLLM's worker has {len(every)}: see VLLM_CPU_OMP_THREADS_BIND, or serve in mode "
-                "'time-sliced'"
-            )
-        memory = self.memory.memory
-        if memory is None:
-            raise LaneError("vLLM has not allocated its KV cache in the memory that the lane shares")
-        vllm_config, kv_cache_config = self._configs
-        most = cpu.largest_chunk(vllm_config)
-        slots = tuple(every[decode:] for decode in core_ladder(len(every), self._options.lane_decode_share))
-        setup = Setup(
-            vllm_config=cpu.second_worker_config(vllm_config),
-            kv_cache_config=kv_cache_config,
-            memory=(memory.size, memory.descriptor),
-            chunk_tokens=min(self._options.lane_chunk_tokens or CHUNK_TOKENS, most),
-            most_tokens=most,
-            slot_cores=slots,
-            all_cores=every,
-            load_cores=every if alone else slots[-1],
-        )
-        if self._cores is None:
-            self._cores = Cores()
-        return ProcessLane(setup, self._cores, self._options.lane_start_timeout_s)
 
 
 def resident_mib(pid: int) -> int:
