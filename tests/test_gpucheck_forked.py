@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from vllm_agentserve.gpucheck.forked import ForkedChild
+from vllm_agentserve.processes.forked import ForkedChild
 
 HERE = Path(__file__).parent
 
@@ -71,7 +71,7 @@ def test_where_cuda_was_started_before_the_fork_a_new_interpreter_takes_over(tmp
             f"""
             import os
             from pathlib import Path
-            from vllm_agentserve.gpucheck.forked import ForkedChild, preload
+            from vllm_agentserve.processes.forked import ForkedChild, preload
             if __name__ == "__main__":
                 folder = Path({str(tmp_path)!r})
                 preload(("started",), os.environ)

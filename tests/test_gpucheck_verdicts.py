@@ -10,10 +10,11 @@ from gpu_kit import answer, here, record
 
 from vllm_agentserve.bench.records import Record
 from vllm_agentserve.gpucheck import agents_ab, check_run, environment, equality, faults, throughput
-from vllm_agentserve.gpucheck.check_run import CheckRun, ChildResult
+from vllm_agentserve.gpucheck.check_run import CheckRun
 from vllm_agentserve.gpucheck.engines import counters
 from vllm_agentserve.gpucheck.gaps import Gaps, cell, figures
 from vllm_agentserve.gpucheck.scripted_requests import Answers, beside_requests, to_json
+from vllm_agentserve.processes.task import ChildResult
 
 UNUSED = [
     ({}, "no prompt went to the lane"),

@@ -11,7 +11,7 @@ import msgspec
 from vllm_agentserve.bench.drawing import Shape
 from vllm_agentserve.bench.measure import RoundFigures, pool, round_figures
 from vllm_agentserve.bench.records import Record
-from vllm_agentserve.gpucheck.check_run import PACKAGE, CheckRun, ChildResult, PartResult
+from vllm_agentserve.gpucheck.check_run import PACKAGE, CheckRun, PartResult
 from vllm_agentserve.gpucheck.engines import (
     PRIORITY,
     TOY,
@@ -24,6 +24,7 @@ from vllm_agentserve.gpucheck.engines import (
 )
 from vllm_agentserve.gpucheck.environment import UNKNOWN, free_gib
 from vllm_agentserve.gpucheck.gaps import cell, figures, gaps_of, mean_of
+from vllm_agentserve.processes.task import ChildResult
 
 ARMS = ("lanes", "stock", "time-sliced", PRIORITY)
 """What tells most comes first, should the time run out."""

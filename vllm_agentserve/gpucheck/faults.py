@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from vllm_agentserve.gpucheck.check_run import PACKAGE, CheckRun, ChildResult, PartResult
+from vllm_agentserve.gpucheck.check_run import PACKAGE, CheckRun, PartResult
 from vllm_agentserve.gpucheck.compare import AnswerComparison, compare, wrong
 from vllm_agentserve.gpucheck.engines import Setting, counters, make_engine
 from vllm_agentserve.gpucheck.equality import CONTROL, engine_limits, name_of, requests_of, setting
 from vllm_agentserve.gpucheck.scripted_requests import Answers, beside_requests, from_json, run_requests, to_json
+from vllm_agentserve.processes.task import ChildResult
 
 DTYPES = ("bfloat16", "float32")
 """The first as users run it, with CUDA graphs and up to ties; the second exactly, if time is left."""

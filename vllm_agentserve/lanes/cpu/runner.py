@@ -4,7 +4,6 @@ python -m vllm_agentserve.lanes.cpu.runner DESCRIPTOR PARENT   # a socket to the
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -21,9 +20,9 @@ from vllm_agentserve.lanes.cpu.memory import KvMemory, SharedMemory
 from vllm_agentserve.lanes.cpu.shared_counters import SharedCounters
 from vllm_agentserve.policy.jobs import ChunkQueue
 from vllm_agentserve.policy.slots import chunk_length
+from vllm_agentserve.processes.child import end_with_parent
 from vllm_agentserve.vllm_compat.cpu import SecondWorker
 
-PR_SET_PDEATHSIG = 1
 OOM_SCORE = 500
 """Of 1000: when memory runs out the kernel is to end the lane, whose prompts are computed again, and not the engine."""
 
@@ -135,7 +134,7 @@ def serve(channel: Channel) -> None:
 def main() -> None:
     # The worker may be killed without a chance to say so; and Ctrl-C reaches the whole group, but is its business.
     # The thread that started us waits for our end, so it ends with its process only.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     if os.getppid() != int(sys.argv[2]):
         return  # it was killed before we asked
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -80,7 +80,7 @@ def variables(environment: Mapping[str, str]) -> Iterator[None]:
 
 def main(function: str, result: str, limit_s: float, options: str, log: str, environment: dict[str, str]) -> None:
     """The child. Where CUDA was started before the fork it cannot be used, so a new interpreter takes over."""
-    from vllm_agentserve.gpucheck import child
+    from vllm_agentserve.processes import child
 
     end_with_check()
     os.setsid()
@@ -105,7 +105,7 @@ def main(function: str, result: str, limit_s: float, options: str, log: str, env
 def end_with_check() -> None:
     """This process ends with the one it was forked from, and that one with the check: it ends when nobody holds its pipe any
     more, so this child must not hold it either."""
-    from vllm_agentserve.gpucheck import child
+    from vllm_agentserve.processes import child
 
     child.end_with_parent()
     check = multiprocessing.parent_process()
