@@ -31,15 +31,15 @@ STEPS := stock stock-chunk=256 time-sliced-20ms time-sliced-40ms
 
 # Half an hour.
 bench-interference: setup
-	@$(RUN)/python -m vllm_agentserve.bench.interference --path engine --rounds 3 --arms $(STEPS) --output docs/results/interference-engine.json
-	@$(RUN)/python -m vllm_agentserve.bench.interference --path http --rounds 3 --arms $(STEPS) --output docs/results/interference-http.json
+	@$(RUN)/python -m benchmarks.interference --path engine --rounds 3 --arms $(STEPS) --output docs/results/interference-engine.json
+	@$(RUN)/python -m benchmarks.interference --path http --rounds 3 --arms $(STEPS) --output docs/results/interference-http.json
 
 bench-cost: setup
 	@$(RUN)/python -m pytest -q -s -o addopts= -p no:cacheprovider benchmarks/test_step_cost.py
 
 # A quarter of an hour.
 bench-lanes: setup
-	@$(RUN)/python -m vllm_agentserve.bench.interference --path engine --rounds 3 --output docs/results/lanes-engine.json \
+	@$(RUN)/python -m benchmarks.interference --path engine --rounds 3 --output docs/results/lanes-engine.json \
 	  --arms stock stock-chunk=256 time-sliced-40ms lanes auto-40ms auto-20ms auto-12ms
 
 # Sixteen agents, 43,000 tokens of live context, over KV caches of that size, a half and a quarter of it; three tool gaps on every
@@ -55,25 +55,24 @@ PLAS := program_quantum_ms=100
 bench-programs: setup
 	@for load in 0.5 0.8 0.95; do $(RUN)/agentserve bench run --workload programs --programs 48 --load $$load --slo-factor 0 --rounds 3 \
 	  --arms stock agentserve-time-sliced agentserve-time-sliced:policy=plas,$(PLAS) agentserve-time-sliced:policy=atlas,$(PLAS) || exit 1; done
-	@$(RUN)/python -m vllm_agentserve.bench.agreement --programs 32 --load 0.9 --rounds 2 --anonymous \
+	@$(RUN)/python -m vllm_agentserve.simulator.agreement --programs 32 --load 0.9 --rounds 2 --anonymous \
 	  --policies stock fcfs plas atlas --output docs/results/agreement.json
 
 # Random episodes in every mode and order, every answer compared with stock's; then the lane is killed fifty times under load.
 torture: setup
-	@$(RUN)/python tests/torture/run.py --episodes 4 --output docs/results/torture.json
-	@AGENTSERVE_LANE_KILLS=50 $(RUN)/python -m pytest --timeout 3600 tests/test_lanes_faults.py -k "again_and_again"
+	@$(RUN)/python -m tests.torture.run --episodes 4 --output docs/results/torture.json
+	@AGENTSERVE_LANE_KILLS=50 $(RUN)/python -m pytest --timeout 3600 tests/engine/test_lanes_faults.py -k "again_and_again"
 
 # Twenty thousand short requests with shared prefixes that come in the same steps, with a lane: what KV blocks hold is compared.
 torture-contents: setup
-	@$(RUN)/python tests/torture/run_crowds.py --requests 20000 --output docs/results/torture-contents.json
+	@$(RUN)/python -m tests.torture.run_crowds --requests 20000 --output docs/results/torture-contents.json
 
 # One engine under such episodes for an hour, and a picture of its memory.
 soak: setup
-	@$(RUN)/python tests/torture/soak.py --minutes 60 --output docs/results/soak.json --picture docs/results/soak.png
+	@$(RUN)/python -m tests.torture.soak --minutes 60 --output docs/results/soak.json --picture docs/results/soak.png
 
 # Lines and branches of policy/ and scheduler/ that the tests without an engine reach: two minutes.
-WITHOUT_ENGINE := $(wildcard tests/test_policy_*.py tests/test_*_steps.py) tests/test_queue_bound.py tests/test_programs_seen.py \
-  tests/test_lanes_decisions.py tests/test_config.py tests/torture/test_books_steps.py
+WITHOUT_ENGINE := tests/policy tests/steps tests/package/test_config.py
 coverage: setup
 	@$(RUN)/python -m coverage run -m pytest -q $(WITHOUT_ENGINE)
 	@$(RUN)/python -m coverage report | tee docs/results/coverage.txt

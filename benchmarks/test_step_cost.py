@@ -11,7 +11,8 @@ from time import monotonic, perf_counter
 from typing import Any
 
 import pytest
-from schedulers import Driver, make_request, make_scheduler
+
+from tests.support.schedulers import Driver, make_request, make_scheduler
 
 STEPS = 3000
 PROGRAMS = 10_000
@@ -75,7 +76,7 @@ def test_cost_of_programs(waiting: int, record_property) -> None:
 
 @pytest.mark.parametrize("blocks", [1_000, 10_000, 100_000])
 def test_cost_of_a_look_at_the_books(blocks: int, record_property) -> None:
-    """What `integrity_check_s` costs an idle engine each time: with ten thousand programs remembered, and with none."""
+    """What `integrity_check_interval_s` costs an idle engine each time: with ten thousand programs remembered, and with none."""
     took = {}
     for programs in (0, PROGRAMS):
         scheduler: Any = make_scheduler(True, False, {"policy": "plas"}, num_blocks=blocks)

@@ -177,7 +177,7 @@ class AgentServeConfig:
         low=0.05,
         high=0.95,
     )
-    lane_graph_tokens: int = option(
+    lane_cudagraph_tokens: int = option(
         64,
         "tokens",
         "On GPUs, decode batches of up to this many tokens have CUDA graphs of their own while both lanes work, on every "
@@ -185,7 +185,7 @@ class AgentServeConfig:
         low=0,
         high=8192,
     )
-    lane_jobs: int = option(
+    lane_max_requests: int = option(
         2,
         "requests",
         "So many prompts hold KV blocks for the prefill lane at once; others wait their turn.",
@@ -208,7 +208,7 @@ class AgentServeConfig:
         low=1.0,
         high=86_400.0,
     )
-    integrity_check_s: float | None = option(
+    integrity_check_interval_s: float | None = option(
         None,
         "s",
         "An engine that has no request left checks its books, at most this often: KV blocks, queue, programs, lane. Faults are "

@@ -20,5 +20,5 @@ def register() -> None:
         return
     hooks.add_stats_field()
     hooks.check_options_early(UpstreamHooks)
-    hooks.refuse_wrong_hints(UpstreamHooks)
+    hooks.refuse_invalid_hints(UpstreamHooks)
     hooks.add_stat_logger(UpstreamHooks)

@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from vllm_agentserve.top_scrape import Reading, ScrapeError, page_of, scrape
+from vllm_agentserve.top_scrape import EngineMetrics, ScrapeError, page_of, scrape
 from vllm_agentserve.top_table import picture
 
 INTERRUPTED = 130
@@ -51,7 +51,7 @@ def show_once(page: str, interval_s: float, session: str | None, console: Consol
 
 def watch(page: str, interval_s: float, session: str | None, console: Console) -> NoReturn:
     """Shows what the page says, anew every `interval_s`; while there is nothing, says so and keeps trying. Never returns."""
-    before: dict[str, Reading] | None = None
+    before: dict[str, EngineMetrics] | None = None
     shown: RenderableType = Text()
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:

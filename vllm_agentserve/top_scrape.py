@@ -22,7 +22,7 @@ STOCK_SERIES = {
     "vllm:inter_token_latency_seconds_sum": "itl_sum",
     "vllm:inter_token_latency_seconds_count": "itl_count",
 }
-"""vLLM's own series that are read, and what they are called in `Reading.figures`; ours are called by their short names."""
+"""vLLM's own series that are read, and what they are called in `EngineMetrics.figures`; ours are called by their short names."""
 STEP_COUNTERS = ("decode_steps_total", "mixed_steps_total", "prefill_steps_total")
 
 
@@ -31,14 +31,14 @@ class ScrapeError(RuntimeError):
 
 
 @dataclass
-class Reading:
+class EngineMetrics:
     """The series of one engine at `time` (s): without a label of their own, and with `level`, `le` or `row`, by its value."""
 
     time: float
     figures: dict[str, float] = field(default_factory=dict)
     labelled: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def rate(self, before: "Reading | None", name: str, per: str | None = None) -> float | None:
+    def rate(self, before: "EngineMetrics | None", name: str, per: str | None = None) -> float | None:
         """What a counter gained since `before`, per second or per gain of another one; None where nothing did."""
         if before is None or name not in self.figures:
             return None
@@ -56,7 +56,7 @@ class Reading:
         return {int(row["id"]): row for row in rows.values() if "id" in row}
 
     @property
-    def lack(self) -> str | None:
+    def missing(self) -> str | None:
         """Why there are no programs, with the remedy where it takes one; None where they are told apart."""
         if not any(name not in STOCK_SERIES.values() for name in self.figures):
             return (
@@ -80,7 +80,7 @@ def page_of(url: str) -> str:
     return url.rstrip("/").removesuffix("/metrics").rstrip("/") + "/metrics"
 
 
-def scrape(page: str) -> dict[str, Reading]:
+def scrape(page: str) -> dict[str, EngineMetrics]:
     """Reads the page: the engines by their label, in order; raises `ScrapeError`."""
     try:
         with urllib.request.urlopen(page, timeout=PATIENCE_S) as answer:
@@ -103,9 +103,9 @@ def scrape(page: str) -> dict[str, Reading]:
     return engines
 
 
-def parse(text: str, time: float) -> dict[str, Reading]:
+def parse(text: str, time: float) -> dict[str, EngineMetrics]:
     """The engines on a page read at `time`; lines that cannot be understood and values that are not finite are passed over."""
-    engines: dict[str, Reading] = {}
+    engines: dict[str, EngineMetrics] = {}
     for line in text.splitlines():
         if not line.startswith(SERIES) and line.partition("{")[0] not in STOCK_SERIES:
             continue
@@ -115,7 +115,7 @@ def parse(text: str, time: float) -> dict[str, Reading]:
             continue
         if not math.isfinite(sample.value):
             continue
-        reading = engines.setdefault(sample.labels.get("engine", "0"), Reading(time))
+        reading = engines.setdefault(sample.labels.get("engine", "0"), EngineMetrics(time))
         name = STOCK_SERIES.get(sample.name) or sample.name.removeprefix(SERIES)
         own = [value for label, value in sample.labels.items() if label in ("level", "le", "row")]
         if own:

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_agentserve.policy.program import identifier
-from vllm_agentserve.top_scrape import Reading
+from vllm_agentserve.top_scrape import EngineMetrics
 
 STAGES = {"decoding": "decoding", "resume_prefill": "resume", "cold_prefill": "cold", "waiting": "waiting"}
 NEAR = 1.2
@@ -16,7 +16,7 @@ UNKNOWN = "-"
 
 
 def picture(
-    engines: Mapping[str, Reading], before: Mapping[str, Reading] | None = None, session: str | None = None
+    engines: Mapping[str, EngineMetrics], before: Mapping[str, EngineMetrics] | None = None, session: str | None = None
 ) -> RenderableType:
     """All engines, one below the other.
 
@@ -32,7 +32,7 @@ def picture(
     return Group(*parts[:-1])
 
 
-def header(name: str, reading: Reading, before: Reading | None) -> list[Text]:
+def header(name: str, reading: EngineMetrics, before: EngineMetrics | None) -> list[Text]:
     """The lines above the table: pace, requests, memory, programs, lane."""
     figures = reading.figures
     target_s = figures.get("tpot_target_seconds") or None
@@ -55,7 +55,7 @@ def header(name: str, reading: Reading, before: Reading | None) -> list[Text]:
         waiting = [f"{level}: {levels[level]:.0f}" for level in sorted(levels, key=int) if levels[level]]
         lines.append(
             Text(
-                f"programs: {number(figures.get('programs_live'))} live  waiting by level: {', '.join(waiting) or 'none'}"
+                f"programs: {number(figures.get('programs_tracked'))} live  waiting by level: {', '.join(waiting) or 'none'}"
             )
         )
     if figures.get("lane_requests_total") or figures.get("lane_tokens_per_second"):
@@ -68,21 +68,21 @@ def header(name: str, reading: Reading, before: Reading | None) -> list[Text]:
     return lines
 
 
-def programs(reading: Reading, before: Reading | None, session: str | None) -> list[RenderableType]:
+def programs(reading: EngineMetrics, before: EngineMetrics | None, session: str | None) -> list[RenderableType]:
     """The table, or why there is none, and whether the session asked for is in it."""
-    if reading.lack is not None:
-        return [Text(reading.lack, style="yellow")]
+    if reading.missing is not None:
+        return [Text(reading.missing, style="yellow")]
     rows, earlier = reading.rows(), before.rows() if before is not None else {}
     marked = None if session is None else identifier(session)
     target_s = reading.figures.get("tpot_target_seconds") or None
     table = Table(box=None, pad_edge=False)
-    for title in ("id", "turns", "phase", "level", "TPOT", "cached", "waiting", "service", "KV tokens"):
+    for title in ("id", "calls", "phase", "level", "TPOT", "cached", "waiting", "service", "KV tokens"):
         table.add_column(title, justify="left" if title in ("id", "phase") else "right", no_wrap=title != "phase")
     for key in sorted(rows, key=lambda key: (not under_way(rows[key]), -rows[key].get("service_seconds", 0.0), key)):
         row = rows[key]
         table.add_row(
             f"{key:06x}{' <' if key == marked else ''}",
-            number(row.get("turns")),
+            number(row.get("calls")),
             under_way(row) or "tool",
             number(row.get("level")),
             tpot(program_tpot(row, earlier.get(key)), target_s),

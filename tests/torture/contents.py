@@ -10,8 +10,8 @@ from torch import Tensor
 from vllm import LLM
 from vllm.v1.core.kv_cache_utils import get_block_hash
 
-from torture.expected import Expected
-from torture.reference import Reference
+from tests.torture.expected import Expected
+from tests.torture.reference import Reference
 from vllm_agentserve.lanes.cpu.process import ProcessLane
 from vllm_agentserve.policy.jobs import Job
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from torture.episode import BLOCK, Episode, Event, Request, near_border
+from tests.torture.episode import BLOCK, Episode, Event, Request, near_border
 from vllm_agentserve import toy
 
 SMALL = {
@@ -27,7 +27,7 @@ OPTIONS = {
     "tpot_slo_ms": 30,
     "lane_min_tokens": 48,
     "lane_chunk_tokens": 64,
-    "lane_jobs": 4,
+    "lane_max_requests": 4,
     "lane_restarts": 1000,
     "first_chunk_tokens": 16,
 }

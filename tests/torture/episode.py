@@ -8,9 +8,10 @@ import random
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from mix import SCHEMA
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
+
+from tests.support.mix import SCHEMA
 
 VOCABULARY = 4000
 BLOCK = 32

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torture.reference import Reference
+from tests.torture.reference import Reference
 
 
 class Expected:

@@ -7,13 +7,13 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from lane_engine import lane_is_up, worker
-from mix import LOGPROB_TOLERANCE, Answers, Completion, Job, close, differences, scheduler_of
 from vllm import LLM
 
-from torture.adapters import adapter
-from torture.contents import Contents, Looked
-from torture.episode import Episode, Event, Request, prompt_of
+from tests.support.lane_engine import lane_is_up, worker
+from tests.support.mix import LOGPROB_TOLERANCE, Answers, Completion, Job, close, differences, scheduler_of
+from tests.torture.adapters import adapter
+from tests.torture.contents import Contents, Looked
+from tests.torture.episode import Episode, Event, Request, prompt_of
 
 LOOK_EVERY_STEPS = 16
 """So often the books are checked while requests run, and on average, at random moments, the prefix cache."""

@@ -1,7 +1,7 @@
 """The torture rig's command: random episodes in every mode and order, each compared with stock vLLM.
 
-    python tests/torture/run.py --episodes 1                 # per configuration; four minutes
-    python tests/torture/run.py --replay FILE                # a failing episode that an earlier run has written
+    python -m tests.torture.run --episodes 1                 # per configuration; four minutes
+    python -m tests.torture.run --replay FILE                # a failing episode that an earlier run has written
 
 An episode that fails is cut down and written to `--failures`; the command to run it again is printed, and the exit code is 1.
 """
@@ -15,17 +15,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import conftest  # noqa: F401  the environment of the tests
-from mix import make_llm
-
-from torture.adapters import ENGINE
-from torture.contents import Contents, Looked
-from torture.episode import BLOCK, Episode, draw
-from torture.reference import Reference
-from torture.rig import Outcome, Rig, compare
-from torture.shrink import shrink
+import tests.support.environment  # noqa: F401
+from tests.support.mix import make_llm
+from tests.torture.adapters import ENGINE
+from tests.torture.contents import Contents, Looked
+from tests.torture.episode import BLOCK, Episode, draw
+from tests.torture.reference import Reference
+from tests.torture.rig import Outcome, Rig, compare
+from tests.torture.shrink import shrink
 from vllm_agentserve.toy import make_toy_model
 
 BLOCKS = 129
@@ -172,7 +169,7 @@ def main() -> int:
     for batch in batches:
         failed += torture(batch, stock, tally)
     figures = {
-        "command": " ".join(["python", "tests/torture/run.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "tests.torture.run", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "minutes": round((time.monotonic() - began) / 60, 1),
         "configurations": len(chosen),
@@ -185,7 +182,7 @@ def main() -> int:
         arguments.failures.mkdir(parents=True, exist_ok=True)
         path = arguments.failures / f"seed-{episode.seed}.json"
         path.write_text(episode.write())
-        print(f"again: python tests/torture/run.py --replay {path}   ({len(episode.requests)} requests)")
+        print(f"again: python -m tests.torture.run --replay {path}   ({len(episode.requests)} requests)")
     return bool(failed)
 
 

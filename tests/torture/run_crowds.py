@@ -2,7 +2,7 @@
 lane. What every lane job reads and writes, the prefix cache and every answer are compared with the reference, and before that
 the prefix cache and the answers of stock vLLM.
 
-    python tests/torture/run_crowds.py --requests 20000 --output docs/results/torture-contents.json
+    python -m tests.torture.run_crowds --requests 20000 --output docs/results/torture-contents.json
 
 The exit code is 1 if anything is wrong; a wrong episode is cut down to a few requests and written to `--failures`.
 """
@@ -17,20 +17,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # Threads that wait do not take the cores from those that compute.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
-import conftest  # noqa: F401  the environment of the tests
-from mix import make_llm
-
-from torture.contents import LOGIT_TOLERANCE, TOLERANCE, Contents, Looked
-from torture.crowd import OPTIONS, SMALL, draw_crowd, small_model
-from torture.episode import BLOCK, Episode
-from torture.reference import Reference
-from torture.rig import Outcome, Rig
-from torture.run import BLOCKS, Tally
-from torture.shrink import shrink
+import tests.support.environment  # noqa: F401
+from tests.support.mix import make_llm
+from tests.torture.contents import LOGIT_TOLERANCE, TOLERANCE, Contents, Looked
+from tests.torture.crowd import OPTIONS, SMALL, draw_crowd, small_model
+from tests.torture.episode import BLOCK, Episode
+from tests.torture.reference import Reference
+from tests.torture.rig import Outcome, Rig
+from tests.torture.run import BLOCKS, Tally
+from tests.torture.shrink import shrink
 from vllm_agentserve.bench.machine import describe_machine
 
 SHRINK_TRIES = 40
@@ -86,10 +84,10 @@ def main() -> int:
         arguments.failures.mkdir(parents=True, exist_ok=True)
         path = arguments.failures / f"crowd-{small.seed}.json"
         path.write_text(small.write())
-        print(f"again: python tests/torture/run_crowds.py --replay {path}   ({len(small.requests)} requests)")
+        print(f"again: python -m tests.torture.run_crowds --replay {path}   ({len(small.requests)} requests)")
     rig.close()
     figures = {
-        "command": " ".join(["python", "tests/torture/run_crowds.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "tests.torture.run_crowds", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "seconds": round(seconds, 1),
         "block_tokens": BLOCK,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from torture.episode import Episode, Request
+from tests.torture.episode import Episode, Request
 
 T = TypeVar("T")
 

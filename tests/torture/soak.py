@@ -1,7 +1,7 @@
 """The soak: one engine for an hour under episodes of the torture rig, every answer compared, its memory looked at after each.
 
-    python tests/torture/soak.py --minutes 60 --output docs/results/soak.json --picture docs/results/soak.png
-    python tests/torture/soak.py --mode none ...            # vLLM without our scheduler, to compare with
+    python -m tests.torture.soak --minutes 60 --output docs/results/soak.json --picture docs/results/soak.png
+    python -m tests.torture.soak --mode none ...            # vLLM without our scheduler, to compare with
 
 A fixed number of episodes is drawn and run in turn; sessions have new names every time. Exit code 1 if an answer is not
 stock's or books do not balance.
@@ -18,17 +18,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import conftest  # noqa: F401  the environment of the tests
 import numpy as np
 import psutil
-from mix import close, make_llm
 from scipy.stats import theilslopes
 
-from torture.episode import Episode, draw
-from torture.rig import Rig, compare
-from torture.run import MODES, POLICIES, Tally, options_of, references
+import tests.support.environment  # noqa: F401
+from tests.support.mix import close, make_llm
+from tests.torture.episode import Episode, draw
+from tests.torture.rig import Rig, compare
+from tests.torture.run import MODES, POLICIES, Tally, options_of, references
 from vllm_agentserve.toy import make_toy_model
 
 SETTLED_AFTER = 1 / 6
@@ -149,7 +147,7 @@ def main() -> int:
         cycle += 1
     close(llm)
     figures = {
-        "command": " ".join(["python", "tests/torture/soak.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "tests.torture.soak", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "hours": rows[-1][0],
         "mode": arguments.mode,

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from schedulers import Driver, make_request, make_scheduler
 
+from tests.support.paths import ROOT
+from tests.support.schedulers import Driver, make_request, make_scheduler
 from vllm_agentserve.scheduler import admission, programs, queues, scheduler, steps
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "vllm_agentserve"
 
 

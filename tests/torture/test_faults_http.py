@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lane_engine import lanes_run_here
 
+from tests.support.lane_engine import lanes_run_here
 from vllm_agentserve.bench.server import VllmServer
 
 pytestmark = lanes_run_here
@@ -23,7 +23,13 @@ SERVE = [
     *("--dtype", "float32", "--max-model-len", str(MAX_LEN), "--max-num-seqs", "8", "--enforce-eager"),
     *("--kv-cache-memory-bytes", str(1 << 29), "--scheduler-cls", "vllm_agentserve.AgentScheduler"),
 ]
-SETTINGS = {"mode": "lanes", "tpot_slo_ms": 40, "lane_min_tokens": 64, "policy": "plas", "integrity_check_s": 0}
+SETTINGS = {
+    "mode": "lanes",
+    "tpot_slo_ms": 40,
+    "lane_min_tokens": 64,
+    "policy": "plas",
+    "integrity_check_interval_s": 0,
+}
 SECRET = "Xyzzy-the-secret-of-the-agent"
 
 
@@ -108,7 +114,7 @@ def test_neither_prompts_nor_session_ids_nor_hints_are_in_log_or_metrics(server:
 
 
 def test_the_books_of_the_idle_engine_balance(server: VllmServer) -> None:
-    """`integrity_check_s` is 0 here: they were checked whenever no request was left."""
+    """`integrity_check_interval_s` is 0 here: they were checked whenever no request was left."""
     post(server, {"prompt": [5] * 20, "max_tokens": 2})
     time.sleep(0.5)
     (line,) = [line for line in page(server).splitlines() if line.startswith("vllm:agentserve_integrity_faults_total")]

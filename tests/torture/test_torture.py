@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lane_engine import lanes_run_here, plant_jobs_sent_before_the_step
 
-from torture.crowd import draw_crowd
-from torture.episode import Episode, Event, Request, draw
-from torture.rig import Rig, compare
-from torture.run import COMMON, POLICIES, references, rig_of
-from torture.shrink import shrink
+from tests.support.lane_engine import lanes_run_here, plant_jobs_sent_before_the_step
+from tests.torture.crowd import draw_crowd
+from tests.torture.episode import Episode, Event, Request, draw
+from tests.torture.rig import Rig, compare
+from tests.torture.run import COMMON, POLICIES, references, rig_of
+from tests.torture.shrink import shrink
 
 SHORT = {
     "time-sliced": draw(30, COMMON | POLICIES["atlas"] | {"mode": "time-sliced", "policy": "atlas"}),

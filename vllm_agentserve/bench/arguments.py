@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--step-cost",
         type=Path,
         metavar="FILE",
-        help="what steps cost here, as python -m vllm_agentserve.bench.agreement writes it (default: known for the toy model "
+        help="what steps cost here, as python -m vllm_agentserve.simulator.agreement writes it (default: known for the toy model "
         "without a GPU, otherwise a guess)",
     )
     replayed = run.add_argument_group("traces")

@@ -1,4 +1,4 @@
-"""What a step costs: the coefficients of one machine and model, and the policy's step-time model made of them."""
+"""What a step costs: the coefficients of one machine and model."""
 
 import json
 import math
@@ -8,7 +8,6 @@ from pathlib import Path
 
 from vllm_agentserve.bench.calls import CallShape
 from vllm_agentserve.bench.sessions import WorkloadError
-from vllm_agentserve.policy.latency import StepModel
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ measured at 5.0, 0.0, 0.48, 50, 31 and 1.0."""
 
 
 def read_cost(path: Path) -> StepCost:
-    """Reads what `python -m vllm_agentserve.bench.agreement` writes: an object with the coefficients, or one under `cost`.
+    """Reads what `python -m vllm_agentserve.simulator.agreement` writes: an object with the coefficients, or one under `cost`.
 
     Raises:
         WorkloadError: there is no such file, or a coefficient is missing, unknown or no number from 0.
@@ -73,33 +72,3 @@ def read_cost(path: Path) -> StepCost:
 
 def write_cost(path: Path, cost: StepCost) -> None:
     path.write_text(json.dumps({name: round(value, 4) for name, value in asdict(cost).items()}, indent=1) + "\n")
-
-
-class KnownModel(StepModel):
-    """The step-time model of a machine whose cost is known: it says what steps take, and has nothing to learn."""
-
-    def __init__(self, cost: StepCost) -> None:
-        super().__init__()
-        self._cost = cost
-
-    @property
-    def knows_prefill(self) -> bool:
-        return True
-
-    def decode_ms(self, sequences: int, context: int) -> float:
-        return self._cost.decode_ms(sequences, context)
-
-    def learn_decode(self, sequences: int, context: int, duration_ms: float) -> None:
-        pass
-
-    def learn_prefill(
-        self, sequences: int, context: int, chunks: Sequence[tuple[int, int]], duration_ms: float
-    ) -> float:
-        return self.step_ms(sequences, context, chunks)
-
-    def chunk_ms(self, tokens: int, context: int, first: bool = True) -> float:
-        return self._cost.chunk_ms(tokens, context) + (self._cost.prefill if first else 0.0)
-
-    def _coefficients(self) -> list[float]:
-        # Attention per chunk is counted from its beginning here and from its end there: the same thing.
-        return [self._cost.prefill, 0.0, self._cost.tokens, self._cost.attended]

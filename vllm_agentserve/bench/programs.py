@@ -1,26 +1,13 @@
-"""Programs drawn from a seed, for the simulator and for engines, and policies side by side in the simulator.
+"""Programs drawn from a seed, for the simulator and for engines."""
 
-    python -m vllm_agentserve.bench.programs --shape mixed --programs 2000 --load 0.5 0.8 0.95
-
-Load is the share of the time in which an engine that always has full batches would have work.
-"""
-
-import argparse
-import json
 import random
 import statistics
-from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from collections.abc import Callable
 
 from vllm_agentserve.bench.calls import CallShape, ProgramShape, in_blocks, scaled
-from vllm_agentserve.bench.cost import SERVER_GPU, StepCost
-from vllm_agentserve.bench.measure import quantiles
-from vllm_agentserve.bench.simulated_calls import Ended
-from vllm_agentserve.bench.simulator import Order, Simulator
-from vllm_agentserve.policy.programs import ProgramTable
+from vllm_agentserve.bench.cost import StepCost
 
 SLOTS = 32
-STEP_TOKENS = 2048
 
 
 def lognormal(rng: random.Random, median: float, sigma: float, low: int, high: int) -> int:
@@ -105,61 +92,3 @@ def draw_programs(
         arrival += rng.expovariate(load / work_s)
         programs.append(ProgramShape(f"{shape}-{index}", arrival, calls))
     return programs
-
-
-def simulate(
-    order: Order,
-    programs: Sequence[ProgramShape],
-    cost: StepCost,
-    slots: int = SLOTS,
-    quantum_ms: float = 500.0,
-    step_tokens: int = STEP_TOKENS,
-    told: bool = True,
-) -> list[Ended]:
-    """One policy on these programs; see `Simulator`."""
-    table = ProgramTable(order, quantum_ms=quantum_ms) if order in ("plas", "atlas") else None
-    return Simulator(order, cost, slots, step_tokens, table, told).run(programs)
-
-
-def figures(ended: Sequence[Ended]) -> dict[str, float]:
-    """Completion time per token of programs in ms, as Autellix counts it: mean and quantiles; the longest program and the
-    time until all were through in s."""
-    per_token = [one.per_token_s * 1000 for one in ended]
-    shares = quantiles(per_token)
-    last = max(one.seconds for one in ended)
-    return {
-        "mean": statistics.fmean(per_token),
-        **{name: shares[name] for name in ("p50", "p95", "p99")},
-        "longest s": last,
-        "makespan s": max(one.ended_s for one in ended),
-    }
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m vllm_agentserve.bench.programs", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--shape", choices=list(SHAPES), default="mixed")
-    parser.add_argument("--programs", type=int, default=2000)
-    parser.add_argument("--load", type=float, nargs="+", default=[0.5, 0.8, 0.95])
-    parser.add_argument("--slots", type=int, default=SLOTS)
-    parser.add_argument("--quantum-ms", type=float, default=500.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cost", type=json.loads, default={}, help="coefficients of StepCost that differ, as JSON")
-    given = parser.parse_args()
-    cost = StepCost(**{**vars(SERVER_GPU), **given.cost})
-    print("| load | policy | mean ms/token | p50 | p95 | p99 | longest program s | mean, stock over policy |")
-    print("|---" * 8 + "|")
-    for load in given.load:
-        programs = draw_programs(given.shape, given.programs, load, cost, given.slots, given.seed)
-        found: dict[str, dict[str, Any]] = {}
-        for order in get_args(Order):
-            found[order] = figures(simulate(order, programs, cost, given.slots, given.quantum_ms))
-            cells = [f"{found[order][key]:.1f}" for key in ("mean", "p50", "p95", "p99", "longest s")]
-            ratio = found["stock"]["mean"] / found[order]["mean"]
-            print(f"| {load:g} | {order} | " + " | ".join(cells) + f" | x{ratio:.2f} |", flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

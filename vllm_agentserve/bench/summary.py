@@ -219,16 +219,25 @@ def pressure_note(experiment: Mapping[str, Any], rounds: Sequence[RoundRecord]) 
 
 
 DECISIONS = {
-    "lane_asked": "by the prefill lane, because mode lanes was asked for",
-    "lane_tight_target": "by the prefill lane, which reads them faster than steps within the target",
-    "step_loose_target": "in steps, which read them faster within the target",
-    "step_idle": "in steps, because nobody decoded",
-    "step_unknown": "in steps, because nothing had been measured yet",
+    "lane_forced": "by the prefill lane, because mode lanes was asked for",
+    "lane_faster": "by the prefill lane, which reads them faster than steps within the target",
+    "step_faster": "in steps, which read them faster within the target",
+    "step_no_decodes": "in steps, because nobody decoded",
+    "step_unmeasured": "in steps, because nothing had been measured yet",
     "step_lane_down": "in steps, because the lane was down",
     "step_lane_full": "in steps, because the lane had no room for too long",
-    "step_unfit": "in steps, because the lane cannot compute them",
+    "step_ineligible": "in steps, because the lane cannot compute them",
 }
 """Where long prompts were computed, by the counter of agentserve that says so."""
+FORMER = {
+    "lane_forced": "lane_asked",
+    "lane_faster": "lane_tight_target",
+    "step_faster": "step_loose_target",
+    "step_no_decodes": "step_idle",
+    "step_unmeasured": "step_unknown",
+    "step_ineligible": "step_unfit",
+}
+"""Names of these counters in results recorded before version 0.1.0."""
 
 
 def decisions(rounds: Sequence[RoundRecord]) -> list[str]:
@@ -236,7 +245,8 @@ def decisions(rounds: Sequence[RoundRecord]) -> list[str]:
     total: dict[str, Counter[str]] = {}
     for one in rounds:
         for key in DECISIONS:
-            count = one.server.get(f"{SERIES}{key}_requests", 0)
+            names = (key, FORMER.get(key, key))
+            count = max(one.server.get(f"{SERIES}{name}_requests", 0) for name in names)
             if count:
                 total.setdefault(one.arm, Counter())[key] += round(count)
     return [

@@ -43,7 +43,7 @@ SHOWN = (
     "lane_requests",
     "lane_tokens",
     "lane_failed_requests",
-    "steps_beside_lane",
+    "lane_overlapped_steps",
     "mixed_steps",
     "prefill_chunks",
     "slow_steps",

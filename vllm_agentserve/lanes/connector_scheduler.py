@@ -36,7 +36,7 @@ class LaneConnectorScheduler:
     """
 
     def __init__(self, options: AgentServeConfig, block_size: int) -> None:
-        self.policy = LanePolicy(options.lane_min_tokens, options.lane_jobs, compares=options.mode == "auto")
+        self.policy = LanePolicy(options.lane_min_tokens, options.lane_max_requests, compares=options.mode == "auto")
         # Until the worker says that there is one: in mode `auto` there may be none.
         self.policy.ready = False
         self.block_size = block_size
@@ -214,7 +214,7 @@ class LaneConnectorScheduler:
 
     def decided(self, reason: Reason) -> None:
         """A prompt was admitted, and goes where it goes for this reason."""
-        if reason is Reason.LOOSE_TARGET and self.rate is not None:
+        if reason is Reason.STEP_FASTER and self.rate is not None:
             self.rate.passed_over()
 
     def decoded(self, interval_ms: float) -> None:

@@ -15,15 +15,15 @@ class Route(enum.Enum):
 class Reason(enum.Enum):
     """Why; the values name the counters of `/metrics`."""
 
-    UNFIT = "step_unfit_requests"
+    INELIGIBLE = "step_ineligible_requests"
     SHORT = "step_short_requests"
-    NOBODY_DECODES = "step_idle_requests"
+    NO_DECODES = "step_no_decodes_requests"
     LANE_DOWN = "step_lane_down_requests"
-    LOOSE_TARGET = "step_loose_target_requests"
-    UNKNOWN = "step_unknown_requests"
+    STEP_FASTER = "step_faster_requests"
+    UNMEASURED = "step_unmeasured_requests"
     LANE_FULL = "step_lane_full_requests"
-    TIGHT_TARGET = "lane_tight_target_requests"
-    ASKED = "lane_asked_requests"
+    LANE_FASTER = "lane_faster_requests"
+    FORCED = "lane_forced_requests"
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Prompt:
 
     Args:
         uncached: tokens to compute.
-        fit: whether the lane can compute it at all.
+        eligible: whether the lane can compute it at all.
         step_rate: tokens per second that mixed steps within the target would read of it; None before any has been seen.
         lane_rate: tokens per second that the lane would; None before any has been seen.
     """
 
     uncached: int
-    fit: bool = True
+    eligible: bool = True
     step_rate: float | None = None
     lane_rate: float | None = None
 
@@ -73,14 +73,14 @@ class LanePolicy:
         """Args: the prompt, streams that decode, jobs the lane has, and whether the prompt has waited for room too long."""
         if prompt.uncached < self.min_tokens:
             return Route.STEP, Reason.SHORT
-        if not prompt.fit:
-            return Route.STEP, Reason.UNFIT
+        if not prompt.eligible:
+            return Route.STEP, Reason.INELIGIBLE
         if not decodes:
-            return Route.STEP, Reason.NOBODY_DECODES
+            return Route.STEP, Reason.NO_DECODES
         if not self.ready:
             return Route.STEP, Reason.LANE_DOWN
-        reason = self._compare(prompt) if self.compares else Reason.ASKED
-        if reason in (Reason.LOOSE_TARGET, Reason.UNKNOWN):
+        reason = self._compare(prompt) if self.compares else Reason.FORCED
+        if reason in (Reason.STEP_FASTER, Reason.UNMEASURED):
             return Route.STEP, reason
         if in_flight < self.jobs:
             return Route.LANE, reason
@@ -88,9 +88,9 @@ class LanePolicy:
 
     def _compare(self, prompt: Prompt) -> Reason:
         if prompt.step_rate is None or prompt.lane_rate is None:
-            return Reason.UNKNOWN
+            return Reason.UNMEASURED
         faster = prompt.lane_rate * self.LANE_BONUS >= prompt.step_rate
-        return Reason.TIGHT_TARGET if faster else Reason.LOOSE_TARGET
+        return Reason.LANE_FASTER if faster else Reason.STEP_FASTER
 
     def failed(self) -> None:
         """The lane failed: nothing is sent to it until it is `started` again."""

@@ -11,7 +11,7 @@ from vllm_agentserve.policy.hints import NONE, Hints, read_hints
 from vllm_agentserve.policy.order import AdmissionKey, Urgency, admission_key, ahead
 from vllm_agentserve.policy.phase import Phase, SessionTable, classify
 from vllm_agentserve.policy.preemption import Rank
-from vllm_agentserve.scheduler.announcer import Announcer
+from vllm_agentserve.scheduler.log_messages import LogMessages
 from vllm_agentserve.scheduler.programs import ProgramTracker
 from vllm_agentserve.scheduler.queues import AgentQueue
 from vllm_agentserve.scheduler.stats import StatsCollector
@@ -39,7 +39,7 @@ class Admission:
         controller: BudgetController,
         stats: StatsCollector,
         programs: ProgramTracker | None,
-        said: Announcer,
+        said: LogMessages,
     ) -> None:
         self.sessions = SessionTable()
         self._scheduler = scheduler
@@ -59,9 +59,9 @@ class Admission:
             return  # another part of a prompt that is streamed
         parameters = request.sampling_params
         hints, errors = read_hints(parameters.extra_args if parameters is not None else None)
-        self._stats.counts["wrong_hints"] += len(errors)
+        self._stats.counts["invalid_hints"] += len(errors)
         for error in errors:
-            self._said.wrong_hint(error)
+            self._said.invalid_hint(error)
         if hints is not NONE:
             due = inf if hints.deadline_ms is None else monotonic() + hints.deadline_ms / 1000
             self._hints[request.request_id] = hints, due

@@ -10,7 +10,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.utils import create_metric_per_engine
 
 from vllm_agentserve.config import SERIES
-from vllm_agentserve.scheduler.program_series import LABELLED, ROW_KEYS
+from vllm_agentserve.scheduler.program_stats import LABELLED, ROW_KEYS
 from vllm_agentserve.scheduler.stats import COUNTERS, GAUGES
 from vllm_agentserve.vllm_compat import STATS_FIELD
 
@@ -73,7 +73,7 @@ class AgentStatLogger(AggregateStatLoggerBase):
                 self._gauges[name][engine_idx].set(value)
             elif ":" in name:
                 self._labelled_gauge(name, engine_idx).set(value)
-        if "programs_live" in report:
+        if "programs_tracked" in report:
             self._clear_rows(report, engine_idx)
         self._latest[engine_idx] = report
 

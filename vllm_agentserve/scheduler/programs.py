@@ -65,13 +65,13 @@ class ProgramTracker:
             root = self._families.root(session or "", hints.parent)
             thread = thread or (session if root != session else None)
             key, path = f"session {root}", None
-            self._stats.counts["program_told_requests"] += 1
+            self._stats.counts["program_explicit_requests"] += 1
         elif found is not None:
             key, path = found.program, None
             self._stats.counts["program_inferred_requests"] += 1
         else:
             key, path = f"request {request.request_id}", 0.0
-            self._stats.counts["program_first_requests"] += 1
+            self._stats.counts["program_new_requests"] += 1
         if found is not None and found.program == key:
             path, end = found.path_ms, found.end
         self.table.arrive(request.request_id, key, path, monotonic(), thread, end)

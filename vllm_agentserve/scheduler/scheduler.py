@@ -20,9 +20,9 @@ from vllm_agentserve.policy.controller import BudgetController, BudgetLimits
 from vllm_agentserve.policy.order import DECIDE_STEPS, LOOK_AHEAD
 from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.scheduler.admission import Admission
-from vllm_agentserve.scheduler.announcer import Announcer
 from vllm_agentserve.scheduler.integrity import Integrity
 from vllm_agentserve.scheduler.ledger import LaneLedger
+from vllm_agentserve.scheduler.log_messages import LogMessages
 from vllm_agentserve.scheduler.planning import a_cold_prompt_goes_on, close_line, count_decodes, plan_step, tokens_left
 from vllm_agentserve.scheduler.preempter import Preempter
 from vllm_agentserve.scheduler.programs import ProgramTracker
@@ -75,7 +75,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         budget_obstacle, order_obstacle = stock or compat.budget_obstacle(self), stock or compat.order_obstacle(self)
         self._cuts_prefills = budget_obstacle is None
         self._stock_limit = getattr(super(), compat.CHUNK_LIMIT)
-        self._said = Announcer(logger)
+        self._said = LogMessages(logger)
         self._lane: LaneConnectorScheduler | None = compat.lane_of(self)
         self._log = StepLog(self._controller, self._stats, self._lane.decoded if self._lane is not None else None)
         self._programs: ProgramTracker | None = None
@@ -97,10 +97,10 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         self._to_lane: LaneLedger | None = None
         if self._lane is not None:
             self._to_lane = LaneLedger(self._lane, self._controller, self._stats, self._admission, self._programs)
-        every_s = options.integrity_check_s
+        every_s = options.integrity_check_interval_s
         self.integrity = Integrity(self, lambda: self._prefills, self._queue, self._programs, self._lane, every_s)
         asynchronous, lanes = isinstance(self, AsyncScheduler), self._lane is not None
-        self._said.what_runs(options, lanes, asynchronous, budget_obstacle, order_obstacle)
+        self._said.startup(options, lanes, asynchronous, budget_obstacle, order_obstacle)
 
     # -- a step ---------------------------------------------------------------------------------------------------------
 
@@ -179,7 +179,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         if budget is not None and num_new_tokens > self._decode_width:
             obstacle = compat.cut_obstacle(self, request)
             if obstacle is not None:
-                self._said.uncut(obstacle)
+                self._said.prefill_not_cut(obstacle)
                 budget.charge(prefill.served_as, num_new_tokens, num_computed_tokens)
             else:
                 wanted = num_new_tokens

@@ -7,7 +7,7 @@ from typing import Protocol
 from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.policy.programs import ProgramTable
-from vllm_agentserve.scheduler.program_series import program_report
+from vllm_agentserve.scheduler.program_stats import program_report
 
 COUNTERS = {
     "cold_prefill_requests": "Requests admitted as cold prefill.",
@@ -22,27 +22,27 @@ COUNTERS = {
     "prefill_chunk_tokens": "Prompt tokens in chunks run beside decodes.",
     "lane_requests": "Prompts given to the prefill lane.",
     "lane_tokens": "Prompt tokens computed by the prefill lane.",
-    "lane_tight_target_requests": "Prompts the prefill lane got because it reads them faster than steps within the target.",
-    "lane_asked_requests": "Prompts the prefill lane got because mode lanes was asked for.",
-    "step_loose_target_requests": "Long prompts computed in steps because those read them faster, within the target.",
+    "lane_faster_requests": "Prompts the prefill lane got because it reads them faster than steps within the target.",
+    "lane_forced_requests": "Prompts the prefill lane got because mode lanes was asked for.",
+    "step_faster_requests": "Long prompts computed in steps because those read them faster, within the target.",
     "step_short_requests": "Prompts computed in steps because they are short.",
-    "step_idle_requests": "Long prompts computed in steps because nobody decoded.",
+    "step_no_decodes_requests": "Long prompts computed in steps because nobody decoded.",
     "step_lane_down_requests": "Long prompts computed in steps because the prefill lane was down.",
     "step_lane_full_requests": "Long prompts computed in steps because the prefill lane had no room for them for too long.",
-    "step_unfit_requests": "Long prompts computed in steps because the prefill lane cannot compute them.",
-    "step_unknown_requests": "Long prompts computed in steps because nothing had been measured yet.",
-    "steps_beside_lane": "Engine steps with decodes only, beside a prefill lane that worked.",
+    "step_ineligible_requests": "Long prompts computed in steps because the prefill lane cannot compute them.",
+    "step_unmeasured_requests": "Long prompts computed in steps because nothing had been measured yet.",
+    "lane_overlapped_steps": "Engine steps with decodes only, beside a prefill lane that worked.",
     "lane_failed_requests": "Prompts the prefill lane failed on, which were computed again.",
     "lane_launches": "Prefill chunks that the thread of the decode steps launched beside one; with a lane on a GPU.",
     "lane_launch_seconds": "Seconds of that thread these took; it launches no decode step meanwhile.",
-    "program_told_requests": "Requests whose session id names their program; this and the next five with plas or atlas only.",
+    "program_explicit_requests": "Requests whose session id names their program; this and the next five with plas or atlas only.",
     "program_inferred_requests": "Requests that go on from an earlier answer, and so belong to its program.",
-    "program_first_requests": "Requests without session id that go on from nothing known: the first of a program.",
+    "program_new_requests": "Requests without session id that go on from nothing known: the first of a program.",
     "program_promotions": "Calls moved to the first level because they had waited too long for what they had received.",
     "program_preemptions": "Running calls that gave up their place to one of a better level.",
     "program_preempted_tokens": "Tokens computed again for calls that had given up their place.",
-    "wrong_hints": "Hints of clients that were wrong, and so ignored.",
-    "integrity_faults": "Faults found in the scheduler's own books; with the option integrity_check_s only.",
+    "invalid_hints": "Hints of clients that were wrong, and so ignored.",
+    "integrity_faults": "Faults found in the scheduler's own books; with the option integrity_check_interval_s only.",
     "overdue_requests": "Requests moved to the front of the queue because others had overtaken them for too long.",
     "offered_prefill_seconds": "Seconds the whole device would take for the uncached prompt tokens of the requests that came.",
     "slow_steps": "Decode steps that took longer than the upper threshold of the target.",
@@ -52,14 +52,14 @@ COUNTERS = {
 GAUGES = {
     "tpot_target_seconds": "Target for the time between two tokens of a stream.",
     "step_target_seconds": "What the latest step with prefill beside decodes was planned for; above the target where many wait.",
-    "waiting_prefill_tokens": "Prompt tokens still to be computed in steps, of waiting and running requests.",
+    "pending_prefill_tokens": "Prompt tokens still to be computed in steps, of waiting and running requests.",
     "tpot_seconds": "Time between two tokens of a stream as the engine gives it, exponentially weighted.",
     "tpot_p95_seconds": "95th percentile of the time between two tokens over the last 256 decode steps.",
     "resume_budget_tokens": "Largest resume prefill that goes ahead of cold ones, and their share of a step.",
     "last_prefill_chunk_tokens": "Prompt tokens of the latest step that mixed decodes and prefill.",
     "budget_gain": "Correction the feedback law applies to the target (1 = the step-time model is right).",
     "step_prediction_error_ratio": "Mean relative error of the predicted duration of mixed steps.",
-    "programs_live": "Programs remembered, with a policy of programs.",
+    "programs_tracked": "Programs remembered, with a policy of programs.",
     "lane_tokens_per_second": "Prompt tokens the prefill lane computes per second beside decodes; 0 until it has.",
     "lane_slot": "Index of the slot, by growing share of the decode lane, that divides the device while both lanes work.",
 }
@@ -113,7 +113,7 @@ class StatsCollector:
     def quiet_step(self, sequences: int, beside_lane: bool) -> None:
         """Counts a step of decodes only."""
         counts = self.counts
-        counts["steps_beside_lane"] += beside_lane
+        counts["lane_overlapped_steps"] += beside_lane
         counts["decode_steps"] += 1
         counts["decode_sequences"] += sequences
 
@@ -144,7 +144,7 @@ class StatsCollector:
         self._reported = dict(counts)
         report["tpot_target_seconds"] = controller.target_ms / 1000
         report["step_target_seconds"] = controller.step_target_ms / 1000
-        report["waiting_prefill_tokens"] = self.tokens_left()
+        report["pending_prefill_tokens"] = self.tokens_left()
         report["tpot_seconds"] = controller.tpot.ewma / 1000
         report["tpot_p95_seconds"] = controller.tpot.quantile(0.95) / 1000
         report["resume_budget_tokens"] = controller.resume_tokens

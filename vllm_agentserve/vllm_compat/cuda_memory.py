@@ -91,14 +91,14 @@ def reserve_for(vllm_config: Any, activation: int, graph_bytes: int, major: int)
     options = AgentServeConfig.from_additional_config(vllm_config.additional_config)
     scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
     sizes = vllm_config.compilation_config.cudagraph_capture_sizes or []
-    captured = sum(size <= options.lane_graph_tokens for size in sizes)
+    captured = sum(size <= options.lane_cudagraph_tokens for size in sizes)
     return lane_reserve(
         activation=activation,
         step_tokens=scheduler.max_num_batched_tokens,
         context_tokens=model.max_model_len,
         base=options.lane_chunk_tokens or CHUNK_TOKENS,
         shares=DECODE_SHARES if options.lane_decode_share is None else (options.lane_decode_share,),
-        graph_tokens=options.lane_graph_tokens,
+        graph_tokens=options.lane_cudagraph_tokens,
         graph_set=graph_bytes * captured // len(sizes) if sizes else 0,
         vocabulary=model.get_vocab_size(),
         major=major,

@@ -69,7 +69,7 @@ def check_options_early(asks: SchedulerHooks) -> None:
     EngineArgs.create_engine_config = create_engine_config
 
 
-def refuse_wrong_hints(asks: SchedulerHooks) -> None:
+def refuse_invalid_hints(asks: SchedulerHooks) -> None:
     """Makes `InputProcessor.process_inputs` refuse requests with wrong hints, in engines with option `strict_hints`.
 
     It runs where requests come in, so the client gets status 400 and the engine never hears of the request.

@@ -75,8 +75,8 @@ def stream_lane(
         base = options.lane_chunk_tokens or CHUNK_TOKENS
         # A job never fills the context, and the lane leaves its last token to the decode lane.
         most = min(LONGEST_CHUNKS * base, main.max_num_tokens, main.max_model_len - 1)
-        runner = LaneModelRunner(main, vllm_config, kv_cache_config, options.lane_jobs + 1, most, relay)
-        runner.capture_for([streams.decode for streams in ladder.streams], options.lane_graph_tokens, memory.taking)
+        runner = LaneModelRunner(main, vllm_config, kv_cache_config, options.lane_max_requests + 1, most, relay)
+        runner.capture_for([streams.decode for streams in ladder.streams], options.lane_cudagraph_tokens, memory.taking)
         alone = torch.cuda.Stream(device)
         slots = ladder.slots
         smallest = min(slot.prefill for slot in slots)

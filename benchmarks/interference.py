@@ -1,0 +1,284 @@
+"""One agent's cold prompt against four agents' streams: the problem in its purest form, measured A B A B.
+
+    python -m benchmarks.interference --path engine --rounds 3 --output docs/results/NAME.json
+    python -m benchmarks.interference --path http   --rounds 3 --output docs/results/NAME.json
+
+Four streams decode; prompts of 4k, 6k and 8k fresh tokens arrive every six seconds; afterwards such prompts come alone,
+twice, and the second time counts: arms have met other chunk sizes until then, and kernels prepare themselves for each.
+Every arm of every round is a fresh engine, so the first cold prompt after start is in the figures. `--path alone` leaves
+the streams and the first part out. With `--resumes` one more agent takes short turns all the while, each 48 new tokens on a
+cached context, and the time to their first token beside a cold prompt is measured too (over HTTP only).
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.interference_figures import Run, alone_summary, ratios, rounded, summary, table
+from vllm_agentserve.bench.client import Stream, StreamingClient
+from vllm_agentserve.bench.endpoint import read_counters
+from vllm_agentserve.bench.measure import quantiles, split_gaps
+from vllm_agentserve.bench.replay import undisturbed
+from vllm_agentserve.bench.server import VllmServer, serving_environment
+from vllm_agentserve.config import SERIES
+from vllm_agentserve.toy import make_toy_model
+from vllm_agentserve.vllm_compat import SCHEDULER_NAME, installed_vllm
+
+STREAMS = 4
+STREAM_PROMPT = 64
+PROMPTS = (4096, 6144, 8192)
+EVERY_S = 6.0
+CONTEXT, RESULT, PAUSE_S = 1024, 48, 0.15
+"""Of the agent that takes short turns: first context, tokens of a turn, time between two."""
+MAX_MODEL_LEN = 12288
+ENGINE_OPTIONS = {
+    "dtype": "bfloat16",
+    "max_model_len": MAX_MODEL_LEN,
+    "max_num_seqs": 32,
+    "kv_cache_memory_bytes": 2 << 30,
+    "enforce_eager": True,
+}
+
+
+def ours(mode: str, target_ms: float) -> dict[str, Any]:
+    return {
+        "scheduler_cls": SCHEDULER_NAME,
+        "additional_config": {"agentserve": {"mode": mode, "tpot_slo_ms": target_ms}},
+    }
+
+
+ARMS: dict[str, dict[str, Any]] = {
+    "stock": {},
+    "stock-chunk=256": {"max_num_batched_tokens": 256},
+    "lanes": ours("lanes", 40),
+    **{f"{mode}-{target}ms": ours(mode, target) for mode in ("time-sliced", "auto") for target in (40, 20, 12)},
+}
+
+
+def prompts(seed: int) -> Iterable[list[int]]:
+    """Fresh prompts, the same for every arm: first the streams', then the cold ones, then those that come alone."""
+    rng = random.Random(seed)
+    for length in (*[STREAM_PROMPT] * STREAMS, *PROMPTS, *PROMPTS, *PROMPTS):
+        yield [rng.randrange(3, 4000) for _ in range(length)]
+
+
+async def take_turns(client: StreamingClient, seed: int, turns: list[Stream]) -> None:
+    """One more agent, until it is cancelled."""
+    rng = random.Random(f"turns {seed}")
+    context = [rng.randrange(3, 4000) for _ in range(CONTEXT)]
+    while True:
+        turns.append(await client.generate("turn", context, 2))
+        context += [rng.randrange(3, 4000) for _ in range(RESULT)]
+        await asyncio.sleep(PAUSE_S)
+
+
+async def run_http(url: str, seed: int, resumes: bool = False) -> Run:
+    """Runs the workload against a server."""
+    drawn = iter(prompts(seed))
+    run = Run()
+    async with StreamingClient(url) as client:
+        await client.generate("warm-up", [7] * 32, 4)
+        streams = [Stream("stream", 0.0) for _ in range(STREAMS)]
+        tasks = [
+            asyncio.create_task(client.generate("stream", next(drawn), MAX_MODEL_LEN - 2 * STREAM_PROMPT, into=stream))
+            for stream in streams
+        ]
+        turns: list[Stream] = []
+        agent = asyncio.create_task(take_turns(client, seed, turns)) if resumes else None
+        await asyncio.sleep(2.0)
+        begin = time.perf_counter()
+        colds: list[Stream] = []
+        for index, length in enumerate(PROMPTS):
+            await asyncio.sleep(max(begin + index * EVERY_S - time.perf_counter(), 0.0))
+            colds.append(await client.generate("cold", next(drawn), 1))
+            run.cold_ttft_s.append((length, colds[-1].ttft))
+        await asyncio.sleep(max(begin + len(PROMPTS) * EVERY_S - time.perf_counter(), 0.0))
+        end = time.perf_counter()
+        if any(task.done() for task in tasks):
+            raise RuntimeError("a stream ended before the cold prompts: raise max_model_len")
+        if agent is not None and agent.done():
+            raise RuntimeError("the agent that takes turns stopped") from agent.exception()
+        stopped = [*tasks, agent] if agent is not None else tasks
+        for task in stopped:
+            task.cancel()
+        await asyncio.gather(*stopped, return_exceptions=True)
+        for stream in streams:
+            stream.stamps = [stamp for stamp in stream.stamps if begin <= stamp <= end]
+        gaps = split_gaps(streams, [(cold.sent, cold.stamps[0]) for cold in colds])
+        first = split_gaps(streams, [(colds[0].sent, colds[0].stamps[0])])
+        run.during_ms, run.quiet_ms, run.first_during_ms = gaps.during, gaps.quiet, first.during
+        run.resume_ttft_s = [
+            turn.ttft
+            for turn in turns
+            if any(turn.sent < cold.stamps[0] and cold.sent < turn.stamps[0] for cold in colds)
+        ]
+        run.decode_tokens = sum(len(stream.stamps) for stream in streams)
+        run.decode_s = end - begin
+        await asyncio.sleep(1.0)
+        for length in (*PROMPTS, *PROMPTS):
+            alone = await client.generate("alone", next(drawn), 1)
+            run.alone_ttft_s.append((length, alone.ttft))
+    run.counts = {name: value for name, value in read_counters(url).items() if "agentserve" in name and value}
+    del run.alone_ttft_s[: len(PROMPTS)]
+    return run
+
+
+def run_engine(arm: str, seed: int, only_alone: bool = False) -> Run:
+    """Runs the workload in this process, in step with the engine; call it in a process of its own."""
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(str(make_toy_model()), **ENGINE_OPTIONS, **ARMS[arm]).llm_engine
+    drawn = iter(prompts(seed))
+    numbers = itertools.count()
+
+    def add(kind: str, prompt: list[int], max_tokens: int) -> str:
+        name = f"{kind}-{next(numbers)}"
+        parameters = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0)
+        engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
+        return name
+
+    def beside_streams() -> None:
+        names = [add("stream", next(drawn), MAX_MODEL_LEN - 2 * STREAM_PROMPT) for _ in range(STREAMS)]
+        warm = time.perf_counter() + 2.0
+        while time.perf_counter() < warm:
+            engine.step()
+        begin = last = time.perf_counter()
+        cold: tuple[str, int, float] | None = None
+        due = 0
+        while (now := time.perf_counter()) < begin + len(PROMPTS) * EVERY_S:
+            if due < len(PROMPTS) and now >= begin + due * EVERY_S and cold is None:
+                length, due = PROMPTS[due], due + 1
+                cold = (add("cold", next(drawn), 1), length, now)
+            outputs = engine.step()
+            now = time.perf_counter()
+            decoded = sum(output.request_id.startswith("stream") for output in outputs)
+            if decoded:
+                gap = (now - last) * 1000
+                (run.quiet_ms if cold is None else run.during_ms).append(gap)
+                if cold is not None and due == 1:
+                    run.first_during_ms.append(gap)
+                last = now
+                run.decode_tokens += decoded
+            if cold is not None and any(output.request_id == cold[0] for output in outputs):
+                run.cold_ttft_s.append((cold[1], now - cold[2]))
+                cold = None
+        run.decode_s = now - begin
+        engine.abort_request(names)
+        while engine.has_unfinished_requests():
+            engine.step()
+
+    run = Run()
+    if only_alone:
+        for _ in range(STREAMS + len(PROMPTS)):
+            next(drawn)
+    else:
+        beside_streams()
+    for length in (*PROMPTS, *PROMPTS):
+        begin = time.perf_counter()
+        add("alone", next(drawn), 1)
+        while engine.has_unfinished_requests():
+            engine.step()
+        run.alone_ttft_s.append((length, time.perf_counter() - begin))
+    scheduler = engine.engine_core.engine_core.scheduler
+    run.counts = {f"{SERIES}{name}": count for name, count in getattr(scheduler, "counts", {}).items() if count}
+    del run.alone_ttft_s[: len(PROMPTS)]
+    return run
+
+
+def run_arm(path: str, arm: str, seed: int, resumes: bool = False) -> Run:
+    """Runs one arm in processes of its own and returns what it gave."""
+    if path == "http":
+        options = [text for key, value in {**ENGINE_OPTIONS, **ARMS[arm]}.items() for text in serve_option(key, value)]
+        with VllmServer(make_toy_model(), options) as server, undisturbed():
+            return asyncio.run(run_http(server.url, seed, resumes))
+    environment = serving_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+    command = [sys.executable, "-m", __spec__.name, "--worker", arm, "--seed", str(seed), "--path", path]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"the {arm} engine ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+    return Run(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def serve_option(key: str, value: Any) -> list[str]:
+    name = "--" + key.replace("_", "-")
+    if value is True:
+        return [name]
+    return [name, json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--path", choices=("engine", "http", "alone"), default="engine")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resumes", action="store_true", help="one more agent takes short turns; with --path http")
+    parser.add_argument("--output", type=Path, help="where the raw intervals and the summary go, as JSON")
+    parser.add_argument("--worker", choices=list(ARMS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        print(json.dumps(asdict(run_engine(arguments.worker, arguments.seed, only_alone=arguments.path == "alone"))))
+        return 0
+    if arguments.resumes and arguments.path != "http":
+        parser.error(
+            f"--resumes is measured over HTTP, not with --path {arguments.path}: leave it out, or say --path http"
+        )
+    # A plain `kill` unwinds like Ctrl-C, so that no server is left behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    make_toy_model()
+    runs: dict[str, list[Run]] = {arm: [] for arm in arguments.arms}
+    for number in range(arguments.rounds):
+        # Every other round runs backwards, so that no arm always follows the same one.
+        for arm in arguments.arms if number % 2 == 0 else reversed(arguments.arms):
+            run = run_arm(arguments.path, arm, arguments.seed + number, arguments.resumes)
+            runs[arm].append(run)
+            if arguments.path == "alone":
+                print(
+                    f"round {number + 1} {arm}: {[round(seconds, 3) for _, seconds in run.alone_ttft_s]} s", flush=True
+                )
+                continue
+            q = quantiles(run.during_ms)
+            during = f"{len(run.during_ms)} intervals beside a prefill, p50 {q['p50']:.1f} max {q['max']:.1f} ms"
+            print(f"round {number + 1} {arm}: {during}", flush=True)
+    arms: dict[str, dict[str, Any]]
+    compared: dict[str, Any]
+    if arguments.path == "alone":
+        arms = {arm: alone_summary(done) for arm, done in runs.items()}
+        compared = {
+            arm: round(figures["alone_ttft_mean_s"] / arms["stock"]["alone_ttft_mean_s"], 3)
+            for arm, figures in arms.items()
+        }
+        print(json.dumps({"arms": arms, "alone_ttft_arm_over_stock": compared}, indent=1))
+    else:
+        arms = {arm: summary(done) for arm, done in runs.items()}
+        compared = ratios(arms) if "stock" in arms else {}
+        print(table(arms))
+        print(json.dumps(compared, indent=1))
+    if arguments.output:
+        report = {
+            "command": " ".join(["python", "-m", __spec__.name, *sys.argv[1:]]),
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+            "vllm": installed_vllm(),
+            "arms": arms,
+            "ratios": compared,
+            "runs": {arm: [rounded(asdict(run)) for run in done] for arm, done in runs.items()},
+        }
+        arguments.output.write_text(json.dumps(report) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

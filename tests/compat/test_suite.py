@@ -1,0 +1,104 @@
+"""vLLM's own scheduler tests with our class: none that pass with stock's are lost.
+
+The tests come from vLLM's source distribution, fetched by name when this test runs; without an index it says skipped.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+from vllm_agentserve.vllm_compat import installed_vllm
+
+CORE = ["tests/v1/core/test_scheduler.py", "tests/v1/core/test_async_scheduler.py"]
+# The tests name this model of the hub and read its configuration only.
+OPT_125M = {
+    "architectures": ["OPTForCausalLM"],
+    "model_type": "opt",
+    "hidden_size": 768,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "ffn_dim": 3072,
+    "word_embed_proj_dim": 768,
+    "max_position_embeddings": 2048,
+    "vocab_size": 50272,
+    "torch_dtype": "float16",
+}
+
+
+def fetch_source(version: str, folder: Path) -> Path | None:
+    """Fetches vLLM's source distribution with pip; returns the archive, None where there is no index to reach.
+
+    pip looks into a source distribution it downloads, so the tools vLLM's build names must be there: they go into a
+    folder of their own, and nothing is built.
+    """
+    tools = folder / "tools"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    needed = ["setuptools", "setuptools_scm", "setuptools_rust", "wheel", "packaging", "jinja2"]
+    install = subprocess.run([*pip, "install", "--target", str(tools), *needed], capture_output=True, check=False)
+    if install.returncode != 0:
+        return None
+    environment = os.environ | {
+        "PYTHONPATH": str(tools),
+        "VLLM_TARGET_DEVICE": "empty",
+        "VLLM_VERSION_OVERRIDE": version,
+    }
+    command = [*pip, "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-d", str(folder)]
+    done = subprocess.run([*command, f"vllm=={version}"], capture_output=True, env=environment, check=False)
+    return next(folder.glob("vllm-*.tar.gz"), None) if done.returncode == 0 else None
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with vLLM's `tests` package and nothing else of vLLM."""
+    version = str(installed_vllm()).split("+")[0]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm_agentserve"
+    cache.mkdir(parents=True, exist_ok=True)
+    archive = next(cache.glob(f"vllm-{version}.tar.gz"), None)
+    if archive is None:
+        fetched = fetch_source(version, tmp_path_factory.mktemp("source"))
+        if fetched is None:
+            pytest.skip(f"the source distribution of vLLM {version} cannot be fetched here")
+        archive = fetched.replace(cache / fetched.name)
+    folder = tmp_path_factory.mktemp("suite")
+    with tarfile.open(archive) as source:
+        members = [m for m in source.getmembers() if re.match(r"[^/]+/tests/", m.name)]
+        source.extractall(folder, members, filter="data")
+    return next(folder.iterdir())
+
+
+def passed(suite: Path, arm: str) -> set[str]:
+    """The tests that pass with the given arm's scheduler classes."""
+    model = suite / "opt-125m"
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text(json.dumps(OPT_125M))
+    redirect = suite / "redirect.json"
+    redirect.write_text(json.dumps({"facebook/opt-125m": str(model)}))
+    environment = os.environ | {
+        "AGENTSERVE_SUITE": arm,
+        "PYTHONPATH": f"{suite}{os.pathsep}{ROOT / 'tests' / 'support'}",
+        "VLLM_MODEL_REDIRECT_PATH": str(redirect),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-rA", "--noconftest", "-p", "no:cacheprovider", "-o", "addopts="]
+    done = subprocess.run(
+        [*command, "-p", "stock_suite_plugin", *CORE],
+        cwd=suite,
+        env=environment,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    return set(re.findall(r"^PASSED (\S+)", done.stdout, re.MULTILINE))
+
+
+@pytest.mark.timeout(1200)
+def test_none_of_vllms_own_scheduler_tests_is_lost(suite: Path) -> None:
+    stock, ours = passed(suite, "stock"), passed(suite, "ours")
+    assert len(stock) >= 170
+    assert stock - ours == set()

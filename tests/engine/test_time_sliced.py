@@ -1,0 +1,92 @@
+"""AgentScheduler in a real engine, time-sliced, in float32: the same answers as stock vLLM, whatever happens on the way."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import LLM, SamplingParams
+
+from tests.support.mix import JOBS, Answers, Job, close, differences, make_llm, mixed_jobs, run_jobs, scheduler_of
+
+PREEMPTED: list[str] = []
+
+
+@pytest.fixture(scope="module")
+def ours(toy_model: Path, stock: Answers) -> Iterator[LLM]:
+    """One engine for all tests below; a target it cannot miss by much makes every prompt a matter of many small chunks."""
+    llm = make_llm(toy_model, {"mode": "time-sliced", "tpot_slo_ms": 15, "first_chunk_tokens": 16})
+    scheduler = scheduler_of(llm)
+    preempt = scheduler._preempt_request
+
+    def counted(request: Any, *args: Any, **kwargs: Any) -> None:
+        PREEMPTED.append(request.request_id)
+        preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = counted
+    yield llm
+    close(llm)
+
+
+@pytest.fixture(scope="module")
+def answers(ours: LLM) -> Answers:
+    return run_jobs(ours, mixed_jobs())
+
+
+def test_the_mix_was_a_hard_one(ours: LLM, answers: Answers) -> None:
+    """The runs below would prove little if nothing had been cut, preempted or resumed."""
+    counts = scheduler_of(ours)._stats.counts
+    assert PREEMPTED
+    assert counts["mixed_steps"] > 200
+    assert counts["resume_prefill_requests"] > 50
+    assert counts["prefill_chunks"] > 2 * JOBS
+    assert sum(completion.stopped_by is not None for one in answers.values() for completion in one.values()) > 10
+    assert sum(len(one) == 2 for one in answers.values()) > 20
+
+
+def test_answers_equal_stock(stock: Answers, answers: Answers) -> None:
+    """Tokens, texts and log-probabilities; these show what the tokens of a toy model, which repeats itself, may not."""
+    assert differences(mixed_jobs(), stock, answers) == []
+
+
+def test_structured_output_is_valid(answers: Answers) -> None:
+    checked = 0
+    for job in mixed_jobs():
+        if job.parameters.structured_outputs is not None:
+            value = json.loads(answers[job.name][0].text)
+            assert value["city"] in ("Oslo", "Lima")
+            assert 1 <= value["days"] <= 9
+            checked += 1
+    assert checked == JOBS // 8
+
+
+def test_seeds_are_honoured(ours: LLM, answers: Answers) -> None:
+    """The same seeded requests again, alone this time, give what they gave in the crowd."""
+    seeded = [job for job in mixed_jobs() if job.parameters.seed is not None][:4]
+    again = run_jobs(ours, [Job(job.name, 0, job.prompt, job.parameters) for job in seeded])
+    assert differences(seeded, answers, again) == []
+
+
+def test_nothing_is_left_behind(ours: LLM, answers: Answers) -> None:
+    scheduler = scheduler_of(ours)
+    assert not scheduler.requests
+    assert not scheduler.running
+    assert not scheduler.waiting
+    assert not scheduler._prefills
+    assert not scheduler._queue._places
+    assert scheduler.kv_cache_manager.usage == 0.0
+
+
+def test_reset_prefix_cache_while_requests_run(ours: LLM, answers: Answers) -> None:
+    jobs = [
+        Job(f"reset-{n}", 0, [n + 5] * 600, SamplingParams(max_tokens=30, ignore_eos=True, temperature=0))
+        for n in range(4)
+    ]
+
+    def reset(step: int) -> None:
+        if step in (2, 9):
+            assert scheduler_of(ours).reset_prefix_cache(reset_running_requests=True)
+
+    plain = run_jobs(ours, jobs)
+    assert differences(jobs, plain, run_jobs(ours, jobs, reset)) == []

@@ -1,0 +1,159 @@
+"""Hints on vLLM's real scheduler without a model: they order requests, and a client that lies starves nobody."""
+
+from time import monotonic
+from typing import Any
+
+import pytest
+
+from tests.support.program_steps import have_run, served, started
+from tests.support.schedulers import Driver, make_request, make_scheduler
+from vllm_agentserve.scheduler.upstream import UpstreamHooks
+from vllm_agentserve.vllm_compat import hooks
+
+
+def one_place(policy: str = "fcfs", **options: Any) -> tuple[Any, Driver]:
+    """A scheduler of one place, which is taken for some steps."""
+    scheduler, driver = started(policy, options=options)
+    scheduler.add_request(make_request("running", 20, max_tokens=5))
+    driver.step()
+    return scheduler, driver
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "plas", "atlas"])
+def test_batch_waits_for_everybody_else(policy: str) -> None:
+    scheduler, driver = one_place(policy)
+    scheduler.add_request(make_request("batch", 30, max_tokens=2, hints={"agent_class": "batch"}))
+    scheduler.add_request(make_request("later", 600, max_tokens=2))
+    scheduler.add_request(make_request("said", 30, max_tokens=2, hints={"agent_class": "interactive"}))
+    assert served(scheduler, driver) == ["running", "later", "said", "batch"]
+
+
+def test_a_batch_program_waits_whatever_it_has_received() -> None:
+    scheduler, driver = started("plas")
+    have_run(scheduler, driver, "old", tokens=400)
+    scheduler.add_request(make_request("running", 20, max_tokens=5))
+    driver.step()
+    scheduler.add_request(make_request("new", 30, max_tokens=2, session="n", hints={"agent_class": "batch"}))
+    scheduler.add_request(make_request("old", 30, max_tokens=2, session="old"))
+    assert served(scheduler, driver) == ["running", "old", "new"]
+
+
+def test_earlier_deadlines_go_first_among_equals() -> None:
+    scheduler, driver = one_place()
+    for name, deadline in (("none", None), ("late", 60_000), ("soon", 100)):
+        hints = None if deadline is None else {"agent_deadline_ms": deadline}
+        scheduler.add_request(make_request(name, 30, max_tokens=2, hints=hints))
+    assert served(scheduler, driver) == ["running", "soon", "late", "none"]
+
+
+def test_a_deadline_does_not_lift_a_call_over_its_level() -> None:
+    scheduler, driver = started("plas")
+    have_run(scheduler, driver, "old", tokens=400)
+    scheduler.add_request(make_request("running", 20, max_tokens=5))
+    driver.step()
+    scheduler.add_request(make_request("old", 30, max_tokens=2, session="old", hints={"agent_deadline_ms": 1}))
+    scheduler.add_request(make_request("new", 30, max_tokens=2, session="new"))
+    assert served(scheduler, driver) == ["running", "new", "old"]
+
+
+def test_a_client_that_always_lies_starves_nobody() -> None:
+    scheduler, driver = one_place("plas", max_bypass_steps=20, program_promote_ratio=100_000)
+    scheduler.add_request(make_request("honest", 30, max_tokens=2, session="honest"))
+    for step in range(60):
+        liar = {"agent_deadline_ms": 1, "agent_class": "interactive", "agent_thread": f"{step}"}
+        scheduler.add_request(make_request(f"liar-{step}", 30, max_tokens=2, session=f"{step}", hints=liar))
+        if "honest" in driver.step():
+            break
+    assert 15 <= step <= 26
+
+
+def test_batch_is_not_starved_for_ever() -> None:
+    scheduler, driver = one_place(max_bypass_steps=20)
+    scheduler.add_request(make_request("batch", 30, max_tokens=2, hints={"agent_class": "batch"}))
+    for step in range(60):
+        scheduler.add_request(make_request(f"other-{step}", 30, max_tokens=2))
+        if "batch" in driver.step():
+            break
+    assert 15 <= step <= 26
+
+
+def test_a_sub_agent_is_charged_to_its_parent() -> None:
+    scheduler, driver = started("plas")
+    have_run(scheduler, driver, "parent", tokens=400)
+    scheduler.add_request(make_request("running", 20, max_tokens=5))
+    driver.step()
+    child = {"agent_parent": "parent"}
+    scheduler.add_request(make_request("child", 30, max_tokens=2, session="child", hints=child))
+    scheduler.add_request(make_request("anonymous child", 30, max_tokens=2, hints=child))
+    scheduler.add_request(make_request("new", 30, max_tokens=2, session="new"))
+    assert served(scheduler, driver) == ["running", "new", "child", "anonymous child"]
+    assert scheduler._stats.take()["programs_tracked"] == 3
+
+
+def test_threads_have_paths_of_their_own() -> None:
+    """With `atlas`: a thread that has had little goes before the thread beside it that has had much."""
+    scheduler, driver = started("atlas")
+    for thread, tokens in (("long", 400), ("short", 2)):
+        hints = {"agent_thread": thread}
+        # Both begin at the same time, so neither follows the other.
+        scheduler._admission.arrives(make_request(f"warm-{thread}", 30, session="s", hints=hints))
+        scheduler._programs.table.charge(f"warm-{thread}", float(tokens))
+    for thread in ("long", "short"):
+        scheduler._programs.table.finish(f"warm-{thread}", monotonic())
+    scheduler.add_request(make_request("running", 20, max_tokens=5))
+    driver.step()
+    for thread in ("long", "short"):
+        scheduler.add_request(make_request(thread, 30, max_tokens=2, session="s", hints={"agent_thread": thread}))
+    assert served(scheduler, driver) == ["running", "short", "long"]
+
+
+def test_invalid_hints_are_counted_and_said_once_per_kind(caplog: pytest.LogCaptureFixture) -> None:
+    scheduler, driver = started("fcfs")
+    for number in range(5):
+        hints = {"agent_class": "urgent", "agent_deadline_ms": -number, f"agent_{number}": 1}
+        scheduler.add_request(make_request(f"r{number}", 30, max_tokens=2, hints=hints))
+    assert len(served(scheduler, driver)) == 5
+    assert scheduler.counts["invalid_hints"] == 15
+    said = [record.getMessage() for record in caplog.records if "hint" in record.getMessage()]
+    assert len(said) == 3
+    assert any("must be 'interactive' or 'batch'" in line for line in said)
+    assert not any("urgent" in line or "agent_4" in line for line in said)  # what clients send stays out of the log
+
+
+def test_nothing_is_kept_of_requests_that_are_gone() -> None:
+    scheduler, driver = started("plas")
+    hints = {"agent_parent": "p", "agent_thread": "t", "agent_deadline_ms": 5, "agent_class": "batch"}
+    for number in range(20):
+        scheduler.add_request(make_request(f"r{number}", 30, max_tokens=2, session=f"{number}", hints=hints))
+    served(scheduler, driver)
+    assert not scheduler._admission._hints
+
+
+@pytest.mark.parametrize(("strict", "refused"), [(True, True), (False, False)])
+def test_strict_hints_refuse_the_request_where_it_comes_in(strict: bool, refused: bool) -> None:
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    hooks.refuse_invalid_hints(UpstreamHooks)
+    scheduler: Any = make_scheduler(options={"strict_hints": strict})
+    processor = InputProcessor.__new__(InputProcessor)
+    processor.vllm_config = scheduler.vllm_config
+    processor.vllm_config.scheduler_config.scheduler_cls = "vllm_agentserve.AgentScheduler"
+    parameters = make_request("r", 30, hints={"agent_class": "urgent"}).sampling_params
+    # Without strictness vLLM's own code goes on, and stops where this half-made object ends.
+    expected: Any = VLLMValidationError if refused else AttributeError
+    with pytest.raises(expected, match="agent_class" if refused else None):
+        processor.process_inputs("r", {"prompt_token_ids": [1]}, parameters, ("generate",))
+
+
+def test_stock_servers_take_no_notice() -> None:
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    hooks.refuse_invalid_hints(UpstreamHooks)
+    scheduler: Any = make_scheduler(options={"strict_hints": True})
+    processor = InputProcessor.__new__(InputProcessor)
+    processor.vllm_config = scheduler.vllm_config
+    processor.vllm_config.scheduler_config.scheduler_cls = None
+    parameters = make_request("r", 3, hints={"agent_class": "urgent"}).sampling_params
+    with pytest.raises(AttributeError):
+        processor.process_inputs("r", {"prompt_token_ids": [1]}, parameters, ("generate",))

@@ -1,0 +1,93 @@
+"""The bound on waiting, for any sequence of arrivals: levels, classes, deadlines and lengths as a client likes."""
+
+from math import inf
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.pinned import pinned
+from tests.support.schedulers import make_request
+from vllm_agentserve.policy.order import AdmissionKey, admission_key
+from vllm_agentserve.policy.phase import Phase
+from vllm_agentserve.scheduler.queues import AgentQueue
+
+STEPS = 7
+"""How many steps a request may be overtaken in these tests."""
+REQUESTS = [make_request(f"r{number}", 8) for number in range(200)]
+
+key = st.builds(
+    admission_key,
+    phase=st.sampled_from([Phase.COLD_PREFILL, Phase.RESUME_PREFILL]),
+    uncached_tokens=st.integers(1, 500),
+    arrival=st.just(0),
+    resume_budget=st.just(256),
+    level=st.integers(0, 7),
+    batch=st.booleans(),
+    due=st.one_of(st.just(inf), st.floats(0, 100)),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(key, max_size=3), min_size=1, max_size=60))
+def test_everybody_is_served_within_the_bound(arrivals: list[list[AdmissionKey]]) -> None:
+    """One place a step: who waits is served STEPS steps after it came, and after those that came before it and still wait
+    then, however many come later."""
+    keys: dict[str, AdmissionKey] = {}
+    queue = AgentQueue(lambda request, number: keys[request.request_id]._replace(arrival=number), STEPS)
+    came: dict[str, int] = {}
+    latest: dict[str, int] = {}
+    unused = iter(REQUESTS)
+    step = 0
+    while step < len(arrivals) or len(queue):
+        queue.step = step
+        for drawn in arrivals[step] if step < len(arrivals) else []:
+            request = next(unused)
+            keys[request.request_id], came[request.request_id] = drawn, step
+            queue.add_request(request)
+        queue.promote_overdue()
+        for name, since in came.items():
+            if step - since == STEPS and name not in latest:
+                before = list(came)[: list(came).index(name)]
+                latest[name] = step + sum(other in {one.request_id for one in queue} for other in before)
+        if queue:
+            served = queue.pop_request().request_id
+            assert step <= latest.get(served, step)
+            queue.forget(served)
+            del came[served]
+        step += 1
+        assert step < 1000
+
+
+def test_a_closed_queue_has_nobody_to_look_at_and_loses_nobody() -> None:
+    queue = AgentQueue(lambda request, number: AdmissionKey(2, arrival=number), STEPS)
+    for request in REQUESTS[:3]:
+        queue.add_request(request)
+    queue.closed = True
+    assert (bool(queue), len(queue), list(queue)) == (False, 3, REQUESTS[:3])
+    queue.closed = False
+    assert [queue.pop_request() for _ in range(3)] == REQUESTS[:3]
+
+
+def test_when_the_budget_is_spent_nobody_else_is_asked_for() -> None:
+    """Four cold prompts behind one that takes the whole step: vLLM 0.33 would ask the budget for each of them."""
+    scheduler, driver = pinned()
+    scheduler.add_request(make_request("stream", 20))
+    for _ in range(30):
+        driver.step()
+    for number in range(5):
+        scheduler.add_request(make_request(f"cold-{number}", 500))
+    closed: list[bool] = []
+    grant = scheduler._grant
+
+    def watched(*given: Any) -> int:
+        granted = grant(*given)
+        closed.append(scheduler._queue.closed)
+        return granted
+
+    scheduler._grant = watched
+    driver.step()
+    assert closed[-1]
+    assert not any(closed[:-1])
+    assert not scheduler._queue.closed
+    assert len(scheduler._queue) == 4
