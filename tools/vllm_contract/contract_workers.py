@@ -159,5 +159,5 @@ WORKERS = (
     *reads("vllm.outputs:RequestOutput", "bench/closed_loop.py", "num_cached_tokens outputs request_id"),
     *reads("vllm.outputs:RequestOutput", "gpucheck/scripted_requests.py", "finished"),
     *reads("vllm.outputs:CompletionOutput", "bench/closed_loop.py gpucheck/scripted_requests.py", "token_ids"),
-    *reads("vllm.outputs:CompletionOutput", "gpucheck/scripted_requests.py", "logprobs"),
+    *reads("vllm.outputs:CompletionOutput", "gpucheck/scripted_requests.py", "index logprobs stop_reason text"),
 )

@@ -9,7 +9,14 @@ from vllm_agentserve.gpucheck.check_run import PACKAGE, CheckRun, PartResult
 from vllm_agentserve.gpucheck.compare import AnswerComparison, compare, wrong
 from vllm_agentserve.gpucheck.engines import Setting, counters, make_engine
 from vllm_agentserve.gpucheck.equality import CONTROL, engine_limits, name_of, requests_of, setting
-from vllm_agentserve.gpucheck.scripted_requests import Answers, beside_requests, from_json, run_requests, to_json
+from vllm_agentserve.gpucheck.scripted_requests import (
+    Answers,
+    beside_requests,
+    first_answers,
+    from_json,
+    run_requests,
+    to_json,
+)
 from vllm_agentserve.processes.task import ChildResult
 
 DTYPES = ("bfloat16", "float32")
@@ -95,7 +102,7 @@ def scenarios(options: Mapping[str, Any]) -> dict[str, Any]:
     def scenario(name: str, before_step: Any = lambda step: None) -> None:
         llm.reset_prefix_cache()
         before = counters()
-        answers = run_requests(engine, beside_requests(), f"{name}-", before_step)
+        answers = first_answers(run_requests(engine, beside_requests(), f"{name}-", before_step))
         gained = {key: value - before.get(key, 0) for key, value in counters().items()}
         results[name] = {"answers": to_json(answers), "gained": gained}
 
@@ -135,8 +142,8 @@ def judge(reference: Answers, found: Mapping[str, Any], control: AnswerCompariso
     problems = []
     for name, one in found["scenarios"].items():
         missing = set(found["aborted"]) if name == "abort" else set()
-        jobs = [job for job in beside_requests() if job.name not in missing]
-        comparison = compare(reference, from_json(one["answers"]), jobs)
+        requests = [request for request in beside_requests() if request.name not in missing]
+        comparison = compare(reference, from_json(one["answers"]), requests)
         if control is not None:
             if (why := wrong(comparison, control)) is not None:
                 problems.append(f"{name}: {why}")
