@@ -1,4 +1,4 @@
-"""The GPU kit's comparison of answers: what counts as a difference, as noise, as a tie."""
+"""The GPU check's comparison of answers: what counts as a difference, as noise, as a tie."""
 
 import json
 from dataclasses import replace

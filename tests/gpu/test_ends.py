@@ -1,4 +1,4 @@
-"""How the GPU kit's processes begin and end where something is in the way: a slow fork, a crash, a full disk, a killed check."""
+"""How the GPU check's processes begin and end where something is in the way: a slow fork, a crash, a full disk, a killed check."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Tasks of the GPU kit in forked processes: results, failures, time limits, and a fork that cannot use CUDA."""
+"""Tasks of the GPU check in forked processes: results, failures, time limits, and a fork that cannot use CUDA."""
 
 import json
 import os

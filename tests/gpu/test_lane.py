@@ -1,4 +1,4 @@
-"""The GPU kit's measurements of a lane: gaps between tokens, launches of chunks, stream priorities, the end of a lane."""
+"""The GPU check's measurements of a lane: gaps between tokens, launches of chunks, stream priorities, the end of a lane."""
 
 from types import SimpleNamespace
 from typing import Any

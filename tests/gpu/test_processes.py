@@ -1,4 +1,4 @@
-"""How the GPU kit starts its children: forked where that works, and in a new interpreter where it does not."""
+"""How the GPU check starts its children: forked where that works, and in a new interpreter where it does not."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""The GPU kit when its time runs out: what was cut short is not called failed, and what it had is kept."""
+"""The GPU check when its time runs out: what was cut short is not called failed, and what it had is kept."""
 
 import tarfile
 from pathlib import Path

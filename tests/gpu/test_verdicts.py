@@ -1,4 +1,4 @@
-"""Verdicts of the GPU kit that need no engine: a lane that did not do its work, uneven rounds, figures that are not known."""
+"""Verdicts of the GPU check that need no engine: a lane that did not do its work, uneven rounds, figures that are not known."""
 
 import json
 from pathlib import Path

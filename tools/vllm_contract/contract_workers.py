@@ -1,4 +1,4 @@
-"""The part of the contract that the workers of two lanes rely on, and the engines that benchmark and GPU kit make."""
+"""The part of the contract that the workers of two lanes rely on, and the engines that benchmark and GPU check make."""
 
 from vllm_contract.symbols import calls, exports, overrides, reads, says
 
@@ -135,7 +135,7 @@ WORKERS = (
         RUNNER,
         "not has_kv_transfer_group()",
     ),
-    # Benchmark and GPU kit: engines in their own process.
+    # Benchmark and GPU check: engines in their own process.
     *exports("vllm", "simulator/agreement.py gpucheck/engines.py", "LLM"),
     *exports("vllm", "bench/closed_loop.py simulator/calibration.py gpucheck/scripted_requests.py", "SamplingParams"),
     *reads(SAMPLING, "gpucheck/scripted_requests.py", "detokenize ignore_eos logprobs max_tokens temperature"),

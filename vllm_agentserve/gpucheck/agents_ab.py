@@ -27,14 +27,14 @@ from vllm_agentserve.gpucheck.gaps import cell, figures, gaps_of, mean_of
 from vllm_agentserve.processes.task import ChildResult
 
 ARMS = ("lanes", "stock", "time-sliced", PRIORITY)
-"""What tells most comes first, should the time run out."""
+"""The arms that decide most come first, should the time run out."""
 ROUNDS = 4
 BLOCK = 16
 """Tokens of a block of the KV cache, on a GPU."""
 UTILIZATION = 0.8
 """Of the GPU's memory; a desktop's screen needs some of the rest."""
 STAGGER_S = 0.4
-"""Between the first starts of two agents: so short that a prompt always meets somebody who decodes."""
+"""Between the first starts of two agents: so short that a prompt always meets a stream."""
 PATIENCE = 1.5
 """Times the patience with a small engine: this one is large."""
 SHOWN = (

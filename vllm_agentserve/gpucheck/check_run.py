@@ -38,8 +38,8 @@ class PartResult:
 
 
 def with_crashes(finding: PartResult, crashes: Sequence[str]) -> PartResult:
-    """The finding with the crashes of this part in its line. Its status stays: a fork itself can be what crashes a library, and
-    the new interpreter, which is what users have, came through. But memory that is overwritten crashes only now and then too."""
+    """The result with the crashes of this part in its line. Its status stays: the fork itself may crash a library, and the new
+    interpreter, which is what users have, did the task. But memory that is overwritten also crashes only now and then."""
     if not crashes:
         return finding
     figures = {**finding.figures, "crashes": list(crashes)}
@@ -91,7 +91,7 @@ class CheckRun:
 
     @property
     def patience_s(self) -> float:
-        """An engine that is not through after so long hangs, where stock's was: it must not take the others' time."""
+        """An engine that takes longer hangs if stock's did not take as long. It must not take the time of others."""
         return 100.0 if self.device == "cuda" else 300.0
 
     def raw(self, name: str) -> Any:

@@ -23,7 +23,7 @@ ORDER = {
     "bfloat16": ("stock", "stock-chunk", "lanes", "time-sliced"),
     "float32": ("stock", "lanes", "time-sliced", "stock-chunk"),
 }
-"""Arms by dtype: what tells most comes first, should the time run out. In bfloat16 nothing is told without the control."""
+"""Arms by dtype: those that decide most come first, should the time run out. In bfloat16 the control is needed too."""
 LEAST_S = 15.0
 """An arm is begun when so much is left. What the one before took says little: the first waits for imports, and compiles."""
 GRAPHS = {"bfloat16": True, "float32": False}
@@ -88,8 +88,8 @@ def name_of(dtype: str, arm: str) -> str:
 
 def answers_of(check: CheckRun, dtype: str, arm: str) -> Answers | str:
     """The answers of an arm, from a child process of this check, an earlier one if there was; why there are none."""
-    if "answers" in (told := check.raw(name_of(dtype, arm)) or {}):
-        return from_json(told["answers"])
+    if "answers" in (found := check.raw(name_of(dtype, arm)) or {}):
+        return from_json(found["answers"])
     options = {"setting": asdict(setting(check, arm, dtype)), "small": check.small}
     limit = None if arm == "stock" else check.patience_s
     ended = check.run(name_of(dtype, arm), f"{PACKAGE}.equality:answer", options, limit)
@@ -150,7 +150,7 @@ def run(check: CheckRun, dtype: str) -> PartResult:
             figures[name_of(dtype, arm)] = asdict(compared[arm]) | {"counters": counts}
             page.append(row(dtype, arm, compared[arm], counts.get("lane_requests", 0)))
     control = compared.pop(CONTROL, None)
-    # Without the control nothing is told in bfloat16: a tie cannot be told from a fault.
+    # Without the control there is no verdict in bfloat16: a tie looks like a fault.
     judged = {} if control is None and dtype != "float32" else compared
     for arm, comparison in judged.items():
         why = wrong(comparison, control)

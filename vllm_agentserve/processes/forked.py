@@ -82,7 +82,7 @@ def main(function: str, result: str, limit_s: float, options: str, log: str, env
     """The child. Where CUDA was started before the fork it cannot be used, so a new interpreter takes over."""
     from vllm_agentserve.processes import child
 
-    end_with_check()
+    end_with_starter()
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
@@ -102,9 +102,9 @@ def main(function: str, result: str, limit_s: float, options: str, log: str, env
     child.work(function, Path(result), limit_s, json.loads(options))
 
 
-def end_with_check() -> None:
-    """This process ends with the one it was forked from, and that one with the check: it ends when nobody holds its pipe any
-    more, so this child must not hold it either."""
+def end_with_starter() -> None:
+    """This process ends with the one it was forked from. That one ends with the process that started it, namely when no process
+    holds its pipe any more, so this child must not hold it either."""
     from vllm_agentserve.processes import child
 
     child.end_with_parent()

@@ -83,8 +83,8 @@ class Starter:
         return FreshChild(task)
 
     def distrust(self, child: Child) -> bool:
-        """A child was ended by a signal that nobody here has sent. If it was forked that may be why, so no other will be; returns
-        whether it was."""
+        """A child was ended by a signal that this process has not sent. If it was forked that may be why, so no other will be
+        forked; returns whether it was."""
         if not isinstance(child, FreshChild):
             self._give_up()
             return True

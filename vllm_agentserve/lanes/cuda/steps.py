@@ -36,7 +36,7 @@ class StepStreams:
         self._cuda = cuda
         self._ladder = ladder
         self.slot: int | None = None
-        """Where the present step runs; None for the whole device, on the stream vLLM chose."""
+        """The slot that the present step runs on; None for the whole device, on the stream vLLM chose."""
         self._last: Any = None
         self._running = 0
 

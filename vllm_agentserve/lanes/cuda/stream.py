@@ -51,12 +51,12 @@ class StreamLane:
     A step of the worker runs inside `step`, on the stream of the slot while both lanes have work and else on the stream vLLM
     chose. Nothing of the lane is made or given back inside one.
     A job's first chunk waits for the step it was sent with (`policy/fence.py`), by an event: when that step has run, the blocks
-    it reads are written and its own are zeroed. Nothing waits for a chunk but the host, before it tells that the job has ended.
+    it reads are written and its own are zeroed. Only the host waits for a chunk, before it reports that the job has ended.
 
     Args:
         runner: computes chunks.
         ladder: the slots and their streams; closed with the lane.
-        alone: a stream on the whole device, for chunks while nobody decodes.
+        alone: a stream on the whole device, for chunks while nothing decodes.
         base: tokens of a chunk on the smallest prefill slot.
         most: tokens a chunk never exceeds.
         cuda: `torch.cuda`.
