@@ -1,4 +1,4 @@
-"""How the GPU check's processes begin and end where something is in the way: a slow fork, a crash, a full disk, a killed check."""
+"""How processes of the GPU check begin and end where something is in the way: a slow fork, a crash, a full disk, a kill."""
 
 import json
 import os
