@@ -67,11 +67,13 @@ class ChunkInFlight:
         cuda: `torch.cuda`.
         beside: whether its launch begins while a step decodes.
         launched: when that is, in the host's seconds.
+        full: whether it is long enough to measure a rate, and not the little that is left of a prompt.
     """
 
-    def __init__(self, chunk: Chunk, cuda: Cuda, beside: bool, launched: float) -> None:
+    def __init__(self, chunk: Chunk, cuda: Cuda, beside: bool, launched: float, full: bool) -> None:
         self.chunk = chunk
         self.beside = beside
+        self.full = full
         self.cancelled = False
         self.error: str | None = None
         """Why it was not launched in full."""
@@ -82,8 +84,6 @@ class ChunkInFlight:
         """When the last slice of the launch ended."""
         self.complete = False
         """Whether all of it is launched."""
-        self.full = True
-        """Whether it is long enough to tell a rate, and not the little that is left of a prompt."""
         self.joined = False
         """Whether a decode step came beside it."""
         self._cuda = cuda

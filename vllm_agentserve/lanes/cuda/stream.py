@@ -217,8 +217,8 @@ class StreamLane:
             stream, tokens = self._alone, self._pace.tokens_alone(longest, self._clock())
         chunk, now = self._queue.take(tokens), self._clock()
         self._pace.launching(now)
-        in_flight = ChunkInFlight(chunk, self._cuda, self._computes, now)
-        in_flight.full = chunk.tokens >= min(tokens, self._base // 2)
+        full = chunk.tokens >= min(tokens, self._base // 2)
+        in_flight = ChunkInFlight(chunk, self._cuda, self._computes, now, full)
         in_flight.begin(self._runner, stream, self._inputs.pop(chunk.job.request_id) if chunk.first else None)
         return in_flight
 
