@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,8 +91,8 @@ def test_a_fork_that_ends_before_its_task_begins_is_done_without(
 ) -> None:
     made = starter.ForkedChild
 
-    def ends_early(function: str, result: Path, limit_s: float, options: Any, log: Path, given: Any) -> Any:
-        return made(function, result, limit_s, options, forks.folder / "no such folder" / "log", given)
+    def ends_early(task: Task) -> Any:
+        return made(replace(task, log=forks.folder / "no such folder" / "log"))
 
     monkeypatch.setattr(starter, "ForkedChild", ends_early)
     (forks.folder / "logs" / "one.log").write_text("of an earlier check")

@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from tests.support.gpu_kit import here
 from vllm_agentserve.gpucheck.check_run import CheckRun
 from vllm_agentserve.processes import starter
-from vllm_agentserve.processes.task import ChildError, tail
+from vllm_agentserve.processes.task import ChildError, Task, tail
 
 
 @pytest.fixture
@@ -39,8 +40,8 @@ def test_where_no_fork_can_be_had_a_new_interpreter_does_the_task(
 ) -> None:
     asked: list[str] = []
 
-    def broken(function: str, *args: Any) -> None:
-        asked.append(function)
+    def broken(task: Task) -> None:
+        asked.append(task.function)
         raise EOFError
 
     monkeypatch.setattr(starter, "ForkedChild", broken)
@@ -71,10 +72,9 @@ def test_forks_are_used_on_a_gpu_only_where_a_trial_could_use_cuda(
     made: list[str] = []
     fork = starter.ForkedChild
 
-    def counted(function: str, *args: Any) -> Any:
-        made.append(function)
-        result, limit_s, options, *rest = args
-        return fork(function, result, limit_s, 4 if options is None else options, *rest)
+    def counted(task: Task) -> Any:
+        made.append(task.function)
+        return fork(replace(task, options=4) if task.options is None else task)
 
     monkeypatch.setattr(starter, "ForkedChild", counted)
     where = here(tmp_path)

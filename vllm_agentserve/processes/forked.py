@@ -10,6 +10,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+from vllm_agentserve.processes.task import Task
 from vllm_agentserve.vllm_compat.cuda import cuda_is_lost
 
 PRELOAD = (
@@ -25,27 +26,11 @@ worker are not among them: with them, the first CUDA call of a child was a segme
 
 
 class ForkedChild:
-    """A task in a forked process, which leads a process group of its own.
+    """A task in a forked process, which leads a process group of its own."""
 
-    Args:
-        function: "package.module:function"; called with `options`.
-        result: the file for what it returns, as JSON.
-        limit_s: it writes the stacks of its threads to its log shortly before so many seconds have passed.
-        options: JSON.
-        log: the file that gets what it writes.
-        environment: its variables.
-    """
-
-    def __init__(
-        self,
-        function: str,
-        result: Path,
-        limit_s: float,
-        options: Any,
-        log: Path,
-        environment: Mapping[str, str],
-    ) -> None:
-        arguments = (function, str(result), limit_s, json.dumps(options), str(log), dict(environment))
+    def __init__(self, task: Task) -> None:
+        options, environment = json.dumps(task.options), dict(task.environment)
+        arguments = (task.function, str(task.result), task.limit_s, options, str(task.log), environment)
         self._process = multiprocessing.get_context("forkserver").Process(target=main, args=arguments)
         with variables(environment):
             self._process.start()

@@ -115,7 +115,7 @@ class Starter:
         def fork() -> None:
             # The process that forks has ended, or its socket is gone: whatever is raised, a new interpreter can do the task.
             with contextlib.suppress(Exception):
-                child = ForkedChild(task.function, task.result, task.limit_s, task.options, task.log, task.environment)
+                child = ForkedChild(task)
                 made.append(child)
                 if abandoned.is_set():
                     end_group(child)
