@@ -29,8 +29,8 @@ def end_with_parent() -> None:
 
 
 def main() -> None:
-    """Arguments: PACKAGE.MODULE:FUNCTION, the file for the result, the time limit in seconds, and the process it is to end with,
-    unless that is settled."""
+    """Arguments: PACKAGE.MODULE:FUNCTION, the file for the result, the time limit in seconds, and the parent it ends with, where
+    that is not arranged yet."""
     if len(sys.argv) > 4:
         end_with_parent()
         if os.getppid() != int(sys.argv[4]):

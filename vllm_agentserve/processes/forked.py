@@ -52,7 +52,7 @@ def preload(modules: tuple[str, ...], environment: Mapping[str, str]) -> None:
 
 @contextmanager
 def variables(environment: Mapping[str, str]) -> Iterator[None]:
-    """Within, the environment of this process is another one."""
+    """Within it, this process has these environment variables, and no others."""
     before, wanted = dict(os.environ), dict(environment)
     os.environ.clear()
     os.environ.update(wanted)
@@ -104,7 +104,7 @@ def end_with_starter() -> None:
 
 
 def try_cuda(options: Any) -> bool:
-    """A task that only uses CUDA: whether children can be forked here. What ends it, a signal too, says that they cannot."""
+    """A task that only uses CUDA: whether children can be forked here. If anything ends it, a signal too, they cannot."""
     import torch
 
     return bool(torch.ones(1, device="cuda").item() == 1.0)
