@@ -11,7 +11,7 @@ import msgspec
 from vllm_agentserve.bench.drawing import WorkloadOptions
 from vllm_agentserve.bench.measure import RoundFigures, pool, round_figures
 from vllm_agentserve.bench.records import Record
-from vllm_agentserve.gpucheck.check_run import PACKAGE, CheckRun, ChildResult, PartResult
+from vllm_agentserve.gpucheck.check_run import PACKAGE, CheckRun, PartResult
 from vllm_agentserve.gpucheck.engines import (
     PRIORITY,
     TOY,
@@ -24,16 +24,17 @@ from vllm_agentserve.gpucheck.engines import (
 )
 from vllm_agentserve.gpucheck.environment import UNKNOWN, free_gib
 from vllm_agentserve.gpucheck.gaps import cell, figures, gaps_of, mean_of
+from vllm_agentserve.processes.task import ChildResult
 
 ARMS = ("lanes", "stock", "time-sliced", PRIORITY)
-"""What tells most comes first, should the time run out."""
+"""The arms that decide most come first, should the time run out."""
 ROUNDS = 4
 BLOCK = 16
 """Tokens of a block of the KV cache, on a GPU."""
 UTILIZATION = 0.8
 """Of the GPU's memory; a desktop's screen needs some of the rest."""
 STAGGER_S = 0.4
-"""Between the first starts of two agents: so short that a prompt always meets somebody who decodes."""
+"""Between the first starts of two agents: so short that a prompt always meets a stream."""
 PATIENCE = 1.5
 """Times the patience with a small engine: this one is large."""
 SHOWN = (
