@@ -8,16 +8,16 @@ import pytest
 import tests.support.environment  # noqa: F401  before anything imports vLLM
 
 if TYPE_CHECKING:
-    from tests.support.mix import Answers
+    from vllm_agentserve.gpucheck.scripted_requests import Completions
 
 
 @pytest.fixture(scope="session")
-def stock(toy_model: Path) -> "Answers":
-    """What stock vLLM answers to `mix.mixed_jobs()` and `mix.cold_jobs()`, in an engine that is gone again."""
+def stock(toy_model: Path) -> "Completions":
+    """What stock vLLM answers to `mix.mixed_requests()` and `mix.cold_requests()`, in an engine that is gone again."""
     from tests.support import mix
 
     llm = mix.make_llm(toy_model, None)
-    answers = mix.run_jobs(llm, mix.mixed_jobs()) | mix.run_jobs(llm, mix.cold_jobs())
+    answers = mix.run_requests(llm, mix.mixed_requests()) | mix.run_requests(llm, mix.cold_requests())
     mix.close(llm)
     return answers
 

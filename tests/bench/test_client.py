@@ -207,10 +207,10 @@ def test_turns_follow_answers_and_tools() -> None:
 
 
 def test_the_same_seed_sends_the_same_prompts() -> None:
-    from vllm_agentserve.bench.drawing import Shape, draw_sessions
+    from vllm_agentserve.bench.drawing import WorkloadOptions, draw_sessions
     from vllm_agentserve.bench.workloads import WORKLOADS
 
-    sessions = draw_sessions(WORKLOADS["react"], Shape(agents=2, sessions=1, turns=3, scale=0.05), 1)
+    sessions = draw_sessions(WORKLOADS["react"], WorkloadOptions(agents=2, sessions=1, turns=3, scale=0.05), 1)
     sent = []
     with token_server(*FAST) as url:
         for _ in range(2):

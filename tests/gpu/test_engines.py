@@ -1,4 +1,4 @@
-"""The GPU kit's engines, agents, tasks and command, without a GPU."""
+"""The GPU check's engines, agents, tasks and command, without a GPU."""
 
 import json
 import math

@@ -72,7 +72,7 @@ def test_a_clock_that_leaps_or_stands_still_stops_nobody(
 def test_the_wall_clock_decides_nothing() -> None:
     """An administrator, or NTP, sets it; only clocks that run on are asked where something is decided."""
     for path in [
-        file for part in ("policy", "scheduler", "lanes", "vllm_compat") for file in (PACKAGE / part).glob("*.py")
+        file for part in ("policy", "scheduler", "lanes", "vllm_compat") for file in (PACKAGE / part).rglob("*.py")
     ]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):

@@ -15,6 +15,7 @@ from typing import Literal
 
 from vllm_agentserve.bench.calls import ProgramShape, forks, origin, tool_chain_s
 from vllm_agentserve.bench.cost import StepCost
+from vllm_agentserve.bench.walk import DueCall
 from vllm_agentserve.policy.call import Call, Chunk, Owner
 from vllm_agentserve.policy.controller import BudgetController, BudgetLimits
 from vllm_agentserve.policy.engine import EnginePolicy
@@ -106,9 +107,7 @@ class Simulator:
         """Runs all programs to their end; returns them in the order in which they ended."""
         for shape in programs:
             live = Live(shape, sum(self._cost.call_ms(call, self._slots) for call in shape.calls))
-            for index, call in enumerate(shape.calls):
-                if not call.parents:
-                    self._at(shape.arrival_s + call.tool_s, live, index)
+            self._plan(live, live.walk.begin(shape.arrival_s))
         while self._events or len(self._waiting) or self.policy.prefilling or self._decoding:
             self._arrivals()
             if self.policy.prefilling or (len(self._waiting) and len(self._decoding) < self._slots):
@@ -119,8 +118,9 @@ class Simulator:
                 self._now = self._events[0][0]
         return self.ended
 
-    def _at(self, when: float, live: Live, index: int) -> None:
-        heapq.heappush(self._events, (when, next(self._numbers), live, index))
+    def _plan(self, live: Live, calls: Sequence[DueCall[int]]) -> None:
+        for due in calls:
+            heapq.heappush(self._events, (due.at_s, next(self._numbers), live, due.name))
 
     def _arrivals(self) -> None:
         while self._events and self._events[0][0] <= self._now:
@@ -211,10 +211,8 @@ class Simulator:
             if self._told:
                 self.policy.sessions.touch(live.shape.name)
             live.left_ms -= self._cost.call_ms(call.request.shape, self._slots)
-            for index, child in enumerate(live.shape.calls):
-                if call.request.index in child.parents and all(parent in live.ends for parent in child.parents):
-                    self._at(self._now + child.tool_s, live, index)
-            if len(live.ends) == len(live.shape.calls):
+            self._plan(live, live.walk.end(call.request.index, self._now))
+            if live.walk.over:
                 self.ended.append(
                     Ended(
                         live.shape.name,

@@ -56,7 +56,7 @@ class SecondWorker:
         self._finished: set[str] = set()
 
     def warm_up(self, tokens: int, before_second: Callable[[], None]) -> float:
-        """Computes a chunk of so many tokens twice, into the block that vLLM keeps for nobody: the first compiles the model,
+        """Computes a chunk of so many tokens twice, into the block that vLLM keeps unused: the first compiles the model,
         unless vLLM runs eagerly. Returns how many seconds the second took, and calls `before_second` in between."""
         from vllm.v1.worker.cpu_model_runner import _set_global_compilation_settings
 

@@ -193,7 +193,7 @@ class LaneModelRunner:
 
     def run(self, chunk: Chunk) -> object:
         """Launches a chunk on the current stream, pausing before a layer's attention where the relay says so; returns what must
-        live until it is through. Called by the relay."""
+        live until it has finished. Called by the relay."""
         from vllm.v1.worker.workspace import use_workspace_lane
 
         second = self._second
@@ -217,7 +217,7 @@ class LaneModelRunner:
 
     def warm_up(self, tokens: int) -> None:
         """Computes a chunk of so many tokens and a short one after it, on the current stream, into the block that vLLM keeps
-        for nobody; so kernels are compiled and scratch memory has its size before vLLM forbids it to grow."""
+        unused; so kernels are compiled and scratch memory has its size before vLLM forbids it to grow."""
         import torch
 
         end = min(tokens + WARM_UP_TAIL, self._second.max_model_len - 1)

@@ -152,7 +152,7 @@ def finds_no_place(scheduler: "Scheduler", waiting: "Request") -> bool:
 
 
 def may_be_preempted(scheduler: "Scheduler", request: "Request") -> bool:
-    """Whether a running request can lose its place now: it has generated something, and nobody writes its blocks."""
+    """Whether a running request can lose its place now: it has generated something, and no lane job writes its blocks."""
     return (
         request.num_output_tokens > 0
         and not request.num_stale_output_tokens
