@@ -197,6 +197,7 @@ def test_the_command_without_a_gpu(tmp_path: Path) -> None:
 
 @needs_cpu_build
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="lanes need two cores")
+@pytest.mark.engine
 def test_agents_on_a_real_engine_with_lanes(tmp_path: Path, toy_model: Path) -> None:
     where = here(tmp_path)
     options = {

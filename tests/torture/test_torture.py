@@ -36,7 +36,13 @@ def stock(toy_model: Path) -> dict[int, Any]:
     return references(list(SHORT.values()))
 
 
-@pytest.fixture(scope="module", params=["time-sliced", pytest.param("lanes", marks=lanes_run_here)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("time-sliced", marks=pytest.mark.engine),
+        pytest.param("lanes", marks=[pytest.mark.engine, lanes_run_here]),
+    ],
+)
 def rig(request: pytest.FixtureRequest, toy_model: Path, stock: dict[int, Any]) -> Iterator[tuple[Episode, Rig]]:
     episode = SHORT[request.param]
     rig = rig_of(episode.options, 0)
