@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 import tests.support.environment  # noqa: F401  before anything imports vLLM
 from tests.support.paths import ROOT
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from tests.support.mix import Answers
 
 ENGINES = ROOT / "tests" / "engine"
+
+# How long an example takes says nothing on a busy machine.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 def pytest_report_header() -> str:
