@@ -116,7 +116,7 @@ def check_lanes(options: str, model: str | None, engine: str = "{}") -> Finding 
         obstacle, cost = gpu_lanes(config, given)
         if obstacle is None and not asked:
             obstacle = (
-                "on the one GPU they ran on, agents took longer with lanes than without, so mode auto leaves them alone. "
+                "on the one GPU they ran on, agents took longer with lanes than without, so mode auto does not start them. "
                 f"With mode lanes: {cost}"
             )
     else:
@@ -128,7 +128,7 @@ def check_lanes(options: str, model: str | None, engine: str = "{}") -> Finding 
     if obstacle is None:
         return Finding("lanes", Level.OK, f"can run; they cost {cost}")
     if asked:
-        return Finding("lanes", Level.PROBLEM, obstacle, "use mode 'auto', which takes what can run")
+        return Finding("lanes", Level.PROBLEM, obstacle, "use mode 'auto', which uses what can run")
     return Finding("lanes", Level.NOTE, f"mode auto is time-sliced here: {obstacle}")
 
 
@@ -193,7 +193,7 @@ def print_findings(findings: list[Finding]) -> int:
             print(f"{'':10}remedy: {finding.remedy}")
     problems = [finding for finding in findings if finding.level is Level.PROBLEM]
     if problems:
-        print(f"\n{len(problems)} problem(s): vLLM will not run with agentserve until they are mended.")
+        print(f"\n{len(problems)} problem(s): vLLM will not run with agentserve until they are fixed.")
         return 1
     mode = AgentServeConfig().mode
     options = next((finding.found for finding in findings if finding.subject == "options"), f"mode {mode}")

@@ -55,7 +55,7 @@ def engine_arguments(text: str, model: str | None) -> EngineArguments:
     try:
         from vllm.engine.arg_utils import EngineArgs
     except Exception as error:  # whatever is wrong with an installation
-        raise EngineMissingError(f"not looked at, because vLLM cannot be imported: {error}") from error
+        raise EngineMissingError(f"not checked, because vLLM cannot be imported: {error}") from error
 
     # Where no model is named, vLLM would take one of its own from the network; a folder without one stands for it.
     given = {"model": model or os.curdir, **given}

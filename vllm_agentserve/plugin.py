@@ -16,7 +16,7 @@ def register() -> None:
     """
     reason = vllm_compat.unsupported_reason(vllm_compat.installed_vllm())
     if reason is not None:
-        logger.debug("vllm_agentserve stays out: %s", reason)
+        logger.debug("vllm_agentserve is not active: %s", reason)
         return
     hooks.add_stats_field()
     hooks.check_options_early(UpstreamHooks)

@@ -14,13 +14,13 @@ from vllm_agentserve.top_table import picture
 
 INTERRUPTED = 130
 PLAIN_WIDTH = 120
-"""Columns where the output is no terminal."""
+"""Columns if the output is not a terminal."""
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Shows the table until Ctrl-C; once where `--once` is given or the output is no terminal.
+    """Shows the table until Ctrl-C, or once with `--once` or if the output is not a terminal.
 
-    Returns the exit code: 0; 1 when it is to be shown once and there is nothing; 130 when that was interrupted.
+    Returns the exit code: 0; 1 if it is to be shown once and the server does not answer; 130 if that was interrupted.
     """
     console = Console()
     page = page_of(arguments.url)
@@ -38,7 +38,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 def show_once(page: str, interval_s: float, session: str | None, console: Console) -> int:
-    """Reads the page twice, `interval_s` apart, and prints what it says; returns the exit code."""
+    """Scrapes twice, `interval_s` apart, and prints the table; returns the exit code."""
     try:
         before = scrape(page)
         time.sleep(interval_s)
@@ -50,7 +50,7 @@ def show_once(page: str, interval_s: float, session: str | None, console: Consol
 
 
 def watch(page: str, interval_s: float, session: str | None, console: Console) -> NoReturn:
-    """Shows what the page says, anew every `interval_s`; while there is nothing, says so and keeps trying. Never returns."""
+    """Shows the table, refreshed every `interval_s`. Shows errors and keeps trying. Never returns."""
     before: dict[str, EngineMetrics] | None = None
     shown: RenderableType = Text()
     with Live(console=console, screen=True, auto_refresh=False) as live:
@@ -58,8 +58,8 @@ def watch(page: str, interval_s: float, session: str | None, console: Console) -
             try:
                 now = scrape(page)
             except ScrapeError as error:
-                words = f"error: {error}\ntrying again every {interval_s:g} s; Ctrl-C ends."
-                live.update(Group(Text(words, style="red"), Text(), shown), refresh=True)
+                message = f"error: {error}\ntrying again every {interval_s:g} s; Ctrl-C ends."
+                live.update(Group(Text(message, style="red"), Text(), shown), refresh=True)
             else:
                 before, shown = now, picture(now, before, session)
                 live.update(shown, refresh=True)

@@ -1,4 +1,4 @@
-"""What `/metrics` says of every engine, read for `agentserve top`; between two readings, how fast."""
+"""Reads `/metrics` for `agentserve top`: the metrics of every engine, and rates between two scrapes."""
 
 import http.client
 import math
@@ -11,9 +11,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_agentserve.config import SERIES
 
-PATIENCE_S = 10.0
-LARGEST = 1 << 26
-"""Bytes of a page that are read."""
+TIMEOUT_S = 10.0
+MAX_BYTES = 1 << 26
+"""Bytes of a page that are read at most."""
 STOCK_SERIES = {
     "vllm:num_requests_running": "running",
     "vllm:num_requests_waiting": "waiting",
@@ -22,24 +22,24 @@ STOCK_SERIES = {
     "vllm:inter_token_latency_seconds_sum": "itl_sum",
     "vllm:inter_token_latency_seconds_count": "itl_count",
 }
-"""vLLM's own series that are read, and what they are called in `EngineMetrics.figures`; ours are called by their short names."""
+"""vLLM's own metrics that are read, and their keys in `EngineMetrics.figures`. Ours have their names without prefix."""
 STEP_COUNTERS = ("decode_steps_total", "mixed_steps_total", "prefill_steps_total")
 
 
 class ScrapeError(RuntimeError):
-    """No figures there; the message holds the address, what was found and the remedy."""
+    """There are no metrics at the address. The message has the address, what was found and the remedy."""
 
 
 @dataclass
 class EngineMetrics:
-    """The series of one engine at `time` (s): without a label of their own, and with `level`, `le` or `row`, by its value."""
+    """The metrics of one engine at `time` (s): those without a label of their own, and those with `level`, `le` or `row`."""
 
     time: float
     figures: dict[str, float] = field(default_factory=dict)
     labelled: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def rate(self, before: "EngineMetrics | None", name: str, per: str | None = None) -> float | None:
-        """What a counter gained since `before`, per second or per gain of another one; None where nothing did."""
+        """Returns the increase of a counter since `before`, per second or per increase of another one; None without one."""
         if before is None or name not in self.figures:
             return None
         gained = self.figures[name] - before.figures.get(name, 0.0)
@@ -47,7 +47,7 @@ class EngineMetrics:
         return gained / by if by > 0 and gained >= 0 else None
 
     def rows(self) -> dict[int, dict[str, float]]:
-        """The rows of programs: their figures without `program_row_`, by the number of the program."""
+        """Returns the rows of programs by program number; the names in them are without `program_row_`."""
         rows: dict[str, dict[str, float]] = {}
         for name, values in self.labelled.items():
             if name.startswith("program_row_"):
@@ -57,10 +57,10 @@ class EngineMetrics:
 
     @property
     def missing(self) -> str | None:
-        """Why there are no programs, with the remedy where it takes one; None where they are told apart."""
+        """Returns why there are no programs, with the remedy if there is one; None if there are."""
         if not any(name not in STOCK_SERIES.values() for name in self.figures):
             return (
-                "no figures of programs: this server runs without our scheduler. Start it with:\n"
+                "no programs: this server runs without our scheduler. Start it with:\n"
                 "  vllm serve MODEL --scheduler-cls vllm_agentserve.AgentScheduler "
                 """--additional-config '{"agentserve": {"policy": "plas"}}'"""
             )
@@ -68,23 +68,23 @@ class EngineMetrics:
             return None
         if any(self.figures.get(name) for name in STEP_COUNTERS):
             return (
-                "no figures of programs: this server does not tell them apart (policy fcfs, mode stock, or vLLM's own "
+                "no programs: this server does not order by programs (policy fcfs, mode stock, or vLLM's own "
                 """priorities). Start it with:\n  --additional-config '{"agentserve": {"policy": "plas"}}'"""
             )
-        return "no figures of programs yet: this engine has run nothing."
+        return "no programs yet: this engine has run nothing."
 
 
 def page_of(url: str) -> str:
-    """The address of the metrics page of a server given as `host:port`, `http://host:port` or the page itself."""
+    """Returns the address of `/metrics` for a server given as `host:port`, `http://host:port` or the page itself."""
     url = url if "://" in url else f"http://{url}"
     return url.rstrip("/").removesuffix("/metrics").rstrip("/") + "/metrics"
 
 
 def scrape(page: str) -> dict[str, EngineMetrics]:
-    """Reads the page: the engines by their label, in order; raises `ScrapeError`."""
+    """Reads the page and returns the engines by label, in order. Raises `ScrapeError`."""
     try:
-        with urllib.request.urlopen(page, timeout=PATIENCE_S) as answer:
-            text = answer.read(LARGEST).decode(errors="replace")
+        with urllib.request.urlopen(page, timeout=TIMEOUT_S) as answer:
+            text = answer.read(MAX_BYTES).decode(errors="replace")
     except urllib.error.HTTPError as error:
         error.close()
         raise ScrapeError(
@@ -98,13 +98,13 @@ def scrape(page: str) -> dict[str, EngineMetrics]:
     engines = parse(text, monotonic())
     if not engines:
         raise ScrapeError(
-            f"{page} holds no figures of vLLM: give the address of a vLLM server that runs without --disable-log-stats"
+            f"{page} has no metrics of vLLM: give the address of a vLLM server that runs without --disable-log-stats"
         )
     return engines
 
 
 def parse(text: str, time: float) -> dict[str, EngineMetrics]:
-    """The engines on a page read at `time`; lines that cannot be understood and values that are not finite are passed over."""
+    """Returns the engines on a page read at `time` (s). Skips lines that cannot be parsed and values that are not finite."""
     engines: dict[str, EngineMetrics] = {}
     for line in text.splitlines():
         if not line.startswith(SERIES) and line.partition("{")[0] not in STOCK_SERIES:

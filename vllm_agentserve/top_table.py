@@ -1,4 +1,4 @@
-"""The picture of `agentserve top`: what an engine does in a few lines, and its programs in a table."""
+"""The output of `agentserve top`: a few lines per engine, and a table of its programs."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ from vllm_agentserve.top_scrape import EngineMetrics
 
 STAGES = {"decoding": "decoding", "resume_prefill": "resume", "cold_prefill": "cold", "waiting": "waiting"}
 NEAR = 1.2
-"""Times the target up to which a TPOT is yellow."""
+"""A TPOT of up to this many targets is yellow."""
 UNKNOWN = "-"
 
 
@@ -21,8 +21,8 @@ def picture(
     """All engines, one below the other.
 
     Args:
-        engines: what they say now.
-        before: what they said at the refresh before; without it there are no rates.
+        engines: their metrics now.
+        before: their metrics at the last refresh; without them there are no rates.
         session: the session id whose program is marked.
     """
     parts: list[RenderableType] = []
@@ -33,35 +33,35 @@ def picture(
 
 
 def header(name: str, reading: EngineMetrics, before: EngineMetrics | None) -> list[Text]:
-    """The lines above the table: pace, requests, memory, programs, lane."""
+    """Returns the lines above the table: time per token, requests, memory, programs, lane."""
     figures = reading.figures
     target_s = figures.get("tpot_target_seconds") or None
-    pace = Text("TPOT ")
+    line = Text("TPOT ")
     if "tpot_seconds" in figures:
-        pace += Text.assemble(
+        line += Text.assemble(
             tpot(figures["tpot_seconds"], target_s), "  p95 ", tpot(figures["tpot_p95_seconds"], target_s)
         )
-        pace += Text(f"  target {milliseconds(target_s)}")
+        line += Text(f"  target {milliseconds(target_s)}")
     else:
-        pace += Text(milliseconds(reading.rate(before, "itl_sum", "itl_count")))
-    pace += Text(f"  generated {number(reading.rate(before, 'generated'))} tokens/s")
+        line += Text(milliseconds(reading.rate(before, "itl_sum", "itl_count")))
+    line += Text(f"  generated {number(reading.rate(before, 'generated'))} tokens/s")
     requests = (
         f"requests: {number(figures.get('running'))} running, {number(figures.get('waiting'))} waiting"
         f"  KV cache {percent(figures.get('kv_usage'))}"
     )
-    lines = [Text.assemble((f"engine {name}  ", "bold"), pace), Text(requests)]
+    lines = [Text.assemble((f"engine {name}  ", "bold"), line), Text(requests)]
     levels = reading.labelled.get("program_waiting_requests")
     if levels is not None:
         waiting = [f"{level}: {levels[level]:.0f}" for level in sorted(levels, key=int) if levels[level]]
         lines.append(
             Text(
-                f"programs: {number(figures.get('programs_tracked'))} live  waiting by level: {', '.join(waiting) or 'none'}"
+                f"programs: {number(figures.get('programs_tracked'))} tracked  waiting by level: {', '.join(waiting) or 'none'}"
             )
         )
     if figures.get("lane_requests_total") or figures.get("lane_tokens_per_second"):
         lines.append(
             Text(
-                f"prefill lane: {number(figures.get('lane_tokens_per_second'))} tokens/s beside decodes, "
+                f"prefill lane: {number(figures.get('lane_tokens_per_second'))} tokens/s while decodes run, "
                 f"{number(figures.get('lane_requests_total'))} prompts, slot {number(figures.get('lane_slot'))}"
             )
         )
@@ -69,7 +69,7 @@ def header(name: str, reading: EngineMetrics, before: EngineMetrics | None) -> l
 
 
 def programs(reading: EngineMetrics, before: EngineMetrics | None, session: str | None) -> list[RenderableType]:
-    """The table, or why there is none, and whether the session asked for is in it."""
+    """Returns the table, or why there is none, and a line if the marked session is not in it."""
     if reading.missing is not None:
         return [Text(reading.missing, style="yellow")]
     rows, earlier = reading.rows(), before.rows() if before is not None else {}
@@ -101,14 +101,14 @@ def programs(reading: EngineMetrics, before: EngineMetrics | None, session: str 
 
 
 def under_way(row: Mapping[str, float]) -> str:
-    """What the program's calls do; empty when it has none, and so runs a tool or is through."""
+    """Returns what the program's calls do; empty if it has none: it runs a tool, or has ended."""
     counts = {word: row.get(name, 0.0) for name, word in STAGES.items()}
     calls = sum(counts.values())
     return ", ".join(f"{count:.0f} {word}" if calls > 1 else word for word, count in counts.items() if count)
 
 
 def program_tpot(row: Mapping[str, float], before: Mapping[str, float] | None) -> float | None:
-    """Seconds per token over what the program decoded since the refresh before; None where it decoded nothing."""
+    """Returns the seconds per token since the last refresh; None if the program decoded nothing."""
     if before is None:
         return None
     tokens = row.get("decode_tokens", 0.0) - before.get("decode_tokens", 0.0)
@@ -117,7 +117,7 @@ def program_tpot(row: Mapping[str, float], before: Mapping[str, float] | None) -
 
 
 def tpot(value_s: float | None, target_s: float | None) -> Text:
-    """Green within the target, yellow near it, red above."""
+    """Returns the TPOT in green within the target, yellow near it, red above."""
     if value_s is None or target_s is None:
         return Text(milliseconds(value_s))
     return Text(

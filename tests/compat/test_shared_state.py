@@ -221,7 +221,7 @@ def test_experts_that_vllm_took_in_the_end(monkeypatch: pytest.MonkeyPatch, back
 @pytest.mark.parametrize("kept", [Stream(), [None, Stream()]])
 def test_streams_of_a_model(monkeypatch: pytest.MonkeyPatch, kept: Any) -> None:
     model = torch.nn.Sequential(Layer(), Layer(aside=kept))
-    assert "on a stream of its own in 1.aside, which both lanes would share" in str(found_in(monkeypatch, model))
+    assert "on a separate stream in 1.aside, which both lanes would share" in str(found_in(monkeypatch, model))
 
 
 def test_the_stream_that_vllm_has_once_per_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +237,7 @@ def test_the_stream_that_vllm_has_once_per_process(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"kv_offloading_size": 4.0}, "--kv-offloading-size puts another KV connector"),
+        ({"kv_offloading_size": 4.0}, "--kv-offloading-size would replace the lane's KV connector"),
         ({"worker_extension_cls": "trainer.WeightSync"}, "may replace weights while the lane works"),
         ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size is 2"),
         ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size is 2"),

@@ -10,7 +10,14 @@ from tests.support.paths import ROOT
 from vllm_agentserve import __version__
 
 DESIGN = ROOT / "docs" / "design"
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *DESIGN.glob("*.md"), ROOT / "patches" / "README.md"]
+RESULTS = ROOT / "docs" / "results"
+PAGES = [
+    *ROOT.glob("*.md"),
+    *(ROOT / "docs").glob("*.md"),
+    *DESIGN.glob("*.md"),
+    *RESULTS.glob("*.md"),
+    ROOT / "patches" / "README.md",
+]
 DECISIONS = [page for page in DESIGN.glob("*.md") if page.name != "README.md"]
 SECTIONS = ["Question", "Decision", "Why", "What lost", "What it costs", "Where", "What would change our mind"]
 PATH = re.compile(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|md|json|patch|toml)|(?:[\w.-]+/)+)`")
@@ -21,14 +28,33 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
+def anchors_of(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
-        if not link.startswith(("http://", "https://", "#")):
-            assert (page.parent / link.partition("#")[0]).exists(), link
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors_of(target), link
 
 
-@pytest.mark.parametrize("page", [*DECISIONS, DESIGN / "README.md", ROOT / "CONTRIBUTING.md"], ids=name_of)
+def test_every_page_of_results_is_in_their_index() -> None:
+    index = (RESULTS / "README.md").read_text()
+    for page in RESULTS.glob("*.md"):
+        assert page.name == "README.md" or f"| [{page.name}]({page.name}) |" in index, page.name
+
+
+@pytest.mark.parametrize(
+    "page", [*DECISIONS, DESIGN / "README.md", RESULTS / "faults.md", ROOT / "CONTRIBUTING.md"], ids=name_of
+)
 def test_the_paths_a_page_names_exist(page: Path) -> None:
     """From the root, or modules from the package as on the architecture page."""
     named = PATH.findall(page.read_text())

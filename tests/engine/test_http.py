@@ -163,7 +163,7 @@ def test_the_periodic_log_line_has_our_part(server: VllmServer) -> None:
         time.sleep(0.2)
     assert "(target 40.0 ms)" in server.log.read_text()
     assert (
-        "agentserve: mode auto (lanes and steps, whichever reads a prompt faster), synchronous scheduling, "
+        "agentserve: mode auto (for each prompt the faster of lanes and steps), synchronous scheduling, "
         in server.log.read_text()
     )
 

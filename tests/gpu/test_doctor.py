@@ -155,7 +155,7 @@ def test_memory_that_others_hold(free: int, says: bool) -> None:
         ({"offload_group_size": 8}, "prefetched weights pass through buffers"),
         ({"weight_transfer_config": {"backend": "nccl"}}, "weights are replaced while the engine runs"),
         ({"enable_sleep_mode": True}, "sleep mode unmaps memory"),
-        ({"kv_offloading_size": 4}, "--kv-offloading-size puts another KV connector"),
+        ({"kv_offloading_size": 4}, "--kv-offloading-size would replace the lane's KV connector"),
         ({"worker_cls": "their.Worker"}, "--worker-cls is 'their.Worker'"),
         ({"quantization": "fp8"}, "kernels of quantization 'fp8'"),
         ({"cpu_offload_gb": 4}, None),
@@ -215,6 +215,6 @@ def test_arguments_without_a_vllm_that_can_be_imported(
     monkeypatch.setitem(sys.modules, "vllm.engine.arg_utils", found)  # type: ignore[arg-type]
     code, words = said(capsys, *LANES, "--engine", '{"enable_lora": true}')
     assert code == 0, words
-    assert "[   note] engine arguments: not looked at, because vLLM cannot be imported: " in words
+    assert "[   note] engine arguments: not checked, because vLLM cannot be imported: " in words
     assert "[     ok] GPU: NVIDIA H100" in words
     assert "lanes:" not in words

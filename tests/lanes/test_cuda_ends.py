@@ -63,7 +63,7 @@ def test_cancel_twice_after_the_end_and_of_nobody() -> None:
 def test_the_same_request_comes_again_after_its_end() -> None:
     bench = Bench()
     bench.step(job("a", 60))
-    with pytest.raises(LaneError, match="a came to the prefill lane twice"):
+    with pytest.raises(LaneError, match="a was sent to the prefill lane twice"):
         bench.lane.submit(job("a", 60))
     bench.until("a")
     bench.ended.clear()

@@ -87,7 +87,7 @@ def test_a_lane_that_fails_three_times_leaves_time_sliced_steps_and_every_job_to
     assert bench.told == dict.fromkeys("abcdefgh", True)
     assert torn_down(bench) == (False, False)
     assert [report.down for report in bench.reports].count(True) == 1
-    assert sum("from now on all is time-sliced" in one for one in said) == 1
+    assert sum("from now on everything is time-sliced" in one for one in said) == 1
     used, chosen = len(bench.device.log), len(bench.runner.selected)
     bench.work(job("late", 60, first_block=300), slot=2)
     bench.work(computes=False)
@@ -96,7 +96,7 @@ def test_a_lane_that_fails_three_times_leaves_time_sliced_steps_and_every_job_to
     assert {work.stream for work in bench.device.log[used:]} == {"plain", "copies"}
     assert set(bench.runner.selected[chosen:]) == {None}, "graphs of the slots are replayed no more"
     assert [report.down for report in bench.reports].count(True) == 1
-    assert sum("from now on all is time-sliced" in one for one in said) == 1
+    assert sum("from now on everything is time-sliced" in one for one in said) == 1
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_programs_over_http(serve: Callable[..., str], capsys: pytest.CaptureFix
     assert "tool" in lines["000007"]
     assert "TPOT 21.0 ms  p95 55.0 ms  target 40.0 ms" in said
     assert "requests: 3 running, 2 waiting  KV cache 42 %" in said
-    assert "programs: 2 live  waiting by level: 3: 2" in said
+    assert "programs: 2 tracked  waiting by level: 3: 2" in said
 
 
 def test_the_program_of_a_session_is_marked() -> None:
@@ -205,17 +205,17 @@ def test_engines_are_shown_apart() -> None:
         for engine, live in ((10, 4), (2, 9))
     )
     said = drawn(text)
-    assert said.index("engine 2 ") < said.index("9 live") < said.index("engine 10 ") < said.index("4 live")
+    assert said.index("engine 2 ") < said.index("9 tracked") < said.index("engine 10 ") < said.index("4 tracked")
     assert said.index("000002") < said.index("engine 10 ") < said.index("00000a")
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("hello\nworld {", "holds no figures of vLLM"),
-        ("", "holds no figures of vLLM"),
-        ("\udcff\udcfe\x00", "holds no figures of vLLM"),
-        ("vllm:num_requests_running{engine= 3\nvllm:agentserve_ {{{ x", "holds no figures of vLLM"),
+        ("hello\nworld {", "has no metrics of vLLM"),
+        ("", "has no metrics of vLLM"),
+        ("\udcff\udcfe\x00", "has no metrics of vLLM"),
+        ("vllm:num_requests_running{engine= 3\nvllm:agentserve_ {{{ x", "has no metrics of vLLM"),
         (404, "answers HTTP 404"),
         (500, "answers HTTP 500"),
     ],

@@ -198,7 +198,7 @@ def test_an_idle_engine_says_what_is_wrong_as_often_as_it_was_asked_to(
     assert look() == 0
     now += 60.0
     assert look() == 2
-    assert "do not balance: KV block 1 is counted as held 1 times" in caplog.text
+    assert "state is inconsistent: KV block 1 is counted as held 1 times" in caplog.text
     assert scheduler._stats.counts["integrity_faults"] == 2
     assert look() == 0
     now += 60.0

@@ -210,7 +210,7 @@ def test_the_log_has_a_line_per_engine_that_did_something(page: Page, monkeypatc
     page.record({}, engine=0)
     page.logger.log()
     assert lines == [
-        "Engine 001: agentserve: TPOT 20.0 ms, p95 30.0 ms (target 40.0 ms), prefill beside decodes 25 tokens per step, "
+        "Engine 001: agentserve: TPOT 20.0 ms, p95 30.0 ms (target 40.0 ms), prefill per step with decodes 25 tokens, "
         "resume budget 256 tokens, admitted: 2 cold, 0 resume"
     ]
     page.logger.log()

@@ -119,7 +119,7 @@ def test_the_books_of_the_idle_engine_balance(server: VllmServer) -> None:
     time.sleep(0.5)
     (line,) = [line for line in page(server).splitlines() if line.startswith("vllm:agentserve_integrity_faults_total")]
     assert line.endswith(" 0.0")
-    assert "do not balance" not in server.log.read_text(errors="replace")
+    assert "state is inconsistent" not in server.log.read_text(errors="replace")
 
 
 def group(server: VllmServer) -> dict[int, str]:

@@ -160,7 +160,7 @@ class LaneConnectorScheduler:
         if worker is None:
             raise RuntimeError(
                 f"{len(self._in_flight)} prompts are in the prefill lane of a worker in another process: call again when they "
-                "are through, or serve in mode 'time-sliced'"
+                "have ended, or serve in mode 'time-sliced'"
             )
         return set(worker.drain())
 

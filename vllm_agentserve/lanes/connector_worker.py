@@ -175,12 +175,12 @@ class LaneConnectorWorker:
         self._lane = None
         if self._make_again is None:
             self._retired = lane
-            logger.error("agentserve: the prefill lane has ended; from now on all is time-sliced.")
+            logger.error("agentserve: the prefill lane has ended; from now on everything is time-sliced.")
             return
         lane.close()
         if self.restarts >= self.options.lane_restarts:
             logger.error(
-                "agentserve: the prefill lane died %d times; from now on all is time-sliced.", self.restarts + 1
+                "agentserve: the prefill lane died %d times; from now on everything is time-sliced.", self.restarts + 1
             )
             return
         self.restarts += 1
@@ -190,7 +190,9 @@ class LaneConnectorWorker:
         try:
             self._lane, self._new = self._make_again(), True
         except Exception as error:
-            logger.error("agentserve: the prefill lane cannot be started; from now on all is time-sliced: %s", error)
+            logger.error(
+                "agentserve: the prefill lane cannot be started; from now on everything is time-sliced: %s", error
+            )
 
     def drain(self) -> set[str]:
         """Cancels every job and waits until none holds blocks; returns the requests whose blocks nobody writes any more.

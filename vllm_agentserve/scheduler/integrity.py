@@ -85,4 +85,4 @@ class Integrity:
         found = self.faults()
         stats.counts["integrity_faults"] += len(found)
         for fault in found[:SHOWN]:
-            logger.error("agentserve: the books of the scheduler do not balance: %s. Please report this.", fault)
+            logger.error("agentserve: the scheduler's state is inconsistent: %s. Please report this.", fault)

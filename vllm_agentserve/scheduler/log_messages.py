@@ -1,4 +1,4 @@
-"""What the engine's log says of us: once at start, and once for everything that had to be left as it is."""
+"""Messages in the engine's log: one at start, and one for each thing that cannot be applied."""
 
 from logging import Logger
 
@@ -6,16 +6,16 @@ from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.policy.hints import KNOWN, HintError
 
 MODES = {
-    (True, True, True): "auto (lanes and steps, whichever reads a prompt faster)",
+    (True, True, True): "auto (for each prompt the faster of lanes and steps)",
     (True, True, False): "lanes",
-    (False, True, True): "auto, which is time-sliced here",
+    (False, True, True): "auto (time-sliced here)",
     (False, True, False): "time-sliced",
 }
-"""By whether there is a lane, whether prefills are cut, and whether the mode is `auto`; `stock` otherwise."""
+"""By: is there a lane, are prefills cut, is the mode `auto`. Anything else is `stock`."""
 
 
 class LogMessages:
-    """Args: logger: vLLM's, so that lines look like its own."""
+    """Args: logger: vLLM's, so that our lines look like its own."""
 
     def __init__(self, logger: Logger) -> None:
         self._logger = logger
@@ -30,7 +30,7 @@ class LogMessages:
         budget_obstacle: str | None,
         order_obstacle: str | None,
     ) -> None:
-        """Says mode, scheduling, target and order, and why something of it does not apply."""
+        """Logs mode, scheduling, target and policy, and the reason for each of them that does not apply."""
         self._logger.info(
             "agentserve: mode %s, %s scheduling, TPOT target %s, policy %s.",
             MODES.get((lane, budget_obstacle is None, options.mode == "auto"), "stock"),
@@ -41,21 +41,21 @@ class LogMessages:
         if budget_obstacle is not None:
             self._logger.warning("agentserve: prefills are not cut to the TPOT target: %s.", budget_obstacle)
         if order_obstacle is not None:
-            self._logger.warning("agentserve: waiting requests keep vLLM's order: %s.", order_obstacle)
+            self._logger.warning("agentserve: waiting requests are in vLLM's order: %s.", order_obstacle)
 
     def prefill_not_cut(self, obstacle: str) -> None:
-        """Says, once per reason, that a prompt is longer than its budget."""
+        """Warns, once per reason, that prompts are not cut to their budget."""
         if obstacle not in self._not_cut:
             self._not_cut.add(obstacle)
             self._logger.warning("agentserve: a prompt is not cut to the TPOT target because %s.", obstacle)
 
     def invalid_hint(self, error: HintError) -> None:
-        """Says, once per hint, that it is ignored; all unknown ones are one kind. What the client sent stays out of the log."""
+        """Warns that a hint is ignored, once per hint name; all unknown names count as one. The client's value is not logged."""
         kind = error.name if error.name in KNOWN else ""
         if kind not in self._invalid:
             self._invalid.add(kind)
             self._logger.warning(
-                "agentserve: a hint is ignored: vllm_xargs[%s] must be %s. Further ones of this kind are only counted.",
+                "agentserve: a hint is ignored: vllm_xargs[%s] must be %s. Further hints of this kind are only counted.",
                 repr(kind) if kind else "'agent_...'",
                 error.allowed,
             )

@@ -1,4 +1,4 @@
-"""The API server's side of the report: Prometheus series on vLLM's own `/metrics`, and a line in vLLM's periodic log."""
+"""The API server's side: Prometheus series on vLLM's own `/metrics`, and a line in vLLM's periodic log."""
 
 import math
 import os
@@ -21,14 +21,14 @@ logger = init_logger("vllm.agentserve")
 
 
 class AgentStatLogger(AggregateStatLoggerBase):
-    """Records the reports of `StatsCollector`, whichever API server of an engine receives them.
+    """Records the reports of `StatsCollector` that this API server receives.
 
-    Counters arrive as differences and gauges as values, so with several API servers the sum of the counters and the most
-    recent gauge are right, which is how vLLM's multi-process registry joins them.
+    Counters arrive as increments and gauges as values. With several API servers the sum of the counters and the latest gauge
+    are therefore right, and this is how vLLM's multi-process registry combines them.
 
     Args:
         vllm_config: names the model in the labels.
-        engine_indexes: the engines this server hears of; each is a label value.
+        engine_indexes: the engines that report to this server; each is a label value.
         log_lines: whether `log()` writes a line.
     """
 
@@ -56,7 +56,7 @@ class AgentStatLogger(AggregateStatLoggerBase):
             for name, (label, text) in LABELLED.items()
         }
         self._children: dict[int, dict[str, Any]] = {index: {} for index in engine_indexes}
-        """By engine: what is on the page of `_labelled`, by the key it has in reports."""
+        """By engine: the exported children of `_labelled`, by their key in a report."""
 
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
@@ -78,7 +78,7 @@ class AgentStatLogger(AggregateStatLoggerBase):
         self._latest[engine_idx] = report
 
     def _labelled_gauge(self, key: str, engine_idx: int) -> Any:
-        """The gauge of a report's key of the form `name:label value`."""
+        """Returns the gauge for a report's key `name:label value`."""
         children = self._children[engine_idx]
         if key not in children:
             name, _, value = key.partition(":")
@@ -86,10 +86,10 @@ class AgentStatLogger(AggregateStatLoggerBase):
         return children[key]
 
     def _clear_rows(self, report: dict[str, float], engine_idx: int) -> None:
-        """Takes rows whose program is gone off the page.
+        """Removes rows whose program is gone.
 
-        With several API servers their common registry forgets no series, and another one may have written the row: there it
-        gets the value NaN.
+        With several API servers the shared registry never removes a series, and another server may have written the row. There
+        the row is set to NaN.
         """
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             for key in ROW_KEYS - report.keys():
@@ -112,8 +112,8 @@ class AgentStatLogger(AggregateStatLoggerBase):
                 continue
             latest = self._latest[index]
             logger.info(
-                "Engine %03d: agentserve: TPOT %.1f ms, p95 %.1f ms (target %.1f ms), prefill beside decodes %.0f tokens "
-                "per step, resume budget %.0f tokens, admitted: %.0f cold, %.0f resume",
+                "Engine %03d: agentserve: TPOT %.1f ms, p95 %.1f ms (target %.1f ms), prefill per step with decodes %.0f "
+                "tokens, resume budget %.0f tokens, admitted: %.0f cold, %.0f resume",
                 index,
                 latest["tpot_seconds"] * 1000,
                 latest["tpot_p95_seconds"] * 1000,

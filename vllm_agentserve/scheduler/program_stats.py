@@ -1,8 +1,9 @@
-"""What is reported with one label more. Of programs: counts by level and by service, and a row each of a few of them. Of the
-prefill lane: memory by stream.
+"""Metrics with one more label. Programs: counts by level and by service, and one row per program for a few of them. Prefill
+lane: memory by stream.
 
-No label and no value is made of a session id or of a prompt, but for `program_row_id`, which is 24 bits of a hash; and there
-are `program_levels` values of `level` and `le` and `ROW_LABELS` of `row`, however many programs there are.
+No label and no value contains a session id or a prompt, except `program_row_id`, which is 24 bits of a hash. The number of
+series is bounded: `level` and `le` have `program_levels` values, `row` has those of `ROW_LABELS`, however many programs there
+are.
 """
 
 from vllm_agentserve.policy.census import Stage
@@ -11,50 +12,47 @@ from vllm_agentserve.policy.programs import ProgramTable
 
 ROW_LABELS = tuple(str(number) for number in range(16))
 LOOK_AGAIN = 32
-"""So many decoding programs are sorted anew by their service per report."""
+"""Decoding programs whose service bucket is updated per report."""
 
 BY_LEVEL = {
     "program_waiting_requests": (
         "level",
-        "Waiting requests by the level at which they wait.",
+        "Waiting requests by level.",
     ),
     "program_service_seconds_bucket": (
         "le",
-        "Programs remembered that have received so many seconds of the engine's time or less.",
+        "Programs that have received at most this much engine time.",
     ),
 }
 ROWS = {
     "program_row_id": "Number of the program in this row: the first 24 bits of the SHA-256 of its session id.",
     "program_row_calls": "Calls of the program so far.",
-    "program_row_waiting": "Its calls that wait.",
+    "program_row_waiting": "Its waiting calls.",
     "program_row_cold_prefill": "Its calls in a cold prefill.",
     "program_row_resume_prefill": "Its calls in a resume prefill.",
-    "program_row_decoding": "Its calls that decode.",
-    "program_row_level": "Level at which its longest waiting call waits, or its next one would.",
-    "program_row_service_seconds": "What it has received of the engine's time.",
-    "program_row_waiting_seconds": "How long the call that waits longest has waited.",
+    "program_row_decoding": "Its decoding calls.",
+    "program_row_level": "Level of its longest-waiting call, or of its next call when none waits.",
+    "program_row_service_seconds": "Engine time it has received.",
+    "program_row_waiting_seconds": "Waiting time of its longest-waiting call.",
     "program_row_decode_tokens": "Tokens it has decoded, one per call and engine step.",
-    "program_row_decode_seconds": "Time these took, summed over calls: divided by them, its TPOT.",
-    "program_row_cached_ratio": "Share of its prompts that was cached at admission; left out until a call is admitted.",
-    "program_row_kv_tokens": "Tokens whose KV its calls hold; what they share counts for each.",
+    "program_row_decode_seconds": "Time of these decodes, summed over calls. Divided by the tokens, it is its TPOT.",
+    "program_row_cached_ratio": "Share of its prompt tokens that were cached at admission. Left out until a call is admitted.",
+    "program_row_kv_tokens": "Tokens whose KV its calls hold. Shared blocks count for each call.",
 }
 BY_STREAM = {
     "lane_memory_bytes": (
         "stream",
-        "Device memory that a stream of the prefill lane, or the driver for all of them, took in warm-up; with a lane on a GPU.",
+        "Device memory that a stream of the prefill lane (or the driver, for all) took in warm-up. GPUs only.",
     ),
 }
 LABELLED = BY_LEVEL | {name: ("row", text) for name, text in ROWS.items()} | BY_STREAM
-"""Gauges with one label more, (label, meaning) by the name they have behind the prefix.
-
-A report holds their values under `name:label value`.
-"""
+"""Gauges with one more label: (label, meaning) by name, without prefix. The key in a report is `name:label value`."""
 KEYS_OF_ROWS = tuple(tuple(f"{name}:{row}" for name in ROWS) for row in ROW_LABELS)
 ROW_KEYS = frozenset(key for keys in KEYS_OF_ROWS for key in keys)
 
 
 def program_report(table: ProgramTable, now: float) -> dict[str, float]:
-    """The figures of programs at time `now` (s): O(levels + rows)."""
+    """Returns the metrics of programs at time `now` (s) in O(levels + rows)."""
     table.look_again(LOOK_AGAIN, now)
     report: dict[str, float] = {"programs_tracked": len(table)}
     for level, waiting in enumerate(table.census.waiting):
@@ -72,7 +70,7 @@ def program_report(table: ProgramTable, now: float) -> dict[str, float]:
 
 
 def row_figures(table: ProgramTable, key: str, program: Program, now: float) -> tuple[float | None, ...]:
-    """The figures of one program, in the order of `ROWS`; None for what is left out."""
+    """Returns the values of one program in the order of `ROWS`; None for a value to leave out."""
     tally, census = program.tally, table.census
     tokens, decode_ms = census.decoded(tally)
     longest = next(iter(tally.waiting.values()), None)

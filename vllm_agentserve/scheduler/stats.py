@@ -1,4 +1,4 @@
-"""What the engine reports: plain figures, collected between two reports and sent as one flat dictionary."""
+"""What the engine reports: counters and gauges, sent to an API server as one flat dictionary."""
 
 from collections.abc import Callable
 from time import monotonic
@@ -12,58 +12,58 @@ from vllm_agentserve.scheduler.program_stats import program_report
 COUNTERS = {
     "cold_prefill_requests": "Requests admitted as cold prefill.",
     "resume_prefill_requests": "Requests admitted as resume prefill.",
-    "cold_prefill_tokens": "Prompt tokens computed by cold prefills.",
-    "resume_prefill_tokens": "Prompt tokens computed by resume prefills.",
+    "cold_prefill_tokens": "Prompt tokens of cold prefills computed in steps.",
+    "resume_prefill_tokens": "Prompt tokens of resume prefills computed in steps.",
     "decode_sequences": "Decode sequences scheduled, summed over steps.",
     "decode_steps": "Engine steps with decodes only.",
     "mixed_steps": "Engine steps with decodes and prefill chunks.",
     "prefill_steps": "Engine steps with prefill chunks only.",
-    "prefill_chunks": "Prefill chunks run beside decodes.",
-    "prefill_chunk_tokens": "Prompt tokens in chunks run beside decodes.",
-    "lane_requests": "Prompts given to the prefill lane.",
+    "prefill_chunks": "Prefill chunks in steps with decodes.",
+    "prefill_chunk_tokens": "Prompt tokens of prefill chunks in steps with decodes.",
+    "lane_requests": "Prompts sent to the prefill lane.",
     "lane_tokens": "Prompt tokens computed by the prefill lane.",
-    "lane_faster_requests": "Prompts the prefill lane got because it reads them faster than steps within the target.",
-    "lane_forced_requests": "Prompts the prefill lane got because mode lanes was asked for.",
-    "step_faster_requests": "Long prompts computed in steps because those read them faster, within the target.",
+    "lane_faster_requests": "Prompts sent to the prefill lane because it is faster than steps within the target.",
+    "lane_forced_requests": "Prompts sent to the prefill lane because of mode lanes.",
+    "step_faster_requests": "Long prompts computed in steps because these are faster than the prefill lane.",
     "step_short_requests": "Prompts computed in steps because they are short.",
-    "step_no_decodes_requests": "Long prompts computed in steps because nobody decoded.",
+    "step_no_decodes_requests": "Long prompts computed in steps because no request was decoding.",
     "step_lane_down_requests": "Long prompts computed in steps because the prefill lane was down.",
-    "step_lane_full_requests": "Long prompts computed in steps because the prefill lane had no room for them for too long.",
+    "step_lane_full_requests": "Long prompts computed in steps because the prefill lane stayed full for too long.",
     "step_ineligible_requests": "Long prompts computed in steps because the prefill lane cannot compute them.",
-    "step_unmeasured_requests": "Long prompts computed in steps because nothing had been measured yet.",
-    "lane_overlapped_steps": "Engine steps with decodes only, beside a prefill lane that worked.",
-    "lane_failed_requests": "Prompts the prefill lane failed on, which were computed again.",
-    "lane_launches": "Prefill chunks that the thread of the decode steps launched beside one; with a lane on a GPU.",
-    "lane_launch_seconds": "Seconds of that thread these took; it launches no decode step meanwhile.",
-    "program_explicit_requests": "Requests whose session id names their program; this and the next five with plas or atlas only.",
-    "program_inferred_requests": "Requests that go on from an earlier answer, and so belong to its program.",
-    "program_new_requests": "Requests without session id that go on from nothing known: the first of a program.",
-    "program_promotions": "Calls moved to the first level because they had waited too long for what they had received.",
-    "program_preemptions": "Running calls that gave up their place to one of a better level.",
-    "program_preempted_tokens": "Tokens computed again for calls that had given up their place.",
-    "invalid_hints": "Hints of clients that were wrong, and so ignored.",
-    "integrity_faults": "Faults found in the scheduler's own books; with the option integrity_check_interval_s only.",
-    "overdue_requests": "Requests moved to the front of the queue because others had overtaken them for too long.",
-    "offered_prefill_seconds": "Seconds the whole device would take for the uncached prompt tokens of the requests that came.",
-    "slow_steps": "Decode steps that took longer than the upper threshold of the target.",
+    "step_unmeasured_requests": "Long prompts computed in steps because speeds had not been measured yet.",
+    "lane_overlapped_steps": "Engine steps with decodes only that ran in parallel with the prefill lane.",
+    "lane_failed_requests": "Prompts that failed in the prefill lane and were computed again in steps.",
+    "lane_launches": "Chunks of the prefill lane launched by the thread that launches decode steps. GPUs only.",
+    "lane_launch_seconds": "Time that thread spent on these launches, in which it launched no decode step.",
+    "program_explicit_requests": "Requests whose session id names their program. Policies plas and atlas only.",
+    "program_inferred_requests": "Requests that continue an earlier answer and so belong to its program.",
+    "program_new_requests": "Requests without a session id that continue no known answer: the first of a program.",
+    "program_promotions": "Calls moved to the first level after a wait too long for the service of their program.",
+    "program_preemptions": "Running calls preempted by a waiting call of a better level.",
+    "program_preempted_tokens": "Tokens computed again after such preemptions.",
+    "invalid_hints": "Invalid hints of clients, which were ignored.",
+    "integrity_faults": "Faults found in the scheduler's state. Option integrity_check_interval_s only.",
+    "overdue_requests": "Requests moved to the front of the queue after others had overtaken them for too long.",
+    "offered_prefill_seconds": "Time the whole device would take for the uncached prompt tokens of arriving requests.",
+    "slow_steps": "Decode steps that took longer than upper_threshold times the target.",
 }
-"""Counters, by the name they have behind the prefix (with `_total`); each report carries what was added."""
+"""Counters by name, without prefix and `_total`. A report carries what was added since the last one."""
 
 GAUGES = {
     "tpot_target_seconds": "Target for the time between two tokens of a stream.",
-    "step_target_seconds": "What the latest step with prefill beside decodes was planned for; above the target where many wait.",
-    "pending_prefill_tokens": "Prompt tokens still to be computed in steps, of waiting and running requests.",
-    "tpot_seconds": "Time between two tokens of a stream as the engine gives it, exponentially weighted.",
-    "tpot_p95_seconds": "95th percentile of the time between two tokens over the last 256 decode steps.",
-    "resume_budget_tokens": "Largest resume prefill that goes ahead of cold ones, and their share of a step.",
-    "last_prefill_chunk_tokens": "Prompt tokens of the latest step that mixed decodes and prefill.",
-    "budget_gain": "Correction the feedback law applies to the target (1 = the step-time model is right).",
-    "step_prediction_error_ratio": "Mean relative error of the predicted duration of mixed steps.",
-    "programs_tracked": "Programs remembered, with a policy of programs.",
-    "lane_tokens_per_second": "Prompt tokens the prefill lane computes per second beside decodes; 0 until it has.",
-    "lane_slot": "Index of the slot, by growing share of the decode lane, that divides the device while both lanes work.",
+    "step_target_seconds": "Planned duration of the latest step with decodes and prefill. Rises while many prompts wait.",
+    "pending_prefill_tokens": "Prompt tokens of waiting and running requests still to be computed in steps.",
+    "tpot_seconds": "Time between two tokens of a stream in the engine, exponentially weighted mean.",
+    "tpot_p95_seconds": "95th percentile of the time between two tokens of a stream over the last 256 decode steps.",
+    "resume_budget_tokens": "Largest resume prefill that goes ahead of cold ones, and the share of resume prefills in a step.",
+    "last_prefill_chunk_tokens": "Prompt tokens of the latest step with decodes and prefill.",
+    "budget_gain": "Factor by which feedback corrects the target. 1: the step-time model is right.",
+    "step_prediction_error_ratio": "Mean relative error of the predicted duration of steps with decodes and prefill.",
+    "programs_tracked": "Programs the scheduler remembers. Policies plas and atlas only.",
+    "lane_tokens_per_second": "Prompt tokens per second of the prefill lane while decodes run. 0 until measured.",
+    "lane_slot": "Index of the slot in use, by growing share of the decode lane.",
 }
-"""Gauges, by the name they have behind the prefix; each report carries their value."""
+"""Gauges by name, without prefix. A report carries their value."""
 
 
 class LaneGauges(Protocol):
@@ -86,7 +86,7 @@ class LaneGauges(Protocol):
 
 
 class StatsCollector:
-    """Collects counters from finished steps and reads gauges off the controller when a report is due."""
+    """Collects counters from finished steps, and reads the gauges from the controller when a report is due."""
 
     def __init__(self, controller: BudgetController) -> None:
         self._controller = controller
@@ -95,30 +95,30 @@ class StatsCollector:
         self._reported = dict(self.counts)
         self._last_chunk = 0
         self.tokens_left: Callable[[], int] = int
-        """Prompt tokens still to be computed in steps; set by the scheduler."""
+        """Returns the prompt tokens still to be computed in steps. Set by the scheduler."""
         self.lane: LaneGauges | None = None
-        """Set where there are lanes."""
+        """None without a prefill lane."""
         self.programs: ProgramTable | None = None
-        """Set where programs are told apart."""
+        """None with policy `fcfs`."""
 
     def admitted(self, phase: Phase) -> None:
         self.counts[f"{phase.label}_requests"] += 1
 
     def offered(self, tokens: int) -> None:
-        """Counts the uncached prompt tokens of a request that came, once it is known what a prompt takes."""
+        """Adds a new request's uncached tokens to the offered load, in seconds; nothing before the rate is measured."""
         rate = self._controller.device_rate(tokens, 0)
         if rate is not None:
             self.counts["offered_prefill_seconds"] += tokens / rate
 
     def quiet_step(self, sequences: int, beside_lane: bool) -> None:
-        """Counts a step of decodes only."""
+        """Counts a step with decodes only."""
         counts = self.counts
         counts["lane_overlapped_steps"] += beside_lane
         counts["decode_steps"] += 1
         counts["decode_sequences"] += sequences
 
     def prefill_step(self, sequences: int, chunks: list[tuple[Phase, int, int]]) -> None:
-        """Counts a step with prefill chunks and that many decodes beside them."""
+        """Counts a step with these chunks and this many decodes."""
         counts = self.counts
         counts["mixed_steps" if sequences else "prefill_steps"] += 1
         counts["decode_sequences"] += sequences
@@ -130,7 +130,7 @@ class StatsCollector:
             counts["prefill_chunk_tokens"] += self._last_chunk
 
     def take(self) -> dict[str, float]:
-        """Returns what was counted since the last report, and where the gauges stand."""
+        """Returns the increments since the last report, and the gauges."""
         controller = self._controller
         counts, before = self.counts, self._reported
         counts["slow_steps"] = controller.slow_steps

@@ -65,7 +65,7 @@ def arguments_obstacle(arguments: Any, model: "ModelConfig", capability: int) ->
     if envs.VLLM_USE_V2_MODEL_RUNNER is False:
         return V1_RUNNER
     if arguments.worker_cls not in ("auto", WORKER):
-        return f"--worker-cls is {arguments.worker_cls!r}, and lanes need their own"
+        return f"--worker-cls is {arguments.worker_cls!r}, and lanes need another"
     return shared_state_obstacle(settings_of_arguments(arguments, model), capability)
 
 
@@ -76,7 +76,7 @@ def cuda_obstacle(vllm_config: "VllmConfig") -> str | None:
     if not vllm_config.use_v2_model_runner:
         return V1_RUNNER
     if vllm_config.parallel_config.worker_cls != WORKER:
-        return f"--worker-cls is {vllm_config.parallel_config.worker_cls!r}, and lanes need their own"
+        return f"--worker-cls is {vllm_config.parallel_config.worker_cls!r}, and lanes need another"
     return shared_state_obstacle(settings_of_config(vllm_config), capability_major())
 
 
@@ -121,7 +121,7 @@ def environment_obstacle() -> str | None:
     """The part of `machine_obstacle` that is in environment variables."""
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         if "expandable_segments:True" in os.environ.get(name, "").replace(" ", ""):
-            return f"{name} turns on expandable segments, which vLLM refuses beside a KV connector"
+            return f"{name} turns on expandable segments, which vLLM refuses together with a KV connector"
     if (percentage := os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "100")) not in ("", "100"):
         return (
             f"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE={percentage} lets MPS choose the multiprocessors, which would move those of the "
@@ -163,7 +163,7 @@ def driver_obstacle() -> str | None:
     except RuntimeError as missing:
         return f"the NVIDIA driver was not found ({missing})"
     if int(error) != 0:
-        return f"the NVIDIA driver does not tell its version (CUDA error {int(error)})"
+        return f"the NVIDIA driver does not report its version (CUDA error {int(error)})"
     if version < OLDEST_DRIVER:
         return (
             f"the NVIDIA driver supports CUDA {version // 1000}.{version % 1000 // 10}, green contexts need 12.4: "

@@ -59,7 +59,7 @@ def choose_lanes(arguments: Any, options: AgentServeConfig) -> str | None:
         return None
     if options.mode == "lanes":
         raise OptionError(
-            f"{KEY} option 'mode' = 'lanes' cannot run here: {obstacle}. Use 'auto', which takes what can run."
+            f"{KEY} option 'mode' = 'lanes' cannot run here: {obstacle}. Use 'auto', which uses what can run."
         )
     return obstacle
 
@@ -99,7 +99,7 @@ def arguments_obstacle(arguments: Any) -> str | None:
             "--kv-transfer-config names another KV connector, which would be told of none of the blocks the lane fills"
         )
     if arguments.kv_offloading_size is not None:
-        return "--kv-offloading-size puts another KV connector in the place of the lane's"
+        return "--kv-offloading-size would replace the lane's KV connector"
     for name in PARALLEL:
         if getattr(arguments, name) > 1:
             return f"--{name.replace('_', '-')} is {getattr(arguments, name)}, and a lane has one worker"
@@ -110,7 +110,7 @@ def arguments_obstacle(arguments: Any) -> str | None:
     if arguments.worker_extension_cls:
         return "--worker-extension-cls adds calls to the worker that may replace weights while the lane works, as trainers do"
     if current_platform.is_cpu() and arguments.weight_transfer_config is not None:
-        return "weights are replaced while the engine runs, and the lane has a copy of its own"
+        return "weights are replaced while the engine runs, and the lane has its own copy"
     if arguments.enable_prefix_caching is False:
         return "prefix caching is off"
     if arguments.enable_chunked_prefill is False:

@@ -216,9 +216,9 @@ def weights_obstacle(settings: Settings) -> str | None:
 
 def batch_obstacle(settings: Settings) -> str | None:
     if settings.dual_batch:
-        return "dual-batch overlap has streams of its own"
+        return "dual-batch overlap uses separate streams"
     if settings.micro_batches > 1:
-        return "micro-batches have streams and threads of their own: leave out --ubatch-size"
+        return "micro-batches use separate streams and threads: leave out --ubatch-size"
     if settings.fast_prefill:
         return "fast prefill over shared KV layers skips what the lane computes"
     mode = settings.compilation.mode
@@ -251,7 +251,7 @@ def model_obstacle(model: Any) -> str | None:
                 return f"the model keeps scratch memory in {place}, which two lanes would both write"
             if any(isinstance(one, torch.Stream | torch.cuda.Stream) for one in held):
                 return (
-                    f"the model runs a part of its work on a stream of its own in {place}, which both lanes would share; if "
+                    f"the model runs a part of its work on a separate stream in {place}, which both lanes would share; if "
                     f"that is the one of shared experts, set {STREAM_VARIABLE}=1"
                 )
     if torch_utils._aux_stream is not None:

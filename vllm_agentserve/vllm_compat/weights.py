@@ -41,7 +41,7 @@ def refusing(name: str, stock: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         if has_connector(self.vllm_config) and may_have_lane():
             raise LaneError(
-                f"{name} is refused: the prefill lane may be computing with the weights, or has a copy of its own; "
+                f"{name} is refused: the prefill lane may be computing with the weights, or has its own copy; "
                 "start the server with mode 'time-sliced' for it"
             )
         return stock(self, *args, **kwargs)

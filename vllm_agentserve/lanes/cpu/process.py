@@ -130,7 +130,7 @@ class ProcessLane:
             return
         why = self._end_in_words()
         self.close()
-        raise LaneError(f"the prefill lane did not start: {why}; its words stand above in the log")
+        raise LaneError(f"the prefill lane did not start: {why}; its output is in the log above")
 
     def submit(self, job: Job) -> None:
         if not self._in_flight:

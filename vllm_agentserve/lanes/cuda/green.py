@@ -90,7 +90,7 @@ def splits(driver: Any, device: Any, shares: Sequence[float]) -> list[tuple[Any,
     if not found:
         raise LaneError(
             f"this GPU has {units} streaming multiprocessors in groups of at least {smallest}: too few for a decode lane "
-            f"of more than {BARRIER_SMS} and a prefill lane beside it; use mode 'time-sliced'"
+            f"of more than {BARRIER_SMS} and a prefill lane; use mode 'time-sliced'"
         )
     return list(found.values())
 

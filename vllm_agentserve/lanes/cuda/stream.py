@@ -106,7 +106,7 @@ class StreamLane:
     @property
     def name(self) -> str:
         slots = ", ".join(f"{slot.decode}+{slot.prefill}" for slot in self._slots)
-        return f"a second model runner; streaming multiprocessors for decode + prefill: {slots}, all for a lane that is alone"
+        return f"a second model runner; streaming multiprocessors for decode + prefill: {slots}, all for a lane alone"
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -178,7 +178,7 @@ class StreamLane:
 
     def submit(self, job: Job) -> None:
         if job.request_id in self._held:
-            raise LaneError(f"request {job.request_id} came to the prefill lane twice")
+            raise LaneError(f"request {job.request_id} was sent to the prefill lane twice")
         self._held[job.request_id] = None
         self._fresh.append(job.request_id)
         self._queue.add(job)
