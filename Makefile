@@ -12,9 +12,16 @@ demo: setup
 test: setup
 	@$(RUN)/python -m pytest tests
 
-# Everything that needs neither an engine nor more than a few seconds: under a minute.
+# Everything that needs neither an engine nor more than a few seconds: under a minute, in two processes.
 test-fast: setup
-	@$(RUN)/python -m pytest -m "not engine and not slow" tests
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-fast-steps test-fast-others
+
+FAST := $(RUN)/python -m pytest -q -m "not engine and not slow"
+test-fast-steps:
+	@$(FAST) tests/steps tests/torture
+
+test-fast-others:
+	@$(FAST) tests --ignore tests/steps --ignore tests/torture --ignore tests/engine
 
 test-engine: setup
 	@$(RUN)/python -m pytest -m engine tests

@@ -59,6 +59,7 @@ def bare_intervals(url: str, tokens: int, streams: int) -> np.ndarray:
     return np.concatenate([np.diff(one) * 1000 for one in uvloop.run(all_streams())])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [1, 16, 64])
 def test_the_client_adds_no_delay(tmp_path: Path, streams: int) -> None:
     """Percentiles of the intervals as the client stamps them against those at which the server wrote the tokens, and how
@@ -206,6 +207,7 @@ def test_turns_follow_answers_and_tools() -> None:
     assert [first.phase, second.phase, sub.phase, after.phase] == ["cold", "resume", "resume", "cold"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_sends_the_same_prompts() -> None:
     from vllm_agentserve.bench.drawing import Shape, draw_sessions
     from vllm_agentserve.bench.workloads import WORKLOADS

@@ -175,6 +175,7 @@ def test_shares_are_shown_against_the_largest() -> None:
     assert throughput.table(points, "cores")[2:] == ["| 1 | 10 (50%) |", "| 2 | 20 (100%) |"]
 
 
+@pytest.mark.slow
 @needs_cpu_build
 def test_the_command_without_a_gpu(tmp_path: Path) -> None:
     """What needs a GPU is said not to have run; nothing of it is made up."""

@@ -83,6 +83,7 @@ def test_the_wall_clock_decides_nothing() -> None:
                 assert "time" not in [alias.name for alias in node.names], f"{path}:{node.lineno}"
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_costs_nothing_that_was_measured(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(ROOT / "docs" / "results" / "bench-react-plas", folder)
