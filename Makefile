@@ -18,10 +18,10 @@ test-fast: setup
 
 FAST := $(RUN)/python -m pytest -q -m "not engine and not slow"
 test-fast-steps:
-	@$(FAST) tests/steps tests/torture
+	@$(FAST) tests/steps tests/torture tests/compat
 
 test-fast-others:
-	@$(FAST) tests --ignore tests/steps --ignore tests/torture --ignore tests/engine
+	@$(FAST) tests $(addprefix --ignore=tests/,steps torture compat engine)
 
 test-engine: setup
 	@$(RUN)/python -m pytest -m engine tests

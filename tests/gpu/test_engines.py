@@ -130,6 +130,7 @@ def test_a_task_that_raises_leaves_its_last_words(tmp_path: Path) -> None:
     assert "TypeError" in str(ended.error)
 
 
+@pytest.mark.slow
 def test_a_task_that_hangs_is_ended_and_shows_where_it_hung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     where = here(tmp_path)
     monkeypatch.setattr(check_run, "STACK_BEFORE_END_S", 0.5)
