@@ -81,8 +81,8 @@ def test_cost_of_a_look_at_the_books(blocks: int, record_property) -> None:
     for programs in (0, PROGRAMS):
         scheduler: Any = make_scheduler(True, False, {"policy": "plas"}, num_blocks=blocks)
         for number in range(programs):
-            scheduler._programs.table.arrive(f"old-{number}", f"session old-{number}", None, monotonic())
-            scheduler._programs.table.finish(f"old-{number}", monotonic())
+            scheduler.policy.programs.table.arrive(f"old-{number}", f"session old-{number}", None, monotonic())
+            scheduler.policy.programs.table.finish(f"old-{number}", monotonic())
         times = []
         for _ in range(20):
             began = perf_counter()

@@ -38,7 +38,7 @@ def run(order: Order, lost: float, gap_s: float, trade: TargetTrade | None = Non
     for seed in SEEDS:
         simulator = Simulator(order, COST, slots=64, step_tokens=2048)
         if trade is not None:
-            simulator._controller.trade = trade
+            simulator.policy.controller.trade = trade
         ended = simulator.run(agents(lost, gap_s, seed))
         sessions.append(mean(program.seconds for program in ended))
         spans.append(max(program.ended_s for program in ended))

@@ -93,9 +93,8 @@ def test_nothing_is_left_behind(lanes: LLM, answers: Answers) -> None:
     lane_is_idle(lanes)
     scheduler = scheduler_of(lanes)
     assert not scheduler.requests
-    assert not scheduler._to_lane
-    assert not scheduler._lane.reasons
-    assert not scheduler._lane.filling
+    assert not scheduler.calls
+    assert not scheduler._lane.dispatch.filling
     assert scheduler.kv_cache_manager.usage == 0.0
 
 
@@ -107,7 +106,7 @@ def test_decode_goes_on_while_the_lane_works(lanes: LLM, stock: Answers) -> None
     done = {name: count - before[name] for name, count in counts(lanes).items()}
     assert (done["lane_requests"], done["lane_tokens"], done["cold_prefill_requests"]) == (2, 2 * 1099, 3)
     assert sum(busy) > 10
-    assert scheduler_of(lanes)._lane.tokens_per_s > 0
+    assert scheduler_of(lanes)._lane.dispatch.tokens_per_s > 0
 
 
 @lanes_run_here
@@ -148,8 +147,8 @@ def test_a_prompt_reads_no_block_that_the_same_step_is_to_write(lanes: LLM, monk
         long = Job("long", 4, start + long_prompt(60 + number, 400), plain)
         shared.append([stream, short, long, Job("again", 60, long.prompt, plain)])
     # Or a step would fill no whole block.
-    monkeypatch.setattr(scheduler_of(lanes), "_cuts_prefills", False)
-    policy = scheduler_of(lanes)._lane.policy
+    monkeypatch.setattr(scheduler_of(lanes).policy, "cuts", False)
+    policy = scheduler_of(lanes)._lane.dispatch.policy
     monkeypatch.setattr(policy, "min_tokens", 300)
     policy.ready = False
     reference = [run_cold(lanes, jobs=jobs) for jobs in shared]
@@ -170,7 +169,7 @@ def test_aborts_at_every_stage_leave_nothing_behind(lanes: LLM, steps: int) -> N
     run_cold(lanes, meanwhile)
     lane_is_idle(lanes)
     scheduler = scheduler_of(lanes)
-    assert not scheduler._lane.filling
+    assert not scheduler._lane.dispatch.filling
     assert not scheduler.requests
     assert scheduler.kv_cache_manager.usage == 0.0
 

@@ -43,11 +43,11 @@ def test_answers_equal_stock_under_every_policy(ours: LLM, stock: Answers) -> No
     answers = run_jobs(ours, jobs_of_two_classes())
     assert differences(mixed_jobs(), stock, answers) == []
     scheduler = scheduler_of(ours)
-    counts, account = scheduler.counts, scheduler._preempter.account
+    counts, account = scheduler.counts, scheduler.policy.programs.account
     assert counts["program_preemptions"] > 5, (counts, vars(account))
     assert counts["program_preempted_tokens"] > 0
     assert account.lost_ms <= 0.5 * account.service_ms
     assert not scheduler.requests
     assert not account._pending
-    assert not scheduler._queue._places
+    assert not scheduler.calls
     assert scheduler.kv_cache_manager.usage == 0.0

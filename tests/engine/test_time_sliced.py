@@ -36,7 +36,7 @@ def answers(ours: LLM) -> Answers:
 
 def test_the_mix_was_a_hard_one(ours: LLM, answers: Answers) -> None:
     """The runs below would prove little if nothing had been cut, preempted or resumed."""
-    counts = scheduler_of(ours)._stats.counts
+    counts = scheduler_of(ours).counts
     assert PREEMPTED
     assert counts["mixed_steps"] > 200
     assert counts["resume_prefill_requests"] > 50
@@ -73,8 +73,8 @@ def test_nothing_is_left_behind(ours: LLM, answers: Answers) -> None:
     assert not scheduler.requests
     assert not scheduler.running
     assert not scheduler.waiting
-    assert not scheduler._prefills
-    assert not scheduler._queue._places
+    assert not scheduler.policy.prefilling
+    assert not scheduler.calls
     assert scheduler.kv_cache_manager.usage == 0.0
 
 

@@ -230,9 +230,9 @@ def test_launches_and_memory_are_series_of_their_own() -> None:
     driver.step()
     driver.report = LaneReport((), tokens=64, seconds=0.04, launches=1, launch_s=0.004)
     driver.step()
-    report = scheduler._stats.take()
+    report = scheduler.report()
     assert (report["lane_launches"], report["lane_launch_seconds"]) == (4, pytest.approx(0.016))
     assert (report["lane_memory_bytes:alone"], report["lane_memory_bytes:decode 0"]) == (5, 7)
-    later = scheduler._stats.take()
+    later = scheduler.report()
     assert "lane_launches" not in later
     assert later["lane_memory_bytes:alone"] == 5

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_agentserve.policy.families import Families
+from vllm_agentserve.policy.attribution import Families
 from vllm_agentserve.policy.hints import KNOWN, LONGEST_DEADLINE_MS, MOST_ERRORS, Hints, read_hints
 
 

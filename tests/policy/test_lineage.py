@@ -10,7 +10,7 @@ import pytest
 from vllm_agentserve.bench.drawing import Shape, draw_sessions
 from vllm_agentserve.bench.sessions import Session, pinned_token
 from vllm_agentserve.bench.workloads import find_workload
-from vllm_agentserve.policy.lineage import WEAK_OUTPUT_TOKENS, Lineage
+from vllm_agentserve.policy.attribution import WEAK_OUTPUT_TOKENS, Lineage
 
 BLOCK = 16
 

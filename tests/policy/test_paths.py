@@ -16,7 +16,7 @@ def fan_in(programs: ProgramTable, rounds: int, prompt_ms: float = 300.0) -> flo
             programs.arrive(attempt, "p", path, 0.0, end=end)
             programs.charge(attempt, 1000.0)
         for attempt in "abcde":
-            assert programs._calls[attempt].path_ms == path
+            assert programs.calls[attempt].program.path_ms == path
             programs.finish(attempt, 0.0)
         programs.arrive("judge", "p", path, 0.0, end=end)
         programs.charge("judge", prompt_ms)
@@ -39,7 +39,7 @@ def test_what_ended_before_a_call_does_not_lead_to_what_goes_on_from_it() -> Non
         programs.finish(call, 0.0)
     for end, path in ((1, 900.0), (2, 400.0), (3, 400.0), (4, 50.0)):
         programs.arrive(f"from {end}", "p", [900.0, 100.0, 400.0, 50.0][end - 1], 0.0, end=end)
-        assert programs._calls[f"from {end}"].path_ms == path
+        assert programs.calls[f"from {end}"].program.path_ms == path
 
 
 def test_nothing_leads_to_a_call_from_a_program_that_was_forgotten() -> None:

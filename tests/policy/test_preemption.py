@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_agentserve.policy.preemption import HORIZON_MS, PreemptionAccount, Rank, victim
+from tests.support.calls import NamedAccount
+from vllm_agentserve.policy.preemption import HORIZON_MS, Rank, victim
 
 I0, I1, I2, B0, B3 = Rank(False, 0), Rank(False, 1), Rank(False, 2), Rank(True, 0), Rank(True, 3)
 
@@ -28,7 +29,7 @@ def test_victims(waiting: Rank, running: list[tuple[Rank, str]], chosen: str | N
 
 
 def test_an_account_is_settled_with_what_was_really_lost() -> None:
-    account = PreemptionAccount(0.1)
+    account = NamedAccount(0.1)
     account.serve(1000.0)
     assert account.allows(100.0)
     assert not account.allows(100.1)
@@ -45,7 +46,7 @@ def test_an_account_is_settled_with_what_was_really_lost() -> None:
     st.lists(st.tuples(st.integers(0, 5), st.floats(0.1, 500.0), st.floats(0.0, 1.0)), max_size=100),
 )
 def test_lost_work_stays_below_its_share(share: float, history: list[tuple[int, float, float]]) -> None:
-    account = PreemptionAccount(share)
+    account = NamedAccount(share)
     out: dict[str, float] = {}
     for which, ms, part in history:
         call = f"c{which}"
@@ -62,7 +63,7 @@ def test_lost_work_stays_below_its_share(share: float, history: list[tuple[int, 
 
 
 def test_accounts_of_several_calls_add_up() -> None:
-    account = PreemptionAccount(0.5)
+    account = NamedAccount(0.5)
     account.serve(600.0)
     account.serve(400.0)
     assert account.service_ms == 1000.0
@@ -80,7 +81,7 @@ def test_accounts_of_several_calls_add_up() -> None:
 
 
 def test_a_call_that_is_preempted_twice_is_charged_once_at_a_time() -> None:
-    account = PreemptionAccount(0.5)
+    account = NamedAccount(0.5)
     account.serve(1000.0)
     account.preempt("a", 100.0)
     account.preempt("b", 50.0)
@@ -92,7 +93,7 @@ def test_a_call_that_is_preempted_twice_is_charged_once_at_a_time() -> None:
 
 def test_what_was_not_lost_is_kept_for_a_while_only() -> None:
     """Ten hours in which nobody was preempted allow no more than five minutes do."""
-    account = PreemptionAccount(0.1)
+    account = NamedAccount(0.1)
     account.serve(36_000_000.0)
     lost = 0
     while account.allows(2000.0):
@@ -107,7 +108,7 @@ def test_what_was_not_lost_is_kept_for_a_while_only() -> None:
 
 
 def test_what_is_pending_holds_its_part_of_what_may_be_lost() -> None:
-    account = PreemptionAccount(0.5, horizon_ms=1000.0)
+    account = NamedAccount(0.5, horizon_ms=1000.0)
     account.serve(9000.0)
     account.preempt("a", 400.0)
     account.serve(9000.0)
@@ -121,7 +122,7 @@ def test_no_stretch_of_service_loses_more_than_its_share(
     history: list[tuple[float, float, bool]], data: st.DataObject
 ) -> None:
     """And that of the horizon, which is what the time before it may have left."""
-    account = PreemptionAccount(0.2, horizon_ms=500.0)
+    account = NamedAccount(0.2, horizon_ms=500.0)
     points = [(0.0, 0.0)]
     for served, worst, all_of_it in history:
         account.serve(served)

@@ -191,7 +191,7 @@ def test_waits_add_up() -> None:
     assert (programs.level("long", 102.6), programs.promotions) == (0, 1)
     assert (programs.level("long", 102.7), programs.promotions) == (0, 1)
     programs.prefills("long", True, 10, 0, 10, 103.0)
-    assert programs._calls["long"].presence.waited_s == pytest.approx(7.0)
+    assert programs.calls["long"].program.waited_s == pytest.approx(7.0)
 
 
 def test_a_program_ages_out_while_older_ones_run() -> None:

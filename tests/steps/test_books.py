@@ -56,7 +56,7 @@ def test_books_balance_after_every_step(asynchronous: bool, lanes: bool, options
         if isinstance(driver, LaneDriver) and jobs and rng.random() < 0.4:
             (driver.fail if rng.random() < 0.2 else driver.end)(rng.choice(list(jobs)))
         if rng.random() < 0.03:
-            scheduler.reset_prefix_cache(reset_running_requests=not scheduler._lane and rng.random() < 0.5)
+            scheduler.reset_prefix_cache(reset_running_requests=not lanes and rng.random() < 0.5)
         driver.step()
         assert scheduler.integrity.faults() == [], f"after step {step}"
     for _ in range(4000):

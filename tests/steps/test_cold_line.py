@@ -80,30 +80,30 @@ def test_a_cold_prompt_that_ends_lets_the_next_one_begin_in_the_same_step() -> N
 def test_those_held_for_the_line_stay_in_it() -> None:
     """vLLM takes out whom it looked at, although the line changed between the two."""
     scheduler, _ = pinned(options={"mode": "time-sliced"})
-    queue = scheduler._queue
+    queue = scheduler.waiting
     scheduler.add_request(make_request("cold", 500))
     scheduler.add_request(make_request("other", 500))
     assert queue.peek_request().request_id == "cold"
-    queue.colds_wait = True
+    scheduler.policy.waiting.hold_colds()
     assert not queue
     assert queue.pop_request().request_id == "cold"
-    queue.colds_wait = False
+    scheduler.policy.waiting.reopen()
     assert [request.request_id for request in queue] == ["other"]
-    assert queue.faults({"cold", "other"}) == []
+    assert scheduler.policy.waiting.faults(scheduler.calls.values()) == []
 
 
 def planned(scheduler: Any, driver: Any) -> tuple[Backlog, int]:
     """What the next step is planned for: the backlog, and the tokens of waiting resume prefills."""
     seen: list[tuple[Backlog, int]] = []
-    plan = scheduler._controller.plan
+    plan = scheduler.policy.controller.plan
 
     def watched(*given: Any, **named: Any) -> Any:
         seen.append((named["backlog"], named["waiting_resume_tokens"]))
         return plan(*given, **named)
 
-    scheduler._controller.plan = watched
+    scheduler.policy.controller.plan = watched
     driver.step()
-    scheduler._controller.plan = plan
+    scheduler.policy.controller.plan = plan
     return seen[0]
 
 
@@ -118,10 +118,10 @@ def test_who_cannot_be_admitted_gets_no_time_reserved() -> None:
         scheduler.add_request(make_request(f"resume-{number}", context + [number] * 60))
     backlog, reserved = planned(scheduler, driver)
     assert (backlog.prompts, reserved) == (3, 0)
-    assert scheduler._stats.take()["pending_prefill_tokens"] == backlog.tokens >= 180
+    assert scheduler.report()["pending_prefill_tokens"] == backlog.tokens >= 180
     while "short" in scheduler.requests:
         driver.step()
-    scheduler._queue.blocked = False
+    scheduler.policy.waiting.blocked = False
     assert 60 <= planned(scheduler, driver)[1] < 120
 
 
@@ -133,12 +133,12 @@ def test_who_finds_no_blocks_gets_no_time_reserved(asynchronous: bool) -> None:
     for _ in range(10):
         driver.step()
     scheduler.add_request(make_request("prompt", 320, max_tokens=2))
-    assert not scheduler._queue.blocked, "whether there is room is not known yet"
+    assert not scheduler.policy.waiting.blocked, "whether there is room is not known yet"
     driver.step()
-    assert scheduler._queue.blocked
+    assert scheduler.policy.waiting.blocked
     assert planned(scheduler, driver) == (Backlog(1, 320, pytest.approx(0.0, abs=1e5)), 0)
-    assert scheduler._stats.take()["pending_prefill_tokens"] == 320
+    assert scheduler.report()["pending_prefill_tokens"] == 320
     for _ in range(60):
         driver.step()
     assert "prompt" not in scheduler.requests
-    assert not scheduler._queue.blocked
+    assert not scheduler.policy.waiting.blocked

@@ -1,9 +1,9 @@
 """Hints on vLLM's real scheduler without a model: they order requests, and a client that lies starves nobody."""
 
-from time import monotonic
 from typing import Any
 
 import pytest
+from vllm.v1.request import RequestStatus
 
 from tests.support.program_steps import have_run, served, started
 from tests.support.schedulers import Driver, make_request, make_scheduler
@@ -87,7 +87,7 @@ def test_a_sub_agent_is_charged_to_its_parent() -> None:
     scheduler.add_request(make_request("anonymous child", 30, max_tokens=2, hints=child))
     scheduler.add_request(make_request("new", 30, max_tokens=2, session="new"))
     assert served(scheduler, driver) == ["running", "new", "child", "anonymous child"]
-    assert scheduler._stats.take()["programs_tracked"] == 3
+    assert scheduler.report()["programs_tracked"] == 3
 
 
 def test_threads_have_paths_of_their_own() -> None:
@@ -96,10 +96,10 @@ def test_threads_have_paths_of_their_own() -> None:
     for thread, tokens in (("long", 400), ("short", 2)):
         hints = {"agent_thread": thread}
         # Both begin at the same time, so neither follows the other.
-        scheduler._admission.arrives(make_request(f"warm-{thread}", 30, session="s", hints=hints))
-        scheduler._programs.table.charge(f"warm-{thread}", float(tokens))
-    for thread in ("long", "short"):
-        scheduler._programs.table.finish(f"warm-{thread}", monotonic())
+        request = make_request(f"warm-{thread}", 30, session="s", hints=hints)
+        scheduler.add_request(request)
+        scheduler.policy.programs.table.charge(scheduler.calls[f"warm-{thread}"], float(tokens))
+    scheduler.finish_requests(["warm-long", "warm-short"], RequestStatus.FINISHED_ABORTED)
     scheduler.add_request(make_request("running", 20, max_tokens=5))
     driver.step()
     for thread in ("long", "short"):
@@ -126,7 +126,7 @@ def test_nothing_is_kept_of_requests_that_are_gone() -> None:
     for number in range(20):
         scheduler.add_request(make_request(f"r{number}", 30, max_tokens=2, session=f"{number}", hints=hints))
     served(scheduler, driver)
-    assert not scheduler._admission._hints
+    assert not scheduler.calls
 
 
 @pytest.mark.parametrize(("strict", "refused"), [(True, True), (False, False)])

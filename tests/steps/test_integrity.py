@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from tests.support.calls import call_of
 from tests.support.lane_driver import started
 from tests.support.schedulers import Driver, make_request, make_scheduler
 from vllm_agentserve.policy.order import Urgency
+from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.scheduler import integrity
 
 Plant = Callable[[Any], None]
@@ -72,49 +74,53 @@ def run_and_wait(scheduler: Any) -> None:
 
 
 def remember_a_prefill(scheduler: Any) -> None:
-    scheduler._prefills["ghost"] = object()
+    scheduler.policy.prefilling.append(call_of("ghost"))
+
+
+def forget_a_prefill(scheduler: Any) -> None:
+    scheduler.calls["c"].served_as = Phase.COLD_PREFILL
 
 
 def forget_to_leave_the_queue(scheduler: Any) -> None:
-    queue = scheduler._queue
-    queue._places["ghost"] = queue._places["c"]
+    ghost = call_of("ghost")
+    scheduler.policy.waiting._line.entries.append((scheduler.calls["c"].key, 99, ghost))
 
 
 def queue_twice(scheduler: Any) -> None:
-    scheduler._queue._order.append(scheduler._queue._order[0])
+    scheduler.policy.waiting._line.entries.append(scheduler.policy.waiting._line.entries[0])
 
 
 def disorder(scheduler: Any) -> None:
-    scheduler._queue._order.reverse()
+    scheduler.policy.waiting._line.entries.reverse()
 
 
 def move_a_key(scheduler: Any) -> None:
-    place = scheduler._queue._places["c"]
-    place.key = place.key._replace(urgency=Urgency.OVERDUE)
+    call = scheduler.calls["c"]
+    call.key = call.key._replace(urgency=Urgency.OVERDUE)
 
 
-def lose_a_place(scheduler: Any) -> None:
-    del scheduler._queue._places["c"]
+def lose_a_call(scheduler: Any) -> None:
+    del scheduler.calls["c"]
 
 
 def await_nothing(scheduler: Any) -> None:
-    scheduler._queue._awaited["c"] = None
+    scheduler.calls["c"].parked = True
 
 
 def miscount_colds(scheduler: Any) -> None:
-    scheduler._queue._line.resumes.append(scheduler._queue._order[-1])
+    scheduler.policy.waiting._line.resumes.append(scheduler.policy.waiting._line.entries[-1])
 
 
 def miscount_prompts(scheduler: Any) -> None:
-    scheduler._queue._line._waited_for += 1
+    scheduler.policy.waiting._line._waited_for += 1
 
 
 def miscount_tokens(scheduler: Any) -> None:
-    scheduler._queue._line._tokens += 1
+    scheduler.policy.waiting._line._tokens += 1
 
 
 def keep_a_call(scheduler: Any) -> None:
-    scheduler._programs.table.arrive("ghost", "session b", None, 0.0)
+    scheduler.policy.programs.table.arrive(call_of("ghost"), "session b", None, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -134,12 +140,13 @@ def keep_a_call(scheduler: Any) -> None:
         (queue_twice, "a request is in the queue twice"),
         (disorder, "the queue is not in order"),
         (move_a_key, "'c' is not in the queue where its key says"),
-        (lose_a_place, "they cannot be read (KeyError('c'))"),
-        (await_nothing, "not the same requests are parked and wait for something"),
-        (miscount_colds, "the line of resume prefills is not that of the queue"),
-        (miscount_prompts, "prompts that somebody waits for, and has"),
+        (forget_a_prefill, "'c' is marked as having a prefill in steps, and has none"),
+        (lose_a_call, "'c' is not remembered"),
+        (await_nothing, "a request is parked that is not marked so, or the other way round"),
+        (miscount_colds, "the list of resume prefills is not that of the queue"),
+        (miscount_prompts, "prompts that clients wait for, and has"),
         (miscount_tokens, "the queue counts 101 tokens that wait, and has 100"),
-        (keep_a_call, "the call 'ghost' of a program is gone"),
+        (keep_a_call, "'session b' counts [1, 0, 0, 1] calls by stage, and has [0, 0, 0, 1]"),
     ],
 )
 def test_every_fault_is_named(plant: Plant, said: str) -> None:
@@ -148,10 +155,17 @@ def test_every_fault_is_named(plant: Plant, said: str) -> None:
     assert any(said in fault for fault in integrity_of(scheduler)), integrity_of(scheduler)
 
 
-def test_a_request_without_a_place_is_named() -> None:
+def test_a_call_in_the_queue_that_nobody_remembers_is_named() -> None:
     scheduler = busy()
-    lose_a_place(scheduler)
-    assert "'c' is in the queue without a place" in scheduler._queue.faults(scheduler.requests)
+    lose_a_call(scheduler)
+    found = scheduler.policy.waiting.faults(scheduler.calls.values())
+    assert "the queue remembers 'c', which is gone" in found
+
+
+def test_state_that_cannot_be_read_is_a_fault() -> None:
+    scheduler = busy()
+    scheduler.calls["c"] = object()
+    assert any(fault.startswith("the state cannot be read (AttributeError") for fault in integrity_of(scheduler))
 
 
 def test_jobs_of_the_lane_are_looked_at() -> None:
@@ -160,7 +174,7 @@ def test_jobs_of_the_lane_are_looked_at() -> None:
     driver.step()
     driver.step()
     assert scheduler.integrity.faults() == []
-    scheduler._lane._in_flight["ghost"] = ()
+    scheduler._lane.dispatch.in_flight.append(call_of("ghost"))
     assert scheduler.integrity.faults() == ["'ghost' is in the lane, and is gone"]
 
 
@@ -199,7 +213,7 @@ def test_an_idle_engine_says_what_is_wrong_as_often_as_it_was_asked_to(
     now += 60.0
     assert look() == 2
     assert "state is inconsistent: KV block 1 is counted as held 1 times" in caplog.text
-    assert scheduler._stats.counts["integrity_faults"] == 2
+    assert scheduler.counts["integrity_faults"] == 2
     assert look() == 0
     now += 60.0
     scheduler.add_request(make_request("a", 40))

@@ -117,9 +117,9 @@ def test_held_prompts_are_not_looked_at_again_and_again(asynchronous: bool, monk
     driver.step()
     driver.step()
     looks = []
-    matched = type(scheduler._lane).matched
+    matched = type(scheduler._lane.dispatch).matched
     monkeypatch.setattr(
-        type(scheduler._lane), "matched", lambda *given: looks.append(given[1].request_id) or matched(*given)
+        type(scheduler._lane.dispatch), "matched", lambda *given: looks.append(given[1].request_id) or matched(*given)
     )
     for _ in range(5):
         assert driver.step() == {"stream": 1}
@@ -185,8 +185,8 @@ def test_cancelled(asynchronous: bool, steps: int) -> None:
         assert driver.step() == {"stream": 1}
     assert not driver.jobs
     assert not scheduler._lane.busy
-    assert not scheduler._lane.filling
-    assert not scheduler._lane.reasons
+    assert not scheduler._lane.dispatch.filling
+    assert set(scheduler.calls) == {"stream"}
     assert set(scheduler.requests) == {"stream"}
     scheduler.finish_requests("stream", RequestStatus.FINISHED_ABORTED)
     for _ in range(3):

@@ -39,7 +39,7 @@ def test_nobody_decodes() -> None:
 )
 def test_auto_decides_by_rates(target_rate: float, in_lane: bool, reason: str) -> None:
     scheduler, driver = started(options={"mode": "auto", "tpot_slo_ms": 20})
-    scheduler._lane.rates = SimpleNamespace(
+    scheduler._lane.dispatch.rates = SimpleNamespace(
         target_ms=20.0,
         prefill_rate=lambda sequences, context, tokens, before: target_rate,
         device_rate=lambda tokens, before: 4000.0,
@@ -53,7 +53,7 @@ def test_auto_decides_by_rates(target_rate: float, in_lane: bool, reason: str) -
 
 def test_auto_knows_nothing_at_first() -> None:
     scheduler, driver = started(options={"mode": "auto", "tpot_slo_ms": 20})
-    scheduler._controller.whole.model = type(scheduler._controller.whole.model)()
+    scheduler.policy.controller.whole.model = type(scheduler.policy.controller.whole.model)()
     scheduler.add_request(make_request("cold", 600))
     driver.until("cold")
     assert counts(scheduler)["step_unmeasured_requests"] == 1
@@ -156,14 +156,14 @@ def test_slots_follow_what_streams_see() -> None:
     scheduler, driver = started(options={"tpot_slo_ms": 50})
     driver.report = LaneReport((Slot(4, 12), Slot(8, 8), Slot(12, 4)), tokens=512, seconds=0.25)
     driver.step()
-    scheduler._lane.decoded(1.0)
-    assert scheduler._lane.tokens_per_s == pytest.approx(2048.0)
+    scheduler._lane.dispatch.decoded(1.0)
+    assert scheduler._lane.dispatch.tokens_per_s == pytest.approx(2048.0)
     for _ in range(20):
-        scheduler._lane.decoded(10.0)
+        scheduler._lane.dispatch.decoded(10.0)
     driver.step()
     assert driver.slots[-1] == 0
     for _ in range(40):
-        scheduler._lane.decoded(49.0)
+        scheduler._lane.dispatch.decoded(49.0)
     driver.step()
     assert driver.slots[-1] > 0
 
@@ -172,8 +172,8 @@ def test_what_was_measured_outlives_a_lane() -> None:
     scheduler, driver = started()
     driver.report = LaneReport((), tokens=512, seconds=0.25)
     driver.step()
-    scheduler._lane.policy.failed()
+    scheduler._lane.dispatch.policy.failed()
     driver.report = LaneReport((Slot(1, 1),))
     driver.step()
-    assert scheduler._lane.policy.ready
-    assert scheduler._lane.tokens_per_s == pytest.approx(2048.0)
+    assert scheduler._lane.dispatch.policy.ready
+    assert scheduler._lane.dispatch.tokens_per_s == pytest.approx(2048.0)

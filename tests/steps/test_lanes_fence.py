@@ -50,21 +50,21 @@ def test_a_job_reads_no_block_that_its_own_step_is_to_write(asynchronous: bool) 
     driver.until("long")
     while "long" in scheduler.requests:
         driver.step()
-    assert scheduler._stats.counts["lane_requests"] == 1
+    assert scheduler.counts["lane_requests"] == 1
     assert driver.kv.wrong == []
 
 
 @both
 def test_a_job_reads_no_block_of_a_prompt_that_is_being_read_in_steps(asynchronous: bool) -> None:
     scheduler, driver = at_work(asynchronous)
-    scheduler._lane.policy.ready = False
+    scheduler._lane.dispatch.policy.ready = False
     scheduler.add_request(make_request("first", SHARED))
     while scheduler.requests["first"].num_computed_tokens < 10 * BLOCK:
         driver.step()
-    scheduler._lane.policy.ready = True
+    scheduler._lane.dispatch.policy.ready = True
     scheduler.add_request(make_request("second", SHARED[:-BLOCK] + list(range(2000, 2300)), max_tokens=4))
     driver.until("second")
-    assert scheduler._stats.counts["lane_requests"] == 1
+    assert scheduler.counts["lane_requests"] == 1
     assert driver.kv.wrong == []
 
 
@@ -103,5 +103,5 @@ def test_random_prompts_that_share_beginnings(asynchronous: bool, chunk: int, se
         driver.step()
     assert driver.kv.wrong == []
     assert scheduler.requests.keys() <= {"s"}
-    assert scheduler._stats.counts["lane_requests"] > 10
+    assert scheduler.counts["lane_requests"] > 10
     assert scheduler.integrity.faults() == []

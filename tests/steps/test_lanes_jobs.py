@@ -66,7 +66,7 @@ def test_a_lane_that_is_ended_because_jobs_fail_answers_its_others(asynchronous:
     assert len(driver.lanes) == 2
     done = counts(scheduler)
     assert (done["lane_failed_requests"], done["lane_requests"]) == (4, 4), "what failed once goes through steps"
-    assert not scheduler._lane.failed
+    assert not any(call.lane.failed for call in scheduler.calls.values())
 
 
 @both
@@ -88,7 +88,7 @@ def test_a_lane_that_dies_without_jobs_gets_none(asynchronous: bool) -> None:
     driver.lanes[0].up = False
     driver.step()
     driver.step()
-    assert not scheduler._lane.policy.ready
+    assert not scheduler._lane.dispatch.policy.ready
     scheduler.add_request(make_request("a", 400, max_tokens=3))
     ends(driver, scheduler, "a")
     done = counts(scheduler)
@@ -143,7 +143,7 @@ def test_a_lane_that_loads_gets_no_jobs_and_those_on_their_way_go_through_steps(
 
 def test_a_new_lane_begins_with_a_rate_of_its_own() -> None:
     scheduler, driver = at_work()
-    lane: Any = scheduler._lane
+    lane: Any = scheduler._lane.dispatch
     report = LaneReport((), tokens=100, seconds=10.0, new=False)
     lane.reported(report)
     assert lane.tokens_per_s == pytest.approx(10.0)

@@ -3,8 +3,9 @@
 import pytest
 
 from tests.support.lane_driver import both, counts, started, status
-from tests.support.pinned import PinnedController, PinnedModel
+from tests.support.pinned import PinnedController
 from tests.support.schedulers import BLOCK, make_request
+from vllm_agentserve.policy.waiting import lane_takes
 
 BASE = [(i * 13) % 3000 for i in range(30 * BLOCK)]
 BOUND = 64
@@ -83,14 +84,14 @@ def test_overdue_prompts_are_first_when_there_is_room(room: int | None) -> None:
     scheduler.add_request(make_request("old", 600))
     for _ in range(BOUND + 2):
         driver.step()
-    queue = scheduler._queue
+    queue = scheduler.policy.waiting
     scheduler.add_request(make_request("new", 600))
     driver.step()
     assert queue.parked == 2
-    assert [one[2] for one in queue._parked] == ["old", "new"]
-    queue.release(room, ())
-    assert queue[0].request_id == "old"
-    assert queue.faults(scheduler.requests) == []
+    assert [one[2].name for one in queue._parked] == ["old", "new"]
+    queue.release(lane_takes(room, ()))
+    assert queue[0].name == "old"
+    assert queue.faults(scheduler.calls.values()) == []
     assert status(scheduler, "old").name == "WAITING"
 
 
@@ -107,7 +108,7 @@ def test_a_prompt_that_was_overdue_before_it_was_parked_goes_through_steps_too(a
     scheduler.add_request(make_request("C", 300))
     for _ in range(BOUND + 25):
         driver.step()
-    assert scheduler._queue.parked
+    assert scheduler.policy.waiting.parked
     rows = [driver.step() for _ in range(2 * BOUND)]
     assert sum(row.get("C", 0) for row in rows) >= 300
     assert scheduler.integrity.faults() == []
@@ -117,10 +118,7 @@ def test_a_prompt_that_was_overdue_before_it_was_parked_goes_through_steps_too(a
 def test_room_in_the_lane_does_not_let_a_cold_prompt_for_steps_block_the_line(asynchronous: bool) -> None:
     """Two cold prompts too short for the lane, one of them being read; the lane has room all the time. Tool results go on."""
     options = {"lane_min_tokens": 15_000, "tpot_slo_ms": 10, "first_chunk_tokens": 4096, "chunk_granularity_tokens": 16}
-    scheduler, driver = started(asynchronous, options=options, num_blocks=20_000)
-    controller = PinnedController(scheduler._controller.limits)
-    controller.whole.model = PinnedModel()
-    scheduler._controller = scheduler._log._controller = scheduler._stats._controller = controller
+    scheduler, driver = started(asynchronous, options=options, num_blocks=20_000, controller=PinnedController)
     scheduler.add_request(make_request("base", BASE, max_tokens=1))
     driver.until("base")
     driver.step()
@@ -129,7 +127,7 @@ def test_room_in_the_lane_does_not_let_a_cold_prompt_for_steps_block_the_line(as
     scheduler.add_request(make_request("next", 4000))
     for _ in range(BOUND + 6):
         driver.step()
-    assert scheduler._lane.room
+    assert scheduler._lane.dispatch.room
     first: dict[str, int] = {}
     for step in range(20):
         scheduler.add_request(

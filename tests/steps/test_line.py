@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 
+from tests.support.calls import call_of
 from tests.support.pinned import pinned, with_cached_contexts
+from tests.support.queues import LoneQueue
 from tests.support.schedulers import make_request
 from vllm_agentserve.policy.latency import StepModel
 from vllm_agentserve.policy.order import AdmissionKey, Urgency
 from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.policy.target import Backlog
-from vllm_agentserve.scheduler.line import Line
-from vllm_agentserve.scheduler.planning import backlog_of
-from vllm_agentserve.scheduler.queues import AgentQueue
+from vllm_agentserve.policy.waiting import Line
 
 
 def key(number: int, cold: bool, tokens: int = 100, batch: bool = False) -> AdmissionKey:
@@ -24,7 +24,7 @@ def line(*colds: bool) -> Line:
     """Requests in this order, whatever their kind."""
     made = Line()
     for number, cold in enumerate(colds):
-        made.add((key(number, cold)._replace(level=number), number, f"r{number}"), 0.0)
+        made.add((key(number, cold)._replace(level=number), number, call_of(f"r{number}")))
     return made
 
 
@@ -51,15 +51,17 @@ def test_for_whom_time_is_kept(colds: tuple[bool, ...], places: int, colds_wait:
 def test_batch_prompts_wait_for_nothing() -> None:
     made = Line()
     entries = [
-        (key(number, True, 10 * (number + 1), batch=number % 2 == 0), number, f"r{number}") for number in range(4)
+        (key(number, True, 10 * (number + 1), batch=number % 2 == 0), number, call_of(f"r{number}"))
+        for number in range(4)
     ]
     for entry, came in zip(entries, (1.0, 2.0, 5.0, 6.0), strict=True):
-        made.add(entry, came)
+        entry[2].wait_since_s = came
+        made.add(entry)
     assert made.tokens == 100
     assert made.backlog(10.0) == Backlog(2, 60, pytest.approx(6000.0))
-    made.remove(entries[1], 2.0)
+    made.remove(entries[1])
     assert made.backlog(10.0) == Backlog(1, 40, pytest.approx(4000.0))
-    made.remove(entries[3], 6.0)
+    made.remove(entries[3])
     assert made.backlog(10.0) == Backlog()
     assert made.tokens == 40
     assert made.faults() == []
@@ -68,20 +70,20 @@ def test_batch_prompts_wait_for_nothing() -> None:
 def test_waiting_is_counted_from_when_this_wait_began() -> None:
     """A request that ran and lost its place waits anew; one that was skipped within a step does not."""
     now = [0.0]
-    queue = AgentQueue(lambda request, number: key(number, True), 64, clock=lambda: now[0])
+    queue = LoneQueue(lambda request, number: key(number, True), 64, clock=lambda: now[0])
     request = make_request("a", 100)
     queue.add_request(request)
     now[0] = 3.0
-    assert backlog_of([], queue) == Backlog(1, 100, pytest.approx(3000.0))
+    assert queue.backlog() == Backlog(1, 100, pytest.approx(3000.0))
     queue.pop_request()
     queue.prepend_request(request)
-    assert backlog_of([], queue).waited_ms == pytest.approx(3000.0)
+    assert queue.backlog().waited_ms == pytest.approx(3000.0)
     queue.pop_request()
     queue.step += 20
     now[0] = 10.0
     queue.prepend_request(request)
     now[0] = 11.0
-    assert backlog_of([], queue).waited_ms == pytest.approx(1000.0)
+    assert queue.backlog().waited_ms == pytest.approx(1000.0)
 
 
 def test_no_step_is_predicted_to_be_shorter_than_the_shortest() -> None:

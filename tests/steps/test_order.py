@@ -4,9 +4,9 @@ import pytest
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue, PriorityRequestQueue
 
 from tests.support.pinned import context_of, phases, pinned, waiting, with_cached_contexts
+from tests.support.queues import LoneQueue
 from tests.support.schedulers import BLOCK, Driver, make_request, make_scheduler
 from vllm_agentserve.policy.order import AdmissionKey, Urgency
-from vllm_agentserve.scheduler.queues import AgentQueue
 
 
 def test_resume_prefills_come_before_cold_ones_and_the_shortest_first() -> None:
@@ -78,8 +78,8 @@ def test_a_shared_prompt_is_cold_once() -> None:
     scheduler.add_request(make_request("second", system + [2] * 20))
     while "second" not in phases(scheduler):
         driver.step()
-    assert scheduler._stats.counts["cold_prefill_requests"] == 2  # decoding and first
-    assert scheduler._stats.counts["resume_prefill_requests"] == 1
+    assert scheduler.counts["cold_prefill_requests"] == 2  # decoding and first
+    assert scheduler.counts["resume_prefill_requests"] == 1
 
 
 def test_priority_policy_stays_in_force() -> None:
@@ -105,7 +105,7 @@ def test_stock_mode_is_stock() -> None:
 
 
 def test_queue_answers_like_a_queue() -> None:
-    queue = AgentQueue(lambda request, number: AdmissionKey(Urgency.NORMAL, cold=True, arrival=number), patience=5)
+    queue = LoneQueue(lambda request, number: AdmissionKey(Urgency.NORMAL, cold=True, arrival=number), patience=5)
     first, second = make_request("first", 10), make_request("second", 10)
     with pytest.raises(IndexError):
         queue.peek_request()
@@ -123,7 +123,7 @@ def test_queue_answers_like_a_queue() -> None:
 
 
 def test_parked_requests_wait_unseen() -> None:
-    queue = AgentQueue(lambda request, number: AdmissionKey(Urgency.NORMAL, cold=True, arrival=number), patience=5)
+    queue = LoneQueue(lambda request, number: AdmissionKey(Urgency.NORMAL, cold=True, arrival=number), patience=5)
     requests = {name: make_request(name, 10) for name in "abcdef"}
     for request in requests.values():
         queue.add_request(request)
@@ -148,7 +148,7 @@ def test_parked_requests_wait_unseen() -> None:
 
 
 def test_a_parked_request_that_is_overdue_is_first_when_it_is_back() -> None:
-    queue = AgentQueue(lambda request, number: AdmissionKey(Urgency.NORMAL, cold=True, arrival=number), patience=5)
+    queue = LoneQueue(lambda request, number: AdmissionKey(Urgency.NORMAL, cold=True, arrival=number), patience=5)
     for name in ("early", "late"):
         queue.add_request(make_request(name, 10))
     queue.park({"late": None})
@@ -156,4 +156,4 @@ def test_a_parked_request_that_is_overdue_is_first_when_it_is_back() -> None:
     assert queue.promote_overdue() == 1
     queue.release(None, set())
     assert [request.request_id for request in queue] == ["early", "late"]
-    assert all(key.urgency == Urgency.OVERDUE for key, _, _ in queue._order)
+    assert all(key.urgency == Urgency.OVERDUE for key, _, _ in queue.list._line.entries)

@@ -3,27 +3,29 @@
 `Line` plays vLLM's scheduler: it asks for the first in line, skips some, and takes places away, as `Scheduler.schedule()` does.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from time import perf_counter
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vllm.logger import init_logger
 from vllm.v1.request import Request, RequestStatus
 
+from tests.support.queues import park
 from tests.support.schedulers import make_request
 from vllm_agentserve.config import AgentServeConfig
+from vllm_agentserve.policy.call import Call, Chunk
 from vllm_agentserve.policy.controller import BudgetController, BudgetLimits
+from vllm_agentserve.policy.engine import EnginePolicy
+from vllm_agentserve.policy.hints import read_hints
 from vllm_agentserve.policy.order import Urgency
 from vllm_agentserve.policy.phase import Phase
-from vllm_agentserve.policy.preemption import PreemptionAccount
-from vllm_agentserve.scheduler.admission import Admission
-from vllm_agentserve.scheduler.log_messages import LogMessages
-from vllm_agentserve.scheduler.programs import ProgramTracker
-from vllm_agentserve.scheduler.queues import AgentQueue
-from vllm_agentserve.scheduler.stats import StatsCollector
+from vllm_agentserve.policy.program_order import ProgramOrder
+from vllm_agentserve.policy.waiting import WaitingList, lane_takes
+from vllm_agentserve.scheduler.features.build import program_order
+from vllm_agentserve.scheduler.waiting import AgentQueue
 
 BOUND, BATCH_BOUND = 7, 15
 """Steps a request may be overtaken in these tests, and one that nobody waits for."""
@@ -85,28 +87,23 @@ class Line:
 
     def __post_init__(self) -> None:
         names = {"policy": self.policy, "program_quantum_ms": 1.0, "program_promote_ratio": 100_000.0}
-        options = AgentServeConfig(**names)  # type: ignore[arg-type]
-        controller = BudgetController(BudgetLimits())
-        stats = StatsCollector(controller)
-        self.programs = ProgramTracker(options, controller, stats, 16) if self.policy != "fcfs" else None
-        if self.programs is not None:
-            self.programs.account = PreemptionAccount(0.5)
-        self.asked = ""
-        scheduler: Any = SimpleNamespace(requests=self.requests, kv_cache_manager=self, coordinator=self)
-        self.coordinator = self
-        self.admission = Admission(
-            scheduler, controller, stats, self.programs, LogMessages(init_logger("vllm.agentserve"))
-        )
-        self.queue = AgentQueue(self.admission.key, BOUND, BATCH_BOUND)
+        options = AgentServeConfig(**names, program_preempt_share=0.5)  # type: ignore[arg-type]
+        controller, counts, self.calls = BudgetController(BudgetLimits()), Counter[str](), dict[str, Call]()
+        programs = program_order(options, controller, counts, 16)  # type: ignore[arg-type]
+        self.programs = programs if isinstance(programs, ProgramOrder) else None
+        bounds = {"bypass_steps": BOUND, "batch_bypass_steps": BATCH_BOUND}
+        self.engine_policy = EnginePolicy(self, controller, counts, perf_counter, programs, **bounds)  # type: ignore[arg-type]
+        assert isinstance(self.engine_policy.waiting, WaitingList)
+        self.list: WaitingList = self.engine_policy.waiting
+        self.queue = AgentQueue(self.list, self.calls)
 
-    # What the admission order asks of the KV cache.
+    # What the policy asks of the engine.
 
-    def prefix_cache_lookup_enabled(self, request: Request) -> bool:
-        self.asked = request.request_id
-        return True
+    def cached_tokens(self, call: Call) -> int:
+        return self.cached[call.name]
 
-    def find_longest_cache_hit(self, hashes: Any, tokens: int) -> tuple[None, int]:
-        return None, self.cached[self.asked]
+    def is_preempted(self, call: Call) -> bool:
+        return bool(call.request.status is RequestStatus.PREEMPTED)
 
     # What happens.
 
@@ -114,12 +111,12 @@ class Line:
         queue = self.queue
         for arrival in step.arrivals:
             self.arrive(arrival)
-        queue.step = self.step
+        self.list.step = self.step
         if step.released is not None:
-            queue.release(step.released if step.released < 3 else None, BLOCKS[: step.released % 3])
-        queue.promote_overdue()
+            self.list.release(lane_takes(step.released if step.released < 3 else None, BLOCKS[: step.released % 3]))
+        self.list.promote_overdue()
         if self.step % 3 == 0 and self.programs is not None:
-            queue.relevel(2)
+            self.list.relevel(2)
         self.check()
         aside = self.gives_way(step.yields)
         if (evicted := self.chosen(self.running, step.evicted)) is not None:
@@ -140,12 +137,15 @@ class Line:
             hints["agent_deadline_ms"] = arrival.deadline_ms
         request = make_request(name, 64, session=f"s{arrival.session}", hints=hints)
         self.cached[name] = 48 + arrival.session if arrival.cached else 0
-        self.admission.arrives(request)
+        call = self.calls[name] = Call(request, read_hints(hints)[0])
+        if arrival.deadline_ms is not None:
+            call.due = perf_counter() + arrival.deadline_ms / 1000
+        self.engine_policy.arrive(call)
         self.requests[name] = request
         self.arrived[name] = self.waits
         (self.batch.add if arrival.batch else self.batch.discard)(name)
         self.waits_from_now(name)
-        self.queue.step = self.step
+        self.list.step = self.step
         self.queue.add_request(request)
 
     def waits_from_now(self, name: str, evicted: bool = False) -> None:
@@ -159,9 +159,9 @@ class Line:
 
     def gives_way(self, which: int | None) -> Request | None:
         request = self.chosen(self.running, which)
-        if request is None or self.programs is None or self.programs.account is None:
+        if request is None or self.programs is None:
             return None
-        self.programs.account.preempt(request.request_id, 1.0)
+        self.programs.account.preempt(self.calls[request.request_id], 1.0)
         self.loses_its_place(request, evicted=False)
         self.queue.prepend_request(request)
         self.queue.remove_request(request)
@@ -178,17 +178,18 @@ class Line:
             request.status = RequestStatus.RUNNING
             self.running.append(request)
             del self.waiting[request.request_id]
-            if self.programs is not None:
-                self.programs.runs(request, self.cached[request.request_id])
-                self.programs.computes(request, Phase.COLD_PREFILL, 16, 0)
-                self.programs.table.decodes(request.request_id)
+            call = self.calls[request.request_id]
+            self.engine_policy.admit(call, self.cached[call.name])
+            self.engine_policy.computes(
+                call, Chunk(Phase.COLD_PREFILL, 16, self.cached[call.name]), first=True, last=True
+            )
         queue.prepend_requests(skipped)
 
     def after(self, step: Step) -> None:
         """What happens between this step and the next one."""
         if step.charged is not None and self.programs is not None and self.running:
             which, ms = step.charged
-            self.programs.table.charge(self.running[which % len(self.running)].request_id, ms)
+            self.programs.table.charge(self.calls[self.running[which % len(self.running)].request_id], ms)
         if (ended := self.chosen(self.running, step.ended)) is not None:
             self.running.remove(ended)
             self.forget(ended)
@@ -197,12 +198,11 @@ class Line:
             self.queue.remove_requests([aborted])
             self.forget(aborted)
         if (parked := self.chosen(list(self.queue), step.parked)) is not None:
-            self.queue.park({parked.request_id: BLOCKS[(step.parked or 0) % 3]})
+            park(self.list, self.calls, {parked.request_id: BLOCKS[(step.parked or 0) % 3]})
 
     def forget(self, request: Request) -> None:
         name = request.request_id
-        self.admission.forget(request)
-        self.queue.forget(name)
+        self.engine_policy.end(self.calls.pop(name))
         self.waiting.pop(name, None)
         del self.requests[name]
         self.gone.append(name)
@@ -220,7 +220,7 @@ class Line:
         Parked requests are not in line while they are parked; what is promised to them belongs here.
         """
         queue = self.queue
-        line = [queue[position].request_id for position in range(len(queue) - queue.parked)]
+        line = [queue[position].request_id for position in range(len(queue) - self.list.parked)]
         for position, name in enumerate(line):
             wait = self.waiting[name]
             urgency = (
@@ -235,16 +235,14 @@ class Line:
                 elif self.step >= wait.due:
                     assert before.evicted or before.number < wait.number, (other, name)
         assert {request.request_id for request in queue} == set(self.waiting)
-        assert queue.faults(self.requests) == []
-        if self.programs is not None:
-            assert self.programs.table.faults(self.requests) == []
+        assert self.engine_policy.faults(self.calls.values()) == []
 
     def drain(self) -> None:
         """Nobody comes any more: everybody is served."""
         for _ in range(3 * len(self.requests) + 1):
             self.run(Step(admitted=1, ended=0, released=3))
         assert not self.requests
-        assert not len(self.queue._patience) + len(self.queue._batch_patience)
+        assert not self.list.bounded
 
 
 arrivals = st.builds(

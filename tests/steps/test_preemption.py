@@ -8,6 +8,7 @@ from vllm.v1.request import RequestStatus
 from tests.support.program_steps import served, started
 from tests.support.schedulers import Driver, make_request
 from vllm_agentserve.policy.order import DECIDE_STEPS
+from vllm_agentserve.scheduler.features.preemption import Preemption
 
 
 def with_share(share: float, asynchronous: bool = False, **given: Any) -> tuple[Any, Driver]:
@@ -38,13 +39,13 @@ def test_a_new_program_takes_the_place_of_one_that_has_had_much(asynchronous: bo
     assert long.num_output_tokens == 1000
     # Its blocks were still there: what was computed again is less than a block.
     assert 0 < scheduler.counts["program_preempted_tokens"] <= 16
-    account = scheduler._preempter.account
+    account = scheduler.policy.programs.account
     assert 0 < account.lost_ms <= 0.5 * account.service_ms
 
 
 def test_without_a_share_nobody_is_preempted() -> None:
     scheduler, driver = started("plas")
-    assert scheduler._preempter is None
+    assert not any(isinstance(feature, Preemption) for feature in scheduler._events.features)
     run_long(scheduler, driver)
     scheduler.add_request(make_request("new", 30, max_tokens=8, session="new"))
     assert served(scheduler, driver) == ["long", "new"]
@@ -89,7 +90,7 @@ def test_an_aborted_one_leaves_nothing(asynchronous: bool) -> None:
         driver.step()
     scheduler.finish_requests(["long"], RequestStatus.FINISHED_ABORTED)
     assert "new" in served(scheduler, driver)
-    assert not scheduler._preempter.account._pending
+    assert not scheduler.policy.programs.account._pending
 
 
 def test_nobody_gives_way_to_a_request_that_cannot_run_yet() -> None:

@@ -1,6 +1,6 @@
 """Programs first, on vLLM's real scheduler without a model: who is admitted when places are few."""
 
-from time import monotonic
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -8,7 +8,8 @@ from vllm.v1.request import RequestStatus
 
 from tests.support.program_steps import have_run, served, started
 from tests.support.schedulers import Driver, make_request, make_scheduler
-from vllm_agentserve.policy.census import Stage
+from vllm_agentserve.policy.program import Stage
+from vllm_agentserve.policy.program_order import NoPrograms
 from vllm_agentserve.vllm_compat.scheduler import preempt
 
 
@@ -72,15 +73,16 @@ def test_nothing_is_left_behind() -> None:
         driver.step()
     scheduler.finish_requests(["decoding", "waiting"], RequestStatus.FINISHED_ABORTED)
     driver.step()
-    table = scheduler._programs.table
-    assert not table._calls
+    table = scheduler.policy.programs.table
+    assert not scheduler.calls
+    assert table.faults(()) == []
     assert len(table) == 1
-    assert scheduler._stats.take()["programs_tracked"] == 1
+    assert scheduler.report()["programs_tracked"] == 1
 
 
 def test_vllms_own_priorities_stay_in_force() -> None:
     scheduler: Any = make_scheduler(policy="priority", options={"policy": "plas"})
-    assert scheduler._programs is None
+    assert type(scheduler.policy.programs) is NoPrograms
 
 
 def test_who_comes_after_many_quiet_steps_has_waited_for_none_of_them() -> None:
@@ -110,12 +112,12 @@ def test_what_steps_take_is_charged_once(stages: int, asynchronous: bool) -> Non
             driver.step()
     for _ in range(6):
         driver.step()
-    table, programs = scheduler._programs.table, scheduler._programs.table._programs
-    assert (table.decoding, scheduler._programs._alternates) == (8, stages > 1)
+    table, programs = scheduler.policy.programs.table, scheduler.policy.programs.table._programs
+    assert (table.decoding, scheduler.policy.programs._alternates) == (8, stages > 1)
 
     def read() -> list[float]:
-        tokens = [table.census.decoded(program.tally)[0] for program in programs.values()]
-        return [sum(map(table.attained_ms, programs.values())), scheduler._programs.account.service_ms, *tokens]
+        tokens = [table.clock.decoded(program)[0] for program in programs.values()]
+        return [sum(map(table.attained_ms, programs.values())), scheduler.policy.programs.account.service_ms, *tokens]
 
     before, outputs = read(), [request.num_output_tokens for request in scheduler.requests.values()]
     rows = [driver.step() for _ in range(100)]
@@ -131,13 +133,13 @@ def test_what_steps_take_is_charged_once(stages: int, asynchronous: bool) -> Non
 def test_calls_that_come_and_go_are_charged_what_steps_take() -> None:
     """With steps in flight the calls of a step are not those that decode when it is back."""
     scheduler, driver = started("plas", asynchronous=True, options={"program_preempt_share": 0.1})
-    scheduler._programs.prompt_ms = lambda tokens, context: 0.0
+    scheduler.policy.programs.prompt_ms = lambda tokens, context: 0.0
     scheduler.max_num_running_reqs = scheduler.max_num_active_reqs = 8
     charged = took = 0.0
     for step in range(120):
         if step % 3 == 0:
             scheduler.add_request(make_request(str(step), 20, max_tokens=2 + step % 11))
-        table, account = scheduler._programs.table, scheduler._programs.account
+        table, account = scheduler.policy.programs.table, scheduler.policy.programs.account
         before = sum(map(table.attained_ms, table._programs.values())), account.service_ms
         row = driver.step()
         after = sum(map(table.attained_ms, table._programs.values())), account.service_ms
@@ -158,9 +160,9 @@ def test_a_judge_has_the_path_of_the_longest_attempt() -> None:
         scheduler.add_request(make_request(f"attempt {number}", prompt, max_tokens=5 + 40 * number))
     served(scheduler, driver)
     scheduler.add_request(make_request("judge", [*context, *range(900, 960)]))
-    table = scheduler._programs.table
+    table = scheduler.policy.programs.table
     (program,) = table._programs.values()
-    assert table._calls["judge"].path_ms == program.path_ms > 0.0
+    assert scheduler.calls["judge"].program.path_ms == program.path_ms > 0.0
 
 
 def test_a_prompt_goes_on_without_a_path_where_its_program_is_forgotten() -> None:
@@ -168,11 +170,12 @@ def test_a_prompt_goes_on_without_a_path_where_its_program_is_forgotten() -> Non
     first = make_request("first", 64, max_tokens=300)
     scheduler.add_request(first)
     served(scheduler, driver)
-    table = scheduler._programs.table
+    table = scheduler.policy.programs.table
     table._programs["request first"].seen -= 2.0
     for name in ("goes on", "forks"):
         scheduler.add_request(make_request(name, [*first.all_token_ids, *range(40)]))
-        assert (table._calls[name].key, table._calls[name].path_ms) == ("request first", 0.0)
+        part = scheduler.calls[name].program
+        assert (part.program.key, part.path_ms) == ("request first", 0.0)
 
 
 def test_a_call_that_vllm_preempts_waits_since_then() -> None:
@@ -181,11 +184,11 @@ def test_a_call_that_vllm_preempts_waits_since_then() -> None:
     scheduler.add_request(make_request("call", 30))
     for _ in range(5):
         driver.step()
-    table = scheduler._programs.table
+    table = scheduler.policy.programs.table
     table._now -= 1000.0
-    begin = monotonic()
+    begin = perf_counter()
     preempt(scheduler, scheduler.requests["call"])
-    presence = table._calls["call"].presence
-    assert begin <= presence.since <= monotonic()
-    assert (presence.stage, presence.waited_s < 1.0) == (Stage.WAITING, True)
-    assert scheduler._queue.step == scheduler.current_step
+    part = scheduler.calls["call"].program
+    assert begin <= part.since <= perf_counter()
+    assert (part.stage, part.waited_s < 1.0) == (Stage.WAITING, True)
+    assert scheduler.policy.waiting.step == scheduler.current_step

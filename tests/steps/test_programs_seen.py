@@ -63,7 +63,7 @@ def test_a_row_says_what_a_program_does(page: Page, asynchronous: bool) -> None:
     first = make_request("first", 64, max_tokens=21, session="s")
     scheduler.add_request(first)
     run(driver)
-    page.record(scheduler._stats.take())
+    page.record(scheduler.report())
     row = row_of(page, "s")
     assert (row["calls"], row["waiting"], row["decoding"], row["kv_tokens"]) == (1, 0, 0, 0)
     assert row["cached_ratio"] == 0
@@ -74,7 +74,7 @@ def test_a_row_says_what_a_program_does(page: Page, asynchronous: bool) -> None:
         prompt = [*list(first.all_token_ids), *range(40 + number)]
         scheduler.add_request(make_request(f"next {number}", prompt, max_tokens=50, session="s"))
     run(driver, 20)
-    page.record(scheduler._stats.take())
+    page.record(scheduler.report())
     row = row_of(page, "s")
     assert (row["calls"], row["waiting"], row["decoding"]) == (4, 1, 2)
     assert (row["cold_prefill"], row["resume_prefill"]) == (0, 0)
@@ -91,12 +91,12 @@ def test_prompts_under_way_are_told_apart(page: Page) -> None:
     scheduler, driver = started(max_num_batched_tokens=64, max_num_seqs=1)
     scheduler.add_request(make_request("cold", list(range(300)), max_tokens=2, session="s"))
     driver.step()
-    page.record(scheduler._stats.take())
+    page.record(scheduler.report())
     assert (row_of(page, "s")["cold_prefill"], row_of(page, "s")["kv_tokens"]) == (1, 64)
     run(driver)
     scheduler.add_request(make_request("resume", list(range(400)), max_tokens=2, session="s"))
     driver.step()
-    page.record(scheduler._stats.take())
+    page.record(scheduler.report())
     assert (row_of(page, "s")["cold_prefill"], row_of(page, "s")["resume_prefill"]) == (0, 1)
     assert row_of(page, "s")["cached_ratio"] == pytest.approx(288 / 700)
 
@@ -109,7 +109,7 @@ def test_a_preempted_call_waits_and_holds_nothing(page: Page) -> None:
         driver.step()
         if len(scheduler.running) == 1:
             break
-    page.record(scheduler._stats.take())
+    page.record(scheduler.report())
     (waiting,) = scheduler.waiting
     row = row_of(page, waiting.session_id)
     assert (row["waiting"], row["decoding"], row["kv_tokens"]) == (1, 0, 0)
@@ -120,7 +120,7 @@ def test_rows_of_programs_that_are_gone_leave_the_page(page: Page) -> None:
     for name in "abc":
         scheduler.add_request(make_request(name, 30, max_tokens=2, session=name))
     run(driver)
-    report = scheduler._stats.take()
+    report = scheduler.report()
     page.record(report)
     assert set(page.reading().rows()) == {identifier(name) for name in "abc"}
     page.record(report, engine=1)
@@ -145,7 +145,7 @@ def test_the_page_stays_small_and_has_no_session_id(page: Page) -> None:
         scheduler.add_request(make_request(f"secret-request-{number}", 20, max_tokens=3, session=f"secret-{number}"))
     for _ in range(40):
         driver.step()
-        page.record(scheduler._stats.take())
+        page.record(scheduler.report())
     text = page.text()
     assert "secret" not in text
     rows = page.reading().rows()
@@ -161,7 +161,7 @@ def test_the_distribution_is_cumulative(page: Page) -> None:
     for number in range(5):
         scheduler.add_request(make_request(str(number), 30, max_tokens=30 * number + 1))
     run(driver)
-    page.record(scheduler._stats.take())
+    page.record(scheduler.report())
     buckets = page.reading().labelled["program_service_seconds_bucket"]
     counts = [buckets[bound] for bound in sorted(buckets, key=float)]
     assert counts == sorted(counts)
@@ -173,7 +173,7 @@ def test_without_programs_nothing_is_said_of_them(page: Page) -> None:
     scheduler, driver = started("fcfs")
     scheduler.add_request(make_request("a", 30, max_tokens=2, session="s"))
     run(driver)
-    page.record(scheduler.counts | scheduler._stats.take())
+    page.record(scheduler.counts | scheduler.report())
     assert page.reading().labelled == {}
     assert "policy fcfs" in (page.reading().missing or "")
 
@@ -184,7 +184,7 @@ def test_rows_another_server_may_have_written_become_nan(page: Page, monkeypatch
     scheduler.add_request(make_request("first", 64, max_tokens=3, session="s"))
     run(driver)
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/nowhere")
-    page.record(scheduler._stats.take())
+    page.record(scheduler.report())
     rows = page.reading().rows()
     assert [identifier("s") in rows, len(rows)] == [True, 1]
     assert "NaN" in page.text()

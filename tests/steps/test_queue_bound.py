@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.pinned import pinned
+from tests.support.queues import LoneQueue
 from tests.support.schedulers import make_request
 from vllm_agentserve.policy.order import AdmissionKey, admission_key
 from vllm_agentserve.policy.phase import Phase
-from vllm_agentserve.scheduler.queues import AgentQueue
 
 STEPS = 7
 """How many steps a request may be overtaken in these tests."""
@@ -34,7 +34,7 @@ def test_everybody_is_served_within_the_bound(arrivals: list[list[AdmissionKey]]
     """One place a step: who waits is served STEPS steps after it came, and after those that came before it and still wait
     then, however many come later."""
     keys: dict[str, AdmissionKey] = {}
-    queue = AgentQueue(lambda request, number: keys[request.request_id]._replace(arrival=number), STEPS)
+    queue = LoneQueue(lambda request, number: keys[request.request_id]._replace(arrival=number), STEPS)
     came: dict[str, int] = {}
     latest: dict[str, int] = {}
     unused = iter(REQUESTS)
@@ -60,12 +60,12 @@ def test_everybody_is_served_within_the_bound(arrivals: list[list[AdmissionKey]]
 
 
 def test_a_closed_queue_has_nobody_to_look_at_and_loses_nobody() -> None:
-    queue = AgentQueue(lambda request, number: AdmissionKey(2, arrival=number), STEPS)
+    queue = LoneQueue(lambda request, number: AdmissionKey(2, arrival=number), STEPS)
     for request in REQUESTS[:3]:
         queue.add_request(request)
-    queue.closed = True
+    queue.list.closed = True
     assert (bool(queue), len(queue), list(queue)) == (False, 3, REQUESTS[:3])
-    queue.closed = False
+    queue.list.closed = False
     assert [queue.pop_request() for _ in range(3)] == REQUESTS[:3]
 
 
@@ -82,12 +82,12 @@ def test_when_the_budget_is_spent_nobody_else_is_asked_for() -> None:
 
     def watched(*given: Any) -> int:
         granted = grant(*given)
-        closed.append(scheduler._queue.closed)
+        closed.append(scheduler.policy.waiting.closed)
         return granted
 
     scheduler._grant = watched
     driver.step()
     assert closed[-1]
     assert not any(closed[:-1])
-    assert not scheduler._queue.closed
-    assert len(scheduler._queue) == 4
+    assert not scheduler.policy.waiting.closed
+    assert len(scheduler.waiting) == 4

@@ -118,7 +118,7 @@ def test_phases_follow_what_the_cache_holds(asynchronous: bool) -> None:
     scheduler.add_request(make_request("new", 600))
     driver.step()
     assert phases(scheduler)["new"] is COLD
-    counts = scheduler._stats.counts
+    counts = scheduler.counts
     assert (counts["cold_prefill_requests"], counts["resume_prefill_requests"]) == (3, 1)
 
 
@@ -133,12 +133,10 @@ def test_a_preempted_sequence_is_tagged_anew() -> None:
     assert phases(scheduler) == {"a": DECODE}
     assert next(iter(scheduler.waiting)).request_id == "b"
     scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
-    before = dict(scheduler._stats.counts)
+    before = dict(scheduler.counts)
     driver.step()
     tagged = [
-        name
-        for name in ("cold_prefill_requests", "resume_prefill_requests")
-        if scheduler._stats.counts[name] > before[name]
+        name for name in ("cold_prefill_requests", "resume_prefill_requests") if scheduler.counts[name] > before[name]
     ]
     assert tagged == ["resume_prefill_requests"]  # its blocks were still cached
 
@@ -153,15 +151,15 @@ def test_abort_in_every_state_leaves_nothing_behind() -> None:
     driver.step()
     assert not scheduler.requests
     assert not scheduler.waiting
-    assert not scheduler._prefills
-    assert not scheduler._queue._places
+    assert not scheduler.policy.prefilling
+    assert not scheduler.calls
     assert scheduler.kv_cache_manager.usage == 0.0
 
 
 def test_without_chunked_prefill_nothing_is_cut() -> None:
     scheduler, driver = pinned(max_num_batched_tokens=16384)
     scheduler.scheduler_config.enable_chunked_prefill = False
-    scheduler._cuts_prefills = False  # decided at start from the same setting, see test_obstacles
+    scheduler.policy.cuts = False  # decided at start from the same setting, see test_obstacles
     scheduler.add_request(make_request("decoding", 10))
     driver.step()
     scheduler.add_request(make_request("big", 3000))

@@ -76,4 +76,4 @@ def status(scheduler: Any, name: str) -> RequestStatus:
 
 
 def counts(scheduler: Any) -> dict[str, int]:
-    return {name: count for name, count in scheduler._stats.counts.items() if count}
+    return {name: count for name, count in scheduler.counts.items() if count}

@@ -32,7 +32,7 @@ def worker() -> LaneConnectorWorker:
 
 
 def counts(llm: LLM) -> dict[str, int]:
-    return dict(scheduler_of(llm)._stats.counts)
+    return dict(scheduler_of(llm).counts)
 
 
 def run_cold(llm: LLM, meanwhile: Any = lambda step: None, jobs: list[Job] | None = None) -> Answers:
@@ -58,7 +58,7 @@ def lane_is_up(llm: LLM) -> None:
     lane = worker()._lane
     if not lane.ready:
         lane.wait_until_ready()
-    scheduler_of(llm)._lane.policy.started()
+    scheduler_of(llm)._lane.dispatch.policy.started()
 
 
 def plant_jobs_sent_before_the_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,10 @@ class PinnedModel(FlatModel):
 class PinnedController(BudgetController):
     """A controller whose clock stands still: every step takes exactly nothing."""
 
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.whole.model = PinnedModel()
+
     def observe(self, *_: Any, **__: Any) -> None:
         pass
 
@@ -37,17 +41,14 @@ def pinned(asynchronous: bool = False, options: dict[str, Any] | None = None, **
     given = {
         "options": {"tpot_slo_ms": 10, "first_chunk_tokens": 4096, "chunk_granularity_tokens": 1, **(options or {})}
     } | given
-    scheduler = make_scheduler(asynchronous=asynchronous, **given)
-    controller = PinnedController(scheduler._controller.limits)
-    controller.whole.model = PinnedModel()
-    scheduler._controller = scheduler._log._controller = scheduler._stats._controller = controller
+    scheduler = make_scheduler(asynchronous=asynchronous, controller=PinnedController, **given)
     return scheduler, Driver(scheduler, depth=2 if asynchronous else 1)
 
 
 def phases(scheduler: Any) -> dict[str, Phase]:
     """What every running sequence is tagged before the next step."""
     tags = {request.request_id: Phase.DECODE for request in scheduler.running}
-    return tags | {name: prefill.phase for name, prefill in scheduler._prefills.items()}
+    return tags | {call.name: call.chunk_phase for call in scheduler.policy.prefilling}
 
 
 def context_of(request: Request) -> list[int]:

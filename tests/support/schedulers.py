@@ -24,7 +24,8 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_agentserve import AgentScheduler
+from vllm_agentserve.policy.controller import BudgetController
+from vllm_agentserve.scheduler.scheduler import AgentScheduler, AsyncAgentScheduler
 from vllm_agentserve.toy import make_toy_model
 from vllm_agentserve.vllm_compat.lanes import add_lane_connector
 
@@ -44,6 +45,7 @@ def make_scheduler(
     prefix_caching: bool = True,
     lanes: bool = False,
     stages: int = 1,
+    controller: type[BudgetController] = BudgetController,
     **scheduler_options: Any,
 ) -> Scheduler:
     transfer = SimpleNamespace(kv_transfer_config=None)
@@ -73,7 +75,10 @@ def make_scheduler(
     kv_cache_config = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
     vllm_config.cache_config.num_gpu_blocks = num_blocks
     register_all_kvcache_specs(vllm_config)
-    cls = AgentScheduler if ours else AsyncScheduler if asynchronous else Scheduler
+    stock, agent = (AsyncScheduler, AsyncAgentScheduler) if asynchronous else (Scheduler, AgentScheduler)
+    cls: Any = agent if ours else stock
+    if ours and controller is not BudgetController:
+        cls = type(agent.__name__, (agent,), {"controller_type": controller})
     return cls(
         vllm_config=vllm_config,
         kv_cache_config=kv_cache_config,

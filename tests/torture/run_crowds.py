@@ -77,7 +77,7 @@ def main() -> int:
             failed = episode
         if tally.requests >= arguments.requests:
             break
-    steps, seconds = dict(rig.scheduler._stats.counts), time.monotonic() - began
+    steps, seconds = dict(rig.scheduler.counts), time.monotonic() - began
     tally.engine_ends(rig.contents.looked)
     if failed is not None:
         small = shrink(failed, lambda each: bool(rig.run(each).wrong), SHRINK_TRIES)

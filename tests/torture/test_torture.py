@@ -100,7 +100,7 @@ def test_a_leaked_block_is_found(rig: tuple[Episode, Rig], monkeypatch: pytest.M
 
 def test_a_forgotten_call_is_found(rig: tuple[Episode, Rig]) -> None:
     _, engine = rig
-    table = engine.scheduler._programs.table
+    table = engine.scheduler.policy.programs.table
     table.arrive("nobody", "p", None, 0.0)
     assert engine.faults() == ["the call 'nobody' of a program is gone"]
     table.finish("nobody", 0.0)

@@ -18,7 +18,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.lanes.connector_scheduler import LaneConnectorScheduler
 from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker, lane_worker
 from vllm_agentserve.lanes.lane import LaneReport
 from vllm_agentserve.policy.jobs import Job
@@ -58,12 +57,11 @@ class LaneConnector(KVConnectorBase_V1):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        options = AgentServeConfig.from_additional_config(vllm_config.additional_config)
-        self.half: Any
-        if role is KVConnectorRole.SCHEDULER:
-            self.half = LaneConnectorScheduler(options, int(vllm_config.cache_config.block_size))
-        else:
+        self.half: Any = None
+        """At the worker a `LaneConnectorWorker`; at the scheduler a `LaneConnectorScheduler`, set before the first step."""
+        if role is KVConnectorRole.WORKER:
             refuse_weight_updates()
+            options = AgentServeConfig.from_additional_config(vllm_config.additional_config)
             self.half = lane_worker(options, vllm_config, kv_cache_config)
 
     # -- scheduler side -------------------------------------------------------------------------------------------------

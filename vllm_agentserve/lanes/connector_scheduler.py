@@ -1,13 +1,14 @@
 """The scheduler's half of the connector: who goes to the lane, which blocks it fills, and how the device is divided."""
 
-from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Hashable, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes.lane import LaneReport, Slot
+from vllm_agentserve.policy.call import Call, Chunk
 from vllm_agentserve.policy.jobs import Job
-from vllm_agentserve.policy.phase import Phase, classify
-from vllm_agentserve.policy.preemption import FIRST, Rank
+from vllm_agentserve.policy.phase import Phase
+from vllm_agentserve.policy.preemption import Rank
 from vllm_agentserve.policy.routes import LanePolicy, Prompt, Reason, Route
 from vllm_agentserve.policy.slots import LaneRate, SlotChooser
 from vllm_agentserve.vllm_compat.lanes import lane_obstacle, local_worker_half
@@ -27,31 +28,50 @@ class Rates(Protocol):
     def device_rate(self, tokens: int, before: int) -> float | None: ...
 
 
+class Policy(Protocol):
+    """What the lane asks of `EnginePolicy`."""
+
+    def phase(self, call: Call, computed: int) -> Phase: ...
+
+    def rank(self, call: Call) -> Rank: ...
+
+
 class LaneConnectorScheduler:
-    """`AgentScheduler` sets `rates`, and before every step `decodes` and `context`; it is told of every prompt that goes.
+    """What it knows of a request stands in that request's `Call.lane`.
 
     Args:
         options: mode and limits.
         block_size: tokens per KV block.
+        calls: by id of the request, from arrival to end.
+        policy: tells what a prompt is, and its rank.
+        rates: of steps.
+        on_dispatch: is called for every prompt that goes to the lane, with all that the lane computes of it as one chunk.
+        on_failure: is called for every prompt on which the lane failed.
+
+    Before every step `decodes` and `context` are set.
     """
 
-    def __init__(self, options: AgentServeConfig, block_size: int) -> None:
+    def __init__(
+        self,
+        options: AgentServeConfig,
+        block_size: int,
+        calls: Mapping[str, Call],
+        policy: Policy,
+        rates: Rates,
+        on_dispatch: Callable[[Call, Chunk], None],
+        on_failure: Callable[[], None],
+    ) -> None:
         self.policy = LanePolicy(options.lane_min_tokens, options.lane_max_requests, compares=options.mode == "auto")
         # Until the worker says that there is one: in mode `auto` there may be none.
         self.policy.ready = False
         self.block_size = block_size
-        self.rates: Rates | None = None
+        self.rates = rates
+        self._calls = calls
+        self._calls_policy = policy
+        self._on_dispatch = on_dispatch
+        self._on_failure = on_failure
         self.decodes = 0
         self.context = 0
-        self.on_dispatch: Callable[[Any, int, Phase], None] = lambda request, start, phase: None
-        self.phase_of: Callable[[Any, int], Phase] = lambda request, start: classify(start, request.num_tokens - start)
-        """What a prompt is of which so many tokens are computed."""
-        self.rank_of: Callable[[str], Rank] = lambda request_id: FIRST
-        self.on_failure: Callable[[], None] = lambda: None
-        self.has_waited: Callable[[str], bool] = lambda request_id: False
-        """Whether a request has waited for room in the lane for too long."""
-        self.reasons: dict[str, Reason] = {}
-        """Why each prompt that was asked about goes where it goes; taken out when it is admitted."""
         self.rate: LaneRate | None = None
         """None until the worker has said how its device is divided."""
         self.launches, self.launch_s = 0, 0.0
@@ -61,26 +81,16 @@ class LaneConnectorScheduler:
         self._slots: tuple[Slot, ...] = ()
         self._chooser: SlotChooser | None = None
         self._new: list[Job] = []
-        self._in_flight: dict[str, tuple[Any, ...]] = {}
-        self.starts: dict[str, int] = {}
-        """By request on its way or under way: the first token whose KV the lane writes."""
-        self._held: dict[str, Any] = {}
-        self.is_wanted: Callable[[str], bool] = lambda request_id: True
-        """Whether a request has not ended."""
-        self.failed: set[str] = set()
-        """Requests on which a lane failed: they go through steps, lest one of them ends every lane. Their owner forgets them."""
-        self.filling: set[Any] = set()
+        self.in_flight: list[Call] = []
+        """Calls whose prompts are on their way or under way, ended ones too until the worker says that their jobs have ended."""
+        self._held: dict[Call, Hashable | None] = {}
+        self.filling: set[Hashable] = set()
         """Hashes of the blocks the lane is filling: who needs one of them waits, and then finds it in the prefix cache."""
 
     @property
     def busy(self) -> bool:
         """Whether jobs are on their way or under way."""
-        return bool(self._in_flight)
-
-    @property
-    def in_flight(self) -> Collection[str]:
-        """The requests whose prompts are on their way or under way."""
-        return self._in_flight.keys()
+        return bool(self.in_flight)
 
     @property
     def slot(self) -> int:
@@ -88,8 +98,8 @@ class LaneConnectorScheduler:
 
     @property
     def target_ms(self) -> float:
-        """Of a step, from the budget; 0 before there is one."""
-        return self.rates.target_ms if self.rates is not None else 0.0
+        """Of a step, from the budget."""
+        return self.rates.target_ms
 
     @property
     def tokens_per_s(self) -> float:
@@ -98,27 +108,27 @@ class LaneConnectorScheduler:
 
     def matched(self, request: "Request", computed: int) -> tuple[int | None, bool]:
         """What vLLM asks at admission: (tokens the lane will compute, True), (0, False) for a step, (None, False) to wait."""
+        call = self._calls[request.request_id]
         uncached = request.num_tokens - 1 - computed
         if self.filling and uncached > 0:
             block = computed // self.block_size
             if block < len(request.block_hashes) and request.block_hashes[block] in self.filling:
-                self._held[request.request_id] = request.block_hashes[block]
+                self._held[call] = request.block_hashes[block]
                 return None, False
         prompt = self._prompt(request, uncached, computed)
-        if request.request_id in self.failed and uncached > 0:
-            self.reasons[request.request_id] = Reason.LANE_DOWN
+        if call.lane.failed and uncached > 0:
+            call.lane.reason = Reason.LANE_DOWN
             return 0, False
-        waited = self.has_waited(request.request_id)
-        route, reason = self.policy.route(prompt, self.decodes, len(self._in_flight), waited)
+        route, reason = self.policy.route(prompt, self.decodes, len(self.in_flight), call.has_waited)
         if route is Route.HOLD:
-            self._held[request.request_id] = None
+            self._held[call] = None
             return None, False
-        self.reasons[request.request_id] = reason
+        call.lane.reason = reason
         return (uncached, True) if route is Route.LANE else (0, False)
 
     def _prompt(self, request: "Request", uncached: int, computed: int) -> Prompt:
         fit = lane_obstacle(request) is None
-        if not self.policy.compares or uncached < self.policy.min_tokens or self.rates is None or self.rate is None:
+        if not self.policy.compares or uncached < self.policy.min_tokens or self.rate is None:
             return Prompt(uncached, fit)
         return Prompt(
             uncached,
@@ -128,8 +138,9 @@ class LaneConnectorScheduler:
         )
 
     def dispatch(self, request: "Request", block_ids: tuple[list[int], ...], tokens: int) -> None:
+        call = self._calls[request.request_id]
         start = request.num_tokens - 1 - tokens
-        phase = self.phase_of(request, start)
+        phase = self._calls_policy.phase(call, start)
         self._new.append(
             Job(
                 request.request_id,
@@ -137,18 +148,18 @@ class LaneConnectorScheduler:
                 block_ids,
                 start,
                 resume=phase is Phase.RESUME_PREFILL,
-                rank=self.rank_of(request.request_id),
+                rank=self._calls_policy.rank(call),
             )
         )
         # Whole blocks only: the last one gets its last token in vLLM's own step.
         hashes = tuple(request.block_hashes[start // self.block_size : (start + tokens) // self.block_size])
-        self._in_flight[request.request_id] = hashes
-        self.starts[request.request_id] = start
+        call.lane.phase, call.lane.start, call.lane.hashes = phase, start, hashes
+        self.in_flight.append(call)
         self.filling.update(hashes)
         if request.prefill_stats is not None and request.num_preemptions <= 0:
             # vLLM takes them for found elsewhere; they are computed, and no client is told otherwise.
             request.prefill_stats.set(request.num_prompt_tokens, min(start, request.num_prompt_tokens), 0)
-        self.on_dispatch(request, start, phase)
+        self._on_dispatch(call, Chunk(phase, tokens, start))
 
     def drain(self) -> set[str]:
         """Takes every job back; returns the requests whose blocks nobody writes any more, filled or not.
@@ -159,13 +170,13 @@ class LaneConnectorScheduler:
         worker = local_worker_half()
         if worker is None:
             raise RuntimeError(
-                f"{len(self._in_flight)} prompts are in the prefill lane of a worker in another process: call again when they "
+                f"{len(self.in_flight)} prompts are in the prefill lane of a worker in another process: call again when they "
                 "have ended, or serve in mode 'time-sliced'"
             )
         return set(worker.drain())
 
-    def take_held(self) -> dict[str, Any]:
-        """The requests held back since the last call, and what each waits for: the hash of a block, None for room."""
+    def take_held(self) -> dict[Call, Hashable | None]:
+        """The calls held back since the last call, and what each waits for: the hash of a block, None for room."""
         held, self._held = self._held, {}
         return held
 
@@ -174,24 +185,25 @@ class LaneConnectorScheduler:
         """How many prompts the lane can take; None where it takes none, so that nobody is held back for it."""
         if not self.policy.ready or not self.decodes:
             return None
-        return max(self.policy.jobs - len(self._in_flight), 0)
+        return max(self.policy.jobs - len(self.in_flight), 0)
 
     def take_new(self) -> list[Job]:
         new, self._new = self._new, []
         return new
 
     def ended(self, finished: set[str], failed: set[str]) -> None:
-        for request_id in finished:
-            self._in_flight.pop(request_id, None)
-            self.starts.pop(request_id, None)
         if finished:
+            for call in [call for call in self.in_flight if call.name in finished]:
+                self.in_flight.remove(call)
+                call.lane.start, call.lane.hashes = None, ()
             # A prefix may be in two jobs when its first block was in nobody's: rebuilt, for there are few jobs.
-            self.filling = {one for hashes in self._in_flight.values() for one in hashes}
+            self.filling = {one for call in self.in_flight for one in call.lane.hashes}
         if failed:
-            self.failed |= {request_id for request_id in failed if self.is_wanted(request_id)}
             self.policy.failed()
-            for _ in failed:
-                self.on_failure()
+            for request_id in failed:
+                self._on_failure()
+                if request_id in self._calls:  # it has not ended meanwhile
+                    self._calls[request_id].lane.failed = True
 
     def reported(self, report: LaneReport) -> None:
         """Takes in what the worker says of its lane."""
@@ -219,6 +231,6 @@ class LaneConnectorScheduler:
 
     def decoded(self, interval_ms: float) -> None:
         """Takes in the time between two tokens of the streams beside the working lane; divides the device anew."""
-        if self._chooser is not None and self.rates is not None:
+        if self._chooser is not None:
             self._chooser.observe(interval_ms)
             self._chooser.choose(self.rates.target_ms)

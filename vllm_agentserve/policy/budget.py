@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from math import sqrt
 
+from vllm_agentserve.policy.call import Chunk
 from vllm_agentserve.policy.latency import StepModel
 from vllm_agentserve.policy.phase import Phase
 
@@ -31,7 +32,7 @@ class TrustRegion:
         self.tried = False
         """Whether a chunk has run beside decodes."""
 
-    def tried_alone(self, chunks: Sequence[tuple[Phase, int, int]], ratio: float) -> None:
+    def tried_alone(self, chunks: Sequence[Chunk], ratio: float) -> None:
         """Takes in the chunks of a step without decodes that took `ratio` times the target: such chunks fit, and of
         longer ones half the part that would have fitted."""
         tokens, attended = self._measures(chunks)
@@ -39,7 +40,7 @@ class TrustRegion:
         self._tokens = max(self._tokens, share * tokens)
         self._attended = max(self._attended, share * attended)
 
-    def tried_beside_decodes(self, chunks: Sequence[tuple[Phase, int, int]], ratio: float) -> None:
+    def tried_beside_decodes(self, chunks: Sequence[Chunk], ratio: float) -> None:
         """Takes in the chunks of a step with decodes that took `ratio` times the target."""
         self.tried = True
         tokens, attended = self._measures(chunks)
@@ -61,7 +62,7 @@ class TrustRegion:
             self._attended = max(grown, self._first * self.CONTEXT)
 
     @staticmethod
-    def _measures(chunks: Sequence[tuple[Phase, int, int]]) -> tuple[float, float]:
+    def _measures(chunks: Sequence[Chunk]) -> tuple[float, float]:
         tokens = sum(tokens for _, tokens, _ in chunks)
         return float(tokens), sum(tokens * (context + tokens / 2) for _, tokens, context in chunks)
 
@@ -125,8 +126,8 @@ class StepBudget:
         self.even = even
         self.rounded = 0
         """Tokens that the last chunk was allowed and lost again to give the step one of few sizes."""
-        self.granted: list[tuple[Phase, int, int]] = []
-        """(phase, tokens, context before the chunk) of every chunk granted so far."""
+        self.granted: list[Chunk] = []
+        """Every chunk granted so far."""
         self._floor_left = {Phase.COLD_PREFILL: True, Phase.RESUME_PREFILL: True}
 
     def grant(self, phase: Phase, wanted: int, context: int) -> int:
@@ -171,14 +172,14 @@ class StepBudget:
         fits = self._fitting(context, self.reserved_tokens, wanted)
         return fits if self.trust is None else min(fits, self.trust.tokens_over(context))
 
-    def allowed(self, chunks: Sequence[tuple[Phase, int, int]]) -> list[tuple[Phase, int, int]]:
+    def allowed(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """The chunks that ran, as long as they would have been without rounding: by these the region is judged, since it
         would otherwise never grow where rounding takes away what it has allowed."""
         granted = sum(tokens for _, tokens, _ in self.granted)
         if not self.rounded or not granted:
             return list(chunks)
         factor = (granted + self.rounded) / granted
-        return [(phase, round(tokens * factor), context) for phase, tokens, context in chunks]
+        return [Chunk(phase, round(tokens * factor), context) for phase, tokens, context in chunks]
 
     def _round_down(self, tokens: int) -> int:
         """Rounds a chunk so that the step as a whole has one of few sizes: eight to an octave, and multiples of the
@@ -230,4 +231,4 @@ class StepBudget:
             self.resume_tokens -= tokens
             self.reserved_tokens = max(self.reserved_tokens - tokens, 0)
         self._floor_left[phase] = False
-        self.granted.append((phase, tokens, context))
+        self.granted.append(Chunk(phase, tokens, context))

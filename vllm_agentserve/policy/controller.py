@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_agentserve.policy.budget import UNLIMITED, StepBudget, TrustRegion
+from vllm_agentserve.policy.call import Chunk
 from vllm_agentserve.policy.latency import StepModel, TpotWindow
-from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.policy.target import NOTHING, Backlog, TargetTrade
 
 
@@ -102,7 +102,7 @@ class BudgetController:
         interval_ms: float | None,
         sequences: int,
         context: int,
-        chunks: Sequence[tuple[Phase, int, int]] | None,
+        chunks: Sequence[Chunk] | None,
         admitted: bool = False,
         beside_lane: bool = False,
         budget: StepBudget | None = None,
@@ -142,7 +142,7 @@ class BudgetController:
         interval_ms: float | None,
         sequences: int,
         context: int,
-        chunks: Sequence[tuple[Phase, int, int]],
+        chunks: Sequence[Chunk],
         admitted: bool,
         budget: StepBudget | None,
     ) -> None:
@@ -204,6 +204,10 @@ class BudgetController:
         chunk = max(model.tokens_within(self._prefill_ms(self.whole, sequences, context, target_ms), halfway), 1)
         chunk = min(max(chunk, self.limits.prefill_floor_tokens), max(tokens, 1))
         return chunk / max(model.step_ms(sequences, context, [(chunk, halfway)]), 0.01) * 1000
+
+    def prompt_ms(self, tokens: int, context: int) -> float:
+        """What so many tokens of a prompt over `context` computed ones cost, in ms of the whole device."""
+        return self.whole.model.chunk_ms(tokens, context, first=False)
 
     def device_rate(self, tokens: int, before: int) -> float | None:
         """Prompt tokens per second that the whole device reads of such a prompt in chunks of 256, None before any was seen."""

@@ -10,7 +10,7 @@ from starving anybody.
 import enum
 from collections import OrderedDict
 from math import inf
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from vllm_agentserve.policy.phase import Phase
 
@@ -85,36 +85,39 @@ def ahead(key: AdmissionKey, urgency: Urgency, arrival: float) -> AdmissionKey:
     return key._replace(urgency=urgency, batch=False, level=0, due=arrival)
 
 
-class Patience:
+Waiter = TypeVar("Waiter")
+
+
+class Patience(Generic[Waiter]):
     """Tells which waiting requests have waited too many steps, oldest first; amortised O(1) per request.
 
     Args:
-        steps: how many steps a request may be overtaken before it is overdue.
+        steps: how many steps a request may be overtaken before it is overdue; infinite for no bound.
     """
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: float) -> None:
         self._steps = steps
-        self._since: OrderedDict[str, int] = OrderedDict()
+        self._since: OrderedDict[Waiter, int] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._since)
 
-    def enter(self, request_id: str, step: int) -> None:
+    def enter(self, waiter: Waiter, step: int) -> None:
         """The request waits from this step on, which is no earlier than any before it; what it waited earlier is forgotten."""
-        self._since.pop(request_id, None)
-        self._since[request_id] = step
+        self._since.pop(waiter, None)
+        self._since[waiter] = step
 
-    def leave(self, request_id: str) -> None:
+    def leave(self, waiter: Waiter) -> None:
         """The request will not wait any more."""
-        self._since.pop(request_id, None)
+        self._since.pop(waiter, None)
 
-    def overdue(self, step: int) -> list[str]:
-        """Returns, once each, the ids that entered `steps` steps ago or earlier, in the order they entered."""
+    def overdue(self, step: int) -> list[Waiter]:
+        """Returns, once each, those that entered `steps` steps ago or earlier, in the order they entered."""
         ready = []
-        for request_id, since in self._since.items():
+        for waiter, since in self._since.items():
             if since + self._steps > step:
                 break
-            ready.append(request_id)
-        for request_id in ready:
-            del self._since[request_id]
+            ready.append(waiter)
+        for waiter in ready:
+            del self._since[waiter]
         return ready

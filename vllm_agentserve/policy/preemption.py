@@ -1,7 +1,9 @@
 """Whose place a waiting call may take, and how much work may be lost to that (Autellix, arXiv 2502.13965, section 4.2)."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+from vllm_agentserve.policy.call import Call
 
 
 class Rank(NamedTuple):
@@ -17,15 +19,16 @@ class Rank(NamedTuple):
 
 
 FIRST = Rank(False, 0)
+Item = TypeVar("Item")
 
 
-def victim(waiting: Rank, running: Iterable[tuple[Rank, str]]) -> str | None:
+def victim(waiting: Rank, running: Iterable[tuple[Rank, Item]]) -> Item | None:
     """Who gives up its place: the worst of the running calls, the latest among equals, if it is worse than the one that waits.
 
     A call that got its place this way is at a better level than the other until it has received twice as much or more, so two
     calls take turns at most once per level.
     """
-    worst: tuple[Rank, str] | None = None
+    worst: tuple[Rank, Item] | None = None
     for rank, call in running:
         if rank > waiting and (worst is None or rank >= worst[0]):
             worst = rank, call
@@ -42,10 +45,10 @@ class PreemptionAccount:
     more is lost. All in ms of the engine's time.
 
     A preempted call is charged with all it would have to compute, and with what it really had to when it runs again: most of
-    it is still in the prefix cache then.
+    it is still in the prefix cache then. Until then what it may lose stands in its `Call.lost_ms`.
 
     Args:
-        share: of service that may be lost.
+        share: of service that may be lost; with 0 no call may be preempted.
         horizon_ms: a call that would lose more than the share of this is never preempted.
     """
 
@@ -54,14 +57,11 @@ class PreemptionAccount:
         self._horizon_ms = horizon_ms
         self._credit_ms = 0.0
         """What may be lost now, less what was lost already; without what is pending."""
-        self._pending: dict[str, float] = {}
+        self._pending = 0
+        """Preempted calls that have not run again."""
         self._pending_ms = 0.0
         self.service_ms = 0.0
         self.lost_ms = 0.0
-
-    def __contains__(self, call: str) -> bool:
-        """Whether the call was preempted and has not run again."""
-        return call in self._pending
 
     def serve(self, ms: float) -> None:
         """The engine worked so long."""
@@ -72,16 +72,19 @@ class PreemptionAccount:
         """Whether a call that would lose this much may be preempted."""
         return self._pending_ms + worst_ms <= self._credit_ms
 
-    def preempt(self, call: str, worst_ms: float) -> None:
+    def preempt(self, call: Call, worst_ms: float) -> None:
+        """The call gives up its place, and loses so much at most."""
         self.settle(call, 0.0)
-        self._pending[call] = worst_ms
+        call.lost_ms = worst_ms
+        self._pending += 1
         self._pending_ms += worst_ms
 
-    def settle(self, call: str, ms: float) -> bool:
+    def settle(self, call: Call, ms: float) -> bool:
         """The call runs again, or never will: it lost so much. Returns whether it had been preempted."""
-        worst_ms = self._pending.pop(call, None)
-        if worst_ms is None:
+        if call.lost_ms is None:
             return False
+        worst_ms, call.lost_ms = call.lost_ms, None
+        self._pending -= 1
         self._pending_ms = self._pending_ms - worst_ms if self._pending else 0.0
         self.lost_ms += ms
         self._credit_ms -= ms

@@ -5,13 +5,14 @@ behind long ones at every turn; least attained service first does not, and needs
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Container, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from math import log2
 from typing import Literal
 
-from vllm_agentserve.policy.census import Census, Stage
-from vllm_agentserve.policy.program import Call, Program
+from vllm_agentserve.policy.call import Call, Chunk
+from vllm_agentserve.policy.phase import Phase
+from vllm_agentserve.policy.program import DecodeClock, Program, ProgramCall, Stage
 
 Policy = Literal["plas", "atlas"]
 
@@ -20,8 +21,9 @@ class ProgramTable:
     """Charges programs for what their calls receive, and says at which level a call waits; all O(1).
 
     Service is counted in ms of the engine's own time: a chunk its share of a step, a decode the step's time divided by the
-    calls that decode. The latter goes to all decoding calls at once: they share one clock, and a call's part is what the clock
-    ran while it decoded.
+    calls that decode. The latter goes to all decoding calls at once, by the clock they share.
+
+    What is known of a call stands in its `Call.program`; a call that never arrived has none, and is ignored.
 
     Args:
         policy: `plas`: a call waits by its program's attained service. `atlas`: by the longest path to it, a path being the
@@ -52,15 +54,16 @@ class ProgramTable:
         self._programs: dict[str, Program] = {}
         self._idle: OrderedDict[str, Program] = OrderedDict()
         """Those without calls, the longest unseen first."""
-        self._calls: dict[str, Call] = {}
+        self._active: OrderedDict[str, Program] = OrderedDict()
+        """Those with calls, the one whose latest call came last at the end."""
         self._decoding: OrderedDict[str, Program] = OrderedDict()
         """Those with decoding calls, in turns."""
-        self._clock_ms = 0.0
+        self.clock = DecodeClock()
         self._now = 0.0
         self.decoding = self.ended = 0
         """Calls that decode; calls that have ended, which is the number of the last end."""
-        self.census = Census(levels)
-        """Where the calls are."""
+        self.waiting = [0] * levels
+        """Waiting calls by the level they were last seen at."""
         self.by_service = [0] * levels
         """Programs by the level of what they had received when that was last looked at."""
         self.promotions = 0
@@ -69,12 +72,11 @@ class ProgramTable:
     def __len__(self) -> int:
         return len(self._programs)
 
-    def __contains__(self, call_id: str) -> bool:
-        return call_id in self._calls
+    # -- events ---------------------------------------------------------------------------------------------------------
 
     def arrive(
         self,
-        call_id: str,
+        call: Call,
         key: str,
         path_ms: float | None,
         now: float,
@@ -84,7 +86,7 @@ class ProgramTable:
         """A call came.
 
         Args:
-            call_id: not known yet.
+            call: not known yet.
             key: its program's.
             path_ms: length of the path to it; None where its parent is not known: the program's longest.
             now: time in s.
@@ -93,112 +95,130 @@ class ProgramTable:
         """
         self._now = now
         program = self._program(key, now)
-        program.calls += 1
         if thread is not None and thread in program.threads:
             path_ms = program.threads[thread]
         elif path_ms is None:
             path_ms = program.path_ms
         elif end is not None:
             path_ms = program.path_from(end, path_ms)
-        level = self.level_of(self.attained_ms(program) if self._policy == "plas" else path_ms)
-        presence = self.census.arrives(call_id, key, program.tally, level, now)
-        self._calls[call_id] = Call(key, program, path_ms, presence, thread)
+        level = self.level_of(self.clock.attained_ms(program) if self._policy == "plas" else path_ms)
+        program.turns += 1
+        self._active[key] = program
+        self._active.move_to_end(key)
+        call.program = ProgramCall(program, path_ms, now, level, thread)
+        self._enter(call.program, Stage.WAITING)
 
-    def charge(self, call_id: str, ms: float) -> None:
+    def charge(self, call: Call, ms: float) -> None:
         """The call received so much service for its prompt."""
-        call = self._calls.get(call_id)
-        if call is not None:
-            call.service_ms += ms
-            call.program.service_ms += ms
-            self._look_at(call.program)
+        part = call.program
+        if part is not None:
+            part.service_ms += ms
+            part.program.service_ms += ms
+            self._look_at(part.program)
 
-    def prefills(
-        self, call_id: str, resume: bool, prompt_tokens: int, before: int, tokens: int, now: float | None = None
-    ) -> None:
+    def prefills(self, call: Call, prompt_tokens: int, chunk: Chunk, now: float | None = None) -> None:
         """A chunk of the call's prompt is scheduled.
 
         Args:
-            call_id: its call.
-            resume: whether it is a resume prefill, else a cold one.
+            call: its call.
             prompt_tokens: length of the whole prompt.
-            before: tokens computed before the chunk; before the first one, those that were cached.
-            tokens: in the chunk.
+            chunk: with the tokens computed before it; before the first one, those that were cached.
             now: time in s; the latest time the table knows where it is not given.
         """
         self._now = self._now if now is None else now
-        call = self._calls.get(call_id)
-        if call is not None:
-            self._stops_decoding(call)
-            stage = Stage.RESUME if resume else Stage.COLD
-            self.census.prefills(call.presence, stage, prompt_tokens, before, tokens, self._now)
+        part = call.program
+        if part is None:
+            return
+        stage = Stage.RESUME if chunk.phase is Phase.RESUME_PREFILL else Stage.COLD
+        if part.stage is not stage:
+            self._move(part, stage)
+        program, computed = part.program, chunk.context + chunk.tokens
+        if not part.admitted:
+            part.admitted = True
+            program.prompt_tokens += prompt_tokens
+            program.cached_tokens += min(chunk.context, prompt_tokens)
+        program.kv_tokens += computed - part.kv_tokens
+        part.kv_tokens = computed
 
-    def advance(self, ms: float, step_ms: float = 0.0, part: float = 1.0) -> None:
-        """Every decoding call received so much service, and this part of a token, in a step that took `step_ms`."""
-        self._clock_ms += ms
-        self.census.advance(step_ms, part)
+    def advance(self, ms: float, step_ms: float = 0.0, share: float = 1.0) -> None:
+        """Every decoding call received so much service, and this share of a token, in a step that took `step_ms`."""
+        self.clock.advance(ms, step_ms, share)
 
-    def decodes(self, call_id: str) -> None:
+    def decodes(self, call: Call) -> None:
         """The call decodes from now on."""
-        call = self._calls.get(call_id)
-        if call is not None and call.decodes_since_ms is None:
-            call.decodes_since_ms = self._clock_ms
-            self.decoding += 1
-            call.program.decoding += 1
-            call.program.began_ms += self._clock_ms
-            self._decoding[call.key] = call.program
-            self.census.decodes(call.presence, self._now)
+        part = call.program
+        if part is not None and part.stage is not Stage.DECODING:
+            self._move(part, Stage.DECODING)
 
-    def pauses(self, call_id: str, now: float | None = None) -> None:
-        """The call lost its place and waits again; `now` as for `prefills`."""
+    def pauses(self, call: Call, now: float | None = None) -> None:
+        """The call lost its place and its KV and waits again, unless it waits already; `now` as for `prefills`."""
         self._now = self._now if now is None else now
-        call = self._calls.get(call_id)
-        if call is not None:
-            self._stops_decoding(call)
-            if call.presence.stage is not Stage.WAITING:
-                self.census.pauses(call.presence, self._now)
+        part = call.program
+        if part is not None and part.stage is not Stage.WAITING:
+            part.since = self._now
+            self._move(part, Stage.WAITING)
+            self._let_go(part)
 
-    def finish(self, call_id: str, now: float) -> tuple[str, float] | None:
-        """The call is through: returns its program's key and the length of the path to its end; None if it is not known."""
+    def update_level(self, call: Call, now: float) -> None:
+        """Brings the level at which a waiting call waits up to date: its program received service, or it has waited too long."""
         self._now = now
-        call = self._calls.pop(call_id, None)
-        if call is None:
+        part = call.program
+        if part is None:
+            return
+        if not part.promoted:
+            enough_ms = self._promote_ratio * max(self.clock.attained_ms(part.program), self._quantum_ms)
+            if part.has_waited_s(now) * 1000 > enough_ms:
+                part.promoted = True
+                self.promotions += 1
+        level = self.standing(call)
+        if part.level != level:
+            if part.stage is Stage.WAITING:
+                self.waiting[part.level] -= 1
+                self.waiting[level] += 1
+            part.level = level
+
+    def finish(self, call: Call, now: float) -> tuple[str, float] | None:
+        """The call has ended: returns its program's key and the length of the path to its end; None if it is not known."""
+        self._now = now
+        part = call.program
+        if part is None:
             return None
-        self._stops_decoding(call)
-        self.census.ends(call.presence, call.key, now)
-        program, path_ms = call.program, call.path_ms + call.service_ms
-        program.calls -= 1
+        call.program = None
+        program = part.program
+        self._move(part, Stage.DONE)
+        self._let_go(part)
+        path_ms = part.path_ms + part.service_ms
         program.seen = now
         self.ended += 1
-        program.ends(self.ended, call.thread, path_ms)
+        program.ends(self.ended, part.thread, path_ms)
         if not program.calls:
-            self._idle[call.key] = program
-        return call.key, path_ms
+            self._active.pop(program.key, None)
+            self._idle[program.key] = program
+        return program.key, path_ms
 
-    def service_ms(self, call_id: str) -> float:
-        """Attained service of the call's program."""
-        return self.attained_ms(self._calls[call_id].program)
+    # -- questions ------------------------------------------------------------------------------------------------------
 
     def attained_ms(self, program: Program) -> float:
         """Attained service of the program."""
-        return program.service_ms + program.decoding * self._clock_ms - program.began_ms
-
-    def level(self, call_id: str, now: float) -> int:
-        """The level at which the call waits, 0 is the first; 0 too for a call that is not known."""
-        self._now = now
-        call = self._calls.get(call_id)
-        if call is None:
-            return 0
-        level = self._level(call, now)
-        self.census.moves(call.presence, level)
-        return level
+        return self.clock.attained_ms(program)
 
     def level_of(self, ms: float) -> int:
         """The level of so much service, or of a path of that length."""
         return min(int(log2(max(ms, 0.0) / self._quantum_ms + 1)), self._levels - 1)
 
+    def standing(self, call: Call) -> int:
+        """The level of a call, waiting or not, 0 is the first; with `atlas` what it has received itself counts too. 0 for a
+        promoted one, and for one that is not known."""
+        part = call.program
+        if part is None or part.promoted:
+            return 0
+        if self._policy == "plas":
+            return self.level_of(self.clock.attained_ms(part.program))
+        return self.level_of(part.path_ms + self.clock.received_ms(part))
+
     def next_level(self, program: Program) -> int:
         """The level at which its next call would wait."""
-        return self.level_of(self.attained_ms(program) if self._policy == "plas" else program.path_ms)
+        return self.level_of(self.clock.attained_ms(program) if self._policy == "plas" else program.path_ms)
 
     def service_bounds_ms(self) -> list[float]:
         """The most service of every level but the last, which has no bound."""
@@ -214,75 +234,87 @@ class ProgramTable:
 
     def shown(self, limit: int) -> Iterator[tuple[str, Program]]:
         """At most `limit` programs with their keys, the latest first: those with calls under way, then others; O(limit)."""
-        active = self.census.active(limit)
-        yield from ((key, self._programs[key]) for key in active)
-        yield from islice(reversed(self._idle.items()), limit - len(active))
+        yield from islice(reversed(self._active.items()), limit)
+        yield from islice(reversed(self._idle.items()), max(limit - len(self._active), 0))
 
-    def faults(self, known: Container[str]) -> list[str]:
-        """What does not balance, `known` being the calls there are; O(programs + calls)."""
-        found = [f"the call {name!r} of a program is gone" for name in self._calls if name not in known]
-        calls = Counter(id(call.program) for call in self._calls.values())
-        decoding = Counter(id(call.program) for call in self._calls.values() if call.decodes_since_ms is not None)
+    def faults(self, calls: Iterable[Call]) -> list[str]:
+        """What does not agree, `calls` being all there are; O(programs + calls)."""
+        found = []
+        parts = [call.program for call in calls if call.program is not None]
+        stages = Counter((id(part.program), part.stage) for part in parts)
+        waiting: dict[int, set[ProgramCall]] = {}
+        for part in parts:
+            if part.stage is Stage.WAITING:
+                waiting.setdefault(id(part.program), set()).add(part)
         for key, program in self._programs.items():
-            if not program.calls == program.tally.calls == calls[id(program)]:
-                counted = f"{program.calls} calls under way, {program.tally.calls} by stage"
-                found.append(f"{key!r} counts {counted}, and has {calls[id(program)]}")
-            if program.decoding != decoding[id(program)] or (key in self._decoding) != bool(program.decoding):
-                found.append(f"{key!r} counts {program.decoding} decoding calls, and has {decoding[id(program)]}")
-            if (key in self._idle) == bool(program.calls):
+            counted = [stages[id(program), stage] for stage in Stage if stage is not Stage.DONE]
+            if program.in_stage[: Stage.DONE] != counted:
+                found.append(f"{key!r} counts {program.in_stage[: Stage.DONE]} calls by stage, and has {counted}")
+            if (key in self._decoding) != bool(program.decoding):
+                found.append(f"{key!r} is not where programs with {program.decoding} decoding calls are")
+            if (key in self._idle) == bool(program.calls) or (key in self._active) != bool(program.calls):
                 found.append(f"{key!r} is not where programs with {program.calls} calls are")
-            if not program.calls and program.tally.kv_tokens:
-                found.append(f"{key!r} has no calls, and holds {program.tally.kv_tokens} tokens")
+            if not program.calls and program.kv_tokens:
+                found.append(f"{key!r} has no calls, and holds {program.kv_tokens} tokens")
+            if set(program.waiting) != waiting.get(id(program), set()):
+                found.append(f"{key!r} lists other waiting calls than it has")
+        gone = sum(stages.values()) - sum(program.calls for program in self._programs.values())
+        if gone:
+            found.append(f"{gone} calls belong to programs that are gone")
+        if self.decoding != sum(part.stage is Stage.DECODING for part in parts):
+            found.append(f"{self.decoding} calls are counted as decoding")
         levels = Counter(program.service_level for program in self._programs.values())
         if self.by_service != [levels[level] for level in range(self._levels)]:
             found.append("programs are not at the levels that are counted")
-        waiting = Counter(c.presence.level for c in self._calls.values() if c.presence.stage is Stage.WAITING)
-        if self.census.waiting != [waiting[level] for level in range(self._levels)]:
+        by_level = Counter(part.level for part in parts if part.stage is Stage.WAITING)
+        if self.waiting != [by_level[level] for level in range(self._levels)]:
             found.append("calls do not wait at the levels that are counted")
         return found
 
-    def _level(self, call: Call, now: float) -> int:
-        if call.promoted:
-            return 0
-        enough_ms = self._promote_ratio * max(self.attained_ms(call.program), self._quantum_ms)
-        if not call.promoted and self.census.waited_s(call.presence, now) * 1000 > enough_ms:
-            call.promoted = True
-            self.promotions += 1
-        return self._standing(call)
+    # -- stages ---------------------------------------------------------------------------------------------------------
 
-    def standing(self, call_id: str) -> int:
-        """The level of a call that has run; with `atlas` what it has received itself counts too, 0 for a promoted one."""
-        call = self._calls.get(call_id)
-        return 0 if call is None else self._standing(call)
+    def _move(self, part: ProgramCall, stage: Stage) -> None:
+        self._leave(part)
+        self._enter(part, stage)
 
-    def _standing(self, call: Call) -> int:
-        if call.promoted:
-            return 0
-        if self._policy == "plas":
-            return self.level_of(self.attained_ms(call.program))
-        received = self._clock_ms - call.decodes_since_ms if call.decodes_since_ms is not None else 0.0
-        return self.level_of(call.path_ms + call.service_ms + received)
+    def _enter(self, part: ProgramCall, stage: Stage) -> None:
+        program = part.program
+        part.stage = stage
+        if stage is Stage.DONE:
+            return
+        program.in_stage[stage] += 1
+        if stage is Stage.WAITING:
+            program.waiting[part] = None
+            self.waiting[part.level] += 1
+        elif stage is Stage.DECODING:
+            self.decoding += 1
+            self._decoding[program.key] = program
+            self.clock.read(part, -1)
+
+    def _leave(self, part: ProgramCall) -> None:
+        program = part.program
+        program.in_stage[part.stage] -= 1
+        if part.stage is Stage.WAITING:
+            part.waited_s += self._now - part.since
+            del program.waiting[part]
+            self.waiting[part.level] -= 1
+        elif part.stage is Stage.DECODING:
+            self.decoding -= 1
+            self.clock.read(part, 1)
+            if not program.decoding:
+                del self._decoding[program.key]
+            self._look_at(program)
+
+    def _let_go(self, part: ProgramCall) -> None:
+        part.program.kv_tokens -= part.kv_tokens
+        part.kv_tokens = 0
 
     def _look_at(self, program: Program) -> None:
-        level = self.level_of(self.attained_ms(program))
+        level = self.level_of(self.clock.attained_ms(program))
         if level != program.service_level:
             self.by_service[program.service_level] -= 1
             self.by_service[level] += 1
             program.service_level = level
-
-    def _stops_decoding(self, call: Call) -> None:
-        if call.decodes_since_ms is None:
-            return
-        program, received = call.program, self._clock_ms - call.decodes_since_ms
-        self.decoding -= 1
-        program.decoding -= 1
-        program.began_ms -= call.decodes_since_ms
-        call.decodes_since_ms = None
-        call.service_ms += received
-        program.service_ms += received
-        if not program.decoding:
-            del self._decoding[call.key]
-        self._look_at(program)
 
     def _program(self, key: str, now: float) -> Program:
         """The program of that key, which has a call now; a new one where it is not known, or no longer."""
@@ -293,7 +325,7 @@ class ProgramTable:
                 del self._idle[name], self._programs[name]
                 self.by_service[idle.service_level] -= 1
         if key not in self._programs:
-            self._programs[key] = Program(self.ended)
+            self._programs[key] = Program(key, self.ended)
             self.by_service[0] += 1
         self._idle.pop(key, None)
         return self._programs[key]

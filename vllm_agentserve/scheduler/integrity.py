@@ -4,16 +4,14 @@ The torture rig asks after every episode. In production, with the option `integr
 requests is checked now and then; what is wrong is logged and counted, and nothing is done about it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from logging import Logger
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from vllm_agentserve.lanes.connector_scheduler import LaneConnectorScheduler
-from vllm_agentserve.scheduler.programs import ProgramTracker
-from vllm_agentserve.scheduler.queues import AgentQueue
+from vllm_agentserve.policy.call import Call
 from vllm_agentserve.scheduler.stats import StatsCollector
-from vllm_agentserve.vllm_compat.integrity import block_faults, writing_faults
+from vllm_agentserve.vllm_compat.integrity import block_faults
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -25,37 +23,31 @@ SHOWN = 5
 class Integrity:
     """Args:
     scheduler: which is checked, between two steps.
-    prefills: gives the ids of the requests whose prompts are being computed in steps.
-    queue: None where vLLM's own is used.
-    programs: None where programs are not told apart.
-    lane: None where there is none.
+    calls: its calls, by id of the request.
+    checks: give what does not agree in the parts of the scheduler, from all calls there are.
     every_s: how often `when_idle` looks at most; None: never.
     """
 
     def __init__(
         self,
         scheduler: "Scheduler",
-        prefills: Callable[[], Iterable[str]],
-        queue: AgentQueue | None = None,
-        programs: ProgramTracker | None = None,
-        lane: LaneConnectorScheduler | None = None,
+        calls: Mapping[str, Call],
+        checks: Iterable[Callable[[Iterable[Call]], list[str]]],
         every_s: float | None = None,
     ) -> None:
         self._scheduler = scheduler
-        self._prefills = prefills
-        self._queue = queue
-        self._programs = programs
-        self._lane = lane
+        self._calls = calls
+        self._checks = tuple(checks)
         self._every_s = every_s
         self._next = 0.0
 
     def faults(self) -> list[str]:
-        """What does not balance; empty where all is well. O(blocks + requests + programs). Raises nothing: books that cannot be
-        read are a fault, and no reason to end an engine."""
+        """What does not agree; empty where all is well. O(blocks + requests + programs). Raises nothing: state that cannot be
+        read is a fault, and no reason to end an engine."""
         try:
             return self._faults()
         except Exception as error:
-            return [f"they cannot be read ({error!r})"]
+            return [f"the state cannot be read ({error!r})"]
 
     def _faults(self) -> list[str]:
         known = self._scheduler.requests
@@ -65,16 +57,16 @@ class Integrity:
         found += [f"{name!r} both runs and waits" for name in sorted(set(running) & set(waiting))]
         if len(set(running)) != len(running):
             found.append("a request runs twice")
-        places = {"runs": running, "waits": waiting, "has a prefill in steps": self._prefills()}
-        if self._lane is not None:
-            places["is in the lane"] = self._lane.in_flight
-            found += writing_faults(self._scheduler, self._lane.starts)
+        places = {"runs": running, "waits": waiting, "is remembered": self._calls}
         for what, names in places.items():
             found += [f"{name!r} {what}, and is gone" for name in names if name not in known]
-        if self._queue is not None:
-            found += self._queue.faults(known)
-        if self._programs is not None:
-            found += self._programs.table.faults(known)
+        found += [
+            f"{name!r} is not remembered"
+            for name, request in known.items()
+            if name not in self._calls and not request.is_finished()
+        ]
+        for check in self._checks:
+            found += check(self._calls.values())
         return found
 
     def when_idle(self, stats: StatsCollector, logger: Logger) -> None:

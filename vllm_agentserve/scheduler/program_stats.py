@@ -6,8 +6,7 @@ series is bounded: `level` and `le` have `program_levels` values, `row` has thos
 are.
 """
 
-from vllm_agentserve.policy.census import Stage
-from vllm_agentserve.policy.program import Program, identifier
+from vllm_agentserve.policy.program import Program, Stage, identifier
 from vllm_agentserve.policy.programs import ProgramTable
 
 ROW_LABELS = tuple(str(number) for number in range(16))
@@ -55,7 +54,7 @@ def program_report(table: ProgramTable, now: float) -> dict[str, float]:
     """Returns the metrics of programs at time `now` (s) in O(levels + rows)."""
     table.look_again(LOOK_AGAIN, now)
     report: dict[str, float] = {"programs_tracked": len(table)}
-    for level, waiting in enumerate(table.census.waiting):
+    for level, waiting in enumerate(table.waiting):
         report[f"program_waiting_requests:{level}"] = waiting
     programs = 0
     for bound_ms, count in zip(table.service_bounds_ms(), table.by_service, strict=False):
@@ -71,18 +70,18 @@ def program_report(table: ProgramTable, now: float) -> dict[str, float]:
 
 def row_figures(table: ProgramTable, key: str, program: Program, now: float) -> tuple[float | None, ...]:
     """Returns the values of one program in the order of `ROWS`; None for a value to leave out."""
-    tally, census = program.tally, table.census
-    tokens, decode_ms = census.decoded(tally)
-    longest = next(iter(tally.waiting.values()), None)
+    clock = table.clock
+    tokens, decode_ms = clock.decoded(program)
+    longest = next(iter(program.waiting), None)
     return (
         identifier(key),
-        tally.turns,
-        *tally.in_stage[: Stage.DONE],
+        program.turns,
+        *program.in_stage[: Stage.DONE],
         table.next_level(program) if longest is None else longest.level,
         table.attained_ms(program) / 1000,
         0.0 if longest is None else now - longest.since,
         tokens,
         decode_ms / 1000,
-        tally.cached_tokens / tally.prompt_tokens if tally.prompt_tokens else None,
-        census.kv_tokens(tally),
+        program.cached_tokens / program.prompt_tokens if program.prompt_tokens else None,
+        clock.kv_tokens(program),
     )

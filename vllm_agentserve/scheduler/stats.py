@@ -1,13 +1,10 @@
 """What the engine reports: counters and gauges, sent to an API server as one flat dictionary."""
 
-from collections.abc import Callable
-from time import monotonic
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
 
+from vllm_agentserve.policy.call import Chunk
 from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.phase import Phase
-from vllm_agentserve.policy.programs import ProgramTable
-from vllm_agentserve.scheduler.program_stats import program_report
 
 COUNTERS = {
     "cold_prefill_requests": "Requests admitted as cold prefill.",
@@ -66,25 +63,6 @@ GAUGES = {
 """Gauges by name, without prefix. A report carries their value."""
 
 
-class LaneGauges(Protocol):
-    """What is reported of a prefill lane."""
-
-    @property
-    def slot(self) -> int: ...
-
-    @property
-    def tokens_per_s(self) -> float: ...
-
-    @property
-    def launches(self) -> int: ...
-
-    @property
-    def launch_s(self) -> float: ...
-
-    @property
-    def memory(self) -> dict[str, int]: ...
-
-
 class StatsCollector:
     """Collects counters from finished steps, and reads the gauges from the controller when a report is due."""
 
@@ -94,12 +72,6 @@ class StatsCollector:
         """Every counter since the start."""
         self._reported = dict(self.counts)
         self._last_chunk = 0
-        self.tokens_left: Callable[[], int] = int
-        """Returns the prompt tokens still to be computed in steps. Set by the scheduler."""
-        self.lane: LaneGauges | None = None
-        """None without a prefill lane."""
-        self.programs: ProgramTable | None = None
-        """None with policy `fcfs`."""
 
     def admitted(self, phase: Phase) -> None:
         self.counts[f"{phase.label}_requests"] += 1
@@ -117,45 +89,42 @@ class StatsCollector:
         counts["decode_steps"] += 1
         counts["decode_sequences"] += sequences
 
-    def prefill_step(self, sequences: int, chunks: list[tuple[Phase, int, int]]) -> None:
+    def prefill_step(self, sequences: int, chunks: Sequence[Chunk]) -> None:
         """Counts a step with these chunks and this many decodes."""
         counts = self.counts
         counts["mixed_steps" if sequences else "prefill_steps"] += 1
         counts["decode_sequences"] += sequences
-        for phase, tokens, _ in chunks:
-            counts[f"{phase.label}_tokens"] += tokens
+        for chunk in chunks:
+            counts[f"{chunk.phase.label}_tokens"] += chunk.tokens
         if sequences:
-            self._last_chunk = sum(tokens for _, tokens, _ in chunks)
+            self._last_chunk = sum(chunk.tokens for chunk in chunks)
             counts["prefill_chunks"] += len(chunks)
             counts["prefill_chunk_tokens"] += self._last_chunk
 
-    def take(self) -> dict[str, float]:
-        """Returns the increments since the last report, and the gauges."""
+    def take(self, pending_tokens: int, reports: Iterable[Callable[[], dict[str, float]]] = ()) -> dict[str, float]:
+        """What was counted since the last report, and the values of the gauges.
+
+        Args:
+            pending_tokens: prompt tokens still to be computed in steps.
+            reports: give the gauges of features, and bring their counters up to date.
+        """
         controller = self._controller
+        gauges = [report() for report in reports]
         counts, before = self.counts, self._reported
         counts["slow_steps"] = controller.slow_steps
-        if self.programs is not None:
-            counts["program_promotions"] = self.programs.promotions
-        if self.lane is not None:
-            counts["lane_launches"], counts["lane_launch_seconds"] = self.lane.launches, self.lane.launch_s
         report: dict[str, float] = {
             name: count - before[name] for name, count in counts.items() if count > before[name]
         }
         self._reported = dict(counts)
         report["tpot_target_seconds"] = controller.target_ms / 1000
         report["step_target_seconds"] = controller.step_target_ms / 1000
-        report["pending_prefill_tokens"] = self.tokens_left()
+        report["pending_prefill_tokens"] = pending_tokens
         report["tpot_seconds"] = controller.tpot.ewma / 1000
         report["tpot_p95_seconds"] = controller.tpot.quantile(0.95) / 1000
         report["resume_budget_tokens"] = controller.resume_tokens
         report["last_prefill_chunk_tokens"] = self._last_chunk
         report["budget_gain"] = controller.gain
         report["step_prediction_error_ratio"] = controller.whole.model.error
-        if self.programs is not None:
-            report |= program_report(self.programs, monotonic())
-        if self.lane is not None:
-            report["lane_tokens_per_second"] = self.lane.tokens_per_s
-            report["lane_slot"] = self.lane.slot
-            for stream, size in self.lane.memory.items():
-                report[f"lane_memory_bytes:{stream}"] = size
+        for values in gauges:
+            report |= values
         return report

@@ -1,14 +1,13 @@
-"""A program and a call on their way through the simulator, and what is left of a program when it is through."""
+"""A program and a request on their way through the simulator, and what is left of a program when it has ended."""
 
 from dataclasses import dataclass, field
 
 from vllm_agentserve.bench.calls import CallShape, ProgramShape
-from vllm_agentserve.policy.phase import Phase
 
 
 @dataclass
 class Ended:
-    """A program that is through.
+    """A program that has ended.
 
     Args:
         seconds: from its arrival to the end of its last call.
@@ -30,7 +29,7 @@ class Ended:
 
 @dataclass
 class Live:
-    """A program that is not through: calls ended, ends of calls, and what is left of it for the oracle."""
+    """A program under way: calls ended, ends of calls, and what is left of it for the oracle."""
 
     shape: ProgramShape
     left_ms: float
@@ -39,25 +38,41 @@ class Live:
     served: int = 0
 
 
-@dataclass
-class Call:
+@dataclass(eq=False)
+class SimulatedRequest:
+    """One call of a program, with the attributes of vLLM's request that the policy reads.
+
+    Args:
+        live: its program.
+        index: which of the program's calls it is.
+        before: the call it goes on from; None: none.
+        session_id: None where the scheduler is not to know that its session has run before.
+    """
+
     live: Live
     index: int
-    number: int
-    prefill: int
-    output: int
-    phase: Phase = Phase.COLD_PREFILL
-    served_as: Phase = Phase.COLD_PREFILL
+    before: int | None
+    session_id: str | None
+    num_computed_tokens: int = field(init=False)
+    output: int = field(init=False)
+    """Tokens still to be decoded."""
+
+    def __post_init__(self) -> None:
+        self.num_computed_tokens = self.shape.context
+        self.output = self.shape.output
 
     @property
     def shape(self) -> CallShape:
         return self.live.shape.calls[self.index]
 
     @property
-    def name(self) -> str:
+    def request_id(self) -> str:
         return f"{self.live.shape.name}/{self.index}"
 
     @property
-    def computed(self) -> int:
-        """Tokens of the prompt that are there."""
-        return self.shape.context + self.shape.uncached - self.prefill
+    def num_tokens(self) -> int:
+        return self.shape.context + self.shape.uncached
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self.num_tokens

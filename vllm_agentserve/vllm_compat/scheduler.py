@@ -66,12 +66,16 @@ def order_obstacle(scheduler: "Scheduler") -> str | None:
     return None
 
 
-def lane_of(scheduler: "Scheduler") -> Any:
-    """The scheduler's half of the lane connector; None where another connector runs, or none."""
+def has_lane_connector(scheduler: "Scheduler") -> bool:
+    """Whether the connector of this engine is that of the prefill lane; another may run, or none."""
     from vllm_agentserve.vllm_compat.lanes import CONNECTOR
 
-    connector = scheduler.connector
-    return connector.half if connector is not None and type(connector).__name__ == CONNECTOR else None
+    return type(scheduler.connector).__name__ == CONNECTOR
+
+
+def serve_lane_connector(scheduler: "Scheduler", dispatch: Any) -> None:
+    """Makes `LaneConnectorScheduler` the scheduler's half of the lane connector, which vLLM has made without one."""
+    scheduler.connector.half = dispatch
 
 
 def drop_external_hits(scheduler: "Scheduler") -> None:

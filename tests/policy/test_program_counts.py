@@ -4,21 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_agentserve.policy.census import Stage
-from vllm_agentserve.policy.program import Program, identifier
-from vllm_agentserve.policy.programs import ProgramTable
+from tests.support.program_tables import NamedTable, table
+from vllm_agentserve.policy.program import Program, Stage, identifier
 
 
-def table(**given: float) -> ProgramTable:
-    return ProgramTable("plas", **{"levels": 4, "quantum_ms": 100.0} | given)  # type: ignore[arg-type]
-
-
-def program(programs: ProgramTable, key: str) -> Program:
+def program(programs: NamedTable, key: str) -> Program:
     return dict(programs.shown(100))[key]
 
 
-def stages(programs: ProgramTable, key: str) -> list[int]:
-    return program(programs, key).tally.in_stage[: Stage.DONE]
+def stages(programs: NamedTable, key: str) -> list[int]:
+    return program(programs, key).in_stage[: Stage.DONE]
 
 
 def test_a_call_passes_through_its_stages() -> None:
@@ -36,7 +31,7 @@ def test_a_call_passes_through_its_stages() -> None:
     assert stages(programs, "p") == [0, 0, 1, 0]
     programs.finish("a", 1.0)
     assert stages(programs, "p") == [0, 0, 0, 0]
-    assert program(programs, "p").tally.turns == 1
+    assert program(programs, "p").turns == 1
 
 
 def test_what_is_held_and_decoded() -> None:
@@ -44,26 +39,26 @@ def test_what_is_held_and_decoded() -> None:
     for call in "ab":
         programs.arrive(call, "p", None, 0.0)
     programs.prefills("a", False, 100, 32, 30)
-    tally, census = program(programs, "p").tally, programs.census
-    assert census.kv_tokens(tally) == 62
+    tally, clock = program(programs, "p"), programs.clock
+    assert clock.kv_tokens(tally) == 62
     programs.prefills("a", False, 100, 62, 38)
     programs.decodes("a")
     programs.advance(1.0, 10.0)
     programs.prefills("b", True, 200, 160, 40)
     programs.decodes("b")
     programs.advance(1.0, 20.0)
-    assert census.kv_tokens(tally) == 102 + 201
-    assert census.decoded(tally) == (3, 50.0)
+    assert clock.kv_tokens(tally) == 102 + 201
+    assert clock.decoded(tally) == (3, 50.0)
     programs.pauses("a")
-    assert census.kv_tokens(tally) == 201
+    assert clock.kv_tokens(tally) == 201
     programs.advance(1.0, 5.0)
-    assert census.decoded(tally) == (4, 55.0)
+    assert clock.decoded(tally) == (4, 55.0)
     # Computed again after the preemption: it was admitted before.
     programs.prefills("a", True, 100, 96, 6)
     assert (tally.cached_tokens, tally.prompt_tokens) == (192, 300)
     for call in "ab":
         programs.finish(call, 1.0)
-    assert (census.kv_tokens(tally), census.decoded(tally)) == (0, (4, 55.0))
+    assert (clock.kv_tokens(tally), clock.decoded(tally)) == (0, (4, 55.0))
 
 
 def test_waiting_calls_are_counted_by_level() -> None:
@@ -71,16 +66,16 @@ def test_waiting_calls_are_counted_by_level() -> None:
     for call in "abc":
         programs.arrive(call, "p", None, 0.0)
     programs.arrive("d", "q", None, 0.0)
-    assert programs.census.waiting == [4, 0, 0, 0]
+    assert programs.waiting == [4, 0, 0, 0]
     programs.prefills("a", False, 10, 0, 10)
     programs.charge("a", 150.0)
     assert [programs.level(call, 0.1) for call in "abcd"] == [1, 1, 1, 0]
-    assert programs.census.waiting == [1, 2, 0, 0]
+    assert programs.waiting == [1, 2, 0, 0]
     assert programs.level("b", 2.0) == 0
-    assert programs.census.waiting == [2, 1, 0, 0]
+    assert programs.waiting == [2, 1, 0, 0]
     for call in "abcd":
         programs.finish(call, 3.0)
-    assert programs.census.waiting == [0, 0, 0, 0]
+    assert programs.waiting == [0, 0, 0, 0]
 
 
 def test_the_longest_waiting_call_is_first() -> None:
@@ -90,8 +85,9 @@ def test_the_longest_waiting_call_is_first() -> None:
     programs.prefills("a", False, 10, 0, 10)
     programs.level("b", 5.0)
     programs.pauses("a")
-    waiting = program(programs, "p").tally.waiting
-    assert [(call.call_id, call.since) for call in waiting.values()] == [("b", 1.0), ("c", 2.0), ("a", 5.0)]
+    waiting = program(programs, "p").waiting
+    assert list(waiting) == [programs.calls[name].program for name in "bca"]
+    assert [call.since for call in waiting] == [1.0, 2.0, 5.0]
 
 
 def test_programs_by_service() -> None:
@@ -187,41 +183,41 @@ def test_counts_agree_with_the_calls(history: list[tuple[str, int]]) -> None:
             elif what == "finish":
                 programs.finish(call, float(now))
                 del live[call], held[call]
-    tallies = [one.tally for _, one in programs.shown(10)]
+    tallies = [one for _, one in programs.shown(10)]
     for stage in list(Stage)[: Stage.DONE]:
         assert sum(tally.in_stage[stage] for tally in tallies) == list(live.values()).count(stage)
-    assert sum(programs.census.waiting) == list(live.values()).count(Stage.WAITING)
+    assert sum(programs.waiting) == list(live.values()).count(Stage.WAITING)
     assert sum(programs.by_service) == len(programs) == len(tallies)
-    assert sum(programs.census.kv_tokens(tally) for tally in tallies) == sum(held.values())
-    assert sum(programs.census.decoded(tally)[0] for tally in tallies) == decoded
-    assert set(programs.census.active(10)) == {f"p{int(call[1:]) % 3}" for call in live}
+    assert sum(programs.clock.kv_tokens(tally) for tally in tallies) == sum(held.values())
+    assert sum(programs.clock.decoded(tally)[0] for tally in tallies) == decoded
+    assert set(programs.active(10)) == {f"p{int(call[1:]) % 3}" for call in live}
 
 
 def test_a_second_call_of_a_program_is_another_turn() -> None:
     programs = table()
     for call in "ab":
         programs.arrive(call, "p", None, 0.0)
-    assert program(programs, "p").tally.turns == 2
-    assert programs.census.active(10) == ["p"]
+    assert program(programs, "p").turns == 2
+    assert programs.active(10) == ["p"]
     programs.finish("a", 1.0)
-    assert programs.census.active(10) == ["p"]
+    assert programs.active(10) == ["p"]
     programs.finish("b", 1.0)
-    assert programs.census.active(10) == []
+    assert programs.active(10) == []
 
 
 def test_a_call_that_moves_leaves_its_level() -> None:
     programs = table()
     for call in "abc":
         programs.arrive(call, "p", None, 0.0)
-    assert programs.census.waiting == [3, 0, 0, 0]
+    assert programs.waiting == [3, 0, 0, 0]
     programs.charge("a", 150.0)
     programs.level("a", 0.0)
-    assert programs.census.waiting == [2, 1, 0, 0]
+    assert programs.waiting == [2, 1, 0, 0]
 
 
 def test_clocks_begin_at_nothing() -> None:
     programs = table()
     programs.arrive("a", "p", None, 0.0)
     programs.decodes("a")
-    tally = program(programs, "p").tally
+    tally = program(programs, "p")
     assert (tally.decode_tokens, tally.decode_ms, tally.kv_tokens) == (0, 0.0, 0)

@@ -1,9 +1,18 @@
-"""Which program a prompt belongs to when nobody says so: an agent's next prompt begins with its last prompt and answer."""
+"""Whose a request is: the program it belongs to, named by its client or found by what its prompt begins with.
+
+A request with a session id belongs to the program of that name, or to that of the session that its client says started it
+(`agent_parent`). Without one it belongs to the program of the request whose prompt and answer its own prompt begins with
+(`Lineage`): an agent's next prompt begins with its last prompt and answer. Else it is the first of a new program.
+"""
 
 from array import array
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+from vllm_agentserve.policy.call import Call
+from vllm_agentserve.policy.program import SESSION
 
 WEAK_OUTPUT_TOKENS = 4
 """Tokens of the answer that a continuation must share at least: a client's template may write the rest with other tokens."""
@@ -108,3 +117,87 @@ class Lineage:
                 best.continued += 1
                 return best
         return None
+
+
+class Families:
+    """Remembers, for sessions that named a parent, the first of the family; bounded, the longest unseen is forgotten first.
+
+    What a session said first holds: it cannot move to another program later.
+
+    Args:
+        capacity: sessions remembered.
+    """
+
+    def __init__(self, capacity: int = 65_536) -> None:
+        self._roots: OrderedDict[str, str] = OrderedDict()
+        self._capacity = capacity
+
+    def __len__(self) -> int:
+        return len(self._roots)
+
+    def root(self, session: str, parent: str | None) -> str:
+        """The session whose program this one belongs to: itself without a parent, else the root of the parent as known."""
+        known = self._roots.get(session)
+        if known is None:
+            if parent is None or parent == session:
+                return session
+            known = self._roots[session] = self._roots.get(parent, parent)
+            if len(self._roots) > self._capacity:
+                self._roots.popitem(last=False)
+        self._roots.move_to_end(session)
+        return known
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The program of a request, and where in it the request belongs.
+
+    Args:
+        key: of the program.
+        path_ms: length of the path to the request, see `ProgramTable`; None: the program's longest.
+        thread: of the program that it continues.
+        end: number of the end of the call it goes on from.
+        source: `explicit`: its client names it; `inferred` from its prompt; `new`: the first of a program.
+    """
+
+    key: str
+    path_ms: float | None = None
+    thread: str | None = None
+    end: int | None = None
+    source: Literal["explicit", "inferred", "new"] = "explicit"
+
+
+class Attribution:
+    """Says whose a request is, and remembers finished ones.
+
+    Args:
+        block_size: tokens per KV block, whose hashes requests carry.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self._lineage = Lineage(block_size)
+        self._families = Families()
+
+    def owner(self, call: Call) -> Owner:
+        request, hints = call.request, call.hints
+        found = self._lineage.find(request.block_hashes, request.prompt_token_ids or ())
+        session = request.session_id if request.session_id is not None else hints.parent
+        if session is not None:
+            # Who only names its parent is one of its threads, like a sub-agent with a session of its own.
+            root = self._families.root(session, hints.parent)
+            thread = hints.thread or (session if root != session else None)
+            key = f"{SESSION}{root}"
+            if found is not None and found.program == key:
+                return Owner(key, found.path_ms, thread, found.end)
+            return Owner(key, thread=thread)
+        if found is not None:
+            return Owner(found.program, found.path_ms, hints.thread, found.end, "inferred")
+        return Owner(f"request {call.name}", 0.0, hints.thread, source="new")
+
+    def remember(self, call: Call, key: str, path_ms: float, end: int) -> None:
+        """The call has ended, with a path of this length to its end, which has this number; others may go on from its answer."""
+        request = call.request
+        if request.num_output_tokens:
+            self._lineage.remember(
+                key, path_ms, request.block_hashes, request.all_token_ids, request.num_prompt_tokens, end
+            )

@@ -1,0 +1,139 @@
+"""Features: events reach those that define them, in order, and what is absent answers."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from vllm.v1.request import RequestStatus
+
+from tests.support.lane_driver import started
+from tests.support.schedulers import Driver, make_request, make_scheduler
+from vllm_agentserve.policy.call import Call
+from vllm_agentserve.policy.program_order import NoPrograms, ProgramOrder
+from vllm_agentserve.policy.waiting import VllmOrder, WaitingList
+from vllm_agentserve.scheduler.features import Events, Feature
+from vllm_agentserve.scheduler.features.lane import Lane, NoLane
+
+
+class Follows(Feature):
+    """Notes every event, with the request it is about."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def arrived(self, call: Call) -> None:
+        self.seen.append(f"arrived {call.name} {'waiting' if call.key is not None else 'not waiting'}")
+
+    def before_step(self, decodes: int, context: int) -> None:
+        self.seen.append(f"before_step {decodes} {context}")
+
+    def before_plan(self) -> None:
+        self.seen.append("before_plan")
+
+    def after_schedule(self) -> None:
+        self.seen.append("after_schedule")
+
+    def admitted(self, call: Call) -> None:
+        self.seen.append(f"admitted {call.name}")
+
+    def finished(self, sequences: int, interval_ms: float | None, chunks: Iterable[Any], beside_lane: bool) -> None:
+        self.seen.append(f"finished {sequences} {[chunk.tokens for chunk in chunks]} {beside_lane}")
+
+    def freed(self, call: Call) -> None:
+        self.seen.append(f"freed {call.name}")
+
+    def before_reset(self) -> None:
+        self.seen.append("before_reset")
+
+    def report(self) -> dict[str, float]:
+        return {"seen": float(len(self.seen))}
+
+    def faults(self, calls: Iterable[Call]) -> list[str]:
+        return [f"{call.name} is here" for call in calls]
+
+
+def followed(**given: Any) -> tuple[Any, Driver, Follows]:
+    scheduler: Any = make_scheduler(**given)
+    follows = Follows()
+    scheduler._events = Events([*scheduler._events.features, follows])
+    scheduler._log._finished = scheduler._events.finished
+    return scheduler, Driver(scheduler), follows
+
+
+def test_the_life_of_a_request_in_events() -> None:
+    scheduler, driver, follows = followed(options={"mode": "time-sliced"})
+    scheduler.add_request(make_request("a", 40, max_tokens=3))
+    for _ in range(3):
+        driver.step()
+    assert follows.seen == [
+        "arrived a waiting",
+        "before_step 0 0",
+        "before_plan",
+        "after_schedule",
+        "admitted a",
+        "finished 0 [40] False",
+        # Steps of decodes only are vLLM's own.
+        "finished 1 [] False",
+        "finished 1 [] False",
+        "freed a",
+    ]
+    assert scheduler.report()["seen"] == len(follows.seen)
+
+
+def test_a_request_that_is_aborted_while_it_waits_is_freed_once() -> None:
+    scheduler, driver, follows = followed(options={"mode": "time-sliced"}, max_num_seqs=1)
+    for name in "ab":
+        scheduler.add_request(make_request(name, 40))
+    driver.step()
+    scheduler.finish_requests("b", RequestStatus.FINISHED_ABORTED)
+    driver.step()
+    assert follows.seen.count("freed b") == 1
+    assert list(scheduler.calls) == ["a"]
+
+
+def test_a_reset_asks_the_features_only_where_running_requests_are_reset() -> None:
+    scheduler, driver, follows = followed(options={"mode": "time-sliced"})
+    scheduler.add_request(make_request("a", 40))
+    driver.step()
+    scheduler.reset_prefix_cache()
+    assert "before_reset" not in follows.seen
+    scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert "before_reset" in follows.seen
+
+
+def test_events_call_only_those_that_define_them() -> None:
+    class Frees(Feature):
+        def freed(self, call: Call) -> None:
+            pass
+
+    frees = Frees()
+    events = Events([NoLane(), frees])
+    assert events.freed == (frees.freed,)
+    assert events.arrived == events.before_step == events.finished == ()
+
+
+def test_what_is_absent_answers() -> None:
+    scheduler: Any = make_scheduler(policy="priority", options={"policy": "plas"})
+    assert (type(scheduler.policy.programs), type(scheduler.policy.waiting)) == (NoPrograms, VllmOrder)
+    assert type(scheduler._lane) is NoLane
+    ours: Any = make_scheduler(options={"policy": "plas"})
+    assert (type(ours.policy.programs), type(ours.policy.waiting)) == (ProgramOrder, WaitingList)
+    lanes, _ = started()
+    assert type(lanes._lane) is Lane
+
+
+def test_the_same_prompt_waits_for_vllms_order_as_long_as_it_must() -> None:
+    """With vLLM's own order prompts are cut to the budget all the same, and nothing is left of ended requests."""
+    scheduler: Any = make_scheduler(
+        policy="priority", options={"mode": "time-sliced", "tpot_slo_ms": 10, "first_chunk_tokens": 64}
+    )
+    driver = Driver(scheduler)
+    scheduler.add_request(make_request("stream", 20, max_tokens=200))
+    driver.step()
+    scheduler.add_request(make_request("cold", 3000, max_tokens=2))
+    assert driver.step()["cold"] <= 128
+    for _ in range(199):
+        driver.step()
+        assert scheduler.integrity.faults() == []
+        if "cold" not in scheduler.requests:
+            break
+    assert set(scheduler.calls) == set(scheduler.requests)

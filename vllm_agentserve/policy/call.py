@@ -1,0 +1,113 @@
+"""One record per request, from its arrival to its end: every part reads and writes its own fields of it.
+
+What can be derived (tokens left, whether it waits) is derived here and nowhere else.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from math import inf
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vllm_agentserve.policy.hints import NONE, Hints
+from vllm_agentserve.policy.phase import Phase
+
+if TYPE_CHECKING:
+    from vllm_agentserve.policy.order import AdmissionKey
+    from vllm_agentserve.policy.program import ProgramCall
+    from vllm_agentserve.policy.routes import Reason
+
+
+class Chunk(NamedTuple):
+    """Part of a prompt that one step computes.
+
+    Args:
+        phase: `COLD_PREFILL` or `RESUME_PREFILL`.
+        tokens: how many.
+        context: tokens of the sequence computed before them.
+    """
+
+    phase: Phase
+    tokens: int
+    context: int
+
+
+@dataclass(slots=True)
+class LaneState:
+    """What the prefill lane has to do with a request.
+
+    Args:
+        reason: why the prompt goes where it goes, until it is counted; None when nobody asked.
+        phase: of a prompt that was given to the lane, until a step takes it up again; else None.
+        start: first token whose KV the lane writes while it has the prompt; else None.
+        hashes: of the blocks it fills meanwhile.
+        failed: whether a lane failed on the prompt, which steps compute then.
+    """
+
+    reason: "Reason | None" = None
+    phase: Phase | None = None
+    start: int | None = None
+    hashes: tuple[Hashable, ...] = ()
+    failed: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """What is known of one request.
+
+    Args:
+        request: vLLM's, or a simulated one, with `request_id`, `session_id`, `num_tokens` and `num_computed_tokens`.
+        hints: what its client said of it.
+        due: when it should be finished, in s on the clock of the policy; infinite where the client did not say.
+
+    Set by the waiting list (`policy/waiting.py`):
+        number: of its arrival; negative before it has waited.
+        wait_number: of its wait, on the same scale: one that left for longer than a step waits anew when it is back.
+        wait_since_s: when this wait began, in s.
+        left_step: the step in which it last left the list.
+        key: by which it is sorted while it waits; else None.
+        parked: whether it waits without being offered.
+        awaited: what a parked one waits for: the hash of a KV block that is being filled, or None for room in the lane.
+        overdue: whether it has been overtaken for too long.
+        has_waited: whether it was parked for room in the lane for as long again after it was overdue.
+
+    Set by the policy (`policy/engine.py`):
+        phase: of its prompt, decided when a step first computes part of it.
+        served_as: the queue whose share of the budget it gets; None unless steps are computing its prompt.
+        lost_ms: what it would lose at most by the preemption that it still has to make up for; None without one.
+        program: its part in a program, where programs are told apart.
+        lane: what the prefill lane has to do with it.
+    """
+
+    request: Any
+    hints: Hints = NONE
+    due: float = inf
+    number: int = -1
+    wait_number: int = -1
+    wait_since_s: float = 0.0
+    left_step: int = -1
+    key: "AdmissionKey | None" = None
+    parked: bool = False
+    awaited: Hashable | None = None
+    overdue: bool = False
+    has_waited: bool = False
+    phase: Phase | None = None
+    served_as: Phase | None = None
+    lost_ms: float | None = None
+    program: "ProgramCall | None" = None
+    lane: LaneState = field(default_factory=LaneState)
+
+    @property
+    def name(self) -> str:
+        """The id of the request."""
+        return str(self.request.request_id)
+
+    @property
+    def left(self) -> int:
+        """Tokens that are still to be computed before it decodes."""
+        return int(self.request.num_tokens - self.request.num_computed_tokens)
+
+    @property
+    def chunk_phase(self) -> Phase:
+        """Its phase, as its chunks are counted."""
+        assert self.phase is not None
+        return self.phase

@@ -1,0 +1,125 @@
+"""Programs in the order of waiting calls: whose each call is, what it is charged, and the level at which it waits."""
+
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
+
+from vllm_agentserve.policy.attribution import Owner
+from vllm_agentserve.policy.call import Call, Chunk
+from vllm_agentserve.policy.preemption import PreemptionAccount
+from vllm_agentserve.policy.programs import ProgramTable
+
+
+class NoPrograms:
+    """Programs are not told apart: every call waits at the same level. Also the interface of `ProgramOrder`."""
+
+    relevels = False
+    """Whether the levels of calls change while they wait."""
+
+    def arrives(self, call: Call, now: float) -> None:
+        """A call came, at `now` (s)."""
+
+    def waits(self, call: Call, now: float) -> None:
+        """A call is about to be sorted into the waiting ones, or is looked at again there."""
+
+    def level(self, call: Call) -> int:
+        """The level of a call, waiting or not, 0 is the first."""
+        return 0
+
+    def runs(self, call: Call, computed: int) -> None:
+        """A call is admitted with so many of its tokens computed."""
+
+    def computes(self, call: Call, chunk: Chunk, now: float) -> None:
+        """A chunk of the call's prompt is scheduled."""
+
+    def decodes(self, call: Call) -> None:
+        """The call's prompt is computed."""
+
+    def stepped(self, sequences: int, step_ms: float, chunks: Sequence[Chunk]) -> None:
+        """A step with so many decodes and these chunks took so long."""
+
+    def ends(self, call: Call, now: float) -> None:
+        """The call is finished or aborted."""
+
+    def faults(self, calls: Iterable[Call]) -> list[str]:
+        """What does not agree, `calls` being all there are; O(n)."""
+        return []
+
+
+class ProgramOrder(NoPrograms):
+    """Calls wait by what their programs have received.
+
+    Args:
+        table: of the programs.
+        owner: says whose a call is.
+        remember: is called with a call that ended, its program's key, the length of the path to its end and the end's number.
+        prompt_ms: what so many tokens over so many computed ones cost, in ms.
+        account: of the work that preempted calls lose.
+        counts: gets `program_explicit_requests` and its like.
+        alternates: whether steps decode parts of the running calls in turns, as with pipeline parallelism.
+    """
+
+    relevels = True
+
+    def __init__(
+        self,
+        table: ProgramTable,
+        owner: Callable[[Call], Owner],
+        remember: Callable[[Call, str, float, int], None],
+        prompt_ms: Callable[[int, int], float],
+        account: PreemptionAccount,
+        counts: MutableMapping[str, float],
+        alternates: bool = False,
+    ) -> None:
+        self.table = table
+        self.account = account
+        self.prompt_ms = prompt_ms
+        self._owner, self._remember = owner, remember
+        self._counts = counts
+        self._alternates = alternates
+
+    def arrives(self, call: Call, now: float) -> None:
+        owner = self._owner(call)
+        self._counts[f"program_{owner.source}_requests"] += 1
+        self.table.arrive(call, owner.key, owner.path_ms, now, owner.thread, owner.end)
+
+    def waits(self, call: Call, now: float) -> None:
+        # One that was in the prefill lane and is back waits again.
+        self.table.pauses(call, now)
+        self.table.update_level(call, now)
+
+    def level(self, call: Call) -> int:
+        return self.table.standing(call)
+
+    def runs(self, call: Call, computed: int) -> None:
+        tokens = call.request.num_tokens - computed
+        if self.account.settle(call, self.prompt_ms(tokens, computed)):
+            self._counts["program_preempted_tokens"] += tokens
+
+    def computes(self, call: Call, chunk: Chunk, now: float) -> None:
+        self.table.prefills(call, call.request.num_prompt_tokens, chunk, now)
+        self.table.charge(call, self.prompt_ms(chunk.tokens, chunk.context))
+
+    def decodes(self, call: Call) -> None:
+        self.table.decodes(call)
+
+    def stepped(self, sequences: int, step_ms: float, chunks: Sequence[Chunk]) -> None:
+        """What the chunks took of the step is charged to their calls already.
+
+        All calls that decode now share the rest, also those that this step did not have: with steps in flight, and where steps
+        alternate, they are not the same, and what is charged must add up to what the step took.
+        """
+        self.account.serve(step_ms)
+        decoding = self.table.decoding
+        if not decoding or not (sequences or self._alternates):
+            return
+        rest_ms = step_ms - sum(self.prompt_ms(chunk.tokens, chunk.context) for chunk in chunks) if sequences else 0.0
+        share = min(sequences / decoding, 1.0) if self._alternates else 1.0
+        self.table.advance(max(rest_ms, 0.0) / decoding, step_ms, share)
+
+    def ends(self, call: Call, now: float) -> None:
+        self.account.settle(call, 0.0)
+        ended = self.table.finish(call, now)
+        if ended is not None:
+            self._remember(call, *ended, self.table.ended)
+
+    def faults(self, calls: Iterable[Call]) -> list[str]:
+        return self.table.faults(calls)

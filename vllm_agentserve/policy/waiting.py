@@ -1,0 +1,450 @@
+"""The waiting calls in admission order, and what a step has to know of them together; for scheduler and simulator alike."""
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping
+from itertools import chain, islice
+from math import inf
+
+from vllm_agentserve.policy.call import Call
+from vllm_agentserve.policy.order import LOOK_AHEAD, AdmissionKey, Patience, Urgency, ahead
+from vllm_agentserve.policy.target import Backlog
+
+Entry = tuple[AdmissionKey, int, Call]
+"""Key and number of arrival, which differs for all, and the call."""
+
+
+def lane_takes(room: int | None, filling: Container[Hashable]) -> Callable[[Call], bool]:
+    """Which parked calls need not wait any longer for a prefill lane; asked of one after the other, in their order.
+
+    Args:
+        room: how many of those that wait for room in the lane; None for all.
+        filling: hashes of the blocks it is filling; who waits for another one goes back.
+    """
+    left = inf if room is None else room
+
+    def takes(call: Call) -> bool:
+        nonlocal left
+        if call.awaited is not None:
+            return call.awaited not in filling
+        left -= 1
+        return left >= 0
+
+    return takes
+
+
+def entry_of(call: Call) -> Entry:
+    """The entry of a call that waits."""
+    assert call.key is not None
+    return call.key, call.number, call
+
+
+class Line:
+    """Sorted entries; those that are not cold also by themselves, so that they can be offered without the cold ones."""
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self.resumes: list[Entry] = []
+        self._tokens = 0
+        self._waited_for, self._waited_tokens, self._came_s = 0, 0, 0.0
+        """Of the calls that are not of class batch: how many, their tokens, and the sum of the times when their waits began."""
+
+    def add(self, entry: Entry) -> None:
+        for line in self._lines(entry):
+            insort(line, entry)
+        self._count(entry, 1)
+
+    def remove(self, entry: Entry) -> None:
+        for line in self._lines(entry):
+            del line[bisect_left(line, entry)]
+        self._count(entry, -1)
+
+    def _count(self, entry: Entry, sign: int) -> None:
+        key, _, call = entry
+        self._tokens += sign * key.tokens
+        if not key.batch:
+            self._waited_for += sign
+            self._waited_tokens += sign * key.tokens
+            self._came_s = self._came_s + sign * call.wait_since_s if self._waited_for else 0.0
+
+    def _lines(self, entry: Entry) -> tuple[list[Entry], ...]:
+        return (self.entries,) if entry[0].cold else (self.entries, self.resumes)
+
+    def offered(self, colds_wait: bool) -> list[Entry]:
+        """Who can be admitted, in order; without the cold ones while those have to wait."""
+        return self.resumes if colds_wait else self.entries
+
+    def has_cold(self) -> bool:
+        return len(self.resumes) < len(self.entries)
+
+    def waiting_resume_tokens(self, places: int, colds_wait: bool) -> int:
+        """Uncached tokens of the resume prefills that so many free places can take. A cold prefill before them in the order takes
+        one place at most: the next one waits until it has been computed."""
+        cold_first = any(entry[0].cold for entry in self.offered(colds_wait)[: max(places, 0)])
+        return sum(key.uncached for key, _, _ in self.resumes[: max(places - cold_first, 0)])
+
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens of all entries, not yet computed."""
+        return self._tokens
+
+    def backlog(self, now_s: float) -> Backlog:
+        """The prompts that clients wait for, and how long they have waited on average; not those of class batch."""
+        prompts = self._waited_for
+        return Backlog(prompts, self._waited_tokens, 1000 * (now_s - self._came_s / prompts)) if prompts else Backlog()
+
+    def faults(self) -> list[str]:
+        """What does not agree; O(n)."""
+        found = []
+        if self.entries != sorted(self.entries):
+            found.append("the queue is not in order")
+        if self.resumes != [entry for entry in self.entries if not entry[0].cold]:
+            found.append("the list of resume prefills is not that of the queue")
+        tokens = sum(key.tokens for key, _, _ in self.entries)
+        if self._tokens != tokens:
+            found.append(f"the queue counts {self._tokens} tokens that wait, and has {tokens}")
+        waited_for = [key.tokens for key, _, _ in self.entries if not key.batch]
+        if (self._waited_for, self._waited_tokens) != (len(waited_for), sum(waited_for)):
+            found.append(
+                f"the queue counts {self._waited_for} prompts that clients wait for, and has {len(waited_for)}"
+            )
+        return found
+
+
+class VllmOrder:
+    """What a step has to know of the waiting calls where vLLM orders them itself: next to nothing.
+
+    Also the interface of `WaitingList`, as the policy uses it.
+    """
+
+    step = 0
+    """The engine's step counter."""
+    blocked = False
+    """Whether a call was not admitted in the last step for want of KV blocks or of places."""
+
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens, not yet computed, of the calls that wait for steps."""
+        return 0
+
+    def begin_step(self, step: int, relevels: bool) -> int:
+        """A step is about to be scheduled; returns how many calls were found overdue."""
+        return 0
+
+    def end_step(self, tokens_left: bool) -> None:
+        """A step has been scheduled; whether it could have had more tokens."""
+
+    def reopen(self) -> None:
+        """What was closed for the rest of a step is open again."""
+
+    def hold_colds(self) -> None:
+        """No further cold prefill can begin in this step."""
+
+    def refuses(self, call: Call, cold: bool, granted: int, wanted: int) -> bool:
+        """A waiting call was granted so many of the tokens it wanted; returns whether a cold prompt was granted nothing."""
+        return False
+
+    def has_cold(self, waits: bool) -> bool:
+        """Whether a call waits that is not a short resume prefill; `waits`: whether any does."""
+        return waits
+
+    def waiting_resume_tokens(self, places: int) -> int:
+        """Uncached tokens of the resume prefills that so many free places can take."""
+        return 0
+
+    def backlog(self) -> Backlog:
+        """The prompts that wait for steps and that clients wait for; not those that wait for the prefill lane."""
+        return Backlog()
+
+    def park(self, held: Mapping[Call, Hashable | None]) -> None:
+        """Puts calls aside, with what each waits for; those that do not wait here are ignored."""
+
+    @property
+    def parked(self) -> int:
+        """How many calls are put aside."""
+        return 0
+
+    def release(self, ready: Callable[[Call], bool]) -> None:
+        """Puts those parked calls back that are `ready`, which is asked of all, in their order."""
+
+    def retag(self, limit: int) -> None:
+        """Asks again for the keys of the first `limit` cold calls: what they share may be cached by now."""
+
+    def forget(self, call: Call) -> None:
+        """Drops what is known of a call that ends; one that still waits is taken out."""
+
+    def faults(self, calls: Iterable[Call]) -> list[str]:
+        """What does not agree, `calls` being all there are; O(n)."""
+        return []
+
+
+class WaitingList(VllmOrder):
+    """Waiting calls in admission order.
+
+    Args:
+        key_of: gives the sort key of a call; asked when the call comes in and whenever it is looked at again.
+        bypass_steps: engine steps a call may be overtaken before it moves to the front; infinite for no bound.
+        batch_bypass_steps: the same for calls of class batch; None for the same.
+        decide_steps: how often `relevels` does something, in steps.
+        clock: seconds, by which waiting times are counted; without one nothing waits for any time.
+
+    Calls held back for the prefill lane are parked: they count as waiting, but nobody looks at them until what they wait
+    for has happened, since a look costs a search through the prefix cache per call and step.
+
+    While a cold prefill is being computed that does not end in this step, another one cannot begin (`hold_colds`): then only
+    resume prefills are offered, and a cold prompt at the front does not keep them waiting.
+
+    A call that the scheduler takes out, skips and puts back keeps its place: its key decides, not the way it came in. One
+    that ran and lost its place waits anew: the time it ran does not count as waiting, and the bound holds for every wait.
+    """
+
+    def __init__(
+        self,
+        key_of: Callable[[Call], AdmissionKey],
+        bypass_steps: float = inf,
+        batch_bypass_steps: float | None = None,
+        decide_steps: int = 1,
+        clock: Callable[[], float] = float,
+    ) -> None:
+        self._key_of = key_of
+        self._patience: Patience[Call] = Patience(bypass_steps)
+        self._batch_patience: Patience[Call] = Patience(batch_bypass_steps or bypass_steps)
+        self._decide_steps = decide_steps
+        self._clock = clock
+        self._line = Line()
+        self._parked: list[Entry] = []
+        self._offered: Call | None = None
+        """The call that the last look showed."""
+        self._arrivals = 0
+        self._turn = 0
+        """Where the next look at levels begins."""
+        self._colds_wait = False
+        self.closed = False
+        """Whether nobody else can be admitted in this step."""
+        self._tried: Call | None = None
+        """The call that was granted tokens last in this step."""
+        self._stale: Call | None = None
+        """A call that turned out in this step to be cold, and is sorted as a resume prefill."""
+        self._decisions = 0
+        """How often levels were looked at up to the last step."""
+
+    # -- calls come and go ----------------------------------------------------------------------------------------------
+
+    def add(self, call: Call) -> None:
+        if call.number < 0:
+            call.number = self._arrivals
+        elif call.left_step == self.step:
+            self._insert(call)
+            return
+        call.overdue = call.has_waited = False
+        call.wait_number, call.wait_since_s = self._arrivals, self._clock()
+        self._arrivals += 1
+        self._insert(call)
+        self._bound(call).enter(call, self.step)
+
+    def _bound(self, call: Call) -> Patience[Call]:
+        return self._batch_patience if call.hints.batch else self._patience
+
+    def first(self) -> Call | None:
+        """The call that is offered next, None if there is none."""
+        line = self._line.offered(self._colds_wait)
+        self._offered = line[0][2] if line else None
+        return self._offered
+
+    def pop(self) -> Call:
+        """Takes out the call that `first` showed, also when the order has changed since. Raises `IndexError` without one."""
+        call = self._offered
+        if call is None or call not in [line[0][2] for line in (self._line.entries, self._line.resumes) if line]:
+            call = self.first()
+        if call is None:
+            raise IndexError("pop from an empty queue")
+        self.remove(call)
+        self._offered = None
+        return call
+
+    def remove(self, call: Call) -> None:
+        """Takes out a call that waits; it keeps its place if it is back in the same step."""
+        call.left_step = self.step
+        self._out(call)
+
+    def forget(self, call: Call) -> None:
+        self._patience.leave(call)
+        self._batch_patience.leave(call)
+        if call.key is not None:
+            self._out(call)
+        if self._offered is call:
+            self._offered = None
+
+    def __contains__(self, call: object) -> bool:
+        return isinstance(call, Call) and call.key is not None
+
+    def __len__(self) -> int:
+        return len(self._line.entries) + len(self._parked)
+
+    def __iter__(self) -> Iterator[Call]:
+        return iter([call for _, _, call in chain(self._line.entries, self._parked)])
+
+    def __getitem__(self, index: int) -> Call:
+        return self._line.entries[index][2]
+
+    @property
+    def open(self) -> bool:
+        """Whether there is a call to look at."""
+        return bool(self._line.offered(self._colds_wait)) and not self.closed
+
+    @property
+    def bounded(self) -> int:
+        """Calls whose wait is bounded and not over."""
+        return len(self._patience) + len(self._batch_patience)
+
+    # -- parked calls ---------------------------------------------------------------------------------------------------
+
+    @property
+    def parked(self) -> int:
+        return len(self._parked)
+
+    def park(self, held: Mapping[Call, Hashable | None]) -> None:
+        for call, awaited in held.items():
+            if call.key is not None and not call.parked:
+                self._put_aside(call, awaited)
+                if call.key.urgency <= Urgency.OVERDUE:
+                    # Its bound was over while it was offered, or it had none there; parked it has one.
+                    call.overdue = True
+                    self._bound(call).enter(call, self.step)
+
+    def _put_aside(self, call: Call, awaited: Hashable | None) -> None:
+        entry = entry_of(call)
+        self._line.remove(entry)
+        call.parked, call.awaited = True, awaited
+        insort(self._parked, entry)
+
+    def release(self, ready: Callable[[Call], bool]) -> None:
+        for call in [call for _, _, call in self._parked if ready(call)]:
+            self._out(call)
+            self._insert(call)
+
+    def _overdue_while_parked(self, call: Call) -> None:
+        """It goes first when there is room; one that still waits for room as many steps later waits for the lane no longer. One
+        that waits for a block stays: it would compute what the lane is computing already."""
+        awaited = call.awaited
+        call.has_waited = call.overdue and awaited is None
+        self._out(call)
+        call.overdue = True
+        self._insert(call)
+        if not call.has_waited:
+            self._bound(call).enter(call, self.step)
+            self._put_aside(call, awaited)
+
+    # -- steps ----------------------------------------------------------------------------------------------------------
+
+    def begin_step(self, step: int, relevels: bool) -> int:
+        decisions, self._decisions = step // self._decide_steps - self._decisions, step // self._decide_steps
+        self.step = step
+        promoted = self.promote_overdue()
+        if relevels:
+            # More often than once around changes nothing.
+            for _ in range(min(decisions, len(self._line.entries) // LOOK_AHEAD + 1)):
+                self.relevel(LOOK_AHEAD)
+        return promoted
+
+    def promote_overdue(self) -> int:
+        """Moves calls that were overtaken for too long to the front; returns how many."""
+        promoted = 0
+        for call in (*self._patience.overdue(self.step), *self._batch_patience.overdue(self.step)):
+            if call.key is None:
+                continue
+            if call.parked:
+                self._overdue_while_parked(call)
+            elif call.key.urgency > Urgency.OVERDUE:
+                call.overdue = True
+                self._rekey([call])
+                promoted += 1
+        return promoted
+
+    def hold_colds(self) -> None:
+        self._colds_wait = True
+
+    def refuses(self, call: Call, cold: bool, granted: int, wanted: int) -> bool:
+        self._tried = call if granted else None
+        if cold and not granted and call.key is not None and not call.key.cold:
+            # What it had cached when it came is gone.
+            self._stale = call
+        if cold and granted < wanted:
+            self._colds_wait = True
+        # Nothing is left for those behind it, whom vLLM 0.33 would ask for one by one.
+        self.closed = not granted or not self.open
+        return cold and not granted
+
+    def end_step(self, tokens_left: bool) -> None:
+        refused = self._tried is not None and self._tried.key is not None
+        self.blocked, self._tried = tokens_left and (refused or self.open), None
+        stale, self._stale = self._stale, None
+        if stale is not None and stale.key is not None and not stale.parked:
+            self._rekey([stale])
+
+    def reopen(self) -> None:
+        self.closed = self._colds_wait = False
+
+    def retag(self, limit: int) -> None:
+        self._rekey([call for _, _, call in islice((one for one in self._line.entries if one[0].cold), limit)])
+
+    def relevel(self, limit: int) -> None:
+        """Asks again for the keys of `limit` calls, each time the next ones in order: levels change while they wait."""
+        if self._turn >= len(self._line.entries):
+            self._turn = 0
+        self._rekey([call for _, _, call in self._line.entries[self._turn : self._turn + limit]])
+        self._turn += limit
+
+    # -- what a step has to know ----------------------------------------------------------------------------------------
+
+    def has_cold(self, waits: bool) -> bool:
+        return self._line.has_cold()
+
+    def waiting_resume_tokens(self, places: int) -> int:
+        return self._line.waiting_resume_tokens(min(places, LOOK_AHEAD), self._colds_wait)
+
+    @property
+    def tokens(self) -> int:
+        return self._line.tokens
+
+    def backlog(self) -> Backlog:
+        return self._line.backlog(self._clock())
+
+    # -- inside ---------------------------------------------------------------------------------------------------------
+
+    def _rekey(self, calls: Iterable[Call]) -> None:
+        for call in calls:
+            self._line.remove(entry_of(call))
+            self._insert(call)
+
+    def _insert(self, call: Call) -> None:
+        key = self._key_of(call)
+        if call.overdue and key.urgency > Urgency.OVERDUE:
+            key = ahead(key, Urgency.OVERDUE, call.wait_number)
+        call.key = key
+        self._line.add(entry_of(call))
+
+    def _out(self, call: Call) -> None:
+        """Takes a call out, parked or not."""
+        entry = entry_of(call)
+        if call.parked:
+            call.parked, call.awaited = False, None
+            del self._parked[bisect_left(self._parked, entry)]
+        else:
+            self._line.remove(entry)
+        call.key = None
+
+    def faults(self, calls: Iterable[Call]) -> list[str]:
+        entries = [*self._line.entries, *self._parked]
+        listed = {call: (key, number) for key, number, call in entries}
+        found = []
+        if len(listed) != len(entries):
+            found.append("a request is in the queue twice")
+        if self._parked != sorted(self._parked):
+            found.append("the queue is not in order")
+        for call in calls:
+            if listed.pop(call, None) != (None if call.key is None else (call.key, call.number)):
+                found.append(f"{call.name!r} is not in the queue where its key says")
+        found += [f"the queue remembers {call.name!r}, which is gone" for call in listed]
+        if any(not call.parked for _, _, call in self._parked) or any(call.parked for _, _, call in self._line.entries):
+            found.append("a request is parked that is not marked so, or the other way round")
+        return found + self._line.faults()

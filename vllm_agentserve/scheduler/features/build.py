@@ -1,0 +1,85 @@
+"""Which features a scheduler has: made here, from the options and from what vLLM runs."""
+
+from collections.abc import Mapping, MutableMapping
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from vllm_agentserve.config import AgentServeConfig
+from vllm_agentserve.policy.attribution import Attribution
+from vllm_agentserve.policy.call import Call
+from vllm_agentserve.policy.controller import BudgetController
+from vllm_agentserve.policy.engine import EnginePolicy
+from vllm_agentserve.policy.preemption import PreemptionAccount
+from vllm_agentserve.policy.program_order import NoPrograms, ProgramOrder
+from vllm_agentserve.policy.programs import ProgramTable
+from vllm_agentserve.policy.waiting import WaitingList
+from vllm_agentserve.scheduler.features import Feature
+from vllm_agentserve.scheduler.features.lane import Lane, NoLane
+from vllm_agentserve.scheduler.features.preemption import Preemption
+from vllm_agentserve.scheduler.features.programs import ProgramReport
+from vllm_agentserve.vllm_compat import scheduler as compat
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+Counts = MutableMapping[str, float]
+
+
+def program_order(
+    options: AgentServeConfig | None,
+    controller: BudgetController,
+    counts: Counts,
+    block_size: int,
+    alternates: bool = False,
+) -> NoPrograms:
+    """The order of programs that the options ask for.
+
+    Args:
+        options: None where vLLM orders the waiting requests.
+        controller: knows what prompts take.
+        counts: what `/metrics` counts.
+        block_size: tokens per KV block.
+        alternates: whether steps decode parts of the running calls in turns, as with pipeline parallelism.
+    """
+    if options is None or options.policy == "fcfs":
+        return NoPrograms()
+    table = ProgramTable(
+        options.policy,
+        options.program_levels,
+        options.program_quantum_ms,
+        options.program_promote_ratio,
+        options.program_ttl_s,
+    )
+    attribution, account = Attribution(block_size), PreemptionAccount(options.program_preempt_share)
+    owner, remember = attribution.owner, attribution.remember
+    return ProgramOrder(table, owner, remember, controller.prompt_ms, account, counts, alternates)
+
+
+def lane_of(
+    scheduler: "Scheduler",
+    options: AgentServeConfig,
+    policy: EnginePolicy,
+    calls: Mapping[str, Call],
+    counts: Counts,
+) -> NoLane:
+    """The prefill lane, where its connector runs."""
+    if not compat.has_lane_connector(scheduler):
+        return NoLane()
+    return Lane(options, scheduler, policy, calls, counts)
+
+
+def build_features(
+    scheduler: "Scheduler",
+    options: AgentServeConfig,
+    policy: EnginePolicy,
+    calls: Mapping[str, Call],
+    counts: Counts,
+) -> list[Feature]:
+    """All features but the lane, in the order in which their events are called."""
+    features: list[Feature] = []
+    programs, waiting = policy.programs, policy.waiting
+    if isinstance(programs, ProgramOrder):
+        features.append(ProgramReport(programs.table, counts, perf_counter))
+        if options.program_preempt_share > 0 and isinstance(waiting, WaitingList):
+            features.append(Preemption(scheduler, policy, waiting, programs, calls, counts))
+    return features
