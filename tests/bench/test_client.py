@@ -100,12 +100,16 @@ def test_the_client_adds_no_delay(tmp_path: Path, streams: int) -> None:
 
 
 def test_stamps_and_tokens() -> None:
-    with token_server("--first-s", "0.1", "--interval-s", "0.03") as url:
-        stream = generate(url)
-    assert stream.token_ids == [100, 101, 102, 103, 104]
-    assert len(stream.stamps) == 5
-    assert stream.ttft > 0.09
-    assert all(end - begin > 0.01 for begin, end in stream.gaps())
+    """On a busy machine tokens may come late and close together: a few attempts."""
+    for _ in range(5):
+        with token_server("--first-s", "0.1", "--interval-s", "0.03") as url:
+            stream = generate(url)
+        assert stream.token_ids == [100, 101, 102, 103, 104]
+        assert len(stream.stamps) == 5
+        assert stream.ttft > 0.09
+        if all(end - begin > 0.01 for begin, end in stream.gaps()):
+            return
+    pytest.fail(f"intervals of 30 ms were seen as {stream.gaps()}")
 
 
 @pytest.mark.parametrize("cut", range(1, 60, 7))

@@ -39,7 +39,7 @@ def sources() -> None:
 
 def passed(*arguments: str, **environment: str) -> int:
     """How many of these tests pass with the newest vLLM; fails when one does not."""
-    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--timeout", "1100", "--tb", "short", *arguments]
     done = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "with_vllm_sources.py"), NEWEST, *tests],
         cwd=ROOT,
