@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.calls import call_of
 from tests.support.lane_engine import lanes_run_here, plant_jobs_sent_before_the_step
 from tests.torture.crowd import draw_crowd
 from tests.torture.episode import Episode, Event, Request, draw
@@ -101,9 +102,10 @@ def test_a_leaked_block_is_found(rig: tuple[Episode, Rig], monkeypatch: pytest.M
 def test_a_forgotten_call_is_found(rig: tuple[Episode, Rig]) -> None:
     _, engine = rig
     table = engine.scheduler.policy.programs.table
-    table.arrive("nobody", "p", None, 0.0)
+    call = call_of("nobody")
+    table.arrive(call, "p", None, 0.0)
     assert engine.faults() == ["the call 'nobody' of a program is gone"]
-    table.finish("nobody", 0.0)
+    table.finish(call, 0.0)
     assert engine.faults() == []
 
 
