@@ -11,12 +11,11 @@ import sys
 
 import pytest
 
-from tests.support.compat_tool import compat
+from tests.support.compat_tool import NEWEST, compat
 from tests.support.paths import ROOT
 from vllm_agentserve.bench.server import has_nvidia_driver
 from vllm_agentserve.vllm_compat import SUPPORTED, installed_vllm
 
-NEWEST = "0.33.0"
 WITHOUT_ENGINE = ("tests/steps", "tests/compat", "tests/lanes")
 
 pytestmark = [
