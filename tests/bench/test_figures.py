@@ -105,6 +105,7 @@ def test_a_session_is_held_against_itself_alone() -> None:
     assert not attained(replace(session(1, 1, 1), failed=1), limits["a"], 2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "experiments"), [("itl_p50_ms", 30), ("itl_p99_ms", 30), ("ttft_cold_mean_ms", 30), ("tokens_per_s", 400)]
 )

@@ -90,6 +90,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int
     return cli.main(list(arguments))
 
 
+@pytest.mark.slow
 def test_every_gap_is_measured_on_every_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +177,7 @@ def test_hits_and_pressure_are_reported() -> None:
     assert set(MAIN) <= {metric.key for metric in METRICS}
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_on_running_meets_other_prompts_in_every_experiment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

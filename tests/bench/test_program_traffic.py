@@ -236,6 +236,7 @@ def test_programs_are_compared_in_pairs() -> None:
 # The command line
 
 
+@pytest.mark.slow
 def test_programs_through_the_command(run, tmp_path: Path) -> None:
     from tests.support.token_server import token_server
 

@@ -105,6 +105,7 @@ def test_the_engine_never_idles_while_somebody_waits(order: Order) -> None:
     assert max(run(order, programs).values()) == pytest.approx(work_s)
 
 
+@pytest.mark.slow
 def test_under_load_programs_first_beats_first_come_first_served() -> None:
     programs = draw_programs("mixed", 600, 0.95, COST, 16, seed=2)
     mean = {order: figures(simulate(order, programs, COST, slots=16))["mean"] for order in ORDERS}

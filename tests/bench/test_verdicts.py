@@ -111,6 +111,7 @@ def test_wrong_primary_rows(keys: tuple[str, ...]) -> None:
         check_primary(keys)
 
 
+@pytest.mark.slow
 def test_equal_arms_seldom_differ_in_any_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """A/A over the whole table: of sixty experiments three may have a primary row that differs, and three another one.
 

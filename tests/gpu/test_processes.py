@@ -23,6 +23,7 @@ def forks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CheckRun:
     return where
 
 
+@pytest.mark.slow
 def test_forked_children_answer_fail_and_hang_as_fresh_ones_do(forks: CheckRun) -> None:
     assert forks.run("fine", "math:sqrt", 16).result == 4.0
     wrong = forks.run("wrong", "math:sqrt", "text")

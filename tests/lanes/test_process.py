@@ -278,6 +278,14 @@ def test_drain_ends_a_lane_that_does_not_answer(lanes: Callable[..., Any], monke
     lane.wait_until_ready()
     worker = worker_of(lane, lanes)
     step(worker, job("a"), job("b"))
+    end = lane.end
+
+    def end_patiently(reason: str) -> None:
+        """A busy machine takes its time to end the process."""
+        end(reason)
+        monkeypatch.setattr(half, "DRAIN_LIMIT_S", 30.0)
+
+    monkeypatch.setattr(lane, "end", end_patiently)
     assert worker.drain() == {"a", "b"}
     assert worker._lane is not lane
     assert worker.report() == LaneReport(down=True), "the scheduler hears of it"
