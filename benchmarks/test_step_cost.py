@@ -34,7 +34,7 @@ def steady(ours: bool, running: int, asynchronous: bool, waiting: int = 0, **opt
 
 def remember(scheduler: Any, programs: int) -> None:
     """Lets as many programs come and end, each with one call."""
-    table = scheduler.policy.programs.table
+    table = scheduler.engine_policy.programs.table
     for number in range(programs):
         call = call_of(f"old-{number}")
         table.arrive(call, f"session old-{number}", None, monotonic())

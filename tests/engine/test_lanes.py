@@ -146,7 +146,7 @@ def test_a_prompt_reads_no_block_that_the_same_step_is_to_write(lanes: LLM, monk
         long = ScriptedRequest("long", 4, start + long_prompt(60 + number, 400), plain)
         shared.append([stream, short, long, ScriptedRequest("again", 60, long.prompt, plain)])
     # Or a step would fill no whole block.
-    monkeypatch.setattr(scheduler_of(lanes).policy, "cuts", False)
+    monkeypatch.setattr(scheduler_of(lanes).engine_policy, "cuts", False)
     policy = scheduler_of(lanes)._lane.dispatch.policy
     monkeypatch.setattr(policy, "min_tokens", 300)
     policy.ready = False

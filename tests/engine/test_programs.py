@@ -45,7 +45,7 @@ def test_answers_equal_stock_under_every_policy(ours: LLM, stock: Completions) -
     answers = run_requests(ours, requests_of_two_classes())
     assert differences(mixed_requests(), stock, answers) == []
     scheduler = scheduler_of(ours)
-    counts, account = scheduler.counts, scheduler.policy.programs.account
+    counts, account = scheduler.counts, scheduler.engine_policy.programs.account
     assert counts["program_preemptions"] > 5, (counts, vars(account))
     assert counts["program_preempted_tokens"] > 0
     assert account.lost_ms <= 0.5 * account.service_ms

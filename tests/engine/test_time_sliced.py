@@ -76,7 +76,7 @@ def test_nothing_is_left_behind(ours: LLM, answers: Completions) -> None:
     assert not scheduler.requests
     assert not scheduler.running
     assert not scheduler.waiting
-    assert not scheduler.policy.prefilling
+    assert not scheduler.engine_policy.prefilling
     assert not scheduler.calls
     assert scheduler.kv_cache_manager.usage == 0.0
 

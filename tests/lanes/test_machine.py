@@ -13,7 +13,7 @@ from vllm_agentserve.lanes.cpu.cores import Cores
 from vllm_agentserve.lanes.cpu.provider import ProcessLaneProvider
 from vllm_agentserve.lanes.cpu.runner import LaneRunner, Setup
 from vllm_agentserve.lanes.lane import NoLane
-from vllm_agentserve.policy.jobs import Chunk, ChunkQueue, Job
+from vllm_agentserve.policy.jobs import ChunkQueue, Job, JobChunk
 from vllm_agentserve.vllm_compat import LaneError, cpu
 
 
@@ -91,7 +91,7 @@ class Runner(LaneRunner):
         self.counters: Any = {"decoding": 1.0, "slot": 0, "beat": 0.0, "tokens": 0.0, "seconds": 0.0}
         self.cores: Any = SimpleNamespace(take=lambda cores: None)
         self.jobs = ChunkQueue()
-        self.chunks: list[Chunk] = []
+        self.chunks: list[JobChunk] = []
         self._smallest = min(len(cores) for cores in setup.slot_cores)
         self._beside = 0
         self._worker: Any = SimpleNamespace(compute=self.chunks.append, forget=lambda name: None)

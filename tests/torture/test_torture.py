@@ -101,7 +101,7 @@ def test_a_leaked_block_is_found(rig: tuple[Episode, Rig], monkeypatch: pytest.M
 
 def test_a_forgotten_call_is_found(rig: tuple[Episode, Rig]) -> None:
     _, engine = rig
-    table = engine.scheduler.policy.programs.table
+    table = engine.scheduler.engine_policy.programs.table
     call = call_of("nobody")
     table.arrive(call, "p", None, 0.0)
     assert "'p' counts [1, 0, 0, 0] calls by stage, and has [0, 0, 0, 0]" in engine.faults()

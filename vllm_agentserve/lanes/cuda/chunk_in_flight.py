@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from math import inf
 from typing import Any, Protocol
 
-from vllm_agentserve.policy.jobs import Chunk
+from vllm_agentserve.policy.jobs import JobChunk
 
 FATAL = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]")
 """Exceptions with these words say that the context is lost."""
@@ -43,7 +43,7 @@ class ChunkRunner(Protocol):
     def go_on(self, seconds: float = inf) -> bool:
         """Goes on with the launch for about so many seconds; True when it has ended. Raises what it raised."""
 
-    def run(self, chunk: Chunk) -> object:
+    def run(self, chunk: JobChunk) -> object:
         """Launches a chunk on the current stream, within the work of `begin`; returns what must live until it has finished."""
 
     def forget(self, request_id: str) -> None:
@@ -70,7 +70,7 @@ class ChunkInFlight:
         full: whether it is long enough to measure a rate, and not the little that is left of a prompt.
     """
 
-    def __init__(self, chunk: Chunk, cuda: Cuda, beside: bool, launched: float, full: bool) -> None:
+    def __init__(self, chunk: JobChunk, cuda: Cuda, beside: bool, launched: float, full: bool) -> None:
         self.chunk = chunk
         self.beside = beside
         self.full = full
