@@ -38,7 +38,20 @@ def sources() -> None:
 
 def passed(*arguments: str, **environment: str) -> int:
     """How many of these tests pass with the newest vLLM; fails when one does not."""
-    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--timeout", "1100", "--tb", "short", *arguments]
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "--timeout",
+        "1100",
+        "--tb",
+        "short",
+        "--show-capture",
+        "no",
+        *arguments,
+    ]
     done = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "with_vllm_sources.py"), NEWEST, *tests],
         cwd=ROOT,
@@ -68,5 +81,5 @@ def test_step_tables_lanes_and_fakes_hold() -> None:
 @pytest.mark.timeout(1200)
 @pytest.mark.usefixtures("sources")
 def test_an_engine_gives_stocks_answers() -> None:
-    """An episode of the torture rig, time-sliced: programs, hints, aborts and a full KV cache."""
-    assert passed("tests/torture/test_torture.py", "-k", "an_episode_leaves and time-sliced") == 1
+    """A small mix of requests, time-sliced, beside the same under vLLM's own scheduler."""
+    assert passed("tests/engine/test_time_sliced.py", "-k", "answers_equal_stock", AGENTSERVE_MIX="24") == 1
