@@ -56,19 +56,39 @@ def test_a_claim_fades_while_its_program_is_away() -> None:
 
 
 def test_a_turn_that_was_seen_often_is_believed() -> None:
-    returns = seen(80, 0)
-    for _ in range(40):
+    returns = Returns()
+    for _ in range(60):
         returns.gone((True, 2), None)
-        returns.returned((True, 1), None, 1.0, revised=False)
-    assert returns.overall() <= 0.6 or returns.seen((True, 2)) >= 20
-    for _ in range(40):
-        returns.returned((True, 3), None, 1.0, revised=False)
-    program = Program(True, turns=2, ended_s=0.0)
+        for _ in range(3):
+            returns.returned((True, 1), None, 1.0, revised=False)
     assert returns.overall() > 0.6
-    assert returns.seen((True, 2)) >= 20
-    assert returns.seen((True, 2)) < 32
-    if returns.seen((True, 2)) >= 24:
-        assert presence(program, returns, 0.0) < 0.05
+    assert returns.seen((True, 2)) > 24
+    assert presence(Program(True, turns=2, ended_s=0.0), returns, 0.0) < 0.05
+    # A turn nobody reached is not.
+    assert presence(Program(True, turns=3, ended_s=0.0), returns, 0.0) >= 0.8
+
+
+def test_nobody_is_assumed_to_return_where_few_do() -> None:
+    returns = Returns()
+    for so in (True, False, False, True, False, False) * 3:
+        if so:
+            returns.returned((True, 1), None, 1.0, revised=False)
+        else:
+            returns.gone((True, 1), None)
+    assert returns.overall() < 0.5
+    there = presence(Program(True, turns=1, ended_s=0.0), returns, 0.0)
+    assert there == pytest.approx(returns.probability((True, 1), None))
+
+
+def test_what_a_tool_is_known_for_counts() -> None:
+    returns = seen(40)
+    for _ in range(3):
+        returns.gone((True, 1), "submit")
+    for _ in range(60):
+        returns.returned((True, 1), None, 1.0, revised=False)
+    submit = presence(Program(True, turns=1, ended_s=0.0, tool="submit"), returns, 0.0)
+    assert submit == pytest.approx(returns.probability((True, 1), "submit"))
+    assert submit < 0.7
 
 
 def test_own_gaps_count() -> None:

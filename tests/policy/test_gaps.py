@@ -170,6 +170,14 @@ def test_a_late_return_ends_a_run() -> None:
     assert share.estimate(0.5, 1.0) > 0.95
 
 
+def test_a_late_return_is_one() -> None:
+    share = Share()
+    for so in (False, False, True):
+        share.add(so)
+    share.revise()
+    assert share.estimate(0.0, 0.0) == pytest.approx(2 / share.samples)
+
+
 def test_results_that_alternate_change_nothing() -> None:
     share = Share()
     for _ in range(20):

@@ -27,6 +27,15 @@ def test_many_programs_read_all_the_time() -> None:
     assert turns_per_second(10_000, turn, 0.5) == pytest.approx(1 / 0.3, rel=0.01)
 
 
+def test_no_more_turns_run_than_contexts_fit() -> None:
+    """With room for four: four turns of 0.5 s to read and 2 s to answer, which stands still while others read."""
+    turn = TurnCost(gap_s=0.1, decode_s=2.0, read_s=0.1, again_s=0.4)
+    assert turns_per_second(100, turn, 0.0, 4) == pytest.approx(4 / (2.5 + 4 * 0.5))
+    assert turns_per_second(100, turn, 0.0, 400) > 1.9
+    few = turns_per_second(2, turn, 1.0)
+    assert turns_per_second(2, turn, 1.0, 2) == pytest.approx(few)
+
+
 def test_nothing_to_read_is_no_error() -> None:
     assert turns_per_second(4, TurnCost(1.0, 1.0, 0.0, 0.0), 1.0) == pytest.approx(2.0)
     assert turns_per_second(4, TurnCost(0.0, 2.0, 0.0, 0.0), 1.0) == pytest.approx(2.0)

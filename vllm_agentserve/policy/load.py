@@ -48,8 +48,8 @@ MAX_HOLD_S = 600.0
 DECIDE_S = 0.25
 COUNT_S = 0.1
 """Claims are counted again after so long."""
-MARGIN = 0.1
-"""A limit comes when it gives so much more turns per second than none, and goes when none gives so much more."""
+COMES, GOES = 1.3, 0.9
+"""A limit comes when it gives so many times the turns per second of none, and goes when it gives no more than so many."""
 FIRST_ROOM, LEAST_ROOM, MOST_ROOM = 0.95, 0.85, 1.15
 """Share of the pool that contexts can fill before they push each other out: at first, and the bounds of what is measured."""
 ROOM_STEP = 0.02
@@ -456,15 +456,15 @@ class LoadControl:
             read_s=self._new_tokens.value * self._read_s_per_token.value,
             again_s=footprint * self._read_s_per_token.value,
         )
-        without = turns_per_second(everybody.programs, turn, hit_ratio(everybody.most / pool))
+        room = max(pool / footprint, 1.0)
+        without = turns_per_second(everybody.programs, turn, hit_ratio(everybody.most / pool), room)
         rates = [
             (turns_per_second(pressure * pool / footprint, turn, hit_ratio(pressure)), -pressure)
             for pressure in PRESSURES
             if footprint <= pressure * pool <= everybody.most
         ]
         best, pressure = max(rates, default=(0.0, 0.0))
-        margin = MARGIN if self._limit == inf else -MARGIN
-        if best > without * (1 + margin):
+        if best > without * (COMES if self._limit == inf else GOES):
             self._limit, self._reason = -pressure * pool, "model"
         else:
             self._limit, self._reason = inf, "faster without"

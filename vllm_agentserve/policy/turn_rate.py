@@ -7,11 +7,12 @@ the share X·a of the engine, so reading and answering take (a + d) / (1 - X·a)
     L = X·g + X·(a + d) / (1 - X·a)
 
 whose smaller root is X. Under a prefix cache that evicts the longest unused, a context is there when its program comes back
-as long as the contexts of all programs under way fit; where they do not, each turn computes its context again.
+as long as the contexts of all programs under way fit; where they do not, each turn computes its context again. Nor do more
+turns run at once than contexts fit: with room for K of them X is at most K / (a + d + K·a), as with K programs and no gap.
 """
 
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
 
 CLIFF = 0.6
 """Contexts of 1.6 times the pool leave no hits."""
@@ -34,11 +35,12 @@ class TurnCost:
     again_s: float
 
 
-def turns_per_second(programs: float, turn: TurnCost, hit_ratio: float) -> float:
-    """X for so many programs under way of which that share finds its context."""
+def turns_per_second(programs: float, turn: TurnCost, hit_ratio: float, room: float = inf) -> float:
+    """X for so many programs under way of which that share finds its context, with room for so many contexts."""
     read = max(turn.read_s + (1 - hit_ratio) * turn.again_s, 1e-9)
     total = turn.gap_s + turn.decode_s + read * (1 + programs)
-    return 2 * programs / (total + sqrt(max(total * total - 4 * read * turn.gap_s * programs, 0.0)))
+    rate = 2 * programs / (total + sqrt(max(total * total - 4 * read * turn.gap_s * programs, 0.0)))
+    return min(rate, 1 / ((turn.decode_s + read) / room + read))
 
 
 def hit_ratio(pressure: float) -> float:
