@@ -109,7 +109,7 @@ def test_a_queue_that_lost_its_order_is_found() -> None:
     engine: Any = make_scheduler(options={"mode": "time-sliced"})
     for number in range(3):
         engine.add_request(make_request(f"r{number}", 600))
-    entries = engine.scheduler.engine_policy.waiting._line.entries
+    entries = engine.engine_policy.waiting._line.entries
     entries.append((engine.calls["r0"].key, 99, call_of("ghost")))
     entries.reverse()
     found = engine.integrity.faults()
