@@ -127,7 +127,8 @@ class AgentServeConfig:
     strict_hints: bool = option(
         False,
         "",
-        "Refuse a request with an invalid hint (`agent_parent`, `agent_thread`, `agent_deadline_ms`, `agent_last`, `agent_tool`, `agent_class` in "
+        "Refuse a request with an invalid hint (`agent_parent`, `agent_thread`, `agent_deadline_ms`, "
+        "`agent_last`, `agent_tool`, `agent_class` in "
         "`vllm_xargs`) with status 400. Off: the hint is ignored and counted.",
     )
     policy: typing.Literal["fcfs", "plas", "atlas"] = option(
