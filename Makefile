@@ -4,13 +4,31 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test setup lint compat doctor bench bench-interference bench-lanes bench-pressure bench-programs bench-cost gpu-check torture torture-contents soak coverage mutants clean
+.PHONY: demo test test-fast test-engine test-newest setup lint compat doctor bench bench-interference bench-lanes bench-pressure bench-programs bench-cost gpu-check torture torture-contents soak coverage mutants clean
 
 demo: setup
 	@$(RUN)/agentserve demo
 
 test: setup
 	@$(RUN)/python -m pytest tests
+
+# Everything that needs neither an engine nor more than a few seconds: under a minute, in two processes.
+test-fast: setup
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-fast-steps test-fast-others
+
+FAST := $(RUN)/python -m pytest -q -m "not engine and not slow"
+test-fast-steps:
+	@$(FAST) tests/steps tests/torture tests/compat
+
+test-fast-others:
+	@$(FAST) tests $(addprefix --ignore=tests/,steps torture compat engine)
+
+test-engine: setup
+	@$(RUN)/python -m pytest -m engine tests
+
+# The Python sources of the newest supported vLLM, fetched once (340 MB), on the kernels of the installed CPU build.
+test-newest: setup
+	@$(RUN)/python -m pytest tests/compat/test_newest.py
 
 doctor: setup
 	@$(RUN)/agentserve doctor
@@ -72,9 +90,8 @@ soak: setup
 	@$(RUN)/python -m tests.torture.soak --minutes 60 --output docs/results/soak.json --picture docs/results/soak.png
 
 # Lines and branches of policy/ and scheduler/ that the tests without an engine reach: two minutes.
-WITHOUT_ENGINE := tests/policy tests/steps tests/package/test_config.py
 coverage: setup
-	@$(RUN)/python -m coverage run -m pytest -q $(WITHOUT_ENGINE)
+	@$(RUN)/python -m coverage run -m pytest -q -m "not engine" tests/policy tests/steps tests/package/test_config.py
 	@$(RUN)/python -m coverage report | tee docs/results/coverage.txt
 
 # Two thousand small changes in policy/, one at a time: which do its tables notice? Ten minutes.

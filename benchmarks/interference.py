@@ -18,10 +18,9 @@ import os
 import platform
 import random
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from vllm_agentserve.bench.measure import quantiles, split_gaps
 from vllm_agentserve.bench.replay import undisturbed
 from vllm_agentserve.bench.server import VllmServer, serving_environment
 from vllm_agentserve.config import SERIES
+from vllm_agentserve.processes.starter import call
 from vllm_agentserve.toy import make_toy_model
 from vllm_agentserve.vllm_compat import SCHEDULER_NAME, installed_vllm
 
@@ -204,11 +204,12 @@ def run_arm(path: str, arm: str, seed: int, resumes: bool = False) -> Run:
         with VllmServer(make_toy_model(), options) as server, undisturbed():
             return asyncio.run(run_http(server.url, seed, resumes))
     environment = serving_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
-    command = [sys.executable, "-m", __spec__.name, "--worker", arm, "--seed", str(seed), "--path", path]
-    done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"the {arm} engine ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
-    return Run(**json.loads(done.stdout.splitlines()[-1]))
+    return Run(**call(f"{__spec__.name}:work", {"arm": arm, "seed": seed, "path": path}, environment))
+
+
+def work(options: Mapping[str, Any]) -> dict[str, Any]:
+    """One arm on an engine, in the child process; `options` are those of `run_arm`."""
+    return asdict(run_engine(options["arm"], options["seed"], only_alone=options["path"] == "alone"))
 
 
 def serve_option(key: str, value: Any) -> list[str]:
@@ -226,11 +227,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resumes", action="store_true", help="one more agent takes short turns; with --path http")
     parser.add_argument("--output", type=Path, help="where the raw intervals and the summary go, as JSON")
-    parser.add_argument("--worker", choices=list(ARMS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.worker:
-        print(json.dumps(asdict(run_engine(arguments.worker, arguments.seed, only_alone=arguments.path == "alone"))))
-        return 0
     if arguments.resumes and arguments.path != "http":
         parser.error(
             f"--resumes is measured over HTTP, not with --path {arguments.path}: leave it out, or say --path http"

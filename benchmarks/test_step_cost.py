@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.calls import call_of
 from tests.support.schedulers import Driver, make_request, make_scheduler
 
 STEPS = 3000
@@ -29,6 +30,15 @@ def steady(ours: bool, running: int, asynchronous: bool, waiting: int = 0, **opt
     while any(request.num_output_tokens < 8 for request in scheduler.running) or not scheduler.running:
         driver.step()
     return driver
+
+
+def remember(scheduler: Any, programs: int) -> None:
+    """Lets as many programs come and end, each with one call."""
+    table = scheduler.engine_policy.programs.table
+    for number in range(programs):
+        call = call_of(f"old-{number}")
+        table.arrive(call, f"session old-{number}", None, monotonic())
+        table.finish(call, monotonic())
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
@@ -56,10 +66,7 @@ def test_cost_of_programs(waiting: int, record_property) -> None:
         "plas": steady(True, 64, False, waiting, max_bypass_steps=1_000_000, policy="plas"),
     }
     if not waiting:
-        tracker: Any = arms["plas"].scheduler
-        for number in range(PROGRAMS - 64):
-            tracker._programs.table.arrive(f"old-{number}", f"session old-{number}", None, monotonic())
-            tracker._programs.table.finish(f"old-{number}", monotonic())
+        remember(arms["plas"].scheduler, PROGRAMS - 64)
     for driver in arms.values():
         driver.took.clear()
     for step in range(STEPS):
@@ -80,9 +87,7 @@ def test_cost_of_a_look_at_the_books(blocks: int, record_property) -> None:
     took = {}
     for programs in (0, PROGRAMS):
         scheduler: Any = make_scheduler(True, False, {"policy": "plas"}, num_blocks=blocks)
-        for number in range(programs):
-            scheduler.policy.programs.table.arrive(f"old-{number}", f"session old-{number}", None, monotonic())
-            scheduler.policy.programs.table.finish(f"old-{number}", monotonic())
+        remember(scheduler, programs)
         times = []
         for _ in range(20):
             began = perf_counter()

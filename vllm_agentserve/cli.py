@@ -1,10 +1,12 @@
-"""The command `agentserve`: demo, bench, top, doctor, toy-model."""
+"""The command `agentserve`: doctor, top, bench, demo, gpu-check, toy-model."""
 
 import argparse
 import errno
 import json
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from vllm_agentserve import __version__
 from vllm_agentserve.bench.arguments import add_arguments as add_bench_arguments
 from vllm_agentserve.bench.arguments import number_from, port_argument
 from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
+from vllm_agentserve.extras import MissingExtraError, require
 from vllm_agentserve.vllm_compat import UnsupportedVllmError
 
 INTERRUPTED = 130
@@ -38,17 +41,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"agentserve {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    demo = commands.add_parser(
-        "demo", help="stock vLLM against vLLM with our flag, on the same agents, in a few minutes"
+    doctor = commands.add_parser("doctor", help="what will run on this machine and why, with a remedy per finding")
+    doctor.add_argument("--options", default="{}", help=f'options of "{KEY}" to check, as a JSON object')
+    doctor.add_argument("--model", help="a model folder, to say what lanes would cost")
+    doctor.add_argument(
+        "--engine", default="{}", help="arguments of vllm serve that lanes must fit, as a JSON object with underscores"
     )
-    demo.add_argument("--model", help="a model folder or name (default: a toy model made here)")
-    demo.add_argument("--agents", type=number_from(1, 64), default=5, help="agents at work (default: %(default)s)")
-    demo.add_argument("--turns", type=number_from(1, 64), default=6, help="turns of each agent (default: %(default)s)")
-    demo.add_argument("--port", type=port_argument, help="where the servers listen (default: a free port)")
-    demo.add_argument("--options", type=options_argument, default={}, help=f'options of "{KEY}", as a JSON object')
-
-    bench = commands.add_parser("bench", help="measure stock vLLM, agentserve and other servers on agent traffic")
-    add_bench_arguments(bench)
 
     top = commands.add_parser("top", help="the programs of a running server, live")
     top.add_argument("--url", default="http://127.0.0.1:8000", help="its address (default: %(default)s)")
@@ -62,11 +60,21 @@ def make_parser() -> argparse.ArgumentParser:
     top.add_argument("--session", metavar="ID", help="the session id whose program is marked")
     top.add_argument("--once", action="store_true", help="print one table and end; so does output to a file or a pipe")
 
-    doctor = commands.add_parser("doctor", help="what will run on this machine and why, with a remedy per finding")
-    doctor.add_argument("--options", default="{}", help=f'options of "{KEY}" to check, as a JSON object')
-    doctor.add_argument("--model", help="a model folder, to say what lanes would cost")
-    doctor.add_argument(
-        "--engine", default="{}", help="arguments of vllm serve that lanes must fit, as a JSON object with underscores"
+    bench = commands.add_parser("bench", help="measure stock vLLM, agentserve and other servers on agent traffic")
+    add_bench_arguments(bench)
+
+    demo = commands.add_parser(
+        "demo", help="stock vLLM against vLLM with our flag, on the same agents, in a few minutes"
+    )
+    demo.add_argument("--model", help="a model folder or name (default: a toy model made here)")
+    demo.add_argument("--agents", type=number_from(1, 64), default=5, help="agents at work (default: %(default)s)")
+    demo.add_argument("--turns", type=number_from(1, 64), default=6, help="turns of each agent (default: %(default)s)")
+    demo.add_argument("--port", type=port_argument, help="where the servers listen (default: a free port)")
+    demo.add_argument("--options", type=options_argument, default={}, help=f'options of "{KEY}", as a JSON object')
+
+    # It parses its own arguments, see `main`.
+    commands.add_parser(
+        GPU_CHECK, add_help=False, help="what of this package holds on this machine's GPU, in ten minutes"
     )
 
     toy = commands.add_parser("toy-model", help="make the toy model and print its folder")
@@ -121,18 +129,52 @@ def toy_model(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def gpu_check(arguments: argparse.Namespace) -> int:
+    from vllm_agentserve.gpucheck.command import main as check
+
+    return check(arguments.rest)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command: what it does with its arguments, and the extra that brings what it needs beyond vLLM; "" for none."""
+
+    run: Callable[[argparse.Namespace], int]
+    extra: str = ""
+
+
+GPU_CHECK = "gpu-check"
+COMMANDS = {
+    "doctor": Command(doctor),
+    "top": Command(top, "cli"),
+    "bench": Command(bench, "bench"),
+    "demo": Command(demo, "bench"),
+    GPU_CHECK: Command(gpu_check),
+    "toy-model": Command(toy_model),
+}
+
+
 def main(argv: list[str] | None = None) -> int:
-    arguments = make_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == [GPU_CHECK]:
+        # Its parser is not loaded before it is wanted.
+        arguments = argparse.Namespace(command=GPU_CHECK, rest=argv[1:])
+    else:
+        arguments = make_parser().parse_args(argv)
     # A plain `kill` unwinds like Ctrl-C, so that no server is left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    commands = {"demo": demo, "bench": bench, "top": top, "doctor": doctor, "toy-model": toy_model}
+    command = COMMANDS[arguments.command]
     try:
-        return commands[arguments.command](arguments)
+        require(arguments.command, command.extra)
+        return command.run(arguments)
+    except MissingExtraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except ModuleNotFoundError as error:
-        if arguments.command not in ("demo", "bench", "top"):
+        if (error.name or "").startswith("vllm_agentserve"):
             raise
         print(
-            f"error: agentserve {arguments.command} needs {error.name}: pip install 'vllm-agentserve[bench]'",
+            f"error: agentserve {arguments.command} needs {error.name}, which vLLM brings: install vLLM beside this package",
             file=sys.stderr,
         )
         return 2

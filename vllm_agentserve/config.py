@@ -111,10 +111,24 @@ class AgentServeConfig:
         low=1,
         high=1_000_000,
     )
+    load_control: bool = option(
+        False,
+        "",
+        "Hold the first call of a program back while the contexts of the programs under way fill the KV cache, if that "
+        "gives more turns per second. Experimental.",
+    )
+    max_hold_s: float = option(
+        600.0,
+        "s",
+        "Longest time load control holds a call back.",
+        low=0.0,
+        high=86_400.0,
+    )
     strict_hints: bool = option(
         False,
         "",
-        "Refuse a request with an invalid hint (`agent_parent`, `agent_thread`, `agent_deadline_ms`, `agent_class` in "
+        "Refuse a request with an invalid hint (`agent_parent`, `agent_thread`, `agent_deadline_ms`, "
+        "`agent_last`, `agent_tool`, `agent_class` in "
         "`vllm_xargs`) with status 400. Off: the hint is ignored and counted.",
     )
     policy: typing.Literal["fcfs", "plas", "atlas"] = option(

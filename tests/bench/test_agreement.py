@@ -144,6 +144,7 @@ def test_policies_are_options_of_the_engine() -> None:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.engine
 def test_all_of_it_runs(tmp_path: Path, toy_model: Path) -> None:
     """A cost that is known, six programs at once, two engines: what comes out is complete and in no case absurd."""
     (tmp_path / "cost.json").write_text(json.dumps(asdict(TOY_CPU)))

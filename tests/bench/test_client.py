@@ -59,6 +59,7 @@ def bare_intervals(url: str, tokens: int, streams: int) -> np.ndarray:
     return np.concatenate([np.diff(one) * 1000 for one in uvloop.run(all_streams())])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [1, 16, 64])
 def test_the_client_adds_no_delay(tmp_path: Path, streams: int) -> None:
     """Percentiles of the intervals as the client stamps them against those at which the server wrote the tokens, and how
@@ -99,12 +100,16 @@ def test_the_client_adds_no_delay(tmp_path: Path, streams: int) -> None:
 
 
 def test_stamps_and_tokens() -> None:
-    with token_server("--first-s", "0.1", "--interval-s", "0.03") as url:
-        stream = generate(url)
-    assert stream.token_ids == [100, 101, 102, 103, 104]
-    assert len(stream.stamps) == 5
-    assert stream.ttft > 0.09
-    assert all(end - begin > 0.01 for begin, end in stream.gaps())
+    """On a busy machine tokens may come late and close together: a few attempts."""
+    for _ in range(5):
+        with token_server("--first-s", "0.1", "--interval-s", "0.03") as url:
+            stream = generate(url)
+        assert stream.token_ids == [100, 101, 102, 103, 104]
+        assert len(stream.stamps) == 5
+        assert stream.ttft > 0.09
+        if all(end - begin > 0.01 for begin, end in stream.gaps()):
+            return
+    pytest.fail(f"intervals of 30 ms were seen as {stream.gaps()}")
 
 
 @pytest.mark.parametrize("cut", range(1, 60, 7))
@@ -206,11 +211,12 @@ def test_turns_follow_answers_and_tools() -> None:
     assert [first.phase, second.phase, sub.phase, after.phase] == ["cold", "resume", "resume", "cold"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_sends_the_same_prompts() -> None:
-    from vllm_agentserve.bench.drawing import Shape, draw_sessions
+    from vllm_agentserve.bench.drawing import WorkloadOptions, draw_sessions
     from vllm_agentserve.bench.workloads import WORKLOADS
 
-    sessions = draw_sessions(WORKLOADS["react"], Shape(agents=2, sessions=1, turns=3, scale=0.05), 1)
+    sessions = draw_sessions(WORKLOADS["react"], WorkloadOptions(agents=2, sessions=1, turns=3, scale=0.05), 1)
     sent = []
     with token_server(*FAST) as url:
         for _ in range(2):

@@ -21,12 +21,13 @@ from vllm_agentserve.bench.sessions import WorkloadError
 SMALL = ("--agents", "2", "--sessions", "1", "--turns", "3", "--scale", "0.02")
 
 
+@pytest.mark.slow
 def test_two_servers_of_somebody_else(run, tmp_path: Path) -> None:
     """The second server is three times slower; the folder holds everything, and the report says which is which."""
     slow, fast = ("--interval-s", "0.03", "--first-s", "0.06"), ("--interval-s", "0.01", "--first-s", "0.02")
     with token_server(*slow) as first, token_server(*fast) as second:
         arms = ("--url", f"slow={first}", "--url", f"fast={second}")
-        more = ("--rounds", "3", "--output", "results", "--primary", "itl_p50_ms")
+        more = ("--rounds", "3", "--output", "results", "--primary", "itl_p50_ms", "--slo-factor", "10")
         code, said = run("bench", "run", *SMALL, "--arms", *arms, *more)
     assert code == 0, said
     folder = tmp_path / "results"
@@ -60,6 +61,7 @@ def test_two_servers_of_somebody_else(run, tmp_path: Path) -> None:
     assert "18 of 18 requests" in said
 
 
+@pytest.mark.slow
 def test_a_report_is_made_again_from_raw_data(run, tmp_path: Path) -> None:
     import gzip
 
@@ -78,6 +80,7 @@ def test_a_report_is_made_again_from_raw_data(run, tmp_path: Path) -> None:
     assert (folder / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_results_are_never_written_over(run, tmp_path: Path) -> None:
     with token_server("--interval-s", "0.004") as url:
         arguments = ("bench", "run", *SMALL, "--url", url, "--rounds", "1", "--output", "r", "--slo-factor", "0")
@@ -87,6 +90,7 @@ def test_results_are_never_written_over(run, tmp_path: Path) -> None:
     assert "r already holds results: name another folder with --output" in said
 
 
+@pytest.mark.slow
 def test_a_trace_is_replayed(run, tmp_path: Path) -> None:
     with token_server("--interval-s", "0.004", "--first-s", "0.01") as url:
         run("bench", "run", "--trace", "sample", "--scale", "0.1", "--url", url, "--rounds", "1", "--output", "r")
@@ -158,6 +162,7 @@ def test_nobody_answers(run, tmp_path: Path) -> None:
     assert "No run of any arm ended" in said
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_keeps_what_was_measured(run, tmp_path: Path) -> None:
     """The second arm's server dies in its first round: the first arm's figures are there, and so are the tokens until then."""
     with (
@@ -175,6 +180,7 @@ def test_a_server_that_dies_keeps_what_was_measured(run, tmp_path: Path) -> None
     assert (tmp_path / "r" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_failed_requests_are_counted_and_the_rest_goes_on(run, tmp_path: Path) -> None:
     """Answers have 4 to 7 tokens here; one server breaks off those with more than 5."""
     size = (*SMALL[:-1], "0.05")
@@ -201,6 +207,7 @@ def test_a_port_in_use(run, tmp_path: Path) -> None:
     assert f"port {port} is in use: choose another with --port" in said
 
 
+@pytest.mark.slow
 def test_caches_of_different_size_are_told(run, tmp_path: Path) -> None:
     with token_server("--interval-s", "0.004") as a, token_server("--interval-s", "0.004", "--blocks", "10") as b:
         arms = ("--url", f"a={a}", "--url", f"b={b}")
@@ -208,6 +215,7 @@ def test_caches_of_different_size_are_told(run, tmp_path: Path) -> None:
     assert "The arms have KV caches of different size, in tokens: {'a': 16000, 'b': 160}" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, kind: int) -> None:
     with token_server("--interval-s", "0.01") as first, token_server("--interval-s", "0.01") as second:

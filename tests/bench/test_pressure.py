@@ -14,7 +14,7 @@ from vllm_agentserve import cli
 from vllm_agentserve.bench.arms import parse_arms
 from vllm_agentserve.bench.cell_table import MAIN
 from vllm_agentserve.bench.client import StreamingClient
-from vllm_agentserve.bench.drawing import Shape, draw_sessions
+from vllm_agentserve.bench.drawing import WorkloadOptions, draw_sessions
 from vllm_agentserve.bench.experiment import Experiment
 from vllm_agentserve.bench.kv_pool import KvPool, pool_of
 from vllm_agentserve.bench.metrics import METRICS
@@ -24,10 +24,10 @@ from vllm_agentserve.bench.records import Results, RoundRecord
 from vllm_agentserve.bench.server import ServerError
 from vllm_agentserve.bench.sessions import Session, Turn, live_context, salted
 from vllm_agentserve.bench.summary import arm_figures, pressure_note
-from vllm_agentserve.bench.trace import Reading, read_trace, trace_path
+from vllm_agentserve.bench.trace import TraceOptions, read_trace, trace_path
 from vllm_agentserve.bench.workloads import WORKLOADS
 
-PRESSURE = draw_sessions(WORKLOADS["pressure"], Shape(), 0)
+PRESSURE = draw_sessions(WORKLOADS["pressure"], WorkloadOptions(), 0)
 
 
 def test_sixteen_agents_of_six_turns_start_together() -> None:
@@ -50,8 +50,8 @@ def test_live_context_is_what_all_agents_have_at_their_longest() -> None:
 
 
 def test_salt_changes_every_prompt_and_nothing_else() -> None:
-    sessions = draw_sessions(WORKLOADS["coding"], Shape(agents=2, scale=0.1), 0) + read_trace(
-        trace_path("sample"), Reading(), 0
+    sessions = draw_sessions(WORKLOADS["coding"], WorkloadOptions(agents=2, scale=0.1), 0) + read_trace(
+        trace_path("sample"), TraceOptions(), 0
     )
     assert salted(sessions, "") == sessions
     first, second = salted(sessions, "a"), salted(sessions, "b")
@@ -90,6 +90,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int
     return cli.main(list(arguments))
 
 
+@pytest.mark.slow
 def test_every_gap_is_measured_on_every_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +177,7 @@ def test_hits_and_pressure_are_reported() -> None:
     assert set(MAIN) <= {metric.key for metric in METRICS}
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_on_running_meets_other_prompts_in_every_experiment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

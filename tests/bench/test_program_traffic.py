@@ -15,12 +15,12 @@ from vllm_agentserve.bench.closed_loop import ClosedLoop
 from vllm_agentserve.bench.compare import compare
 from vllm_agentserve.bench.cost import TOY_CPU, read_cost, write_cost
 from vllm_agentserve.bench.measure import round_figures
-from vllm_agentserve.bench.program_traffic import PROGRAM_WORKLOADS, Programs, option_value, sessions_of
+from vllm_agentserve.bench.program_traffic import PROGRAM_WORKLOADS, ProgramOptions, option_value, sessions_of
 from vllm_agentserve.bench.records import Results
 from vllm_agentserve.bench.replay import Replay
 from vllm_agentserve.bench.sessions import Session, Turn, WorkloadError, longest_context, warm_up_of
 
-CHOSEN = Programs(number=12, load=0.9, scale=0.1, cost=TOY_CPU, slots=4, block=32)
+CHOSEN = ProgramOptions(number=12, load=0.9, scale=0.1, cost=TOY_CPU, slots=4, block=32)
 
 
 @pytest.mark.parametrize("name", PROGRAM_WORKLOADS)
@@ -72,7 +72,7 @@ def test_a_program_with_two_beginnings_is_refused() -> None:
 
 def test_the_warm_up_of_programs_is_bounded() -> None:
     workload = PROGRAM_WORKLOADS["programs-chat"]
-    many = Programs(number=40, load=0.9, scale=0.1, cost=TOY_CPU, slots=4, block=32).sessions(workload, 0)
+    many = ProgramOptions(number=40, load=0.9, scale=0.1, cost=TOY_CPU, slots=4, block=32).sessions(workload, 0)
     assert len(warm_up_of(many, "0")) == 16
 
 
@@ -236,6 +236,7 @@ def test_programs_are_compared_in_pairs() -> None:
 # The command line
 
 
+@pytest.mark.slow
 def test_programs_through_the_command(run, tmp_path: Path) -> None:
     from tests.support.token_server import token_server
 

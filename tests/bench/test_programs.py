@@ -8,7 +8,7 @@ import pytest
 from vllm_agentserve.bench.calls import CallShape, ProgramShape, forks, in_blocks, origin, scaled, tool_chain_s
 from vllm_agentserve.bench.cost import SERVER_GPU as COST
 from vllm_agentserve.bench.cost import StepCost
-from vllm_agentserve.bench.programs import SHAPES, draw_programs
+from vllm_agentserve.bench.programs import KINDS, draw_programs
 from vllm_agentserve.policy.programs import ProgramTable
 from vllm_agentserve.simulator.policies import figures, simulate
 from vllm_agentserve.simulator.simulator import Order, Simulator
@@ -81,7 +81,7 @@ def test_critical_paths_let_the_wide_program_go_on() -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("shape", list(SHAPES))
+@pytest.mark.parametrize("shape", list(KINDS))
 def test_every_program_ends_and_nothing_is_lost(order: Order, shape: str) -> None:
     programs = draw_programs(shape, 60, 0.9, COST, 8, seed=1)
     ended = simulate(order, programs, COST, slots=8)
@@ -105,6 +105,7 @@ def test_the_engine_never_idles_while_somebody_waits(order: Order) -> None:
     assert max(run(order, programs).values()) == pytest.approx(work_s)
 
 
+@pytest.mark.slow
 def test_under_load_programs_first_beats_first_come_first_served() -> None:
     programs = draw_programs("mixed", 600, 0.95, COST, 16, seed=2)
     mean = {order: figures(simulate(order, programs, COST, slots=16))["mean"] for order in ORDERS}
@@ -171,7 +172,7 @@ def test_the_cache_keeps_full_blocks() -> None:
     assert [(call.uncached, call.context) for call in in_blocks(calls, 1)] == [(100, 0), (51, 109), (6, 32)]
 
 
-@pytest.mark.parametrize("shape", list(SHAPES))
+@pytest.mark.parametrize("shape", list(KINDS))
 def test_scaled_programs_have_contexts_that_fit(shape: str) -> None:
     """Every prompt begins with the prompt and the answer of the call it goes on from, whatever the scale."""
     for scale in (1.0, 0.2, 0.01):
@@ -186,7 +187,7 @@ def test_scaled_programs_have_contexts_that_fit(shape: str) -> None:
 
 
 def test_scale_shrinks_lengths_and_tools() -> None:
-    calls = SHAPES["tools"](random.Random(1))
+    calls = KINDS["tools"](random.Random(1))
     small = scaled(calls, 0.5)
     assert [call.parents for call in small] == [call.parents for call in calls]
     assert [call.tool_s for call in small] == [call.tool_s / 2 for call in calls]
@@ -194,12 +195,12 @@ def test_scale_shrinks_lengths_and_tools() -> None:
 
 
 def test_forks_are_told_from_turns() -> None:
-    calls = SHAPES["search"](random.Random(0))
+    calls = KINDS["search"](random.Random(0))
     assert [forks(calls, index) for index in range(8)] == [False, *[True] * 5, False, True]
     assert [origin(calls, index) for index in range(8)] == [None, 0, 0, 0, 0, 0, 0, 6]
 
 
-@pytest.mark.parametrize("shape", list(SHAPES))
+@pytest.mark.parametrize("shape", list(KINDS))
 def test_another_load_is_the_same_programs_sooner_or_later(shape: str) -> None:
     slow, fast = (draw_programs(shape, 30, load, COST, 4, seed=1) for load in (0.4, 0.8))
     assert [one.calls for one in slow] == [one.calls for one in fast]

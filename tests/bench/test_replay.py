@@ -10,11 +10,11 @@ import pytest
 from vllm_agentserve.bench.client import Stream
 from vllm_agentserve.bench.conditions import Conditions, pollution
 from vllm_agentserve.bench.plan import Plan
-from vllm_agentserve.bench.prompt import PIECE_TOKENS, Prompt
+from vllm_agentserve.bench.prompt import PIECE_TOKENS, GrowingPrompt
 from vllm_agentserve.bench.records import digest
 from vllm_agentserve.bench.replay import Replay
 from vllm_agentserve.bench.sessions import Session, Turn
-from vllm_agentserve.bench.trace import Reading, read_trace, trace_path
+from vllm_agentserve.bench.trace import TraceOptions, read_trace, trace_path
 
 
 class Instant:
@@ -71,7 +71,7 @@ def test_a_long_prompt_is_prepared_in_pieces() -> None:
     ids = [index * 7 % 4000 for index in range(200_000)]
     turns = 0
 
-    async def prepared() -> Prompt:
+    async def prepared() -> GrowingPrompt:
         async def others() -> None:
             nonlocal turns
             while True:
@@ -79,7 +79,7 @@ def test_a_long_prompt_is_prepared_in_pieces() -> None:
                 await asyncio.sleep(0)
 
         beside = asyncio.create_task(others())
-        prompt = Prompt()
+        prompt = GrowingPrompt()
         await prompt.extend(ids)
         beside.cancel()
         return prompt
@@ -91,8 +91,8 @@ def test_a_long_prompt_is_prepared_in_pieces() -> None:
 
 
 def test_prompts_grow_and_fork() -> None:
-    async def grown() -> tuple[Prompt, Prompt]:
-        prompt = Prompt()
+    async def grown() -> tuple[GrowingPrompt, GrowingPrompt]:
+        prompt = GrowingPrompt()
         assert bytes(prompt.json) == b"[]"
         await prompt.extend((1, 2))
         fork = prompt.copy()
@@ -130,7 +130,7 @@ def test_requests_by_the_clock_are_counted_from_when_they_were_due() -> None:
 
 def test_an_open_replay_goes_by_the_clock_and_a_closed_one_by_answers() -> None:
     for pace in ("open", "closed"):
-        sessions = read_trace(trace_path("sample"), Reading(pace=pace), 0)
+        sessions = read_trace(trace_path("sample"), TraceOptions(pace=pace), 0)
         assert {session.timed for session in sessions} == {pace == "open"}
 
 

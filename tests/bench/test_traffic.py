@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_agentserve.bench.drawing import Shape, draw_sessions
+from vllm_agentserve.bench.drawing import WorkloadOptions, draw_sessions
 from vllm_agentserve.bench.sessions import (
     TOKEN_IDS,
     Session,
@@ -17,21 +17,21 @@ from vllm_agentserve.bench.sessions import (
     longest_context,
     warm_up_of,
 )
-from vllm_agentserve.bench.trace import Reading, read_trace, trace_path
+from vllm_agentserve.bench.trace import TraceOptions, read_trace, trace_path
 from vllm_agentserve.bench.workloads import WORKLOADS, explain, find_workload
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_a_seed_gives_the_same_sessions(name: str) -> None:
-    shape = Shape(agents=3, turns=4, scale=0.1)
+    shape = WorkloadOptions(agents=3, turns=4, scale=0.1)
     assert draw_sessions(WORKLOADS[name], shape, 7) == draw_sessions(WORKLOADS[name], shape, 7)
     assert draw_sessions(WORKLOADS[name], shape, 7) != draw_sessions(WORKLOADS[name], shape, 8)
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_more_agents_leave_the_others_as_they_are(name: str) -> None:
-    few = draw_sessions(WORKLOADS[name], Shape(agents=2, scale=0.1), 1)
-    more = draw_sessions(WORKLOADS[name], Shape(agents=4, scale=0.1), 1)
+    few = draw_sessions(WORKLOADS[name], WorkloadOptions(agents=2, scale=0.1), 1)
+    more = draw_sessions(WORKLOADS[name], WorkloadOptions(agents=4, scale=0.1), 1)
     assert [one for one in few if one.kind == "agent"] == [
         one for one in more if one.agent.split(".")[0] in ("agent-1", "agent-2")
     ]
@@ -39,7 +39,7 @@ def test_more_agents_leave_the_others_as_they_are(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["react", "plan-execute", "coding"])
 def test_scale_changes_lengths_and_nothing_else(name: str) -> None:
-    whole, half = (draw_sessions(WORKLOADS[name], Shape(scale=scale), 3) for scale in (1.0, 0.5))
+    whole, half = (draw_sessions(WORKLOADS[name], WorkloadOptions(scale=scale), 3) for scale in (1.0, 0.5))
     for one, other in zip(whole, half, strict=True):
         assert (one.name, one.start_s, len(one.turns)) == (other.name, other.start_s, len(other.turns))
         for a, b in zip(one.turns, other.turns, strict=True):
@@ -52,7 +52,7 @@ def test_scale_changes_lengths_and_nothing_else(name: str) -> None:
 )
 def test_lengths_are_those_of_the_paper(name: str, system: tuple, result: tuple) -> None:
     for seed in range(5):
-        for session in draw_sessions(WORKLOADS[name], Shape(agents=6), seed):
+        for session in draw_sessions(WORKLOADS[name], WorkloadOptions(agents=6), seed):
             cold, *resumed = session.turns
             assert system[0] <= len(cold.added) <= system[1]
             assert all(result[0] <= len(turn.added) <= result[1] for turn in resumed)
@@ -61,7 +61,9 @@ def test_lengths_are_those_of_the_paper(name: str, system: tuple, result: tuple)
 
 
 def test_coding_has_the_published_turns_and_a_heavy_tail() -> None:
-    sessions = [one for seed in range(40) for one in draw_sessions(WORKLOADS["coding"], Shape(scale=0.05), seed)]
+    sessions = [
+        one for seed in range(40) for one in draw_sessions(WORKLOADS["coding"], WorkloadOptions(scale=0.05), seed)
+    ]
     turns = [len(one.turns) for one in sessions]
     assert sum(turns) / len(turns) == pytest.approx(11, abs=0.5)
     tools = sorted(turn.tool_s for one in sessions for turn in one.turns[1:])
@@ -72,7 +74,7 @@ def test_coding_has_the_published_turns_and_a_heavy_tail() -> None:
 
 def test_shared_prompts_begin_alike_and_others_do_not() -> None:
     def heads(shared: float) -> set[tuple[int, ...]]:
-        drawn = draw_sessions(WORKLOADS["react"], Shape(shared=shared), 0)
+        drawn = draw_sessions(WORKLOADS["react"], WorkloadOptions(shared=shared), 0)
         return {one.turns[0].added[:64] for one in drawn}
 
     assert len(heads(0.5)) == 1
@@ -80,7 +82,7 @@ def test_shared_prompts_begin_alike_and_others_do_not() -> None:
 
 
 def test_sub_agents_fork_from_their_parent() -> None:
-    drawn = [one for seed in range(10) for one in draw_sessions(WORKLOADS["field"], Shape(scale=0.02), seed)]
+    drawn = [one for seed in range(10) for one in draw_sessions(WORKLOADS["field"], WorkloadOptions(scale=0.02), seed)]
     spawned = [name for one in drawn for turn in one.turns for name in turn.spawns]
     forks = [one for one in drawn if one.forked]
     assert sorted(one.name for one in forks) == sorted(spawned)
@@ -91,12 +93,12 @@ def test_sub_agents_fork_from_their_parent() -> None:
 
 
 def test_mixed_adds_chat_and_one_batch_job() -> None:
-    kinds = [one.kind for one in draw_sessions(WORKLOADS["mixed"], Shape(), 0)]
+    kinds = [one.kind for one in draw_sessions(WORKLOADS["mixed"], WorkloadOptions(), 0)]
     assert (kinds.count("agent"), kinds.count("chat"), kinds.count("batch")) == (8, 2, 8)
 
 
 def test_the_isolated_run_has_the_same_lengths_and_other_tokens() -> None:
-    sessions = draw_sessions(WORKLOADS["field"], Shape(scale=0.02, turns=6), 4)
+    sessions = draw_sessions(WORKLOADS["field"], WorkloadOptions(scale=0.02, turns=6), 4)
     alone = alone_of(sessions, "x")
     assert [one.name for one in alone] == [f"alone-{one.name}" for one in sessions]
     assert longest_context(alone) == longest_context(sessions)
@@ -108,7 +110,7 @@ def test_the_isolated_run_has_the_same_lengths_and_other_tokens() -> None:
 
 
 def test_the_warm_up_is_short_and_shares_no_prompt() -> None:
-    sessions = draw_sessions(WORKLOADS["react"], Shape(), 0)
+    sessions = draw_sessions(WORKLOADS["react"], WorkloadOptions(), 0)
     short = warm_up_of(sessions, "0")
     assert (len(short), count_requests(short)) == (4, 8)
     assert not {one.turns[0].added[:16] for one in short} & {one.turns[0].added[:16] for one in sessions}
@@ -122,9 +124,12 @@ def test_longest_context_follows_forks() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "words"),
-    [(Shape(scale=-1.0), "scale -1 must be above 0"), (Shape(shared=2.0), "the shared part 2 from 0 to 1")],
+    [
+        (WorkloadOptions(scale=-1.0), "scale -1 must be above 0"),
+        (WorkloadOptions(shared=2.0), "the shared part 2 from 0 to 1"),
+    ],
 )
-def test_wrong_shapes(shape: Shape, words: str) -> None:
+def test_wrong_shapes(shape: WorkloadOptions, words: str) -> None:
     with pytest.raises(WorkloadError, match=words):
         draw_sessions(WORKLOADS["react"], shape, 0)
 
@@ -151,8 +156,8 @@ def trace(tmp_path: Path, *lines: dict | str) -> Path:
 
 
 def test_the_sample_trace_replays_both_ways() -> None:
-    closed = read_trace(trace_path("sample"), Reading(), 0)
-    opened = read_trace(trace_path("sample"), Reading(pace="open"), 0)
+    closed = read_trace(trace_path("sample"), TraceOptions(), 0)
+    opened = read_trace(trace_path("sample"), TraceOptions(pace="open"), 0)
     assert len(closed) == 4
     assert count_requests(closed) == count_requests(opened) == len(opened) == 10
     assert all(len(one.turns) == 1 for one in opened)
@@ -165,13 +170,13 @@ def test_equal_hash_ids_are_equal_tokens(tmp_path: Path) -> None:
         {"timestamp": 0, "input_length": 1200, "output_length": 5, "hash_ids": [1, 2, 3]},
         {"timestamp": 10, "input_length": 1500, "output_length": 5, "hash_ids": [1, 2, 9]},
     )
-    first, second = (one.turns[0].context for one in read_trace(path, Reading(), 0))
+    first, second = (one.turns[0].context for one in read_trace(path, TraceOptions(), 0))
     assert (len(first), len(second)) == (1200, 1500)
     assert first[:1024] == second[:1024]
     assert first[1024:] != second[1024:1200]
-    again = read_trace(path, Reading(), 0)[0].turns[0].context
+    again = read_trace(path, TraceOptions(), 0)[0].turns[0].context
     assert again == first
-    assert read_trace(path, Reading(), 1)[0].turns[0].context != first
+    assert read_trace(path, TraceOptions(), 1)[0].turns[0].context != first
 
 
 def test_scaled_blocks_share_the_same_part(tmp_path: Path) -> None:
@@ -180,7 +185,7 @@ def test_scaled_blocks_share_the_same_part(tmp_path: Path) -> None:
         {"input_length": 1024, "output_length": 100, "hash_ids": [1, 2]},
         {"input_length": 1024, "output_length": 100, "hash_ids": [1, 5]},
     )
-    first, second = (one.turns[0] for one in read_trace(path, Reading(scale=0.1), 0))
+    first, second = (one.turns[0] for one in read_trace(path, TraceOptions(scale=0.1), 0))
     assert (len(first.context), first.answer) == (102, 10)
     assert first.context[:51] == second.context[:51]
     assert first.context[51:] != second.context[51:]
@@ -191,13 +196,13 @@ def test_sessions_of_whole_prompts_and_of_added_ones(tmp_path: Path) -> None:
         {"session_id": "a", "timestamp": 0, "input_length": 600, "output_length": 9, "hash_ids": [1, 2]},
         {"session_id": "a", "delay": 250, "input_length": 700, "output_length": 9, "hash_ids": [1, 2]},
     ]
-    session = read_trace(trace(tmp_path, *whole), Reading(speed=2.0), 0)[0]
+    session = read_trace(trace(tmp_path, *whole), TraceOptions(speed=2.0), 0)[0]
     assert [len(turn.context) for turn in session.turns] == [600, 700]
     assert session.turns[1].tool_s == pytest.approx(0.125)
     added = [{key: value for key, value in line.items() if key != "hash_ids"} for line in whole]
-    session = read_trace(trace(tmp_path, *added), Reading(), 0)[0]
+    session = read_trace(trace(tmp_path, *added), TraceOptions(), 0)[0]
     assert [(turn.context, len(turn.added)) for turn in session.turns] == [(None, 600), (None, 700)]
-    session = read_trace(trace(tmp_path, *whole), Reading(inputs="added"), 0)[0]
+    session = read_trace(trace(tmp_path, *whole), TraceOptions(inputs="added"), 0)[0]
     assert [len(turn.added) for turn in session.turns] == [600, 700]
 
 
@@ -207,9 +212,9 @@ def test_sessions_start_at_their_timestamps(tmp_path: Path) -> None:
         {"session_id": "a", "timestamp": 5000, "input_length": 10, "output_length": 1},
         {"timestamp": 7000, "input_length": 10, "output_length": 1},
     )
-    assert [one.start_s for one in read_trace(path, Reading(), 0)] == [0.0, 2.0]
-    assert [one.start_s for one in read_trace(path, Reading(pace="open", speed=4.0), 0)] == [0.0, 0.5]
-    assert len(read_trace(path, Reading(limit=1), 0)) == 1
+    assert [one.start_s for one in read_trace(path, TraceOptions(), 0)] == [0.0, 2.0]
+    assert [one.start_s for one in read_trace(path, TraceOptions(pace="open", speed=4.0), 0)] == [0.0, 0.5]
+    assert len(read_trace(path, TraceOptions(limit=1), 0)) == 1
 
 
 GOOD = {"input_length": 10, "output_length": 1}
@@ -218,27 +223,31 @@ GOOD = {"input_length": 10, "output_length": 1}
 @pytest.mark.parametrize(
     ("lines", "reading", "words"),
     [
-        (["{"], Reading(), "line 1: not JSON"),
-        ([GOOD, "3"], Reading(), "line 2: not a JSON object"),
-        ([{"output_length": 3}], Reading(), "line 1: no 'input_length'"),
-        ([{"text_input": "x"}], Reading(), "holds 'text_input'; only traces with 'input_length'"),
-        ([GOOD | {"input_length": 0}], Reading(), "'input_length' = 0 is not allowed"),
-        ([GOOD | {"input_length": 2.5}], Reading(), "'input_length' = 2.5 is not allowed: it must be a whole number"),
-        ([GOOD | {"output_length": "9"}], Reading(), "'output_length' = '9' is not allowed"),
-        ([GOOD | {"delay": -1}], Reading(), "'delay' = -1 is not allowed"),
-        ([GOOD | {"hash_ids": ["a"]}], Reading(), "'hash_ids' = \\['a'\\] is not allowed"),
-        ([GOOD], Reading(pace="open"), "line 1: no 'timestamp'.*replay it closed-loop"),
-        ([], Reading(), "holds no requests"),
+        (["{"], TraceOptions(), "line 1: not JSON"),
+        ([GOOD, "3"], TraceOptions(), "line 2: not a JSON object"),
+        ([{"output_length": 3}], TraceOptions(), "line 1: no 'input_length'"),
+        ([{"text_input": "x"}], TraceOptions(), "holds 'text_input'; only traces with 'input_length'"),
+        ([GOOD | {"input_length": 0}], TraceOptions(), "'input_length' = 0 is not allowed"),
+        (
+            [GOOD | {"input_length": 2.5}],
+            TraceOptions(),
+            "'input_length' = 2.5 is not allowed: it must be a whole number",
+        ),
+        ([GOOD | {"output_length": "9"}], TraceOptions(), "'output_length' = '9' is not allowed"),
+        ([GOOD | {"delay": -1}], TraceOptions(), "'delay' = -1 is not allowed"),
+        ([GOOD | {"hash_ids": ["a"]}], TraceOptions(), "'hash_ids' = \\['a'\\] is not allowed"),
+        ([GOOD], TraceOptions(pace="open"), "line 1: no 'timestamp'.*replay it closed-loop"),
+        ([], TraceOptions(), "holds no requests"),
     ],
 )
-def test_wrong_traces_name_line_and_field(tmp_path: Path, lines: list, reading: Reading, words: str) -> None:
+def test_wrong_traces_name_line_and_field(tmp_path: Path, lines: list, reading: TraceOptions, words: str) -> None:
     with pytest.raises(WorkloadError, match=words):
         read_trace(trace(tmp_path, *lines), reading, 0)
 
 
 def test_a_missing_trace() -> None:
     with pytest.raises(WorkloadError, match=r"trace nowhere\.jsonl cannot be read"):
-        read_trace(Path("nowhere.jsonl"), Reading(), 0)
+        read_trace(Path("nowhere.jsonl"), TraceOptions(), 0)
 
 
 def test_the_isolated_run_of_a_trace_has_other_tokens_and_shares_alike(tmp_path: Path) -> None:
@@ -247,7 +256,7 @@ def test_the_isolated_run_of_a_trace_has_other_tokens_and_shares_alike(tmp_path:
         {"session_id": "a", "input_length": 1100, "output_length": 9, "hash_ids": [1, 2, 3]},
         {"session_id": "a", "input_length": 1300, "output_length": 9, "hash_ids": [1, 2, 4]},
     )
-    session = read_trace(path, Reading(), 0)[0]
+    session = read_trace(path, TraceOptions(), 0)[0]
     first, second = (turn.context for turn in alone_of([session], "")[0].turns)
     assert first[:1024] == second[:1024]
     assert first[:64] != session.turns[0].context[:64]

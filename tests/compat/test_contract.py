@@ -9,12 +9,11 @@ import pytest
 from vllm_contract.contract import CONTRACT
 from vllm_contract.symbols import Use
 
-from tests.support.compat_tool import compat
+from tests.support.compat_tool import NEWEST, compat
 from tests.support.paths import ROOT
 from vllm_agentserve.vllm_compat import SUPPORTED, installed_vllm
 
 PACKAGE = ROOT / "vllm_agentserve"
-NEWEST = "0.33.0"
 
 
 # -- the supported versions -----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 
 from tests.support.cuda_device import NoState
 from vllm_agentserve.lanes.cuda.relay import Relay
-from vllm_agentserve.policy.jobs import Chunk, Job
+from vllm_agentserve.policy.jobs import Job, JobChunk
 from vllm_agentserve.vllm_compat import LaneError, cuda
 from vllm_agentserve.vllm_compat.cuda_runner import LaneModelRunner
 
@@ -162,10 +162,10 @@ def test_a_job_is_one_request_of_the_second_runner(process: Any) -> None:
     _, runner, second = lane_runner()
     second.log.clear()
     job = Job("a", [5] * 101, ([3, 4, 5, 6, 7, 8, 9],), 32, resume=True)
-    first = runner.run(Chunk(job, 32, 48, True, False))
-    runner.run(Chunk(job, 80, 20, False, True))
+    first = runner.run(JobChunk(job, 32, 48, True, False))
+    runner.run(JobChunk(job, 80, 20, False, True))
     runner.forget("a")
-    runner.run(Chunk(Job("b", [5] * 17, ([1, 2],), 0), 0, 16, True, True))
+    runner.run(JobChunk(Job("b", [5] * 17, ([1, 2],), 0), 0, 16, True, True))
     runs = [entry for entry in second.log if entry[0] == "run"]
     assert [entry[2] for entry in runs] == [(False, 1)] * 3
     assert [entry for entry in second.log if entry[0] == "advance"] == [("advance", "batch")] * 3
@@ -188,7 +188,7 @@ def test_a_chunk_that_fails_leaves_nothing_staged(process: Any) -> None:
     second.log.clear()
     second.fails = True
     with pytest.raises(RuntimeError, match="out of memory"):
-        runner.run(Chunk(Job("a", [5] * 17, ([1, 2],), 0), 0, 16, True, True))
+        runner.run(JobChunk(Job("a", [5] * 17, ([1, 2],), 0), 0, 16, True, True))
     assert second.log == ["flush requests", "flush blocks"]
     assert process.agent() == "connector"
 

@@ -97,6 +97,7 @@ def passed(suite: Path, arm: str) -> set[str]:
     return set(re.findall(r"^PASSED (\S+)", done.stdout, re.MULTILINE))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_none_of_vllms_own_scheduler_tests_is_lost(suite: Path) -> None:
     stock, ours = passed(suite, "stock"), passed(suite, "ours")

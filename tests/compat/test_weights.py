@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from vllm.v1.worker import gpu_worker
 
+from tests.support.lane_provider import Lanes
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes import connector
 from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker
@@ -30,7 +31,7 @@ def worker_class(monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in weights.UPDATES:
         monkeypatch.setattr(Worker, name, getattr(Worker, name))
     monkeypatch.setattr(KVConnectorBase_V1, "__init__", lambda self, *given: None)
-    monkeypatch.setattr(connector, "lane_worker", lambda *given: "half")
+    monkeypatch.setattr(connector, "lane_provider", lambda *given: Lanes(Lane))
     config: Any = SimpleNamespace(additional_config={})
     for _ in range(2):
         connector.LaneConnector(config, KVConnectorRole.WORKER, None)
@@ -94,12 +95,12 @@ def test_whether_there_may_be_a_lane() -> None:
     def refused() -> Any:
         raise LaneError("no")
 
-    half = LaneConnectorWorker(AgentServeConfig(mode="auto"), None, refused, None)
+    half = LaneConnectorWorker(AgentServeConfig(mode="auto"), Lanes(refused))
     assert half.may_have_lane, "it is made later"
     half.start()
     assert not half.may_have_lane
     lane: Any = Lane()
-    half = LaneConnectorWorker(AgentServeConfig(mode="lanes"), None, lambda: lane, None)
+    half = LaneConnectorWorker(AgentServeConfig(mode="lanes"), Lanes(lambda: lane))
     half.start()
     assert half.may_have_lane
     half.after_step(set())
@@ -107,7 +108,7 @@ def test_whether_there_may_be_a_lane() -> None:
     lane.gone = True
     half.after_step(set())
     assert not half.may_have_lane, "it has ended"
-    again = LaneConnectorWorker(AgentServeConfig(mode="lanes"), None, lambda: lane, Lane)  # type: ignore[arg-type]
+    again = LaneConnectorWorker(AgentServeConfig(mode="lanes"), Lanes(lambda: lane, Lane))  # type: ignore[arg-type]
     again.start()
     again.after_step(set())
     assert again.may_have_lane, "another one was made"

@@ -72,9 +72,7 @@ def test_every_decision_is_in_the_index() -> None:
 
 @pytest.mark.parametrize("page", DECISIONS, ids=name_of)
 def test_a_decision_has_all_its_parts(page: Path) -> None:
-    text = page.read_text()
-    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == SECTIONS
-    assert len(text.splitlines()) <= 60
+    assert re.findall(r"^## (.+)$", page.read_text(), re.MULTILINE) == SECTIONS
 
 
 def test_every_make_target_is_explained() -> None:

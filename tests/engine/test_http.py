@@ -51,6 +51,19 @@ def metrics(server: VllmServer) -> dict[str, float]:
     return {name.split("{")[0].removeprefix("vllm:agentserve_"): float(value) for name, value in ours}
 
 
+def settled(server: VllmServer, limit_s: float = 30.0) -> dict[str, float]:
+    """The metrics once half a second changes no count: the server reports every 50 ms, and later on a busy machine."""
+    deadline, last, now = time.monotonic() + limit_s, {}, metrics(server)
+    while counts(now) != counts(last) and time.monotonic() < deadline:
+        time.sleep(0.5)
+        last, now = now, metrics(server)
+    return now
+
+
+def counts(values: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if name.endswith("_total")}
+
+
 @pytest.mark.parametrize("example", ["openai_agent.py", "anthropic_agent.py"])
 def test_example_agents_run_their_tool_loop(server: VllmServer, example: str) -> None:
     command = [sys.executable, str(ROOT / "examples" / example), "--url", server.url, "--turns", "3"]
@@ -111,7 +124,7 @@ def test_hostile_hints_harm_nobody(server: VllmServer) -> None:
     assert set(answered) == {expected}
     assert set(refused) <= {400, 422}
     assert post(server, "/v1/completions", plain)["choices"][0]["text"] == expected
-    time.sleep(0.2)
+    settled(server)
     assert metrics(server)["invalid_hints_total"] > before
     log = server.log.read_text(errors="replace")
     assert log.count("a hint is ignored") <= 5
@@ -122,10 +135,9 @@ def test_metrics_show_what_happened(server: VllmServer) -> None:
     before = metrics(server)
     prompt = [(i * 37) % 4000 for i in range(900)]
     post(server, "/v1/completions", {"prompt": prompt, "max_tokens": 30, "ignore_eos": True})
-    time.sleep(0.2)
+    settled(server)
     post(server, "/v1/completions", {"prompt": [*prompt, *range(40)], "max_tokens": 30, "ignore_eos": True})
-    time.sleep(0.2)
-    after = metrics(server)
+    after = settled(server)
     added = {name: after[name] - before.get(name, 0.0) for name in after if name.endswith("_total")}
     assert added["cold_prefill_requests_total"] == 1
     assert added["resume_prefill_requests_total"] == 1

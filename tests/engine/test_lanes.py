@@ -12,19 +12,18 @@ from vllm.engine.arg_utils import EngineArgs
 
 from tests.support.lane_engine import LANES, counts, lane_is_idle, lanes_run_here, run_cold, worker, wrong
 from tests.support.mix import (
-    Answers,
-    Job,
     close,
-    differences,
-    long_prompt,
+    greedy,
     make_llm,
-    mixed_jobs,
-    run_jobs,
+    mixed_requests,
+    run_requests,
     scheduler_of,
 )
 from tests.support.paths import ROOT
 from vllm_agentserve import plugin
 from vllm_agentserve.config import OptionError
+from vllm_agentserve.gpucheck.compare import differences
+from vllm_agentserve.gpucheck.scripted_requests import Completions, ScriptedRequest, long_prompt
 
 # Start-up
 
@@ -68,20 +67,20 @@ def test_other_modes_get_no_connector(toy_model: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def lanes(toy_model: Path, stock: Answers) -> Iterator[LLM]:
+def lanes(toy_model: Path, stock: Completions) -> Iterator[LLM]:
     llm = make_llm(toy_model, LANES)
     yield llm
     close(llm)
 
 
 @pytest.fixture(scope="module")
-def answers(lanes: LLM) -> Answers:
-    return run_jobs(lanes, mixed_jobs())
+def answers(lanes: LLM) -> Completions:
+    return run_requests(lanes, mixed_requests())
 
 
 @lanes_run_here
-def test_answers_equal_stock(lanes: LLM, stock: Answers, answers: Answers) -> None:
-    assert differences(mixed_jobs(), stock, answers) == []
+def test_answers_equal_stock(lanes: LLM, stock: Completions, answers: Completions) -> None:
+    assert differences(mixed_requests(), stock, answers) == []
     done = counts(lanes)
     assert done["lane_requests"] > 100
     assert done["lane_overlapped_steps"] > 100
@@ -89,7 +88,7 @@ def test_answers_equal_stock(lanes: LLM, stock: Answers, answers: Answers) -> No
 
 
 @lanes_run_here
-def test_nothing_is_left_behind(lanes: LLM, answers: Answers) -> None:
+def test_nothing_is_left_behind(lanes: LLM, answers: Completions) -> None:
     lane_is_idle(lanes)
     scheduler = scheduler_of(lanes)
     assert not scheduler.requests
@@ -99,7 +98,7 @@ def test_nothing_is_left_behind(lanes: LLM, answers: Answers) -> None:
 
 
 @lanes_run_here
-def test_decode_goes_on_while_the_lane_works(lanes: LLM, stock: Answers) -> None:
+def test_decode_goes_on_while_the_lane_works(lanes: LLM, stock: Completions) -> None:
     busy = []
     before = counts(lanes)
     assert wrong(stock, run_cold(lanes, lambda step: busy.append(worker()._lane.busy))) == []
@@ -139,34 +138,34 @@ def test_the_same_cold_prompt_twice_is_computed_once(lanes: LLM) -> None:
 def test_a_prompt_reads_no_block_that_the_same_step_is_to_write(lanes: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """A short prompt, for a step, and a long one with the same beginning, for the lane, come together. The reference is the same
     engine without its lane; the prompt is asked for again, too, since a wrong block would stay in the prefix cache."""
-    shared, plain = [], SamplingParams(max_tokens=6, ignore_eos=True, temperature=0, logprobs=1)
+    shared, plain = [], greedy(6)
     for number in range(4):
         start = long_prompt(40 + number, 256)
-        stream = Job("s", 0, [11] * 40, SamplingParams(max_tokens=40, ignore_eos=True, temperature=0))
-        short = Job("short", 4, start + long_prompt(50 + number, 20), plain)
-        long = Job("long", 4, start + long_prompt(60 + number, 400), plain)
-        shared.append([stream, short, long, Job("again", 60, long.prompt, plain)])
+        stream = ScriptedRequest("s", 0, [11] * 40, greedy(40, logprobs=None))
+        short = ScriptedRequest("short", 4, start + long_prompt(50 + number, 20), plain)
+        long = ScriptedRequest("long", 4, start + long_prompt(60 + number, 400), plain)
+        shared.append([stream, short, long, ScriptedRequest("again", 60, long.prompt, plain)])
     # Or a step would fill no whole block.
-    monkeypatch.setattr(scheduler_of(lanes).policy, "cuts", False)
+    monkeypatch.setattr(scheduler_of(lanes).engine_policy, "cuts", False)
     policy = scheduler_of(lanes)._lane.dispatch.policy
     monkeypatch.setattr(policy, "min_tokens", 300)
     policy.ready = False
-    reference = [run_cold(lanes, jobs=jobs) for jobs in shared]
+    reference = [run_cold(lanes, requests=requests) for requests in shared]
     policy.ready = True
     before = counts(lanes)["lane_requests"]
-    for jobs, right in zip(shared, reference, strict=True):
-        assert differences(jobs, right, run_cold(lanes, jobs=jobs)) == []
+    for requests, right in zip(shared, reference, strict=True):
+        assert differences(requests, right, run_cold(lanes, requests=requests)) == []
     assert counts(lanes)["lane_requests"] - before >= 4
 
 
 @lanes_run_here
 @pytest.mark.parametrize("steps", [0, 1, 2, 4, 8])
 def test_aborts_at_every_stage_leave_nothing_behind(lanes: LLM, steps: int) -> None:
-    def meanwhile(step: int) -> None:
+    def before_step(step: int) -> None:
         if step == 5 + steps:
             lanes.llm_engine.abort_request(["cold-0", "cold-1"])
 
-    run_cold(lanes, meanwhile)
+    run_cold(lanes, before_step)
     lane_is_idle(lanes)
     scheduler = scheduler_of(lanes)
     assert not scheduler._lane.dispatch.filling
@@ -175,15 +174,15 @@ def test_aborts_at_every_stage_leave_nothing_behind(lanes: LLM, steps: int) -> N
 
 
 @lanes_run_here
-def test_the_cache_is_reset_while_the_lane_works(lanes: LLM, stock: Answers) -> None:
+def test_the_cache_is_reset_while_the_lane_works(lanes: LLM, stock: Completions) -> None:
     taken_back = []
 
-    def meanwhile(step: int) -> None:
+    def before_step(step: int) -> None:
         if step in (7, 9):
             taken_back.append(scheduler_of(lanes)._lane.busy)
             assert scheduler_of(lanes).reset_prefix_cache(reset_running_requests=True)
 
-    assert wrong(stock, run_cold(lanes, meanwhile)) == []
+    assert wrong(stock, run_cold(lanes, before_step)) == []
     assert any(taken_back)
 
 

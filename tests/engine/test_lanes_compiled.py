@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from tests.support.lane_engine import LANES, counts, lanes_run_here, run_cold, worker, wrong
-from tests.support.mix import Answers, close, make_llm
+from tests.support.mix import close, make_llm
+from vllm_agentserve.gpucheck.scripted_requests import Completions
 
 
 @lanes_run_here
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs what vLLM compiles with")
-def test_the_first_chunk_compiles_nothing(toy_model: Path, stock: Answers) -> None:
+def test_the_first_chunk_compiles_nothing(toy_model: Path, stock: Completions) -> None:
     """Without `enforce_eager`. The time from the first chunk to the second is held against those between others: compiling the
     toy takes three hundred times as long as a chunk."""
     llm = make_llm(toy_model, LANES, enforce_eager=False)

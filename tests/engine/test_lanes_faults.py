@@ -9,19 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm import LLM, SamplingParams
+from vllm import LLM
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
 from tests.support.lane_engine import KILLS, LANES, counts, lane_is_up, lanes_run_here, run_cold, worker, wrong
-from tests.support.mix import Answers, Job, close, differences, long_prompt, make_llm, mixed_jobs, scheduler_of
+from tests.support.mix import close, greedy, make_llm, mixed_requests, scheduler_of
+from vllm_agentserve.gpucheck.compare import differences
+from vllm_agentserve.gpucheck.scripted_requests import Completions, ScriptedRequest, long_prompt
 from vllm_agentserve.lanes.connector_scheduler import LaneConnectorScheduler
 from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker
 from vllm_agentserve.lanes.cpu import process
 from vllm_agentserve.lanes.cpu.process import ProcessLane
+from vllm_agentserve.lanes.lane import NoLane
 
 
 @pytest.fixture(scope="module")
-def lanes(toy_model: Path, stock: Answers) -> Iterator[LLM]:
+def lanes(toy_model: Path, stock: Completions) -> Iterator[LLM]:
     llm = make_llm(toy_model, LANES)
     yield llm
     close(llm)
@@ -30,7 +33,7 @@ def lanes(toy_model: Path, stock: Answers) -> Iterator[LLM]:
 @lanes_run_here
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lane_that_dies_or_hangs_costs_nothing_but_time(
-    lanes: LLM, stock: Answers, kind: int, monkeypatch: pytest.MonkeyPatch
+    lanes: LLM, stock: Completions, kind: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed, or stopped until the watchdog ends it: its prompts are computed again, and another lane is started."""
     lane_is_up(lanes)
@@ -58,7 +61,7 @@ def test_a_lane_that_dies_or_hangs_costs_nothing_but_time(
 
 @lanes_run_here
 def test_a_chunk_that_fails_costs_its_prompt_nothing_but_time(
-    lanes: LLM, stock: Answers, monkeypatch: pytest.MonkeyPatch
+    lanes: LLM, stock: Completions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job whose tokens are no tokens raises in the lane, which ends: another one is started."""
     dispatch = LaneConnectorScheduler.dispatch
@@ -80,14 +83,16 @@ def test_a_chunk_that_fails_costs_its_prompt_nothing_but_time(
 
 
 @lanes_run_here
-def test_killed_again_and_again_under_load(lanes: LLM, stock: Answers) -> None:
+def test_killed_again_and_again_under_load(lanes: LLM, stock: Completions) -> None:
     """Half of the mix runs while the lane is killed at a random step; then the next lane is waited for."""
-    jobs = [job for job in mixed_jobs() if int(job.name[4:]) < 48]
+    requests = mixed_requests()[:48]
     for number in range(KILLS):
         at, pid = 20 + 7 * number % 60, worker()._lane.pid
         before = counts(lanes)["lane_requests"]
-        found = run_cold(lanes, lambda step, at=at, pid=pid: os.kill(pid, signal.SIGKILL) if step == at else None, jobs)
-        assert differences(jobs, stock, found) == [], f"kill {number} at step {at}"
+        found = run_cold(
+            lanes, lambda step, at=at, pid=pid: os.kill(pid, signal.SIGKILL) if step == at else None, requests
+        )
+        assert differences(requests, stock, found) == [], f"kill {number} at step {at}"
         assert counts(lanes)["lane_requests"] > before
         assert scheduler_of(lanes).kv_cache_manager.usage == 0.0
         for _ in range(3):  # the death may be noticed without a job, when the engine next looks
@@ -101,7 +106,7 @@ def test_killed_again_and_again_under_load(lanes: LLM, stock: Answers) -> None:
 
 @lanes_run_here
 def test_a_lane_that_starts_a_token_too_late_would_be_noticed(
-    lanes: LLM, stock: Answers, monkeypatch: pytest.MonkeyPatch
+    lanes: LLM, stock: Completions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dispatch = LaneConnectorScheduler.dispatch
     monkeypatch.setattr(
@@ -114,7 +119,7 @@ def test_a_lane_that_starts_a_token_too_late_would_be_noticed(
 
 @lanes_run_here
 def test_blocks_published_before_they_are_written_would_be_noticed(
-    lanes: LLM, stock: Answers, monkeypatch: pytest.MonkeyPatch
+    lanes: LLM, stock: Completions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worker says that a job is done when it has only been submitted."""
     after_step, told = LaneConnectorWorker.after_step, set()
@@ -135,12 +140,12 @@ def test_blocks_published_before_they_are_written_would_be_noticed(
 def test_blocks_freed_while_they_are_written_would_be_noticed(lanes: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """An aborted job's blocks are given back at once, and the lane writes on into what others have in them by then."""
     # They last for as long as the lane writes on, so that it comes upon their blocks.
-    parameters = SamplingParams(max_tokens=200, ignore_eos=True, temperature=0, logprobs=1)
-    stream = Job("stream", 0, [11] * 40, SamplingParams(max_tokens=210, ignore_eos=True, temperature=0))
-    aborted = Job("aborted", 2, long_prompt(5, 3900), parameters, abort_after=0)
+    parameters = greedy(200)
+    stream = ScriptedRequest("stream", 0, [11] * 40, greedy(210, logprobs=None))
+    aborted = ScriptedRequest("aborted", 2, long_prompt(5, 3900), parameters, abort_after=0)
     # Short enough for vLLM's own steps, and so many that they get the blocks that were given back.
-    others = [Job(f"other-{n}", 4, long_prompt(20 + n, 47), parameters) for n in range(14)]
-    right = run_cold(lanes, jobs=[stream, *others])
+    others = [ScriptedRequest(f"other-{n}", 4, long_prompt(20 + n, 47), parameters) for n in range(14)]
+    right = run_cold(lanes, requests=[stream, *others])
 
     def cancel(self: ProcessLane, request_id: str) -> None:
         if request_id in self._in_flight:
@@ -158,7 +163,7 @@ def test_blocks_freed_while_they_are_written_would_be_noticed(lanes: LLM, monkey
 
     monkeypatch.setattr(ProcessLane, "cancel", cancel)
     monkeypatch.setattr(LaneConnectorWorker, "after_step", hasty)
-    found = run_cold(lanes, jobs=[stream, aborted, *others])
+    found = run_cold(lanes, requests=[stream, aborted, *others])
     assert differences(others, right, found) != []
     monkeypatch.undo()
     deadline = time.monotonic() + 30
@@ -170,12 +175,12 @@ def test_blocks_freed_while_they_are_written_would_be_noticed(lanes: LLM, monkey
 
 
 @lanes_run_here
-def test_a_lane_that_dies_too_often_is_given_up(lanes: LLM, stock: Answers) -> None:
+def test_a_lane_that_dies_too_often_is_given_up(lanes: LLM, stock: Completions) -> None:
     """Runs last: afterwards the engine is time-sliced."""
     worker().restarts = LANES["lane_restarts"]
     pid = worker()._lane.pid
     assert wrong(stock, run_cold(lanes, lambda step: os.kill(pid, signal.SIGKILL) if step == 7 else None)) == []
-    assert worker()._lane is None
+    assert isinstance(worker()._lane, NoLane)
     before = counts(lanes)
     assert wrong(stock, run_cold(lanes)) == []
     done = {name: count - before[name] for name, count in counts(lanes).items()}

@@ -1,16 +1,19 @@
 """Programs first in a real engine, in float32: whatever the order, and whoever gives up a place, answers are stock's."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from vllm import LLM
 
-from tests.support.mix import Answers, Job, close, differences, make_llm, mixed_jobs, run_jobs, scheduler_of
+from tests.support.mix import close, make_llm, mixed_requests, run_requests, scheduler_of
+from vllm_agentserve.gpucheck.compare import differences
+from vllm_agentserve.gpucheck.scripted_requests import Completions, ScriptedRequest
 
 
 @pytest.fixture(scope="module", params=["plas", "atlas"])
-def ours(request: pytest.FixtureRequest, toy_model: Path, stock: Answers) -> Iterator[LLM]:
+def ours(request: pytest.FixtureRequest, toy_model: Path, stock: Completions) -> Iterator[LLM]:
     """Short quanta, a large share, and places that run short before KV blocks do: they change hands as often as they can."""
     llm = make_llm(
         toy_model,
@@ -28,22 +31,21 @@ def ours(request: pytest.FixtureRequest, toy_model: Path, stock: Answers) -> Ite
     close(llm)
 
 
-def jobs_of_two_classes() -> list[Job]:
+def requests_of_two_classes() -> list[ScriptedRequest]:
     """Nobody waits for half of them, which come first: they give up places to the others, however fast this machine is."""
-    jobs = mixed_jobs()
-    for number, job in enumerate(jobs):
-        if number % 2:
-            job.step *= 6
-        else:
-            job.parameters.extra_args = {"agent_class": "batch"}
-    return jobs
+    return [
+        replace(request, step=6 * request.step)
+        if number % 2
+        else replace(request, parameters={**request.parameters, "extra_args": {"agent_class": "batch"}})
+        for number, request in enumerate(mixed_requests())
+    ]
 
 
-def test_answers_equal_stock_under_every_policy(ours: LLM, stock: Answers) -> None:
-    answers = run_jobs(ours, jobs_of_two_classes())
-    assert differences(mixed_jobs(), stock, answers) == []
+def test_answers_equal_stock_under_every_policy(ours: LLM, stock: Completions) -> None:
+    answers = run_requests(ours, requests_of_two_classes())
+    assert differences(mixed_requests(), stock, answers) == []
     scheduler = scheduler_of(ours)
-    counts, account = scheduler.counts, scheduler.policy.programs.account
+    counts, account = scheduler.counts, scheduler.engine_policy.programs.account
     assert counts["program_preemptions"] > 5, (counts, vars(account))
     assert counts["program_preempted_tokens"] > 0
     assert account.lost_ms <= 0.5 * account.service_ms

@@ -2,19 +2,22 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm import LLM, SamplingParams
+from vllm import LLM
 
-from tests.support.mix import JOBS, Answers, Job, close, differences, make_llm, mixed_jobs, run_jobs, scheduler_of
+from tests.support.mix import REQUESTS, close, greedy, make_llm, mixed_requests, run_requests, scheduler_of
+from vllm_agentserve.gpucheck.compare import differences
+from vllm_agentserve.gpucheck.scripted_requests import Completions, ScriptedRequest
 
 PREEMPTED: list[str] = []
 
 
 @pytest.fixture(scope="module")
-def ours(toy_model: Path, stock: Answers) -> Iterator[LLM]:
+def ours(toy_model: Path, stock: Completions) -> Iterator[LLM]:
     """One engine for all tests below; a target it cannot miss by much makes every prompt a matter of many small chunks."""
     llm = make_llm(toy_model, {"mode": "time-sliced", "tpot_slo_ms": 15, "first_chunk_tokens": 16})
     scheduler = scheduler_of(llm)
@@ -30,63 +33,60 @@ def ours(toy_model: Path, stock: Answers) -> Iterator[LLM]:
 
 
 @pytest.fixture(scope="module")
-def answers(ours: LLM) -> Answers:
-    return run_jobs(ours, mixed_jobs())
+def answers(ours: LLM) -> Completions:
+    return run_requests(ours, mixed_requests())
 
 
-def test_the_mix_was_a_hard_one(ours: LLM, answers: Answers) -> None:
+def test_the_mix_was_a_hard_one(ours: LLM, answers: Completions) -> None:
     """The runs below would prove little if nothing had been cut, preempted or resumed."""
     counts = scheduler_of(ours).counts
     assert PREEMPTED
     assert counts["mixed_steps"] > 200
     assert counts["resume_prefill_requests"] > 50
-    assert counts["prefill_chunks"] > 2 * JOBS
-    assert sum(completion.stopped_by is not None for one in answers.values() for completion in one.values()) > 10
+    assert counts["prefill_chunks"] > 2 * REQUESTS
+    assert sum(completion.stop_reason is not None for one in answers.values() for completion in one.values()) > 10
     assert sum(len(one) == 2 for one in answers.values()) > 20
 
 
-def test_answers_equal_stock(stock: Answers, answers: Answers) -> None:
+def test_answers_equal_stock(stock: Completions, answers: Completions) -> None:
     """Tokens, texts and log-probabilities; these show what the tokens of a toy model, which repeats itself, may not."""
-    assert differences(mixed_jobs(), stock, answers) == []
+    assert differences(mixed_requests(), stock, answers) == []
 
 
-def test_structured_output_is_valid(answers: Answers) -> None:
+def test_structured_output_is_valid(answers: Completions) -> None:
     checked = 0
-    for job in mixed_jobs():
-        if job.parameters.structured_outputs is not None:
-            value = json.loads(answers[job.name][0].text)
+    for request in mixed_requests():
+        if "structured_outputs" in request.parameters:
+            value = json.loads(answers[request.name][0].text)
             assert value["city"] in ("Oslo", "Lima")
             assert 1 <= value["days"] <= 9
             checked += 1
-    assert checked == JOBS // 8
+    assert checked == REQUESTS // 8
 
 
-def test_seeds_are_honoured(ours: LLM, answers: Answers) -> None:
+def test_seeds_are_honoured(ours: LLM, answers: Completions) -> None:
     """The same seeded requests again, alone this time, give what they gave in the crowd."""
-    seeded = [job for job in mixed_jobs() if job.parameters.seed is not None][:4]
-    again = run_jobs(ours, [Job(job.name, 0, job.prompt, job.parameters) for job in seeded])
+    seeded = [request for request in mixed_requests() if "seed" in request.parameters][:4]
+    again = run_requests(ours, [replace(request, step=0, abort_after=None) for request in seeded])
     assert differences(seeded, answers, again) == []
 
 
-def test_nothing_is_left_behind(ours: LLM, answers: Answers) -> None:
+def test_nothing_is_left_behind(ours: LLM, answers: Completions) -> None:
     scheduler = scheduler_of(ours)
     assert not scheduler.requests
     assert not scheduler.running
     assert not scheduler.waiting
-    assert not scheduler.policy.prefilling
+    assert not scheduler.engine_policy.prefilling
     assert not scheduler.calls
     assert scheduler.kv_cache_manager.usage == 0.0
 
 
-def test_reset_prefix_cache_while_requests_run(ours: LLM, answers: Answers) -> None:
-    jobs = [
-        Job(f"reset-{n}", 0, [n + 5] * 600, SamplingParams(max_tokens=30, ignore_eos=True, temperature=0))
-        for n in range(4)
-    ]
+def test_reset_prefix_cache_while_requests_run(ours: LLM, answers: Completions) -> None:
+    requests = [ScriptedRequest(f"reset-{n}", 0, [n + 5] * 600, greedy(30, logprobs=None)) for n in range(4)]
 
     def reset(step: int) -> None:
         if step in (2, 9):
             assert scheduler_of(ours).reset_prefix_cache(reset_running_requests=True)
 
-    plain = run_jobs(ours, jobs)
-    assert differences(jobs, plain, run_jobs(ours, jobs, reset)) == []
+    plain = run_requests(ours, requests)
+    assert differences(requests, plain, run_requests(ours, requests, reset)) == []

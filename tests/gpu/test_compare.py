@@ -1,4 +1,4 @@
-"""The GPU kit's comparison of answers: what counts as a difference, as noise, as a tie."""
+"""The GPU check's comparison of answers: what counts as a difference, as noise, as a tie."""
 
 import json
 from dataclasses import replace
@@ -11,14 +11,15 @@ from vllm_agentserve.gpucheck.scripted_requests import (
     Answer,
     ScriptedRequest,
     from_json,
+    greedy,
     mixed_requests,
     pinned_requests,
     to_json,
 )
 
 
-def job(name: str = "a", abort_after: int | None = None) -> ScriptedRequest:
-    return ScriptedRequest(name, 0, (1,), 4, abort_after=abort_after)
+def request_of(name: str = "a", abort_after: int | None = None) -> ScriptedRequest:
+    return ScriptedRequest(name, 0, (1,), greedy(4), abort_after)
 
 
 @pytest.mark.parametrize(
@@ -42,30 +43,30 @@ def test_answers_are_compared_up_to_the_first_difference(
     position: int | None,
     margin: float | None,
 ) -> None:
-    found = compare({"a": answer(reference)}, {"a": answer(other)}, [job(abort_after=abort_after)])
+    found = compare({"a": answer(reference)}, {"a": answer(other)}, [request_of(abort_after=abort_after)])
     assert (found.compared, found.equal) == (1, equal)
     assert [one.position for one in found.differences] == ([] if position is None else [position])
     assert [one.margin for one in found.differences] == ([] if position is None else [margin])
 
 
 def test_a_request_nobody_answered_is_a_difference() -> None:
-    assert compare({"a": answer([1, 2])}, {}, [job()]).differences == [Difference("a", 0, None)]
+    assert compare({"a": answer([1, 2])}, {}, [request_of()]).differences == [Difference("a", 0, None)]
 
 
 def test_a_reference_without_the_request_is_an_error() -> None:
     with pytest.raises(ValueError, match="no answer to a"):
-        compare({}, {}, [job()])
+        compare({}, {}, [request_of()])
 
 
 def test_noise_is_that_of_equal_contexts() -> None:
     """Behind the first difference the contexts differ, and with them everything."""
     other = Answer([1, 99, 7], [{1: -1.25}, {99: -0.1, 2: -1.5}, {7: -9.0}])
-    assert compare({"a": answer([1, 2, 7])}, {"a": other}, [job()]).noise == 0.5
+    assert compare({"a": answer([1, 2, 7])}, {"a": other}, [request_of()]).noise == 0.5
 
 
 def test_the_mean_is_over_all_positions_with_the_same_context() -> None:
     other = Answer([1, 2, 7], [{1: -1.25}, {2: -0.75}, {7: -1.25}])
-    found = compare({"a": answer([1, 2, 7])}, {"a": other}, [job()])
+    found = compare({"a": answer([1, 2, 7])}, {"a": other}, [request_of()])
     assert (found.noise, found.mean, found.positions) == (0.25, 0.25, 3)
 
 
@@ -108,7 +109,7 @@ def test_pinned_requests_are_the_same_but_for_their_answers() -> None:
     free = mixed_requests(20, seeded=False)
     pinned = pinned_requests(free)
     assert [one.prompt for one in pinned] == [one.prompt for one in free]
-    assert len({one.pinned for one in pinned}) == 20
+    assert len({tuple(one.parameters["allowed_token_ids"]) for one in pinned}) == 20
     assert not {one.name for one in pinned} & {one.name for one in free}
 
 
@@ -118,9 +119,10 @@ def test_answers_survive_json() -> None:
 
 
 def test_the_mix_has_everything() -> None:
-    jobs = mixed_requests(20, seeded=True)
-    assert {job.seed is None for job in jobs} == {True, False}
-    assert {job.abort_after is None for job in jobs} == {True, False}
-    assert sum(jobs[0].prompt[:200] == other.prompt[:200] for other in jobs) < len(jobs)
-    assert len({job.prompt[:200] for job in jobs if len(job.prompt) > 900}) < sum(len(job.prompt) > 900 for job in jobs)
-    assert all(job.seed is None for job in mixed_requests(20, seeded=False))
+    requests = mixed_requests(20, seeded=True)
+    assert {"seed" in one.parameters for one in requests} == {True, False}
+    assert {one.abort_after is None for one in requests} == {True, False}
+    assert sum(requests[0].prompt[:200] == other.prompt[:200] for other in requests) < len(requests)
+    long = [one.prompt[:200] for one in requests if len(one.prompt) > 900]
+    assert len(set(long)) < len(long)
+    assert not any("seed" in one.parameters for one in mixed_requests(20, seeded=False))

@@ -1,4 +1,4 @@
-"""How the GPU kit's processes begin and end where something is in the way: a slow fork, a crash, a full disk, a killed check."""
+"""How processes of the GPU check begin and end where something is in the way: a slow fork, a crash, a full disk, a kill."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,16 +16,18 @@ import pytest
 
 from tests.support.gpu_kit import here
 from tests.support.paths import ROOT
-from vllm_agentserve.gpucheck import check_run, command, processes, summary
+from vllm_agentserve.gpucheck import check_run, command, summary
 from vllm_agentserve.gpucheck.check_run import CheckRun, PartResult
-from vllm_agentserve.gpucheck.processes import Child, Task
 from vllm_agentserve.gpucheck.schedule import Span
+from vllm_agentserve.processes import starter
+from vllm_agentserve.processes.starter import Child
+from vllm_agentserve.processes.task import Task, tail
 
 
 @pytest.fixture
 def forks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CheckRun:
     """A check whose children are forked, without the imports of vLLM, and find modules in its folder."""
-    monkeypatch.setattr(processes, "PRELOAD", ("json",))
+    monkeypatch.setattr(starter, "PRELOAD", ("json",))
     monkeypatch.syspath_prepend(tmp_path)
     where = here(tmp_path)
     where.environment["PYTHONPATH"] = f"{tmp_path}:{where.environment.get('PYTHONPATH', '')}"
@@ -86,17 +89,17 @@ def test_a_crash_of_a_forked_child_is_named_by_its_part(forks: CheckRun, monkeyp
 def test_a_fork_that_ends_before_its_task_begins_is_done_without(
     forks: CheckRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = processes.ForkedChild
+    made = starter.ForkedChild
 
-    def ends_early(function: str, result: Path, limit_s: float, options: Any, log: Path, given: Any) -> Any:
-        return made(function, result, limit_s, options, forks.folder / "no such folder" / "log", given)
+    def ends_early(task: Task) -> Any:
+        return made(replace(task, log=forks.folder / "no such folder" / "log"))
 
-    monkeypatch.setattr(processes, "ForkedChild", ends_early)
+    monkeypatch.setattr(starter, "ForkedChild", ends_early)
     (forks.folder / "logs" / "one.log").write_text("of an earlier check")
     assert forks.run("one", "math:sqrt", 16).result == 4.0
     (crash,) = forks.forget_crashes()
     assert "with exit code 1 before its task began" in crash
-    assert check_run.tail(forks.folder / "logs" / "none.log") == ""
+    assert tail(forks.folder / "logs" / "none.log") == ""
 
 
 def test_what_an_earlier_check_left_is_no_result(tmp_path: Path) -> None:
@@ -180,10 +183,10 @@ def test_no_engine_goes_on_when_the_check_is_killed(tmp_path: Path, fresh: bool)
             f"""
             import os
             from pathlib import Path
-            from vllm_agentserve.gpucheck import processes
+            from vllm_agentserve.processes import starter
             from vllm_agentserve.gpucheck.check_run import CheckRun
             if __name__ == "__main__":
-                processes.PRELOAD = ("json",)
+                starter.PRELOAD = ("json",)
                 where = CheckRun(Path({str(tmp_path)!r}), "cpu", True, os.environ)
                 where.starter.prepare("cpu", where.environment)
                 where.run("sleeps", "sleeps:run", {str(tmp_path / "pids")!r}, 50.0, fresh={fresh})

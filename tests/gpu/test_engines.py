@@ -1,4 +1,4 @@
-"""The GPU kit's engines, agents, tasks and command, without a GPU."""
+"""The GPU check's engines, agents, tasks and command, without a GPU."""
 
 import json
 import math
@@ -130,6 +130,7 @@ def test_a_task_that_raises_leaves_its_last_words(tmp_path: Path) -> None:
     assert "TypeError" in str(ended.error)
 
 
+@pytest.mark.slow
 def test_a_task_that_hangs_is_ended_and_shows_where_it_hung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     where = here(tmp_path)
     monkeypatch.setattr(check_run, "STACK_BEFORE_END_S", 0.5)
@@ -175,6 +176,7 @@ def test_shares_are_shown_against_the_largest() -> None:
     assert throughput.table(points, "cores")[2:] == ["| 1 | 10 (50%) |", "| 2 | 20 (100%) |"]
 
 
+@pytest.mark.slow
 @needs_cpu_build
 def test_the_command_without_a_gpu(tmp_path: Path) -> None:
     """What needs a GPU is said not to have run; nothing of it is made up."""
@@ -197,6 +199,7 @@ def test_the_command_without_a_gpu(tmp_path: Path) -> None:
 
 @needs_cpu_build
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="lanes need two cores")
+@pytest.mark.engine
 def test_agents_on_a_real_engine_with_lanes(tmp_path: Path, toy_model: Path) -> None:
     where = here(tmp_path)
     options = {

@@ -1,4 +1,4 @@
-"""Tasks of the GPU kit in forked processes: results, failures, time limits, and a fork that cannot use CUDA."""
+"""Tasks of the GPU check in forked processes: results, failures, time limits, and a fork that cannot use CUDA."""
 
 import json
 import os
@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from tests.support.paths import ROOT
-from vllm_agentserve.gpucheck.forked import ForkedChild
+from vllm_agentserve.processes.forked import ForkedChild
+from vllm_agentserve.processes.task import Task
 
 TASK = "tests.support.forked_task:answering"
 
@@ -23,7 +24,7 @@ def environment() -> dict[str, str]:
 
 
 def child(folder: Path, environment: dict[str, str], options: Any) -> ForkedChild:
-    return ForkedChild(TASK, folder / "result.json", 60.0, options, folder / "log", environment)
+    return ForkedChild(Task(TASK, folder / "result.json", 60.0, options, folder / "log", environment))
 
 
 def test_a_task_answers_from_a_group_and_with_variables_of_its_own(tmp_path: Path, environment: dict[str, str]) -> None:
@@ -64,12 +65,13 @@ def test_where_cuda_was_started_before_the_fork_a_new_interpreter_takes_over(tmp
             f"""
             import os
             from pathlib import Path
-            from vllm_agentserve.gpucheck.forked import ForkedChild, preload
+            from vllm_agentserve.processes.forked import ForkedChild, preload
+            from vllm_agentserve.processes.task import Task
             if __name__ == "__main__":
                 folder = Path({str(tmp_path)!r})
                 preload(("started",), os.environ)
-                task = "{TASK}"
-                child = ForkedChild(task, folder / "r.json", 60.0, {{"b": 2}}, folder / "log", os.environ)
+                task = Task("{TASK}", folder / "r.json", 60.0, {{"b": 2}}, folder / "log", os.environ)
+                child = ForkedChild(task)
                 raise SystemExit(child.wait(60))
             """
         )

@@ -1,4 +1,4 @@
-"""The GPU kit's measurements of a lane: gaps between tokens, launches of chunks, stream priorities, the end of a lane."""
+"""The GPU check's measurements of a lane: gaps between tokens, launches of chunks, stream priorities, the end of a lane."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -150,7 +150,7 @@ def test_plain_streams_share_the_device_and_decode_goes_first() -> None:
 def test_a_driver_that_refuses_plain_streams_leaves_nothing(call: str) -> None:
     driver = PriorityDriver(132)
     driver.fails[call] = -1 if call == "cuStreamCreateWithPriority" else 1
-    with pytest.raises(LaneError, match=f"{call} failed: CUDA error 1"):
+    with pytest.raises(LaneError, match=f"{call} failed: CUDA_ERROR_INVALID_VALUE"):
         plain_ladder(driver)
     assert driver.streams == {}
 

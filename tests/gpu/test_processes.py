@@ -1,25 +1,29 @@
-"""How the GPU kit starts its children: forked where that works, and in a new interpreter where it does not."""
+"""How the GPU check starts its children: forked where that works, and in a new interpreter where it does not."""
 
+import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.gpu_kit import here
-from vllm_agentserve.gpucheck import processes
-from vllm_agentserve.gpucheck.check_run import CheckRun, tail
+from vllm_agentserve.gpucheck.check_run import CheckRun
+from vllm_agentserve.processes import starter
+from vllm_agentserve.processes.task import ChildError, Task, tail
 
 
 @pytest.fixture
 def forks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CheckRun:
     """A check whose children are forked, without the imports of vLLM."""
-    monkeypatch.setattr(processes, "PRELOAD", ("json",))
+    monkeypatch.setattr(starter, "PRELOAD", ("json",))
     where = here(tmp_path)
     where.starter.prepare("cpu", where.environment)
     return where
 
 
+@pytest.mark.slow
 def test_forked_children_answer_fail_and_hang_as_fresh_ones_do(forks: CheckRun) -> None:
     assert forks.run("fine", "math:sqrt", 16).result == 4.0
     wrong = forks.run("wrong", "math:sqrt", "text")
@@ -37,11 +41,11 @@ def test_where_no_fork_can_be_had_a_new_interpreter_does_the_task(
 ) -> None:
     asked: list[str] = []
 
-    def broken(function: str, *args: Any) -> None:
-        asked.append(function)
+    def broken(task: Task) -> None:
+        asked.append(task.function)
         raise EOFError
 
-    monkeypatch.setattr(processes, "ForkedChild", broken)
+    monkeypatch.setattr(starter, "ForkedChild", broken)
     assert forks.run("one", "math:sqrt", 16).result == 4.0
     assert forks.run("two", "math:sqrt", 9).result == 3.0
     assert asked == ["math:sqrt"], "it is tried once"
@@ -49,8 +53,8 @@ def test_where_no_fork_can_be_had_a_new_interpreter_does_the_task(
 
 
 def test_a_fork_that_does_not_come_is_not_waited_for(forks: CheckRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "FORK_S", 0.2)
-    monkeypatch.setattr(processes, "ForkedChild", lambda *args: time.sleep(30))
+    monkeypatch.setattr(starter, "FORK_S", 0.2)
+    monkeypatch.setattr(starter, "ForkedChild", lambda *args: time.sleep(30))
     began = time.monotonic()
     assert forks.run("one", "math:sqrt", 16).result == 4.0
     assert time.monotonic() - began < 20
@@ -64,17 +68,16 @@ def test_forks_are_used_on_a_gpu_only_where_a_trial_could_use_cuda(
     trial: str,
     forked: bool,
 ) -> None:
-    monkeypatch.setattr(processes, "PRELOAD", ("json",))
-    monkeypatch.setattr(processes, "TRIAL", trial)
+    monkeypatch.setattr(starter, "PRELOAD", ("json",))
+    monkeypatch.setattr(starter, "TRIAL", trial)
     made: list[str] = []
-    fork = processes.ForkedChild
+    fork = starter.ForkedChild
 
-    def counted(function: str, *args: Any) -> Any:
-        made.append(function)
-        result, limit_s, options, *rest = args
-        return fork(function, result, limit_s, 4 if options is None else options, *rest)
+    def counted(task: Task) -> Any:
+        made.append(task.function)
+        return fork(replace(task, options=4) if task.options is None else task)
 
-    monkeypatch.setattr(processes, "ForkedChild", counted)
+    monkeypatch.setattr(starter, "ForkedChild", counted)
     where = here(tmp_path)
     where.starter.prepare("cuda", where.environment)
     assert where.run("one", "math:sqrt", 16).result == 4.0
@@ -110,3 +113,11 @@ def test_of_a_crash_the_first_lines_are_shown(tmp_path: Path) -> None:
     log.write_text("\n".join(["loading", "Fatal Python error: Segmentation fault", "", "Current thread", *frames]))
     assert tail(log).splitlines()[:3] == ["Fatal Python error: Segmentation fault", "", "Current thread"]
     assert len(tail(log).splitlines()) == 12
+
+
+def test_a_function_is_called_in_a_child_and_its_failure_is_raised_with_its_last_lines() -> None:
+    assert starter.call("math:sqrt", 16, os.environ) == 4.0
+    with pytest.raises(ChildError, match=r"math:sqrt: exit code 1\n(.|\n)*TypeError"):
+        starter.call("math:sqrt", "text", os.environ)
+    with pytest.raises(ChildError, match=r"time:sleep: not done after 3 s\n(.|\n)*Thread"):
+        starter.call("time:sleep", 600, os.environ, limit_s=3.0)

@@ -1,4 +1,4 @@
-"""The GPU kit when its time runs out: what was cut short is not called failed, and what it had is kept."""
+"""The GPU check when its time runs out: what was cut short is not called failed, and what it had is kept."""
 
 import tarfile
 from pathlib import Path
@@ -7,10 +7,11 @@ import pytest
 
 from tests.support.gpu_kit import answer, here
 from vllm_agentserve.gpucheck import agents_ab, check_run, command, equality, faults, imports, probe, throughput
-from vllm_agentserve.gpucheck.check_run import CheckRun, ChildResult, PartResult, Status
+from vllm_agentserve.gpucheck.check_run import CheckRun, PartResult, Status
 from vllm_agentserve.gpucheck.schedule import Span
 from vllm_agentserve.gpucheck.scripted_requests import beside_requests, to_json
 from vllm_agentserve.gpucheck.summary import Done
+from vllm_agentserve.processes.task import ChildResult
 
 LATE = ChildResult(None, "x: not done after 9 s\n", 9.0, out_of_time=True)
 HUNG = ChildResult(None, "x: not done after 9 s\n", 9.0, hung=True)

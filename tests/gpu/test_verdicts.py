@@ -1,4 +1,4 @@
-"""Verdicts of the GPU kit that need no engine: a lane that did not do its work, uneven rounds, figures that are not known."""
+"""Verdicts of the GPU check that need no engine: a lane that did not do its work, uneven rounds, figures that are not known."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,11 @@ import pytest
 from tests.support.gpu_kit import answer, here, record
 from vllm_agentserve.bench.records import Record
 from vllm_agentserve.gpucheck import agents_ab, check_run, environment, equality, faults, throughput
-from vllm_agentserve.gpucheck.check_run import CheckRun, ChildResult
+from vllm_agentserve.gpucheck.check_run import CheckRun
 from vllm_agentserve.gpucheck.engines import counters
 from vllm_agentserve.gpucheck.gaps import Gaps, cell, figures
 from vllm_agentserve.gpucheck.scripted_requests import Answers, beside_requests, to_json
+from vllm_agentserve.processes.task import ChildResult
 
 UNUSED = [
     ({}, "no prompt went to the lane"),

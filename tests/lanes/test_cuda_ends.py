@@ -6,8 +6,9 @@ import pytest
 
 from tests.support.cuda_bench import Bench, job
 from tests.support.cuda_steps import WorkerBench
+from tests.support.lane_provider import Lanes
 from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker
-from vllm_agentserve.lanes.lane import Outcome
+from vllm_agentserve.lanes.lane import NoLane, Outcome
 from vllm_agentserve.policy.jobs import Job
 from vllm_agentserve.vllm_compat import LaneError
 
@@ -152,7 +153,7 @@ def test_a_chunk_that_hangs_ends_the_engine() -> None:
     bench.now += 59.0
     assert bench.step() == []
     bench.now += 2.0
-    with pytest.raises(LaneError, match="not through after 60 s"):
+    with pytest.raises(LaneError, match="still running after 60 s"):
         bench.step()
     assert not bench.lane.alive()
 
@@ -202,7 +203,7 @@ def test_close_waits_for_the_chunk_under_way() -> None:
 def test_close_gives_up_on_a_chunk_that_hangs() -> None:
     bench = Bench()
     bench.step(job("a", 300))
-    with pytest.raises(LaneError, match="not through after 60 s"):
+    with pytest.raises(LaneError, match="still running after 60 s"):
         bench.lane.close()
     assert (bench.runner.closed, bench.ladder.closed) == (False, False)
 
@@ -229,9 +230,9 @@ def test_a_lane_that_is_ended_fails_its_jobs_when_nothing_writes_their_blocks() 
 def test_three_failures_end_the_lane_inside_a_step_and_the_steps_go_on() -> None:
     """As vLLM nests the calls: outcomes are asked for while the step's stream is the current one, so nothing is closed there."""
     bench = Bench()
-    worker = LaneConnectorWorker(SimpleNamespace(lane_restarts=3, mode="lanes"), None, lambda: bench.lane, None)  # type: ignore[arg-type]
+    worker = LaneConnectorWorker(SimpleNamespace(lane_restarts=3, mode="lanes"), Lanes(lambda: bench.lane))  # type: ignore[arg-type]
     worker.start()
-    bench.lane.follow(worker.begin)
+    bench.begin = worker.begin  # type: ignore[method-assign]
     told: dict[str, bool] = {}
 
     def step(*jobs: Job) -> None:
@@ -251,7 +252,7 @@ def test_three_failures_end_the_lane_inside_a_step_and_the_steps_go_on() -> None
     for _ in range(8):
         step()
     assert told == dict.fromkeys("abcd", True)
-    assert worker._lane is None
+    assert isinstance(worker._lane, NoLane)
     step(job("late", 60, first_block=10))
     assert told["late"]
     assert (bench.runner.closed, bench.ladder.closed) == (False, False)
@@ -269,4 +270,4 @@ def test_a_job_that_nobody_wants_any_more_is_no_success_between_failures() -> No
         bench.work(finished=["b"])
         bench.work()
     assert bench.told == {"a": True, "b": False, "c": True, "d": True}
-    assert bench.worker._lane is None
+    assert isinstance(bench.worker._lane, NoLane)

@@ -8,11 +8,12 @@ import pytest
 
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker
-from vllm_agentserve.lanes.cpu import process
+from vllm_agentserve.lanes.cpu import provider
 from vllm_agentserve.lanes.cpu.cores import Cores
-from vllm_agentserve.lanes.cpu.process import ProcessLanes
+from vllm_agentserve.lanes.cpu.provider import ProcessLaneProvider
 from vllm_agentserve.lanes.cpu.runner import LaneRunner, Setup
-from vllm_agentserve.policy.jobs import Chunk, ChunkQueue, Job
+from vllm_agentserve.lanes.lane import NoLane
+from vllm_agentserve.policy.jobs import ChunkQueue, Job, JobChunk
 from vllm_agentserve.vllm_compat import LaneError, cpu
 
 
@@ -71,12 +72,12 @@ def test_a_chunk_is_no_longer_than_a_step_may_be(
     monkeypatch: pytest.MonkeyPatch, batch: int, context: int, asked: int | None, chunk: int, most: int
 ) -> None:
     made: list[Setup] = []
-    monkeypatch.setattr(process, "ProcessLane", lambda setup, *rest: made.append(setup))
+    monkeypatch.setattr(provider, "ProcessLane", lambda setup, *rest: made.append(setup))
     monkeypatch.setattr(cpu, "worker_cores", lambda: [0, 1, 2, 3])
     monkeypatch.setattr(cpu, "second_worker_config", lambda given: given)
-    monkeypatch.setattr(process, "Cores", lambda: None)
-    lanes = process.ProcessLanes(AgentServeConfig(lane_chunk_tokens=asked), config(batch, context), None)
-    lanes.memory.memory = SimpleNamespace(size=0, descriptor=0)  # type: ignore[assignment]
+    monkeypatch.setattr(provider, "Cores", lambda: None)
+    lanes = ProcessLaneProvider(AgentServeConfig(lane_chunk_tokens=asked), config(batch, context), None)
+    lanes._kv_memory.memory = SimpleNamespace(size=0, descriptor=0)  # type: ignore[assignment]
     lanes.restart()
     assert (made[0].chunk_tokens, made[0].most_tokens) == (chunk, most)
     assert made[0].load_cores == made[0].slot_cores[-1] == [3]
@@ -90,7 +91,7 @@ class Runner(LaneRunner):
         self.counters: Any = {"decoding": 1.0, "slot": 0, "beat": 0.0, "tokens": 0.0, "seconds": 0.0}
         self.cores: Any = SimpleNamespace(take=lambda cores: None)
         self.jobs = ChunkQueue()
-        self.chunks: list[Chunk] = []
+        self.chunks: list[JobChunk] = []
         self._smallest = min(len(cores) for cores in setup.slot_cores)
         self._beside = 0
         self._worker: Any = SimpleNamespace(compute=self.chunks.append, forget=lambda name: None)
@@ -117,11 +118,11 @@ def test_the_first_chunk_says_nothing_of_the_rate() -> None:
 def test_a_worker_with_one_core_has_no_lane_and_mode_auto_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_agentserve.vllm_compat.cpu.worker_cores", lambda: [0])
     for mode in ("auto", "lanes"):
-        lanes = ProcessLanes(AgentServeConfig(mode=mode), None, None)  # type: ignore[arg-type]
-        worker = LaneConnectorWorker(lanes._options, lanes.memory, lanes.start, lanes.restart)
+        lanes = ProcessLaneProvider(AgentServeConfig(mode=mode), None, None)  # type: ignore[arg-type]
+        worker = LaneConnectorWorker(lanes._options, lanes)
         if mode == "auto":
             worker.start()
-            assert worker._lane is None
+            assert isinstance(worker._lane, NoLane)
         else:
             with pytest.raises(LaneError, match="two lanes need two cores, and vLLM's worker has 1: see VLLM_CPU_OMP"):
                 worker.start()

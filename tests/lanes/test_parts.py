@@ -102,6 +102,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> type[GPU]:
     return GPU
 
 
+def made(options: AgentServeConfig, config: Any, kv_cache_config: Any = None) -> StreamLane:
+    return provider.StreamLaneProvider(options, config, kv_cache_config).start(lambda metadata: None)
+
+
 def options(**given: Any) -> AgentServeConfig:
     return AgentServeConfig(lane_chunk_tokens=256, **given)
 
@@ -110,7 +114,7 @@ CONFIG = SimpleNamespace(obstacle=None)
 
 
 def test_a_lane_is_put_together(gpu: type[GPU]) -> None:
-    lane = StreamLane.start(options(lane_max_requests=4), CONFIG, "kv cache config")
+    lane = made(options(lane_max_requests=4), CONFIG, "kv cache config")
     runner = gpu.runner
     assert runner is not None
     assert lane.slots == (Slot(32, 100), Slot(64, 68), Slot(96, 36))
@@ -131,14 +135,14 @@ def test_a_lane_is_put_together(gpu: type[GPU]) -> None:
 def test_a_chunk_never_fills_the_context(gpu: type[GPU], context: int, most: int) -> None:
     """The lane leaves the last token of a prompt to the decode lane, so nothing longer is ever computed."""
     provider.cuda.worker_runner().max_model_len = context
-    StreamLane.start(options(), CONFIG, None)
+    made(options(), CONFIG)
     assert gpu.runner is not None
     assert gpu.runner.made[4] == most
     assert gpu.runner.warmed[-1] == ("alone", most)
 
 
 def test_the_users_share_makes_one_slot(gpu: type[GPU]) -> None:
-    assert StreamLane.start(options(lane_decode_share=0.5), CONFIG, None).slots == (Slot(64, 68),)
+    assert made(options(lane_decode_share=0.5), CONFIG).slots == (Slot(64, 68),)
 
 
 @pytest.mark.parametrize("place", ["configuration", "runner"])
@@ -147,7 +151,7 @@ def test_an_obstacle_is_told_before_anything_is_made(gpu: type[GPU], place: str)
     if place == "runner":
         provider.cuda.worker_runner().obstacle = "no"
     with pytest.raises(LaneError, match="two lanes cannot run on this worker: no"):
-        StreamLane.start(options(), config, None)
+        made(options(), config)
     assert gpu.driver.calls == []
 
 
@@ -167,7 +171,7 @@ def test_a_failure_at_warm_up_leaves_nothing_behind(
 ) -> None:
     monkeypatch.setattr(Runner, "fails", failure)
     with pytest.raises(raised, match=message):
-        StreamLane.start(options(), CONFIG, None)
+        made(options(), CONFIG)
     assert gpu.runner is not None
     assert gpu.runner.closed
     assert (gpu.driver.contexts, gpu.driver.streams) == ({}, {})
@@ -181,7 +185,7 @@ def test_a_lane_that_fails_on_a_lost_device_leaves_it_alone(gpu: type[GPU], monk
 
     monkeypatch.setattr(Runner, "warm_up", warm_up)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        StreamLane.start(options(), CONFIG, None)
+        made(options(), CONFIG)
     assert "cuStreamDestroy" not in gpu.driver.calls
 
 
@@ -190,7 +194,7 @@ def test_a_lane_that_fails_on_a_lost_device_leaves_it_alone(gpu: type[GPU], monk
 
 def test_what_warm_up_takes_is_seen_on_every_stream(gpu: type[GPU]) -> None:
     """torch caches per stream: chunks of four sizes stay with their four streams, each with its own workspace."""
-    lane = StreamLane.start(options(), CONFIG, None)
+    lane = made(options(), CONFIG)
     lane.warmed_up(0, 0)
     report = lane.report()
     assert report is not None
@@ -215,11 +219,11 @@ def test_a_lane_is_refused_that_would_run_out_of_memory_in_service(gpu: type[GPU
     gpu.device.memory.total = (chunks + kept + spare) * MIB
     if spare < 0:
         with pytest.raises(LaneError, match=r"3007 MiB are left .* took 3008 MiB .*lower --gpu-memory-utilization"):
-            StreamLane.start(options(), CONFIG, None)
+            made(options(), CONFIG)
         assert (gpu.driver.contexts, gpu.driver.streams) == ({}, {})
         assert gpu.device.wrong == []
         return
-    lane = StreamLane.start(options(), CONFIG, None)
+    lane = made(options(), CONFIG)
     with pytest.raises(LaneError, match=r"2882 MiB are left .* took 3008 MiB .*by at least 126 MiB"):
         lane.warmed_up(0, 0)
 
@@ -228,7 +232,7 @@ def test_a_startup_plan_is_named_where_it_may_be_the_cause(gpu: type[GPU], monke
     monkeypatch.setenv("VLLM_ENABLE_STARTUP_PLAN", "1")
     gpu.device.memory.total = 3100 * MIB
     with pytest.raises(LaneError, match=r"VLLM_ENABLE_STARTUP_PLAN is set.*startup_plan"):
-        StreamLane.start(options(), CONFIG, None)
+        made(options(), CONFIG)
 
 
 def service(gpu: type[GPU], reserve: int, activation: int) -> None:
@@ -236,7 +240,7 @@ def service(gpu: type[GPU], reserve: int, activation: int) -> None:
     memory = gpu.device.memory
     memory.total = 40_000 * MIB
     memory.take("plain", memory.total - reserve - activation)
-    lane = StreamLane.start(options(), CONFIG, None)
+    lane = made(options(), CONFIG)
     lane.warmed_up(reserve, activation)
     for _ in range(2):
         gpu.device.launch("a step of the most tokens", size=activation)
@@ -257,3 +261,18 @@ def test_the_reserve_lasts_for_all_streams_in_service(gpu: type[GPU]) -> None:
 def test_a_reserve_of_one_activation_peak_is_too_little(gpu: type[GPU]) -> None:
     with pytest.raises(LaneError, match="lower --gpu-memory-utilization"):
         service(gpu, 1600 * BYTES_PER_TOKEN, 1600 * BYTES_PER_TOKEN)
+
+
+# -- what the log says ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("queues", [True, False])
+def test_the_log_says_once_whether_lanes_have_queues_of_their_own(
+    gpu: type[GPU], monkeypatch: pytest.MonkeyPatch, queues: bool
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(provider.logger, "info", lambda text, *given: lines.append(text % given))
+    monkeypatch.setattr(provider.GreenLadder, "own_queues", property(lambda ladder: queues))
+    made(options(), CONFIG)
+    (line,) = [line for line in lines if "hardware queues" in line]
+    assert ("of their own." in line, "need CUDA 13.1" in line) == (queues, not queues)

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from tests.support.lane_provider import Lanes
 from tests.support.stub_lane import Cores, job, stub_lane
 from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker
 from vllm_agentserve.lanes.cpu import process
-from vllm_agentserve.lanes.lane import LaneReport, Outcome, PrefillLane
+from vllm_agentserve.lanes.lane import LaneReport, NoLane, Outcome, PrefillLane
 from vllm_agentserve.policy.jobs import Job
 from vllm_agentserve.vllm_compat import LaneError
 
@@ -192,7 +193,7 @@ def test_the_lane_outlives_the_thread_that_started_it(lanes: Callable[..., Any])
 
 def worker_of(lane: Any, again: Callable[[], Any] | None, restarts: int = 3) -> LaneConnectorWorker:
     options: Any = SimpleNamespace(lane_restarts=restarts, mode="lanes")
-    worker = LaneConnectorWorker(options, None, lambda: lane, again)
+    worker = LaneConnectorWorker(options, Lanes(lambda: lane, again))
     worker.start()
     return worker
 
@@ -263,7 +264,7 @@ def test_a_restart_that_fails_leaves_a_time_sliced_engine(
 
     worker = worker_of(lane, again)
     assert answers(worker, job("a")) == {"a": True}
-    assert worker._lane is None
+    assert isinstance(worker._lane, NoLane)
     assert worker.report() == LaneReport(down=True)
     assert step(worker, job("b")) == ({"b"}, {"b"})
     assert worker.report() is None
@@ -277,6 +278,14 @@ def test_drain_ends_a_lane_that_does_not_answer(lanes: Callable[..., Any], monke
     lane.wait_until_ready()
     worker = worker_of(lane, lanes)
     step(worker, job("a"), job("b"))
+    end = lane.end
+
+    def end_patiently(reason: str) -> None:
+        """A busy machine takes its time to end the process."""
+        end(reason)
+        monkeypatch.setattr(half, "DRAIN_LIMIT_S", 30.0)
+
+    monkeypatch.setattr(lane, "end", end_patiently)
     assert worker.drain() == {"a", "b"}
     assert worker._lane is not lane
     assert worker.report() == LaneReport(down=True), "the scheduler hears of it"

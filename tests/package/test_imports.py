@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from graphlib import TopologicalSorter
 
 import pytest
@@ -54,3 +55,12 @@ def test_imports_lead_down(module: str) -> None:
 
 def test_nothing_imports_itself_in_a_circle() -> None:
     list(TopologicalSorter({module: imports(module) - {module} for module in MODULES}).static_order())
+
+
+def test_the_wheel_imports_nothing_that_is_left_out_of_it() -> None:
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    out = {pattern.removesuffix("*").split(".")[1] for pattern in found["exclude"]}
+    assert out == {"simulator"}
+    for module in MODULES:
+        if room(module) not in out:
+            assert not out & {room(imported) for imported in imports(module)}, module

@@ -134,6 +134,7 @@ def test_demo_of_a_folder_without_a_model(tmp_path: Path, capsys: pytest.Capture
     assert "holds no config.json" in capsys.readouterr().out.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_doctor_finds_this_machine_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor"]) == 0
     said = capsys.readouterr().out

@@ -94,7 +94,7 @@ def serve() -> Iterator[Callable[..., str]]:
                 return
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
         return f"http://127.0.0.1:{server.server_port}"
 
@@ -289,12 +289,3 @@ def test_ctrl_c_is_a_clean_end(
     monkeypatch.setattr(top.time, "sleep", interrupted)
     assert run_top(serve(page(STOCK))) == top.INTERRUPTED
     assert capsys.readouterr().err == ""
-
-
-def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def missing(_: object) -> int:
-        raise ModuleNotFoundError(name="prometheus_client")
-
-    monkeypatch.setattr(cli, "top", missing)
-    assert cli.main(["top"]) == 2
-    assert "agentserve top needs prometheus_client: pip install" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.calls import cold
 from vllm_agentserve.policy.budget import StepBudget, TrustRegion
 from vllm_agentserve.policy.controller import BudgetController, BudgetLimits
 from vllm_agentserve.policy.latency import StepModel
@@ -225,12 +226,12 @@ def test_one_short_step_teaches_little(ms: float, mixed: bool) -> None:
     runner.quiet(100, 8)
     runner.mixed(300, 8)
     model = runner.controller.whole.model
-    before = model.decode_ms(8, 16_000), model.step_ms(8, 16_000, [(256, 2000)])
+    before = model.decode_ms(8, 16_000), model.step_ms(8, 16_000, [cold(256, 2000)])
     if mixed:
         runner.controller.observe(ms, ms, 8, 16_000, [(COLD, 400, 2000)])
     else:
         runner.controller.observe(ms, ms, 8, 16_000, None)
-    after = model.decode_ms(8, 16_000), model.step_ms(8, 16_000, [(256, 2000)])
+    after = model.decode_ms(8, 16_000), model.step_ms(8, 16_000, [cold(256, 2000)])
     assert after == pytest.approx(before, rel=0.1)
 
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.calls import cold
 from vllm_agentserve.policy.latency import RecursiveLeastSquares, StepModel, TpotWindow
 
 
@@ -21,13 +22,13 @@ def trained(noise: float = 0.05, seed: int = 0) -> StepModel:
         model.learn_decode(4, 2000, truth(4, 0, 0) * rng.gauss(1, noise))
     for _ in range(400):
         tokens, context = rng.randint(16, 400), rng.randint(0, 8000)
-        model.learn_prefill(4, 2000, [(tokens, context)], truth(4, tokens, context) * rng.gauss(1, noise))
+        model.learn_prefill(4, 2000, [cold(tokens, context)], truth(4, tokens, context) * rng.gauss(1, noise))
     return model
 
 
 @pytest.mark.parametrize(("tokens", "context"), [(32, 0), (256, 0), (512, 1000), (64, 4000), (32, 8000), (200, 8000)])
 def test_model_predicts_what_it_has_learned(tokens: int, context: int) -> None:
-    assert trained().step_ms(4, 2000, [(tokens, context)]) == pytest.approx(truth(4, tokens, context), rel=0.1)
+    assert trained().step_ms(4, 2000, [cold(tokens, context)]) == pytest.approx(truth(4, tokens, context), rel=0.1)
 
 
 @given(budget=st.floats(0, 200), context=st.integers(0, 20_000))
@@ -52,16 +53,16 @@ def test_an_untrained_model_binds_nothing_and_predicts_nothing() -> None:
 
 def test_a_hiccup_does_not_move_the_model() -> None:
     model = trained()
-    before = model.step_ms(4, 2000, [(200, 3000)])
-    model.learn_prefill(4, 2000, [(200, 3000)], 20 * before)
-    assert model.step_ms(4, 2000, [(200, 3000)]) < 1.3 * before
+    before = model.step_ms(4, 2000, [cold(200, 3000)])
+    model.learn_prefill(4, 2000, [cold(200, 3000)], 20 * before)
+    assert model.step_ms(4, 2000, [cold(200, 3000)]) < 1.3 * before
 
 
 def test_the_model_follows_a_machine_that_became_slower() -> None:
     model = trained()
     for _ in range(40):
-        model.learn_prefill(4, 2000, [(200, 3000)], 1.6 * truth(4, 200, 3000))
-    assert model.step_ms(4, 2000, [(200, 3000)]) == pytest.approx(1.6 * truth(4, 200, 3000), rel=0.1)
+        model.learn_prefill(4, 2000, [cold(200, 3000)], 1.6 * truth(4, 200, 3000))
+    assert model.step_ms(4, 2000, [cold(200, 3000)]) == pytest.approx(1.6 * truth(4, 200, 3000), rel=0.1)
 
 
 def test_least_squares_stay_finite_without_excitation() -> None:

@@ -158,7 +158,7 @@ def test_who_learns_what_from_a_mixed_step() -> None:
         made = controller(depth=2)
         made.observe(70.0, 50.0, 4, 1000, CHUNKS, beside_lane=beside)
         learns, other = (made.shared, made.whole) if beside else (made.whole, made.shared)
-        assert learns.model.lessons == [(4, 1000, [(64, 1000), (8, 3000)], 50.0)]
+        assert learns.model.lessons == [(4, 1000, CHUNKS, 50.0)]
         assert learns.trust.tries == [("beside", CHUNKS, 2.5)]  # type: ignore[attr-defined]
         assert not other.model.lessons
         assert (made.tpot.ewma, made.slow_steps) == (100.0, 1)
@@ -168,7 +168,7 @@ def test_who_learns_what_from_a_mixed_step() -> None:
 def test_steps_without_streams_teach_until_there_are_others(sequences: int, interval: float | None) -> None:
     made = controller(depth=2)
     made.observe(70.0, interval, sequences, 1000, CHUNKS)
-    assert made.whole.model.lessons == [(sequences, 1000, [(64, 1000), (8, 3000)], 70.0)]
+    assert made.whole.model.lessons == [(sequences, 1000, CHUNKS, 70.0)]
     assert made.whole.trust.tries == [("alone", CHUNKS, 3.5)]  # type: ignore[attr-defined]
     made.whole.trust.tried = True
     made.observe(70.0, interval, sequences, 1000, CHUNKS)

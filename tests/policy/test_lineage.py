@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pytest
 
-from vllm_agentserve.bench.drawing import Shape, draw_sessions
+from vllm_agentserve.bench.drawing import WorkloadOptions, draw_sessions
 from vllm_agentserve.bench.sessions import Session, pinned_token
 from vllm_agentserve.bench.workloads import find_workload
 from vllm_agentserve.policy.attribution import WEAK_OUTPUT_TOKENS, Lineage
@@ -251,7 +251,7 @@ def precision_and_recall(pairs: list[tuple[str, str]]) -> tuple[float, float]:
 @pytest.mark.parametrize("block", [16, 128])
 @pytest.mark.parametrize("workload", ["react", "coding", "plan-execute"])
 def test_agents_without_hints_are_told_apart(workload: str, block: int) -> None:
-    sessions = draw_sessions(find_workload(workload), Shape(agents=8, sessions=3, scale=0.3), seed=3)
+    sessions = draw_sessions(find_workload(workload), WorkloadOptions(agents=8, sessions=3, scale=0.3), seed=3)
     pairs = replay(sessions, block)
     assert len(pairs) > 100
     precision, recall = precision_and_recall(pairs)

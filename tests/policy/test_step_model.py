@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.support.calls import cold
 from vllm_agentserve.policy.latency import NO_BOUND, RecursiveLeastSquares, StepModel, TpotWindow
 
 
@@ -20,7 +21,9 @@ def test_what_a_step_takes() -> None:
     assert model.chunk_ms(500, 1500) == pytest.approx(36.75)
     assert model.chunk_ms(500, 1500, first=False) == pytest.approx(34.75)
     assert model.decode_ms(6, 2000) == pytest.approx(7.5)
-    assert model.step_ms(6, 2000, [(500, 1500), (500, 1500), (500, 1500)]) == pytest.approx(7.5 + 36.75 + 2 * 34.75)
+    assert model.step_ms(6, 2000, [cold(500, 1500), cold(500, 1500), cold(500, 1500)]) == pytest.approx(
+        7.5 + 36.75 + 2 * 34.75
+    )
     model._slowness = 2.0
     assert model.chunk_ms(500, 1500) == pytest.approx(73.5)
     model._decode.weights = [-4.0, 0.5, 0.25]
@@ -81,7 +84,7 @@ def test_the_first_step_with_chunks(decode_ms: float, ms: float, sequences: int)
     model = StepModel()
     if decode_ms:
         model._decode.weights, model._decode.samples = [decode_ms, 0.0, 0.0], 1
-    assert model.learn_prefill(sequences, 1000, [(100, 400), (300, 700)], ms) == decode_ms
+    assert model.learn_prefill(sequences, 1000, [cold(100, 400), cold(300, 700)], ms) == decode_ms
     scale = decode_ms or ms
     features = [1.0, 0.5 + 1.0, 0.1 + 0.3, 0.1 * 0.45 + 0.3 * 0.85]
     deviations = [0.3 * scale, 0.1 * scale, 20 * scale, 20 * scale]
@@ -117,9 +120,9 @@ def test_hiccups_of_mixed_steps_are_cut_once_there_is_something_to_go_by(
     one, other = StepModel(), StepModel()
     for model in (one, other):
         for _ in range(samples):
-            model.learn_prefill(4, 0, [(100, 400)], ms)
-    other.learn_prefill(4, 0, [(100, 400)], 2.5 * one.step_ms(4, 0, [(100, 400)]))
-    one.learn_prefill(4, 0, [(100, 400)], 100 * ms)
+            model.learn_prefill(4, 0, [cold(100, 400)], ms)
+    other.learn_prefill(4, 0, [cold(100, 400)], 2.5 * one.step_ms(4, 0, [cold(100, 400)]))
+    one.learn_prefill(4, 0, [cold(100, 400)], 100 * ms)
     assert (one._prefill.weights == pytest.approx(other._prefill.weights, rel=1e-9)) is clipped
 
 
@@ -131,11 +134,11 @@ def test_slowness_and_error_follow_what_chunks_took(scale: float, sequences: int
     model = StepModel()
     model._decode.weights, model._decode.samples = [10.0 * scale, 0.0, 0.0], 1
     for _ in range(9):
-        model.learn_prefill(4, 0, [(100, 400)], 30.0 * scale)
+        model.learn_prefill(4, 0, [cold(100, 400)], 30.0 * scale)
     assert (model._slowness, model.error) == (1.0, 0.0)
     slowness, error = 1.0, 0.0
     for took in (40.0 * scale, 11.0 * scale, 5000.0 * scale):
-        predicted = model.learn_prefill(sequences, 0, [(100, 400)], took)
+        predicted = model.learn_prefill(sequences, 0, [cold(100, 400)], took)
         if sequences:
             error += 0.05 * (abs(predicted - took) / max(took, 0.1) - error)
         ratio = (min(took, 2.5 * predicted) - 10.0 * scale) / max(predicted - 10.0 * scale, 0.1) * slowness

@@ -84,26 +84,26 @@ def test_those_held_for_the_line_stay_in_it() -> None:
     scheduler.add_request(make_request("cold", 500))
     scheduler.add_request(make_request("other", 500))
     assert queue.peek_request().request_id == "cold"
-    scheduler.policy.waiting.hold_colds()
+    scheduler.engine_policy.waiting.hold_colds()
     assert not queue
     assert queue.pop_request().request_id == "cold"
-    scheduler.policy.waiting.reopen()
+    scheduler.engine_policy.waiting.reopen()
     assert [request.request_id for request in queue] == ["other"]
-    assert scheduler.policy.waiting.faults(scheduler.calls.values()) == []
+    assert scheduler.engine_policy.waiting.faults(scheduler.calls.values()) == []
 
 
 def planned(scheduler: Any, driver: Any) -> tuple[Backlog, int]:
     """What the next step is planned for: the backlog, and the tokens of waiting resume prefills."""
     seen: list[tuple[Backlog, int]] = []
-    plan = scheduler.policy.controller.plan
+    plan = scheduler.engine_policy.controller.plan
 
     def watched(*given: Any, **named: Any) -> Any:
         seen.append((named["backlog"], named["waiting_resume_tokens"]))
         return plan(*given, **named)
 
-    scheduler.policy.controller.plan = watched
+    scheduler.engine_policy.controller.plan = watched
     driver.step()
-    scheduler.policy.controller.plan = plan
+    scheduler.engine_policy.controller.plan = plan
     return seen[0]
 
 
@@ -121,7 +121,7 @@ def test_who_cannot_be_admitted_gets_no_time_reserved() -> None:
     assert scheduler.report()["pending_prefill_tokens"] == backlog.tokens >= 180
     while "short" in scheduler.requests:
         driver.step()
-    scheduler.policy.waiting.blocked = False
+    scheduler.engine_policy.waiting.blocked = False
     assert 60 <= planned(scheduler, driver)[1] < 120
 
 
@@ -133,12 +133,12 @@ def test_who_finds_no_blocks_gets_no_time_reserved(asynchronous: bool) -> None:
     for _ in range(10):
         driver.step()
     scheduler.add_request(make_request("prompt", 320, max_tokens=2))
-    assert not scheduler.policy.waiting.blocked, "whether there is room is not known yet"
+    assert not scheduler.engine_policy.waiting.blocked, "whether there is room is not known yet"
     driver.step()
-    assert scheduler.policy.waiting.blocked
+    assert scheduler.engine_policy.waiting.blocked
     assert planned(scheduler, driver) == (Backlog(1, 320, pytest.approx(0.0, abs=1e5)), 0)
     assert scheduler.report()["pending_prefill_tokens"] == 320
     for _ in range(60):
         driver.step()
     assert "prompt" not in scheduler.requests
-    assert not scheduler.policy.waiting.blocked
+    assert not scheduler.engine_policy.waiting.blocked

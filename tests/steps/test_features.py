@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
 from vllm.v1.request import RequestStatus
 
 from tests.support.lane_driver import started
@@ -12,6 +13,7 @@ from vllm_agentserve.policy.program_order import NoPrograms, ProgramOrder
 from vllm_agentserve.policy.waiting import VllmOrder, WaitingList
 from vllm_agentserve.scheduler.features import Events, Feature
 from vllm_agentserve.scheduler.features.lane import Lane, NoLane
+from vllm_agentserve.scheduler.scheduler import AgentScheduler
 
 
 class Follows(Feature):
@@ -113,10 +115,10 @@ def test_events_call_only_those_that_define_them() -> None:
 
 def test_what_is_absent_answers() -> None:
     scheduler: Any = make_scheduler(policy="priority", options={"policy": "plas"})
-    assert (type(scheduler.policy.programs), type(scheduler.policy.waiting)) == (NoPrograms, VllmOrder)
+    assert (type(scheduler.engine_policy.programs), type(scheduler.engine_policy.waiting)) == (NoPrograms, VllmOrder)
     assert type(scheduler._lane) is NoLane
     ours: Any = make_scheduler(options={"policy": "plas"})
-    assert (type(ours.policy.programs), type(ours.policy.waiting)) == (ProgramOrder, WaitingList)
+    assert (type(ours.engine_policy.programs), type(ours.engine_policy.waiting)) == (ProgramOrder, WaitingList)
     lanes, _ = started()
     assert type(lanes._lane) is Lane
 
@@ -137,3 +139,36 @@ def test_the_same_prompt_waits_for_vllms_order_as_long_as_it_must() -> None:
         if "cold" not in scheduler.requests:
             break
     assert set(scheduler.calls) == set(scheduler.requests)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_no_attribute_hides_one_of_vllms(asynchronous: bool) -> None:
+    """vLLM's scheduler reads its own attributes in every step; `waiting` is the one we mean to replace."""
+    stock: Any = make_scheduler(ours=False, asynchronous=asynchronous, policy="priority")
+    ours: Any = make_scheduler(asynchronous=asynchronous, policy="priority", options={"policy": "plas"})
+    changed = [
+        name
+        for name, value in vars(stock).items()
+        if type(getattr(ours, name)) is not type(value) and name != "waiting"
+    ]
+    assert changed == []
+    own = vars(type(ours)).keys() | vars(AgentScheduler).keys()
+    assert {name for name in own if name in vars(stock)} == set()
+
+
+def test_vllms_priorities_decide_who_is_preempted() -> None:
+    """When KV blocks run out, the running request of the lowest priority gives up its blocks, not the latest one."""
+    told = {}
+    for ours in (True, False):
+        scheduler: Any = make_scheduler(
+            ours, policy="priority", num_blocks=11, options={"mode": "time-sliced"}, max_num_seqs=3
+        )
+        driver = Driver(scheduler)
+        for name, priority in (("low", 9), ("high", 0), ("middle", 5)):
+            scheduler.add_request(make_request(name, 40, max_tokens=60, priority=priority))
+            driver.step()
+        for _ in range(12):
+            driver.step()
+        told[ours] = [request.request_id for request in scheduler.running]
+    assert told[True] == told[False]
+    assert "low" not in told[True]

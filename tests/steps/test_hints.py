@@ -98,7 +98,7 @@ def test_threads_have_paths_of_their_own() -> None:
         # Both begin at the same time, so neither follows the other.
         request = make_request(f"warm-{thread}", 30, session="s", hints=hints)
         scheduler.add_request(request)
-        scheduler.policy.programs.table.charge(scheduler.calls[f"warm-{thread}"], float(tokens))
+        scheduler.engine_policy.programs.table.charge(scheduler.calls[f"warm-{thread}"], float(tokens))
     scheduler.finish_requests(["warm-long", "warm-short"], RequestStatus.FINISHED_ABORTED)
     scheduler.add_request(make_request("running", 20, max_tokens=5))
     driver.step()

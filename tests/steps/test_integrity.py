@@ -74,7 +74,7 @@ def run_and_wait(scheduler: Any) -> None:
 
 
 def remember_a_prefill(scheduler: Any) -> None:
-    scheduler.policy.prefilling.append(call_of("ghost"))
+    scheduler.engine_policy.prefilling.append(call_of("ghost"))
 
 
 def forget_a_prefill(scheduler: Any) -> None:
@@ -83,15 +83,15 @@ def forget_a_prefill(scheduler: Any) -> None:
 
 def forget_to_leave_the_queue(scheduler: Any) -> None:
     ghost = call_of("ghost")
-    scheduler.policy.waiting._line.entries.append((scheduler.calls["c"].key, 99, ghost))
+    scheduler.engine_policy.waiting._line.entries.append((scheduler.calls["c"].key, 99, ghost))
 
 
 def queue_twice(scheduler: Any) -> None:
-    scheduler.policy.waiting._line.entries.append(scheduler.policy.waiting._line.entries[0])
+    scheduler.engine_policy.waiting._line.entries.append(scheduler.engine_policy.waiting._line.entries[0])
 
 
 def disorder(scheduler: Any) -> None:
-    scheduler.policy.waiting._line.entries.reverse()
+    scheduler.engine_policy.waiting._line.entries.reverse()
 
 
 def move_a_key(scheduler: Any) -> None:
@@ -108,19 +108,19 @@ def await_nothing(scheduler: Any) -> None:
 
 
 def miscount_colds(scheduler: Any) -> None:
-    scheduler.policy.waiting._line.resumes.append(scheduler.policy.waiting._line.entries[-1])
+    scheduler.engine_policy.waiting._line.resumes.append(scheduler.engine_policy.waiting._line.entries[-1])
 
 
 def miscount_prompts(scheduler: Any) -> None:
-    scheduler.policy.waiting._line._waited_for += 1
+    scheduler.engine_policy.waiting._line._waited_for += 1
 
 
 def miscount_tokens(scheduler: Any) -> None:
-    scheduler.policy.waiting._line._tokens += 1
+    scheduler.engine_policy.waiting._line._tokens += 1
 
 
 def keep_a_call(scheduler: Any) -> None:
-    scheduler.policy.programs.table.arrive(call_of("ghost"), "session b", None, 0.0)
+    scheduler.engine_policy.programs.table.arrive(call_of("ghost"), "session b", None, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_every_fault_is_named(plant: Plant, said: str) -> None:
 def test_a_call_in_the_queue_that_nobody_remembers_is_named() -> None:
     scheduler = busy()
     lose_a_call(scheduler)
-    found = scheduler.policy.waiting.faults(scheduler.calls.values())
+    found = scheduler.engine_policy.waiting.faults(scheduler.calls.values())
     assert "the queue remembers 'c', which is gone" in found
 
 

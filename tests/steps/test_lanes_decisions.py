@@ -53,7 +53,7 @@ def test_auto_decides_by_rates(target_rate: float, in_lane: bool, reason: str) -
 
 def test_auto_knows_nothing_at_first() -> None:
     scheduler, driver = started(options={"mode": "auto", "tpot_slo_ms": 20})
-    scheduler.policy.controller.whole.model = type(scheduler.policy.controller.whole.model)()
+    scheduler.engine_policy.controller.whole.model = type(scheduler.engine_policy.controller.whole.model)()
     scheduler.add_request(make_request("cold", 600))
     driver.until("cold")
     assert counts(scheduler)["step_unmeasured_requests"] == 1

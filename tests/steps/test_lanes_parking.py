@@ -84,7 +84,7 @@ def test_overdue_prompts_are_first_when_there_is_room(room: int | None) -> None:
     scheduler.add_request(make_request("old", 600))
     for _ in range(BOUND + 2):
         driver.step()
-    queue = scheduler.policy.waiting
+    queue = scheduler.engine_policy.waiting
     scheduler.add_request(make_request("new", 600))
     driver.step()
     assert queue.parked == 2
@@ -108,7 +108,7 @@ def test_a_prompt_that_was_overdue_before_it_was_parked_goes_through_steps_too(a
     scheduler.add_request(make_request("C", 300))
     for _ in range(BOUND + 25):
         driver.step()
-    assert scheduler.policy.waiting.parked
+    assert scheduler.engine_policy.waiting.parked
     rows = [driver.step() for _ in range(2 * BOUND)]
     assert sum(row.get("C", 0) for row in rows) >= 300
     assert scheduler.integrity.faults() == []

@@ -16,6 +16,7 @@ from vllm.v1.request import Request, RequestStatus
 from tests.support.queues import park
 from tests.support.schedulers import make_request
 from vllm_agentserve.config import AgentServeConfig
+from vllm_agentserve.policy.attribution import Attribution
 from vllm_agentserve.policy.call import Call, Chunk
 from vllm_agentserve.policy.controller import BudgetController, BudgetLimits
 from vllm_agentserve.policy.engine import EnginePolicy
@@ -89,10 +90,10 @@ class Line:
         names = {"policy": self.policy, "program_quantum_ms": 1.0, "program_promote_ratio": 100_000.0}
         options = AgentServeConfig(**names, program_preempt_share=0.5)  # type: ignore[arg-type]
         controller, counts, self.calls = BudgetController(BudgetLimits()), Counter[str](), dict[str, Call]()
-        programs = program_order(options, controller, counts, 16)  # type: ignore[arg-type]
+        programs, attribution = program_order(options, controller, counts), Attribution(16)  # type: ignore[arg-type]
         self.programs = programs if isinstance(programs, ProgramOrder) else None
         bounds = {"bypass_steps": BOUND, "batch_bypass_steps": BATCH_BOUND}
-        self.engine_policy = EnginePolicy(self, controller, counts, perf_counter, programs, **bounds)  # type: ignore[arg-type]
+        self.engine_policy = EnginePolicy(self, controller, counts, perf_counter, attribution, programs, **bounds)  # type: ignore[arg-type]
         assert isinstance(self.engine_policy.waiting, WaitingList)
         self.list: WaitingList = self.engine_policy.waiting
         self.queue = AgentQueue(self.list, self.calls)

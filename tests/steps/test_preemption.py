@@ -39,7 +39,7 @@ def test_a_new_program_takes_the_place_of_one_that_has_had_much(asynchronous: bo
     assert long.num_output_tokens == 1000
     # Its blocks were still there: what was computed again is less than a block.
     assert 0 < scheduler.counts["program_preempted_tokens"] <= 16
-    account = scheduler.policy.programs.account
+    account = scheduler.engine_policy.programs.account
     assert 0 < account.lost_ms <= 0.5 * account.service_ms
 
 
@@ -90,7 +90,7 @@ def test_an_aborted_one_leaves_nothing(asynchronous: bool) -> None:
         driver.step()
     scheduler.finish_requests(["long"], RequestStatus.FINISHED_ABORTED)
     assert "new" in served(scheduler, driver)
-    assert not scheduler.policy.programs.account._pending
+    assert not scheduler.engine_policy.programs.account._pending
 
 
 def test_nobody_gives_way_to_a_request_that_cannot_run_yet() -> None:

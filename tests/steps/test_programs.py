@@ -73,7 +73,7 @@ def test_nothing_is_left_behind() -> None:
         driver.step()
     scheduler.finish_requests(["decoding", "waiting"], RequestStatus.FINISHED_ABORTED)
     driver.step()
-    table = scheduler.policy.programs.table
+    table = scheduler.engine_policy.programs.table
     assert not scheduler.calls
     assert table.faults(()) == []
     assert len(table) == 1
@@ -82,7 +82,7 @@ def test_nothing_is_left_behind() -> None:
 
 def test_vllms_own_priorities_stay_in_force() -> None:
     scheduler: Any = make_scheduler(policy="priority", options={"policy": "plas"})
-    assert type(scheduler.policy.programs) is NoPrograms
+    assert type(scheduler.engine_policy.programs) is NoPrograms
 
 
 def test_who_comes_after_many_quiet_steps_has_waited_for_none_of_them() -> None:
@@ -112,12 +112,16 @@ def test_what_steps_take_is_charged_once(stages: int, asynchronous: bool) -> Non
             driver.step()
     for _ in range(6):
         driver.step()
-    table, programs = scheduler.policy.programs.table, scheduler.policy.programs.table._programs
-    assert (table.decoding, scheduler.policy.programs._alternates) == (8, stages > 1)
+    table, programs = scheduler.engine_policy.programs.table, scheduler.engine_policy.programs.table._programs
+    assert (table.decoding, scheduler.engine_policy.programs._alternates) == (8, stages > 1)
 
     def read() -> list[float]:
         tokens = [table.clock.decoded(program)[0] for program in programs.values()]
-        return [sum(map(table.attained_ms, programs.values())), scheduler.policy.programs.account.service_ms, *tokens]
+        return [
+            sum(map(table.attained_ms, programs.values())),
+            scheduler.engine_policy.programs.account.service_ms,
+            *tokens,
+        ]
 
     before, outputs = read(), [request.num_output_tokens for request in scheduler.requests.values()]
     rows = [driver.step() for _ in range(100)]
@@ -133,13 +137,13 @@ def test_what_steps_take_is_charged_once(stages: int, asynchronous: bool) -> Non
 def test_calls_that_come_and_go_are_charged_what_steps_take() -> None:
     """With steps in flight the calls of a step are not those that decode when it is back."""
     scheduler, driver = started("plas", asynchronous=True, options={"program_preempt_share": 0.1})
-    scheduler.policy.programs.prompt_ms = lambda tokens, context: 0.0
+    scheduler.engine_policy.programs.prompt_ms = lambda tokens, context: 0.0
     scheduler.max_num_running_reqs = scheduler.max_num_active_reqs = 8
     charged = took = 0.0
     for step in range(120):
         if step % 3 == 0:
             scheduler.add_request(make_request(str(step), 20, max_tokens=2 + step % 11))
-        table, account = scheduler.policy.programs.table, scheduler.policy.programs.account
+        table, account = scheduler.engine_policy.programs.table, scheduler.engine_policy.programs.account
         before = sum(map(table.attained_ms, table._programs.values())), account.service_ms
         row = driver.step()
         after = sum(map(table.attained_ms, table._programs.values())), account.service_ms
@@ -160,7 +164,7 @@ def test_a_judge_has_the_path_of_the_longest_attempt() -> None:
         scheduler.add_request(make_request(f"attempt {number}", prompt, max_tokens=5 + 40 * number))
     served(scheduler, driver)
     scheduler.add_request(make_request("judge", [*context, *range(900, 960)]))
-    table = scheduler.policy.programs.table
+    table = scheduler.engine_policy.programs.table
     (program,) = table._programs.values()
     assert scheduler.calls["judge"].program.path_ms == program.path_ms > 0.0
 
@@ -170,7 +174,7 @@ def test_a_prompt_goes_on_without_a_path_where_its_program_is_forgotten() -> Non
     first = make_request("first", 64, max_tokens=300)
     scheduler.add_request(first)
     served(scheduler, driver)
-    table = scheduler.policy.programs.table
+    table = scheduler.engine_policy.programs.table
     table._programs["request first"].seen -= 2.0
     for name in ("goes on", "forks"):
         scheduler.add_request(make_request(name, [*first.all_token_ids, *range(40)]))
@@ -184,11 +188,11 @@ def test_a_call_that_vllm_preempts_waits_since_then() -> None:
     scheduler.add_request(make_request("call", 30))
     for _ in range(5):
         driver.step()
-    table = scheduler.policy.programs.table
+    table = scheduler.engine_policy.programs.table
     table._now -= 1000.0
     begin = perf_counter()
     preempt(scheduler, scheduler.requests["call"])
     part = scheduler.calls["call"].program
     assert begin <= part.since <= perf_counter()
     assert (part.stage, part.waited_s < 1.0) == (Stage.WAITING, True)
-    assert scheduler.policy.waiting.step == scheduler.current_step
+    assert scheduler.engine_policy.waiting.step == scheduler.current_step

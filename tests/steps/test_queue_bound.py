@@ -82,12 +82,12 @@ def test_when_the_budget_is_spent_nobody_else_is_asked_for() -> None:
 
     def watched(*given: Any) -> int:
         granted = grant(*given)
-        closed.append(scheduler.policy.waiting.closed)
+        closed.append(scheduler.engine_policy.waiting.closed)
         return granted
 
     scheduler._grant = watched
     driver.step()
     assert closed[-1]
     assert not any(closed[:-1])
-    assert not scheduler.policy.waiting.closed
+    assert not scheduler.engine_policy.waiting.closed
     assert len(scheduler.waiting) == 4

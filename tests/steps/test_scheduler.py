@@ -151,7 +151,7 @@ def test_abort_in_every_state_leaves_nothing_behind() -> None:
     driver.step()
     assert not scheduler.requests
     assert not scheduler.waiting
-    assert not scheduler.policy.prefilling
+    assert not scheduler.engine_policy.prefilling
     assert not scheduler.calls
     assert scheduler.kv_cache_manager.usage == 0.0
 
@@ -159,7 +159,7 @@ def test_abort_in_every_state_leaves_nothing_behind() -> None:
 def test_without_chunked_prefill_nothing_is_cut() -> None:
     scheduler, driver = pinned(max_num_batched_tokens=16384)
     scheduler.scheduler_config.enable_chunked_prefill = False
-    scheduler.policy.cuts = False  # decided at start from the same setting, see test_obstacles
+    scheduler.engine_policy.cuts = False  # decided at start from the same setting, see test_obstacles
     scheduler.add_request(make_request("decoding", 10))
     driver.step()
     scheduler.add_request(make_request("big", 3000))

@@ -3,9 +3,15 @@
 from types import SimpleNamespace
 from typing import Any
 
-from vllm_agentserve.policy.call import Call
+from vllm_agentserve.policy.call import Call, Chunk
 from vllm_agentserve.policy.hints import Hints
+from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.policy.preemption import HORIZON_MS, PreemptionAccount
+
+
+def cold(tokens: int, context: int) -> Chunk:
+    """A chunk of a cold prefill."""
+    return Chunk(Phase.COLD_PREFILL, tokens, context)
 
 
 def call_of(name: str, tokens: int = 100, computed: int = 0, session: str | None = None, **hints: Any) -> Call:

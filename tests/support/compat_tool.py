@@ -5,6 +5,9 @@ from types import ModuleType
 
 from tests.support.paths import ROOT
 
+NEWEST = "0.33.0"
+"""Of the last minor version of the window; of others only the sources are fetched."""
+
 
 def load_tool() -> ModuleType:
     spec = importlib.util.spec_from_file_location("agentserve_compat", ROOT / "tools" / "compat.py")

@@ -13,7 +13,7 @@ import torch
 from vllm_agentserve.lanes.cuda.green import SlotStreams
 from vllm_agentserve.lanes.cuda.relay import Relay
 from vllm_agentserve.lanes.lane import Slot
-from vllm_agentserve.policy.jobs import Chunk, Job
+from vllm_agentserve.policy.jobs import Job, JobChunk
 
 MIB = 1 << 20
 
@@ -279,7 +279,7 @@ class FakeRunner:
     def __init__(self, device: FakeDevice, clock: Callable[[], float] = lambda: 0.0) -> None:
         self.device = device
         self.relay = Relay(NoState(), clock=clock)
-        self.chunks: list[Chunk] = []
+        self.chunks: list[JobChunk] = []
         self.forgotten: list[str] = []
         self.selected: list[int | None] = []
         self.fails: Exception | None = None
@@ -290,7 +290,7 @@ class FakeRunner:
         self.closed = False
         self.begin, self.go_on = self.relay.begin, self.relay.go_on
 
-    def run(self, chunk: Chunk) -> object:
+    def run(self, chunk: JobChunk) -> object:
         self.chunks.append(chunk)
         name = f"chunk {chunk.job.request_id}@{chunk.position}"
         for layer in range(1, self.layers):

@@ -6,6 +6,7 @@ from typing import Any
 
 from tests.support.cuda_bench import Bench
 from tests.support.cuda_device import FakeDevice, FakeStream, blocks
+from tests.support.lane_provider import Lanes
 from vllm_agentserve.lanes.connector import LaneConnector, LaneMetadata
 from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker
 from vllm_agentserve.lanes.lane import LaneReport
@@ -70,7 +71,7 @@ class WorkerBench(Bench):
     def __init__(self, base: int = 64, most: int = 512, options: Any = None) -> None:
         super().__init__(base, most)
         self.options = options or SimpleNamespace(lane_restarts=3, mode="lanes")
-        self.worker = LaneConnectorWorker(self.options, None, self.make, None)
+        self.worker = LaneConnectorWorker(self.options, Lanes(self.make))
         self.connector = object.__new__(LaneConnector)
         self.connector.half = self.worker
         self.main = V2Runner(self.device, self.connector)
@@ -80,8 +81,10 @@ class WorkerBench(Bench):
         """By job that ended: whether it failed."""
         self.reports: list[LaneReport] = []
 
+    def begin(self, metadata: Any) -> None:
+        self.worker.begin(metadata)
+
     def make(self) -> Any:
-        self.lane.follow(self.worker.begin)
         self.leads(self.lane.step, self.lane.step_goes_on)
         return self.lane
 

@@ -1,4 +1,4 @@
-"""What the tests of the GPU kit share: a folder for results on this CPU, and made-up answers."""
+"""What the tests of the GPU check share: a folder for results on this CPU, and made-up answers."""
 
 import os
 from collections.abc import Sequence

@@ -8,10 +8,13 @@ import pytest
 from vllm import LLM
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-from tests.support.mix import Answers, Job, cold_jobs, differences, run_jobs, scheduler_of
+from tests.support.mix import cold_requests, run_requests, scheduler_of
 from vllm_agentserve.bench.server import has_nvidia_driver
+from vllm_agentserve.gpucheck.compare import differences
+from vllm_agentserve.gpucheck.scripted_requests import Completions, ScriptedRequest
 from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker
-from vllm_agentserve.policy.jobs import Job as PrefillJob
+from vllm_agentserve.lanes.lane import NoLane
+from vllm_agentserve.policy.jobs import Job
 
 KILLS = int(os.environ.get("AGENTSERVE_LANE_KILLS", "2"))
 """How often the lane is killed under load: `make torture` says 50, each takes as long as a lane takes to start."""
@@ -35,14 +38,16 @@ def counts(llm: LLM) -> dict[str, int]:
     return dict(scheduler_of(llm).counts)
 
 
-def run_cold(llm: LLM, meanwhile: Any = lambda step: None, jobs: list[Job] | None = None) -> Answers:
-    """Runs `cold_jobs()`, or others, from an empty prefix cache."""
+def run_cold(
+    llm: LLM, before_step: Any = lambda step: None, requests: list[ScriptedRequest] | None = None
+) -> Completions:
+    """Runs `cold_requests()`, or others, from an empty prefix cache."""
     assert scheduler_of(llm).reset_prefix_cache()
-    return run_jobs(llm, jobs or cold_jobs(), meanwhile)
+    return run_requests(llm, requests or cold_requests(), before_step)
 
 
-def wrong(stock: Answers, answers: Answers) -> list[str]:
-    return differences(cold_jobs(), stock, answers)
+def wrong(stock: Completions, answers: Completions) -> list[str]:
+    return differences(cold_requests(), stock, answers)
 
 
 def lane_is_idle(llm: LLM) -> None:
@@ -65,8 +70,8 @@ def plant_jobs_sent_before_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plants a fault: the lane gets its jobs when a step begins, also those behind blocks that this step is to write."""
     original = LaneConnectorWorker.before_step
 
-    def too_early(self: LaneConnectorWorker, jobs: list[PrefillJob], computes: bool, slot: int) -> None:
-        for job in jobs if self._lane is not None else []:
+    def too_early(self: LaneConnectorWorker, jobs: list[Job], computes: bool, slot: int) -> None:
+        for job in jobs if not isinstance(self._lane, NoLane) else []:
             self._lane.submit(job)
         original(self, [], computes, slot)
 

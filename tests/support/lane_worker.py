@@ -10,6 +10,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 
 from tests.support.lane_driver import LaneDriver
+from tests.support.lane_provider import Lanes
 from tests.support.schedulers import BLOCK, make_request, make_scheduler
 from vllm_agentserve.lanes import connector_worker as worker_half
 from vllm_agentserve.lanes.connector import LaneWorkerMetadata
@@ -183,7 +184,7 @@ class WorkerDriver(LaneDriver):
             return self.lanes[-1]
 
         options: Any = SimpleNamespace(lane_restarts=restarts, mode="lanes")
-        self.worker = LaneConnectorWorker(options, None, start, start)
+        self.worker = LaneConnectorWorker(options, Lanes(start, start))
         self.worker.start()
 
     def transfers(self, output: SchedulerOutput) -> KVConnectorOutput:

@@ -48,7 +48,7 @@ def pinned(asynchronous: bool = False, options: dict[str, Any] | None = None, **
 def phases(scheduler: Any) -> dict[str, Phase]:
     """What every running sequence is tagged before the next step."""
     tags = {request.request_id: Phase.DECODE for request in scheduler.running}
-    return tags | {call.name: call.chunk_phase for call in scheduler.policy.prefilling}
+    return tags | {call.name: call.chunk_phase for call in scheduler.engine_policy.prefilling}
 
 
 def context_of(request: Request) -> list[int]:

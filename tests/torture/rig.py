@@ -10,10 +10,12 @@ from typing import Any
 from vllm import LLM
 
 from tests.support.lane_engine import lane_is_up, worker
-from tests.support.mix import LOGPROB_TOLERANCE, Answers, Completion, Job, close, differences, scheduler_of
+from tests.support.mix import close, scheduler_of
 from tests.torture.adapters import adapter
 from tests.torture.contents import Contents, Looked
 from tests.torture.episode import Episode, Event, Request, prompt_of
+from vllm_agentserve.gpucheck.compare import differences, is_tie
+from vllm_agentserve.gpucheck.scripted_requests import Completions, completions
 
 LOOK_EVERY_STEPS = 16
 """So often the books are checked while requests run, and on average, at random moments, the prefix cache."""
@@ -25,7 +27,7 @@ LIMIT_STEPS = 20_000
 class Outcome:
     """What became of an episode."""
 
-    answers: Answers = field(default_factory=dict)
+    answers: Completions = field(default_factory=dict)
     prompts: dict[str, list[int]] = field(default_factory=dict)
     requests: int = 0
     together: int = 0
@@ -119,11 +121,7 @@ class Rig:
             outcome.together += len(coming) if len(coming) > 1 else 0
             for output in self.engine.step():
                 request = by_name[output.request_id]
-                for one in output.outputs:
-                    logprobs = [{token: entry.logprob for token, entry in at.items()} for at in one.logprobs or []]
-                    outcome.answers[request.name][one.index] = Completion(
-                        list(one.token_ids), one.text, logprobs, one.stop_reason
-                    )
+                outcome.answers[request.name] |= completions(output)
                 if output.finished:
                     unanswered.discard(request.name)
                     after = (child for child in behind.get(request.name, []) if not child.beside)
@@ -218,27 +216,10 @@ def compare(episode: Episode, stock: Outcome, ours: Outcome) -> tuple[list[str],
         if request.follows in tied:
             tied.add(request.name)
             continue
-        parameters = request.parameters()
-        job = Job(request.name, 0, [], parameters, request.abort_after)
-        if found := differences([job], stock.answers, ours.answers):
+        if found := differences([request], stock.answers, ours.answers):
             if is_tie(stock.answers[request.name], ours.answers[request.name]):
                 tied.add(request.name)
                 ties.append(request.name)
             else:
                 wrong += found
     return wrong, ties
-
-
-def is_tie(stock: dict[int, Completion], ours: dict[int, Completion]) -> bool:
-    """Whether every difference begins where stock found both tokens as likely, as near as float32 tells."""
-    for index in stock.keys() & ours.keys():
-        a, b = stock[index], ours[index]
-        at = next((n for n, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=False)) if x != y), None)
-        if at is None:
-            continue
-        if at >= len(a.logprobs):
-            return False
-        x, y = a.logprobs[at].get(a.tokens[at]), a.logprobs[at].get(b.tokens[at])
-        if x is None or y is None or abs(x - y) > LOGPROB_TOLERANCE:
-            return False
-    return any(stock[index].tokens != ours[index].tokens for index in stock.keys() & ours.keys())

@@ -1,7 +1,9 @@
 """Faults that need no server: queues of ten thousand, clocks that leap, a full disk. Nothing is lost."""
 
 import ast
+import importlib
 import itertools
+import pkgutil
 import resource
 import shutil
 import subprocess
@@ -11,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.calls import call_of
 from tests.support.paths import ROOT
 from tests.support.schedulers import Driver, make_request, make_scheduler
-from vllm_agentserve.scheduler import admission, programs, queues, scheduler, steps
+from vllm_agentserve import scheduler
 
 PACKAGE = ROOT / "vllm_agentserve"
 
@@ -53,14 +56,13 @@ def test_a_clock_that_leaps_or_stands_still_stops_nobody(
     def clock() -> float:
         return 1e6 + next(ticks) * leap_s
 
-    for module, name in [
-        (scheduler, "perf_counter"),
-        (steps, "perf_counter"),
-        (admission, "monotonic"),
-        (programs, "monotonic"),
-    ]:
-        if hasattr(module, name):
+    replaced = set()
+    for found in pkgutil.walk_packages(scheduler.__path__, f"{scheduler.__name__}."):
+        module = importlib.import_module(found.name)
+        for name in {"perf_counter", "monotonic"} & vars(module).keys():
             monkeypatch.setattr(module, name, clock)
+            replaced.add(found.name.rpartition(".")[2])
+    assert {"scheduler", "build"} <= replaced
     engine = make_scheduler(options={"mode": "time-sliced", "tpot_slo_ms": 40, "policy": policy}, max_num_seqs=4)
     for number in range(24):
         hints = {"agent_deadline_ms": 100} if number % 3 else None
@@ -72,7 +74,7 @@ def test_a_clock_that_leaps_or_stands_still_stops_nobody(
 def test_the_wall_clock_decides_nothing() -> None:
     """An administrator, or NTP, sets it; only clocks that run on are asked where something is decided."""
     for path in [
-        file for part in ("policy", "scheduler", "lanes", "vllm_compat") for file in (PACKAGE / part).glob("*.py")
+        file for part in ("policy", "scheduler", "lanes", "vllm_compat") for file in (PACKAGE / part).rglob("*.py")
     ]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):
@@ -83,6 +85,7 @@ def test_the_wall_clock_decides_nothing() -> None:
                 assert "time" not in [alias.name for alias in node.names], f"{path}:{node.lineno}"
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_costs_nothing_that_was_measured(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(ROOT / "docs" / "results" / "bench-react-plas", folder)
@@ -106,9 +109,9 @@ def test_a_queue_that_lost_its_order_is_found() -> None:
     engine: Any = make_scheduler(options={"mode": "time-sliced"})
     for number in range(3):
         engine.add_request(make_request(f"r{number}", 600))
-    queue: queues.AgentQueue = engine.waiting
-    queue._order.reverse()
-    queue._places["ghost"] = queue._places["r0"]
+    entries = engine.engine_policy.waiting._line.entries
+    entries.append((engine.calls["r0"].key, 99, call_of("ghost")))
+    entries.reverse()
     found = engine.integrity.faults()
     assert "the queue is not in order" in found
     assert "the queue remembers 'ghost', which is gone" in found

@@ -17,7 +17,7 @@ import pytest
 from tests.support.lane_engine import lanes_run_here
 from vllm_agentserve.bench.server import VllmServer
 
-pytestmark = lanes_run_here
+pytestmark = [pytest.mark.engine, lanes_run_here]
 MAX_LEN = 4096
 SERVE = [
     *("--dtype", "float32", "--max-model-len", str(MAX_LEN), "--max-num-seqs", "8", "--enforce-eager"),

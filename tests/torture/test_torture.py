@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.calls import call_of
 from tests.support.lane_engine import lanes_run_here, plant_jobs_sent_before_the_step
 from tests.torture.crowd import draw_crowd
 from tests.torture.episode import Episode, Event, Request, draw
@@ -36,7 +37,13 @@ def stock(toy_model: Path) -> dict[int, Any]:
     return references(list(SHORT.values()))
 
 
-@pytest.fixture(scope="module", params=["time-sliced", pytest.param("lanes", marks=lanes_run_here)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("time-sliced", marks=pytest.mark.engine),
+        pytest.param("lanes", marks=[pytest.mark.engine, lanes_run_here]),
+    ],
+)
 def rig(request: pytest.FixtureRequest, toy_model: Path, stock: dict[int, Any]) -> Iterator[tuple[Episode, Rig]]:
     episode = SHORT[request.param]
     rig = rig_of(episode.options, 0)
@@ -94,10 +101,11 @@ def test_a_leaked_block_is_found(rig: tuple[Episode, Rig], monkeypatch: pytest.M
 
 def test_a_forgotten_call_is_found(rig: tuple[Episode, Rig]) -> None:
     _, engine = rig
-    table = engine.scheduler.policy.programs.table
-    table.arrive("nobody", "p", None, 0.0)
-    assert engine.faults() == ["the call 'nobody' of a program is gone"]
-    table.finish("nobody", 0.0)
+    table = engine.scheduler.engine_policy.programs.table
+    call = call_of("nobody")
+    table.arrive(call, "p", None, 0.0)
+    assert "'p' counts [1, 0, 0, 0] calls by stage, and has [0, 0, 0, 0]" in engine.faults()
+    table.finish(call, 0.0)
     assert engine.faults() == []
 
 

@@ -1,4 +1,4 @@
-"""The part of the contract that the workers of two lanes rely on, and the engines that benchmark and GPU kit make."""
+"""The part of the contract that the workers of two lanes rely on, and the engines that benchmark and GPU check make."""
 
 from vllm_contract.symbols import calls, exports, overrides, reads, says
 
@@ -135,7 +135,7 @@ WORKERS = (
         RUNNER,
         "not has_kv_transfer_group()",
     ),
-    # Benchmark and GPU kit: engines in their own process.
+    # Benchmark and GPU check: engines in their own process.
     *exports("vllm", "simulator/agreement.py gpucheck/engines.py", "LLM"),
     *exports("vllm", "bench/closed_loop.py simulator/calibration.py gpucheck/scripted_requests.py", "SamplingParams"),
     *reads(SAMPLING, "gpucheck/scripted_requests.py", "detokenize ignore_eos logprobs max_tokens temperature"),
@@ -159,5 +159,5 @@ WORKERS = (
     *reads("vllm.outputs:RequestOutput", "bench/closed_loop.py", "num_cached_tokens outputs request_id"),
     *reads("vllm.outputs:RequestOutput", "gpucheck/scripted_requests.py", "finished"),
     *reads("vllm.outputs:CompletionOutput", "bench/closed_loop.py gpucheck/scripted_requests.py", "token_ids"),
-    *reads("vllm.outputs:CompletionOutput", "gpucheck/scripted_requests.py", "logprobs"),
+    *reads("vllm.outputs:CompletionOutput", "gpucheck/scripted_requests.py", "index logprobs stop_reason text"),
 )

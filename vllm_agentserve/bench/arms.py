@@ -29,6 +29,11 @@ class Arm:
     url: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def ours(self) -> bool:
+        """Whether we start its server."""
+        return self.url is None
+
 
 def parse_arm(text: str) -> Arm:
     """Parses one arm as written on the command line.

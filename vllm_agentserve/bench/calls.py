@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from vllm_agentserve.bench.walk import PlannedCall, Walk
+
 LEAST_TOKENS = 4
 """Scaled lengths do not fall below this."""
 
@@ -47,6 +49,13 @@ def forks(calls: Sequence[CallShape], index: int) -> bool:
     """Whether the call is one of several that go on from the same call beside each other."""
     parents = calls[index].parents
     return len(parents) == 1 and sum(call.parents == parents for call in calls) > 1
+
+
+def program_walk(calls: Sequence[CallShape]) -> Walk[int]:
+    """The calls of a program, by index, as a walk; it begins when the program arrives."""
+    return Walk(
+        {index: PlannedCall(call.parents, call.tool_s, origin(calls, index)) for index, call in enumerate(calls)}
+    )
 
 
 def scaled(calls: Sequence[CallShape], scale: float) -> tuple[CallShape, ...]:

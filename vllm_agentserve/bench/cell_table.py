@@ -6,7 +6,7 @@ from pathlib import Path
 from vllm_agentserve.bench.metrics import METRICS
 from vllm_agentserve.bench.records import Results
 from vllm_agentserve.bench.report import cell, row_label
-from vllm_agentserve.bench.summary import examine, pressure_note
+from vllm_agentserve.bench.summary import analyse, pressure_note
 
 MAIN = (
     "session_mean_s",
@@ -36,8 +36,8 @@ def cell_tables(folders: Sequence[Path]) -> str:
 
 
 def cell_table(folders: Sequence[Path]) -> str:
-    found = [(folder, examine(Results(folder))) for folder in folders]
-    columns = [(folder, findings, arm) for folder, findings in found for arm in findings.figures]
+    found = [(folder, analyse(Results(folder))) for folder in folders]
+    columns = [(folder, analysis, arm) for folder, analysis in found for arm in analysis.figures]
     metrics = [metric for key in MAIN for metric in METRICS if metric.key == key]
     lines = [
         f"{folders[0].parent}: {found[0][1].experiment['rounds']} rounds.",
@@ -48,6 +48,6 @@ def cell_table(folders: Sequence[Path]) -> str:
     for metric in metrics:
         lines.append(f"| {row_label(metric)} | " + " | ".join(cell(one, arm, metric) for _, one, arm in columns) + " |")
     lines += ["", "In brackets: ratio to the first arm of the same folder, with its 95 % interval.", ""]
-    for folder, findings in found:
-        lines += [f"- {folder.name}: {note}" for note in pressure_note(findings.experiment, findings.rounds)]
+    for folder, analysis in found:
+        lines += [f"- {folder.name}: {note}" for note in pressure_note(analysis.experiment, analysis.rounds)]
     return "\n".join(lines)

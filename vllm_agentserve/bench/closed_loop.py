@@ -8,29 +8,21 @@ from dataclasses import dataclass, field
 from time import perf_counter, sleep
 from typing import Any
 
+from vllm_agentserve.bench.recorder import Recorder
 from vllm_agentserve.bench.records import Record, digest
-from vllm_agentserve.bench.sessions import PARENT_HINT, Session
+from vllm_agentserve.bench.sessions import PARENT_HINT, Session, TurnKey, session_walk, spawning
+from vllm_agentserve.bench.walk import DueCall
 
 
 @dataclass
-class Turn:
-    """One request under way; times in seconds of `perf_counter`."""
+class RunningTurn:
+    """A turn on its way; times in seconds of `perf_counter`."""
 
-    session: Session
-    number: int
+    key: TurnKey
     prompt: list[int]
     due: float
     stamps: list[float] = field(default_factory=list)
     cached: int | None = None
-
-
-@dataclass
-class _Join:
-    """A session that waits for those it spawned, and the number and context of its next turn."""
-
-    awaited: set[str]
-    number: int
-    context: list[int]
 
 
 class ClosedLoop:
@@ -50,32 +42,32 @@ class ClosedLoop:
         self, engine: Any, sessions: Sequence[Session], arm: str = "", round_number: int = 0, told: bool = False
     ) -> None:
         self.engine = engine
-        self.sessions = sessions
-        self.labels = arm, round_number
         self.told = told
-        self.records: list[Record] = []
-        self.began = 0.0
         self.seconds = 0.0
+        self._recorder = Recorder(arm, round_number, "measured")
+        self._sessions = {session.name: session for session in sessions}
+        self._spawned_by = {name: key.session for name, key in spawning(sessions).items()}
+        self._walk = session_walk(sessions)
         self._numbers = itertools.count()
-        self._due: list[tuple[float, int, Turn]] = []
-        self._running: dict[str, Turn] = {}
-        self._by_name = {session.name: session for session in sessions}
-        self._spawned_by: dict[str, str] = {}
-        self._joins: dict[str, _Join] = {}
-        """By session that waits for others: whom it waits for, and how it goes on."""
+        self._due: list[tuple[float, int, TurnKey]] = []
+        self._running: dict[str, RunningTurn] = {}
+        self._contexts: dict[str, list[int]] = {}
+        """By session: what was sent and answered."""
+
+    @property
+    def records(self) -> list[Record]:
+        return self._recorder.records
 
     def run(self) -> list[Record]:
         """Runs all sessions; returns a record of every request, in the order they ended."""
         gc.collect()
         gc.freeze()
-        self.began = perf_counter()
-        for session in self.sessions:
-            if session.after is None and not session.forked:
-                self._plan(session, 0, [], self.began + session.start_s)
+        self._plan(self._walk.begin(self._recorder.begin()))
         while self._due or self._running:
             now = perf_counter()
             while self._due and self._due[0][0] <= now:
-                self._send(heapq.heappop(self._due)[2])
+                due, _, key = heapq.heappop(self._due)
+                self._send(key, due)
             if not self._running:
                 sleep(max(self._due[0][0] - perf_counter(), 0.0))
                 continue
@@ -83,85 +75,50 @@ class ClosedLoop:
             now = perf_counter()
             for output in outputs:
                 self._receive(output, now)
-        self.seconds = perf_counter() - self.began
+        self.seconds = perf_counter() - self._recorder.began
         gc.unfreeze()
         return self.records
 
-    def _plan(self, session: Session, number: int, context: list[int], due: float) -> None:
-        turn = Turn(session, number, [*context, *session.turns[number].added], due)
-        heapq.heappush(self._due, (due, next(self._numbers), turn))
+    def _plan(self, turns: Sequence[DueCall[TurnKey]]) -> None:
+        for due in turns:
+            heapq.heappush(self._due, (due.at_s, next(self._numbers), due.name))
 
-    def _send(self, turn: Turn) -> None:
+    def _send(self, key: TurnKey, due: float) -> None:
         from vllm import SamplingParams
 
-        wanted = turn.session.turns[turn.number].answer
-        parameters = SamplingParams(max_tokens=wanted, ignore_eos=True, temperature=0.0, detokenize=False)
-        name = f"{turn.session.name}/{turn.number}"
+        session = self._sessions[key.session]
+        turn = session.turns[key.number]
+        parameters = SamplingParams(max_tokens=turn.answer, ignore_eos=True, temperature=0.0, detokenize=False)
+        spawner = self._spawned_by.get(session.name)
         more: dict[str, Any] = {}
         if self.told:
-            more["session_id"] = turn.session.name
-            if turn.session.name in self._spawned_by:
-                parameters.extra_args = {PARENT_HINT: self._spawned_by[turn.session.name]}
-        self.engine.add_request(name, {"prompt_token_ids": turn.prompt}, parameters, **more)
-        self._running[name] = turn
+            more["session_id"] = session.name
+            if spawner is not None:
+                parameters.extra_args = {PARENT_HINT: spawner}
+        before = self._contexts.get(session.name if key.number or spawner is None else spawner, [])
+        prompt = [*before, *turn.added] if turn.context is None else list(turn.context)
+        name = f"{session.name}/{key.number}"
+        self.engine.add_request(name, {"prompt_token_ids": prompt}, parameters, **more)
+        self._running[name] = RunningTurn(key, prompt, due)
 
     def _receive(self, output: Any, now: float) -> None:
         turn = self._running[output.request_id]
         tokens = output.outputs[0].token_ids
         turn.stamps += [now] * (len(tokens) - len(turn.stamps))
         turn.cached = output.num_cached_tokens if turn.cached is None else turn.cached
-        if output.finished:
-            del self._running[output.request_id]
-            self.records.append(self._record(turn, now))
-            self._follow(turn, list(tokens), now)
-
-    def _follow(self, turn: Turn, tokens: list[int], now: float) -> None:
-        session, context = turn.session, turn.prompt + tokens
-        spawns = session.turns[turn.number].spawns
-        if not spawns:
-            self._go_on(session, turn.number + 1, context, now)
+        if not output.finished:
             return
-        self._joins[session.name] = _Join(set(spawns), turn.number + 1, context)
-        for name in spawns:
-            self._spawned_by[name] = session.name
-            forked = self._by_name[name]
-            self._plan(forked, 0, context, now + forked.turns[0].tool_s)
-
-    def _go_on(self, session: Session, number: int, context: list[int], now: float) -> None:
-        if number < len(session.turns):
-            self._plan(session, number, context, now + session.turns[number].tool_s)
-            return
-        for later in self.sessions:
-            if later.after == session.name:
-                self._plan(later, 0, [], now + later.start_s)
-        parent = self._spawned_by.get(session.name)
-        if parent is not None:
-            join = self._joins[parent]
-            join.awaited.discard(session.name)
-            if not join.awaited:
-                self._go_on(self._by_name[parent], join.number, join.context, now)
-
-    def _record(self, turn: Turn, now: float) -> Record:
-        arm, round_number = self.labels
-
-        def micros(seconds: float) -> int:
-            return int((seconds - self.began) * 1e6)
-
-        return Record(
-            arm=arm,
-            round=round_number,
-            part="measured",
-            session=turn.session.name,
-            agent=turn.session.agent,
-            kind=turn.session.kind,
-            phase=turn.session.phase(turn.number),
-            turn=turn.number,
-            prompt=digest(turn.prompt),
-            prompt_tokens=len(turn.prompt),
-            wanted_tokens=turn.session.turns[turn.number].answer,
-            cached_tokens=turn.cached,
-            sent_us=micros(turn.due),
-            ended_us=micros(now),
-            stamps_us=[micros(stamp) for stamp in turn.stamps],
-            program=turn.session.program,
+        del self._running[output.request_id]
+        key, prompt = turn.key, turn.prompt
+        self._recorder.add(
+            self._sessions[key.session],
+            key.number,
+            digest(prompt),
+            len(prompt),
+            turn.cached,
+            turn.due,
+            now,
+            turn.stamps,
         )
+        self._contexts[key.session] = prompt + list(tokens)
+        self._plan(self._walk.end(key, now))

@@ -8,22 +8,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from vllm_agentserve.bench.arms import parse_arms, split_options
-from vllm_agentserve.bench.drawing import Shape, draw_sessions
+from vllm_agentserve.bench.drawing import WorkloadOptions, draw_sessions
 from vllm_agentserve.bench.judge import PRIMARY, PRIMARY_OF_PROGRAMS, check_primary
-from vllm_agentserve.bench.kv_pool import check_pool, kv_bytes, pool_of
+from vllm_agentserve.bench.kv_pool import ANY_POOL, AnyPool, KvPool, kv_bytes, pool_of
 from vllm_agentserve.bench.plan import Cell, Plan
-from vllm_agentserve.bench.program_traffic import PROGRAM_WORKLOADS, Traffic, program_options, program_traffic
+from vllm_agentserve.bench.program_traffic import PROGRAM_WORKLOADS, Traffic, program_serve_options, program_traffic
 from vllm_agentserve.bench.records import Results
 from vllm_agentserve.bench.report import write_report
 from vllm_agentserve.bench.run import new_folder, print_cells, run_plan, show
 from vllm_agentserve.bench.server import has_nvidia_driver
 from vllm_agentserve.bench.sessions import TOKEN_IDS, Session, WorkloadError
-from vllm_agentserve.bench.trace import Reading, read_trace, trace_path
+from vllm_agentserve.bench.trace import TraceOptions, read_trace, trace_path
 from vllm_agentserve.bench.workloads import WORKLOADS, Workload, around, explain, find_workload
 
 DEFAULT_ARMS = ("stock", "agentserve")
@@ -53,11 +52,11 @@ def execute(arguments: argparse.Namespace) -> int:
             )
             return 2
         try:
-            findings = write_report(Results(arguments.folder), arguments.clean, arguments.baseline)
+            analysis = write_report(Results(arguments.folder), arguments.clean, arguments.baseline)
         except WorkloadError as error:
             console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
             return 2
-        show(findings, arguments.folder, console)
+        show(analysis, arguments.folder, console)
         return 0
     if arguments.bench == "table":
         return print_cells(arguments.folders, console)
@@ -75,7 +74,7 @@ def make_plan(arguments: argparse.Namespace, console: Console) -> Plan:
         DEFAULT_ARMS if arguments.arms is None and not arguments.url else arguments.arms or (), arguments.url
     )
     model = arguments.model
-    ours = any(arm.url is None for arm in arms)
+    ours = any(arm.ours for arm in arms)
     if ours and model is None:
         from vllm_agentserve.toy import make_toy_model
 
@@ -83,9 +82,9 @@ def make_plan(arguments: argparse.Namespace, console: Console) -> Plan:
         model = str(make_toy_model())
     serve = serve_options(arguments)
     cells = traffic_cells(arguments, serve)
-    kv_pool = None
+    kv_pool: KvPool | AnyPool = ANY_POOL
     salt = ""
-    if any(arm.url is not None for arm in arms):
+    if not all(arm.ours for arm in arms):
         salt = secrets.token_hex(4)
         console.print(
             "Servers at --url keep their prefix cache. This experiment has token ids of its own, which are not found there; "
@@ -115,8 +114,7 @@ def make_plan(arguments: argparse.Namespace, console: Console) -> Plan:
     )
     if ours:
         check_model(str(model), plan)
-        if kv_pool is not None:
-            check_pool(kv_pool, plan.context_tokens)
+        kv_pool.check(plan.context_tokens)
     return plan
 
 
@@ -131,7 +129,7 @@ def serve_options(arguments: argparse.Namespace) -> tuple[str, ...]:
     Workloads of programs bring defaults of their own.
     """
     programs = programs_wanted(arguments)
-    own = program_options(has_nvidia_driver()) if programs else ()
+    own = program_serve_options(has_nvidia_driver()) if programs else ()
     return (*base_options(arguments.model is None), *own, *split_options(arguments.serve))
 
 
@@ -164,38 +162,41 @@ def traffic(arguments: argparse.Namespace, serve: Sequence[str], gap_s: float | 
     refuse(arguments, NOT_OF_PROGRAMS if programs else ONLY_OF_PROGRAMS)
     if programs:
         return program_traffic(arguments, serve, has_nvidia_driver())
-    if arguments.trace is not None:
-        scale = arguments.scale or 1.0
-        reading = Reading(
-            arguments.pace, arguments.trace_inputs, arguments.block_tokens, scale, arguments.speed, arguments.limit
-        )
-        path = trace_path(arguments.trace)
-        described: dict[str, Any] = {"name": f"trace {path.name}", "scale": f"{scale:g}", "pace": reading.pace}
+    return trace_traffic(arguments) if arguments.trace is not None else agent_traffic(arguments, gap_s)
 
-        @cache
-        def replayed(number: int) -> list[Session]:
-            return read_trace(path, reading, arguments.seed * 1000 + number)
 
-        replayed(0)
-        return replayed, described
+def trace_traffic(arguments: argparse.Namespace) -> Traffic:
+    """The sessions of a recorded trace; raises `WorkloadError` where it cannot be read."""
+    path, scale = trace_path(arguments.trace), arguments.scale or 1.0
+    options = TraceOptions(
+        arguments.pace, arguments.trace_inputs, arguments.block_tokens, scale, arguments.speed, arguments.limit
+    )
+
+    @cache
+    def replayed(number: int) -> list[Session]:
+        return read_trace(path, options, arguments.seed * 1000 + number)
+
+    replayed(0)
+    return replayed, {"name": f"trace {path.name}", "scale": f"{scale:g}", "pace": options.pace}
+
+
+def agent_traffic(arguments: argparse.Namespace, gap_s: float | None) -> Traffic:
+    """Sessions drawn from the distributions of a workload."""
     workload = find_workload(arguments.workload, PROGRAM_WORKLOADS)
     if gap_s is not None:
         workload = replace(workload, tool_s=around(gap_s))
     scale = arguments.scale or scale_of(workload)
-    shape = Shape(arguments.agents, arguments.sessions, arguments.turns, arguments.shared, scale)
+    chosen = WorkloadOptions(arguments.agents, arguments.sessions, arguments.turns, arguments.shared, scale)
 
     @cache
     def drawn(number: int) -> list[Session]:
-        return draw_sessions(workload, shape, arguments.seed * 1000 + number)
+        return draw_sessions(workload, chosen, arguments.seed * 1000 + number)
 
-    described = {"name": workload.name, "scale": f"{scale:g}", "agents": shape.agents or workload.agents}
-    described |= {
-        key: value for key, value in (("sessions", shape.sessions), ("turns", shape.turns)) if value is not None
-    }
-    if gap_s is not None:
-        described["gap_s"] = f"{gap_s:g}"
-    if shape.shared is not None:
-        described["shared"] = f"{shape.shared:g}"
+    described = {"name": workload.name, "scale": f"{scale:g}", "agents": chosen.agents or workload.agents}
+    given = {"sessions": chosen.sessions, "turns": chosen.turns}
+    described |= {key: value for key, value in given.items() if value is not None}
+    factors = {"gap_s": gap_s, "shared": chosen.shared}
+    described |= {key: f"{value:g}" for key, value in factors.items() if value is not None}
     return drawn, described | {"summary": workload.summary, "source": workload.source}
 
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,10 +33,14 @@ HARMLESS = {"software power cap"}
 
 
 class Conditions:
-    """A context manager around one part of a round. This process and its children, the server too, are "ours"."""
+    """A context manager around one part of a round. This process and its children, the server too, are "ours".
 
-    def __init__(self) -> None:
-        self.lateness_ms: list[float] = []
+    Args:
+        lateness_ms: how late the client woke up, every time; grows while the part runs.
+    """
+
+    def __init__(self, lateness_ms: Sequence[float] = ()) -> None:
+        self.lateness_ms = lateness_ms
         self.gpu = GpuWatch()
         self._end: dict[str, float] = {}
 

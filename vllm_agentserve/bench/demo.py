@@ -7,13 +7,13 @@ from rich.console import Console
 
 from vllm_agentserve.bench.arms import Arm, scheduler_options
 from vllm_agentserve.bench.command import base_options, check_model, scale_of
-from vllm_agentserve.bench.drawing import Shape, draw_sessions
+from vllm_agentserve.bench.drawing import WorkloadOptions, draw_sessions
 from vllm_agentserve.bench.kv_pool import kv_bytes
 from vllm_agentserve.bench.plan import Cell, Plan
 from vllm_agentserve.bench.run import new_folder, run_plan
 from vllm_agentserve.bench.server import has_nvidia_driver
 from vllm_agentserve.bench.sessions import Session
-from vllm_agentserve.bench.summary import Findings
+from vllm_agentserve.bench.summary import Analysis
 from vllm_agentserve.bench.workloads import REACT
 
 
@@ -23,12 +23,12 @@ def demo_plan(model: str, toy: bool, agents: int, turns: int, port: int | None, 
     Raises:
         WorkloadError: the model cannot serve it.
     """
-    shape = Shape(agents=agents, sessions=1, turns=turns, scale=scale_of(REACT))
+    chosen = WorkloadOptions(agents=agents, sessions=1, turns=turns, scale=scale_of(REACT))
 
     def drawn(number: int) -> list[Session]:
-        return draw_sessions(REACT, shape, number)
+        return draw_sessions(REACT, chosen, number)
 
-    workload = {"name": REACT.name, "scale": f"{shape.scale:g}", "agents": agents, "sessions": 1, "turns": turns}
+    workload = {"name": REACT.name, "scale": f"{chosen.scale:g}", "agents": agents, "sessions": 1, "turns": turns}
     plan = Plan(
         arms=[Arm("stock"), Arm("agentserve", scheduler_options(settings), settings=settings)],
         cells=[Cell("", drawn, workload)],
@@ -49,9 +49,9 @@ def run_demo(plan: Plan, console: Console) -> int:
     return run_plan(plan, new_folder("demo"), console, sentence)
 
 
-def sentence(findings: Findings) -> str:
+def sentence(analysis: Analysis) -> str:
     """What the table means, in one sentence; empty unless both arms ended."""
-    stock, ours = (findings.summary["arms"][name]["figures"] for name in findings.figures)
+    stock, ours = (analysis.summary["arms"][name]["figures"] for name in analysis.figures)
     gap, which = "itl_cold_p99_ms", "worst gaps (p99) go"
     if any(figures[gap] is None for figures in (stock, ours)):
         gap, which = "itl_cold_max_ms", "worst gap goes"

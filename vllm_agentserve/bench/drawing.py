@@ -9,7 +9,7 @@ from vllm_agentserve.bench.workloads import BATCH_ANSWER, BATCH_AT_S, BATCH_PROM
 
 
 @dataclass(frozen=True)
-class Shape:
+class WorkloadOptions:
     """What the user may change of a workload; None keeps the workload's own."""
 
     agents: int | None = None
@@ -19,31 +19,31 @@ class Shape:
     scale: float = 1.0
 
 
-def draw_sessions(workload: Workload, shape: Shape, seed: int) -> list[Session]:
+def draw_sessions(workload: Workload, chosen: WorkloadOptions, seed: int) -> list[Session]:
     """Draws all sessions; the same arguments give the same sessions, and more agents leave the others as they are."""
-    agents = shape.agents or workload.agents
-    shared = workload.shared if shape.shared is None else shape.shared
-    if shape.scale <= 0 or not 0 <= shared <= 1:
-        raise WorkloadError(f"scale {shape.scale:g} must be above 0, and the shared part {shared:g} from 0 to 1")
-    common = draw_tokens(random.Random(f"{workload.name} {seed} common"), scaled(workload.system, shape.scale, max_of))
+    agents = chosen.agents or workload.agents
+    shared = workload.shared if chosen.shared is None else chosen.shared
+    if chosen.scale <= 0 or not 0 <= shared <= 1:
+        raise WorkloadError(f"scale {chosen.scale:g} must be above 0, and the shared part {shared:g} from 0 to 1")
+    common = draw_tokens(random.Random(f"{workload.name} {seed} common"), scaled(workload.system, chosen.scale, max_of))
     drawn: list[Session] = []
     for number in range(agents):
-        for run in range(shape.sessions or workload.sessions):
+        for run in range(chosen.sessions or workload.sessions):
             agent = f"agent-{number + 1}"
             name = f"{agent}.{run + 1}"
             rng = random.Random(f"{workload.name} {seed} {name}")
-            drawer = Drawer(workload, shape, rng)
+            drawer = Drawer(workload, chosen, rng)
             start = number * workload.stagger_s if run == 0 else workload.tool_s.draw(rng)
             after = f"{agent}.{run}" if run else None
             drawn += drawer.sessions(name, agent, "agent", start, after, common, shared)
     for number in range(workload.chats):
         name = f"chat-{number + 1}"
-        drawer = Drawer(CHAT, shape, random.Random(f"{workload.name} {seed} {name}"))
+        drawer = Drawer(CHAT, chosen, random.Random(f"{workload.name} {seed} {name}"))
         drawn += drawer.sessions(name, name, "chat", 0.5 + number * workload.stagger_s, None, (), 0.0)
     for number in range(workload.batch):
         rng = random.Random(f"{workload.name} {seed} batch {number}")
-        length = scaled(BATCH_PROMPT, shape.scale, rng)
-        turn = Turn(draw_tokens(rng, length), scaled(BATCH_ANSWER, shape.scale, rng))
+        length = scaled(BATCH_PROMPT, chosen.scale, rng)
+        turn = Turn(draw_tokens(rng, length), scaled(BATCH_ANSWER, chosen.scale, rng))
         drawn.append(Session(f"batch-{number + 1}", "batch", (turn,), "batch", BATCH_AT_S))
     return drawn
 
@@ -64,9 +64,9 @@ class Drawer:
     Lengths and times come from `rng`, token ids from a generator of their own: another scale changes nothing but lengths.
     """
 
-    def __init__(self, workload: Workload, shape: Shape, rng: random.Random) -> None:
+    def __init__(self, workload: Workload, chosen: WorkloadOptions, rng: random.Random) -> None:
         self.workload = workload
-        self.shape = shape
+        self.chosen = chosen
         self.rng = rng
         self.ids = random.Random(rng.random())
 
@@ -81,13 +81,13 @@ class Drawer:
         shared: float,
     ) -> list[Session]:
         """The session called `name`, and after it those that fork from it."""
-        system = scaled(self.workload.system, self.shape.scale, self.rng)
+        system = scaled(self.workload.system, self.chosen.scale, self.rng)
         prefix = common[: round(system * shared)]
-        count = self.shape.turns or round(self.workload.turns.draw(self.rng))
+        count = self.chosen.turns or round(self.workload.turns.draw(self.rng))
         turns = [Turn(prefix + draw_tokens(self.ids, system - len(prefix)), self.answer())]
         turns += [self.turn() for _ in range(count - 1)]
         forks: list[Session] = []
-        if self.workload.forks is not None and count > 1 and self.rng.random() < self.workload.forks.share:
+        if self.workload.forks.share and count > 1 and self.rng.random() < self.workload.forks.share:
             where = self.rng.randrange(count - 1)
             forks = [
                 self.fork(f"{name}.sub-{number + 1}", kind)
@@ -98,13 +98,12 @@ class Drawer:
         return [Session(name, agent, tuple(turns), kind, start_s, after), *forks]
 
     def turn(self) -> Turn:
-        result = draw_tokens(self.ids, scaled(self.workload.result, self.shape.scale, self.rng))
+        result = draw_tokens(self.ids, scaled(self.workload.result, self.chosen.scale, self.rng))
         return Turn(result, self.answer(), self.workload.tool_s.draw(self.rng))
 
     def answer(self) -> int:
-        return scaled(self.workload.answer, self.shape.scale, self.rng)
+        return scaled(self.workload.answer, self.chosen.scale, self.rng)
 
     def fork(self, name: str, kind: str) -> Session:
-        assert self.workload.forks is not None
         count = round(self.workload.forks.turns.draw(self.rng))
         return Session(name, name, tuple(self.turn() for _ in range(count)), kind, forked=True)

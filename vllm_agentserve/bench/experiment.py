@@ -18,7 +18,7 @@ from vllm_agentserve.bench.plan import Cell, Plan
 from vllm_agentserve.bench.progress import Progress
 from vllm_agentserve.bench.records import Results, RoundRecord
 from vllm_agentserve.bench.replay import Replay
-from vllm_agentserve.bench.server import ServerError, VllmServer
+from vllm_agentserve.bench.server import RunningServer, ServerError, VllmServer
 from vllm_agentserve.bench.sessions import WorkloadError, alone_of, count_requests, live_context, warm_up_of
 
 BLOCKS_KEPT = 0.95
@@ -46,14 +46,20 @@ class Experiment:
         options = list(plan.serve)
         if not any(option.split("=")[0] == "--max-model-len" for option in options):
             room = -(-max(plan.context_tokens, 2048) // 256) * 256
-            options += ["--max-model-len", str(min(room, plan.kv_pool.room if plan.kv_pool else room))]
-        if plan.kv_pool is not None:
-            options += plan.kv_pool.options
+            options += ["--max-model-len", str(plan.kv_pool.fitting(room))]
+        options += plan.kv_pool.options
         if plan.kv_bytes is not None:
             options += ["--kv-cache-memory-bytes", str(plan.kv_bytes)]
         return tuple(options)
 
-    def server(self, arm: Arm, log: Path | None = None) -> VllmServer:
+    def server(self, arm: Arm, log: Path) -> VllmServer | RunningServer:
+        """The arm's server, not started yet.
+
+        Raises:
+            WorkloadError: it would be ours, and there is no model.
+        """
+        if arm.url is not None:
+            return RunningServer(arm.url)
         if self.plan.model is None:
             raise WorkloadError(f"arm {arm.name!r} needs a server of ours, and so --model")
         return VllmServer(self.plan.model, [*self.options, *arm.options], port=self.plan.port, log=log)
@@ -63,7 +69,7 @@ class Experiment:
         arms = []
         for arm in plan.arms:
             command = None
-            if arm.url is None:
+            if arm.ours:
                 model = "MODEL" if plan.model is None else shown(plan.model)
                 command = shlex.join(["vllm", "serve", model, *map(shown, (*self.options, *arm.options))])
             arms.append({"name": arm.name, "url": arm.url, "command": command, "settings": arm.settings})
@@ -105,7 +111,7 @@ class Experiment:
 
     def size_kv_cache(self) -> None:
         """On a GPU vLLM sizes the cache by what is left; other chunks leave other room. One size for all, found once."""
-        arm = next((arm for arm in self.plan.arms if arm.url is None), None)
+        arm = next((arm for arm in self.plan.arms if arm.ours), None)
         if arm is None:
             return
         self.progress.say("finding a KV cache size that all arms can have")
@@ -121,13 +127,12 @@ class Experiment:
         waiting = self.plan.cells_of(number)
         with ExitStack() as stack:
             try:
-                url, server, start = arm.url, None, {}
-                if url is None:
-                    name = "".join(c if c.isalnum() or c in "-=." else "_" for c in arm.name)
-                    server = stack.enter_context(self.server(arm, self.folder / f"server-{number + 1}-{name}.log"))
-                    url, start = server.url, {"start": round(time.perf_counter() - began, 3)}
+                name = "".join(c if c.isalnum() or c in "-=." else "_" for c in arm.name)
+                server = self.server(arm, self.folder / f"server-{number + 1}-{name}.log")
+                stack.enter_context(server)
+                start = {"start": round(time.perf_counter() - began, 3)} if arm.ours else {}
                 while waiting:
-                    self.run_cell(waiting.pop(0), arm, number, url, server, start)
+                    self.run_cell(waiting.pop(0), arm, number, server, start)
                     start = {}
             except BaseException as error:
                 for cell in waiting:
@@ -138,13 +143,13 @@ class Experiment:
                 raise
 
     def run_cell(
-        self, cell: Cell, arm: Arm, number: int, url: str, server: VllmServer | None, start: dict[str, float]
+        self, cell: Cell, arm: Arm, number: int, server: VllmServer | RunningServer, start: dict[str, float]
     ) -> None:
         """Warm-up of a fresh server, the measured part, the isolated run; then everything is written."""
         record = self.new_record(arm, number)
         record.seconds |= start
         try:
-            self.measure(cell, arm, number, record, url, server, warm=not start and server is not None)
+            self.measure(cell, arm, number, record, server, warm=arm.ours and not start)
         except BaseException as error:
             record.error = in_a_line(error)
             raise
@@ -161,19 +166,16 @@ class Experiment:
         arm: Arm,
         number: int,
         record: RoundRecord,
-        url: str,
-        server: VllmServer | None,
+        server: VllmServer | RunningServer,
         warm: bool,
     ) -> None:
-        plan = self.plan
+        plan, url = self.plan, server.url
         endpoint = find_endpoint(url)
         record.software = endpoint.kind
         blocks = kv_blocks(url)
         record.kv_tokens = None if blocks is None else blocks[0] * blocks[1]
-        if server is not None and plan.kv_pool is not None and plan.kv_pool.tokens != record.kv_tokens:
-            raise ServerError(
-                f"the server of arm {arm.name!r} states a KV cache of {record.kv_tokens} tokens, not {plan.kv_pool.tokens}"
-            )
+        if arm.ours and (wrong := plan.kv_pool.mismatch(record.kv_tokens)):
+            raise ServerError(f"the server of arm {arm.name!r} states {wrong}")
         if endpoint.max_model_len is not None and plan.context_tokens > endpoint.max_model_len:
             raise WorkloadError(
                 f"arm {arm.name!r} has room for {endpoint.max_model_len} tokens, the workload needs {plan.context_tokens}: "
@@ -199,32 +201,31 @@ class Experiment:
                 suffix=f"-{mark}" if mark else "",
             )
             counted = read_counters(url)
-            with Conditions() as conditions:
+            with Conditions(replay.lateness_ms) as conditions:
                 try:
                     uvloop.run(in_session(replay))
                 finally:
                     if part != "warm-up":
                         self.results[cell.name].add(replay.records)
-                    conditions.lateness_ms = replay.lateness_ms
             record.seconds[part] = round(replay.seconds, 6)
-            self.check(arm, url, server, replay)
+            self.check(arm, server, replay)
             if part == "measured":
                 record.server = added(counted, read_counters(url))
                 record.conditions = conditions.report()
                 record.gpu = conditions.gpu.report(sum(len(one.stamps_us) for one in replay.records))
-                record.polluted = pollution(record.conditions, local=server is not None)
+                record.polluted = pollution(record.conditions, local=arm.ours)
 
-    def check(self, arm: Arm, url: str, server: VllmServer | None, replay: Replay) -> None:
+    def check(self, arm: Arm, server: VllmServer | RunningServer, replay: Replay) -> None:
         """Raises when the server is gone, or when nothing at all went well."""
         failed = [one for one in replay.records if one.error is not None]
         if not failed:
             return
-        if server is not None and not server.alive():
+        if not server.alive():
             raise ServerError(
                 f"the server of arm {arm.name!r} died: {failed[0].error}\nits log ends with:\n{server.tail()}"
             )
         try:
-            find_endpoint(url)
+            find_endpoint(server.url)
         except EndpointError as error:
             raise EndpointError(f"the server of arm {arm.name!r} went away: {failed[0].error}; {error}") from error
         if len(failed) == len(replay.records):

@@ -60,23 +60,30 @@ def holm(chances: Mapping[str, float]) -> set[str]:
     return held
 
 
-def leave_out_incomplete(figures: Mapping[str, Sequence[RoundFigures]]) -> int:
-    """Marks every session, and every program, that did not end well in all arms that ran its round; returns how many sessions
-    these are."""
+def leave_out_incomplete(
+    figures: Mapping[str, Sequence[RoundFigures]],
+) -> tuple[dict[str, list[RoundFigures]], int]:
+    """The same figures, in which every session and every program says whether it ended well in all arms that ran its round; and
+    how many sessions did not."""
     by_round: dict[int, list[RoundFigures]] = {}
     for rounds in figures.values():
         for one in rounds:
             by_round.setdefault(one.round, []).append(one)
-    left_out = 0
-    for arms in by_round.values():
+    sessions, programs, left_out = dict[int, set[str]](), dict[int, set[str]](), 0
+    for number, arms in by_round.items():
         good = set.intersection(*({session.name for session in one.sessions if not session.failed} for one in arms))
         left_out += len({session.name for one in arms for session in one.sessions} - good)
-        programs = set.intersection(*({one.name for one in arm.programs if not one.failed} for arm in arms))
-        for one in arms:
-            for session in one.sessions:
-                session.complete = session.name in good
-            one.programs = [replace(program, complete=program.name in programs) for program in one.programs]
-    return left_out
+        sessions[number] = good
+        programs[number] = set.intersection(*({one.name for one in arm.programs if not one.failed} for arm in arms))
+
+    def marked(one: RoundFigures) -> RoundFigures:
+        return replace(
+            one,
+            sessions=[replace(session, complete=session.name in sessions[one.round]) for session in one.sessions],
+            programs=[replace(program, complete=program.name in programs[one.round]) for program in one.programs],
+        )
+
+    return {name: [marked(one) for one in rounds] for name, rounds in figures.items()}, left_out
 
 
 def failures(figures: Mapping[str, Sequence[RoundFigures]]) -> dict[str, float]:

@@ -18,6 +18,25 @@ def kv_bytes(gib: float | None, gpu: bool) -> int | None:
 
 
 @dataclass(frozen=True)
+class AnyPool:
+    """A KV cache of whatever size, where no number of tokens was asked for; answers like `KvPool`."""
+
+    options: tuple[str, ...] = ()
+
+    def fitting(self, context_tokens: int) -> int:
+        return context_tokens
+
+    def mismatch(self, stated_tokens: int | None) -> str:
+        return ""
+
+    def check(self, context_tokens: int) -> None:
+        pass
+
+
+ANY_POOL = AnyPool()
+
+
+@dataclass(frozen=True)
 class KvPool:
     """A KV cache of a size that was asked for."""
 
@@ -39,6 +58,22 @@ class KvPool:
         """Options of `vllm serve` for it."""
         return (BLOCK_OPTION, str(self.block_tokens), "--num-gpu-blocks-override", str(self.blocks))
 
+    def fitting(self, context_tokens: int) -> int:
+        """What of so long a context fits, in tokens."""
+        return min(context_tokens, self.room)
+
+    def mismatch(self, stated_tokens: int | None) -> str:
+        """In words, what a server states that has another KV cache; "" if it has this one. None: it states nothing."""
+        return "" if stated_tokens == self.tokens else f"a KV cache of {stated_tokens} tokens, not {self.tokens}"
+
+    def check(self, context_tokens: int) -> None:
+        """Raises `WorkloadError` when one context alone does not fit."""
+        if self.room < context_tokens:
+            raise WorkloadError(
+                f"--kv-tokens {self.tokens} has room for one context of {self.room} tokens, the longest needs "
+                f"{context_tokens}: give more"
+            )
+
 
 def pool_of(tokens: int, serve: Sequence[str], gpu: bool) -> KvPool:
     """A pool of so many tokens, rounded up to whole blocks.
@@ -48,12 +83,3 @@ def pool_of(tokens: int, serve: Sequence[str], gpu: bool) -> KvPool:
     """
     block = int(option_value(serve, BLOCK_OPTION, str(GPU_BLOCK_TOKENS if gpu else CPU_BLOCK_TOKENS)))
     return KvPool(-(-tokens // block), block)
-
-
-def check_pool(pool: KvPool, context_tokens: int) -> None:
-    """Raises `WorkloadError` when one context alone does not fit."""
-    if pool.room < context_tokens:
-        raise WorkloadError(
-            f"--kv-tokens {pool.tokens} has room for one context of {pool.room} tokens, the longest needs {context_tokens}: "
-            f"give more"
-        )

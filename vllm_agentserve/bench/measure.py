@@ -31,7 +31,7 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Gaps:
+class SplitGaps:
     """Intervals between tokens of a stream, in ms, by what the engine did meanwhile."""
 
     during: list[float]
@@ -40,10 +40,10 @@ class Gaps:
     """Nobody did."""
 
 
-def split_gaps(streams: "Iterable[Stream]", prefills: Iterable[tuple[float, float]]) -> Gaps:
+def split_gaps(streams: "Iterable[Stream]", prefills: Iterable[tuple[float, float]]) -> SplitGaps:
     """Splits the intervals of `streams` by whether a prompt was read, given the (begin, end) of each prefill."""
     spans = merged(np.asarray(list(prefills), dtype=float).reshape(-1, 2))
-    gaps = Gaps([], [])
+    gaps = SplitGaps([], [])
     for stream in streams:
         stamps = np.asarray(stream.stamps)
         busy = overlaps(stamps[:-1], stamps[1:], spans)
@@ -75,7 +75,7 @@ def overlaps(begins: Values, ends: Values, spans: Values) -> NDArray[np.bool_]:
     return (following < len(spans)) & (spans[inside, 0] < ends)
 
 
-@dataclass
+@dataclass(frozen=True)
 class SessionFigures:
     """One session of one round: the unit that is resampled, since its requests depend on each other. Times in ms."""
 
@@ -109,7 +109,7 @@ def pool(sessions: Iterable[SessionFigures], name: str) -> Values:
     return np.concatenate(values) if values else np.empty(0)
 
 
-@dataclass
+@dataclass(frozen=True)
 class RoundFigures:
     """One arm in one round."""
 
@@ -180,7 +180,7 @@ def round_figures(
     by_session: dict[str, list[Record]] = {}
     for record in records:
         by_session.setdefault(record.session, []).append(record)
-    figures = RoundFigures(number, seconds, gpu=gpu, programs=program_figures(number, records), server=server or {})
+    sessions: list[SessionFigures] = []
     for name, own in by_session.items():
         own.sort(key=lambda record: record.turn)
         good = [record for record in own if record.error is None]
@@ -191,7 +191,7 @@ def round_figures(
             flags = [overlaps(times[:-1], times[1:], spans) for times in stamps]
             return np.concatenate([gap[busy] for gap, busy in zip(intervals, flags, strict=True)])
 
-        figures.sessions.append(
+        sessions.append(
             SessionFigures(
                 round=number,
                 name=name,
@@ -209,4 +209,4 @@ def round_figures(
                 failed=sum(record.error is not None for record in own),
             )
         )
-    return figures
+    return RoundFigures(number, seconds, sessions, gpu, program_figures(number, records), server or {})

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from vllm_agentserve.bench.arms import Arm
-from vllm_agentserve.bench.kv_pool import KvPool
+from vllm_agentserve.bench.kv_pool import ANY_POOL, AnyPool, KvPool
 from vllm_agentserve.bench.sessions import Session, longest_context, salted
 
 MARGIN_TOKENS = 64
@@ -36,7 +36,7 @@ class Plan:
         model: model folder or name; not needed when all arms are servers of somebody else.
         serve: options of `vllm serve` for all arms.
         kv_bytes: size of the KV cache of every arm; None lets a first start find it.
-        kv_pool: the KV cache that every server of ours must have; None where no number of tokens was asked for.
+        kv_pool: the KV cache that every server of ours must have.
         answers: see `Replay`.
         slo_factor: thresholds are the isolated run times this; 0 leaves the isolated run out.
         anonymous: see `Replay`.
@@ -49,7 +49,7 @@ class Plan:
     model: str | None = None
     serve: tuple[str, ...] = ()
     kv_bytes: int | None = None
-    kv_pool: KvPool | None = None
+    kv_pool: KvPool | AnyPool = ANY_POOL
     port: int | None = None
     rounds: int = 3
     seed: int = 0

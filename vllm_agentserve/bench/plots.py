@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from vllm_agentserve.bench.measure import RoundFigures, SessionFigures, pool, prefill_spans
 from vllm_agentserve.bench.records import Record
-from vllm_agentserve.bench.summary import Findings
+from vllm_agentserve.bench.summary import Analysis
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999999")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (8, 1.5, 1.5, 1.5)), (0, (1.5, 1)))
@@ -41,16 +41,16 @@ STYLE: Any = {
 PERCENTS = (0.0, 50.0, 90.0, 99.0, 99.9, 99.99)
 
 
-def draw_all(findings: Findings, folder: Path) -> dict[str, Path]:
+def draw_all(analysis: Analysis, folder: Path) -> dict[str, Path]:
     """Draws what the data allow and returns title -> file; needs at least one round of one arm."""
-    arms = {name: rounds for name, rounds in findings.figures.items() if rounds}
+    arms = {name: rounds for name, rounds in analysis.figures.items() if rounds}
     if not arms:
         return {}
-    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(findings.figures)}
+    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(analysis.figures)}
     with plt.rc_context(STYLE):
         figures = {
             "itl_cdf": itl_cdf(arms, colours),
-            "timeline": timeline(findings, colours),
+            "timeline": timeline(analysis, colours),
             "ttft": ttft(arms, colours),
             "throughput": throughput(arms, colours),
         }
@@ -91,14 +91,14 @@ def itl_cdf(arms: dict[str, list[RoundFigures]], colours: dict[str, str]) -> Fig
     return figure
 
 
-def timeline(findings: Findings, colours: dict[str, str]) -> Figure | None:
+def timeline(analysis: Analysis, colours: dict[str, str]) -> Figure | None:
     """Two arms, one above the other, in the same round: every interval between tokens, and when cold prompts were read."""
-    names = two_arms(findings)
-    common = [{one.round for one in findings.figures[name]} for name in names]
+    names = two_arms(analysis)
+    common = [{one.round for one in analysis.figures[name]} for name in names]
     shared = sorted(set.intersection(*common)) if common else []
     if not shared:
         return None
-    polluted = {one.round for one in findings.rounds if one.polluted and one.arm in names}
+    polluted = {one.round for one in analysis.rounds if one.polluted and one.arm in names}
     number = next((one for one in shared if one not in polluted), shared[0])
     figure, axes = plt.subplots(
         len(names),
@@ -110,7 +110,7 @@ def timeline(findings: Findings, colours: dict[str, str]) -> Figure | None:
         squeeze=False,
     )
     for axis, name in zip(axes[:, 0], names, strict=True):
-        records = [one for one in findings.requests if (one.arm, one.round, one.part) == (name, number, "measured")]
+        records = [one for one in analysis.requests if (one.arm, one.round, one.part) == (name, number, "measured")]
         draw_intervals(axis, records, colours[name])
         axis.set_title(name)
         axis.set_ylabel("time since the\ntoken before (ms)")
@@ -197,9 +197,9 @@ def session_seconds(one: RoundFigures) -> float:
     return float(np.mean([session.seconds for session in one.sessions if session.kind != "batch"]))
 
 
-def two_arms(findings: Findings) -> list[str]:
+def two_arms(analysis: Analysis) -> list[str]:
     """The baseline and the last arm that is agentserve, or else the last one."""
-    names = [name for name, rounds in findings.figures.items() if rounds]
+    names = [name for name, rounds in analysis.figures.items() if rounds]
     ours = [name for name in names if name.startswith("agentserve")]
     return list(dict.fromkeys([names[0], (ours or names)[-1]]))
 

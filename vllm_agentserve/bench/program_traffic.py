@@ -30,13 +30,13 @@ class ProgramWorkload:
     """One kind of programs.
 
     Args:
-        shape: what `programs.SHAPES` draws.
+        kind: what `programs.KINDS` draws.
         programs: how many by default.
         cpu_scale: factor on all lengths and tool times by default on machines without a GPU.
     """
 
     name: str
-    shape: str
+    kind: str
     summary: str
     programs: int = 64
     cpu_scale: float = 0.2
@@ -76,7 +76,7 @@ PROGRAM_WORKLOADS = {
 
 
 @dataclass(frozen=True)
-class Programs:
+class ProgramOptions:
     """What the user may choose of a workload of programs.
 
     Args:
@@ -97,9 +97,7 @@ class Programs:
 
     def shapes(self, workload: ProgramWorkload, seed: int) -> list[ProgramShape]:
         """The programs as the simulator takes them, but for `in_blocks`."""
-        return draw_programs(
-            workload.shape, self.number, self.load, self.cost, self.slots, seed, self.scale, self.block
-        )
+        return draw_programs(workload.kind, self.number, self.load, self.cost, self.slots, seed, self.scale, self.block)
 
     def sessions(self, workload: ProgramWorkload, seed: int) -> list[Session]:
         """The same programs as sessions."""
@@ -149,7 +147,7 @@ def sessions_of(program: ProgramShape, seed: int) -> list[Session]:
     ]
 
 
-def program_options(gpu: bool) -> tuple[str, ...]:
+def program_serve_options(gpu: bool) -> tuple[str, ...]:
     """Options of vllm serve by default for workloads of programs."""
     if gpu:
         return (SLOTS_OPTION, str(SLOTS))
@@ -168,7 +166,7 @@ def program_traffic(arguments: argparse.Namespace, serve: Sequence[str], gpu: bo
     """
     workload = PROGRAM_WORKLOADS[arguments.workload]
     cost = default_cost(gpu) if arguments.step_cost is None else read_cost(arguments.step_cost)
-    chosen = Programs(
+    chosen = ProgramOptions(
         arguments.programs or workload.programs,
         arguments.load or LOAD,
         arguments.scale or (1.0 if gpu else workload.cpu_scale),

@@ -55,7 +55,7 @@ def mixed(rng: random.Random) -> tuple[CallShape, ...]:
     return rng.choices((chat, tools, search), weights=(0.45, 0.4, 0.15))[0](rng)
 
 
-SHAPES: dict[str, Callable[[random.Random], tuple[CallShape, ...]]] = {
+KINDS: dict[str, Callable[[random.Random], tuple[CallShape, ...]]] = {
     "chat": chat,
     "tools": tools,
     "search": search,
@@ -64,7 +64,7 @@ SHAPES: dict[str, Callable[[random.Random], tuple[CallShape, ...]]] = {
 
 
 def draw_programs(
-    shape: str,
+    kind: str,
     number: int,
     load: float,
     cost: StepCost,
@@ -76,13 +76,13 @@ def draw_programs(
     """So many programs that arrive at random, as fast as the load says; the same ones for every load, sooner or later.
 
     Args:
-        shape: one of `SHAPES`.
+        kind: one of `KINDS`.
         load: share of the time in which an engine of this cost, its slots always full, would have work.
         scale: factor on lengths and tool times.
         block: tokens per block of the prefix cache; only the load depends on it, `in_blocks` does the rest.
     """
-    rng = random.Random(f"{shape} {seed}")
-    drawn = [SHAPES[shape](rng) for _ in range(number)]
+    rng = random.Random(f"{kind} {seed}")
+    drawn = [KINDS[kind](rng) for _ in range(number)]
     if scale != 1.0:
         drawn = [scaled(calls, scale) for calls in drawn]
     work_ms = [sum(cost.call_ms(call, slots) for call in in_blocks(calls, block)) for calls in drawn]
@@ -90,5 +90,5 @@ def draw_programs(
     arrival, programs = 0.0, []
     for index, calls in enumerate(drawn):
         arrival += rng.expovariate(load / work_s)
-        programs.append(ProgramShape(f"{shape}-{index}", arrival, calls))
+        programs.append(ProgramShape(f"{kind}-{index}", arrival, calls))
     return programs

@@ -11,7 +11,7 @@ PIECE_TOKENS = 4096
 """Tokens that are prepared at a time; in between, other streams of the client are read."""
 
 
-class Prompt:
+class GrowingPrompt:
     """Token ids as the JSON that goes over the wire, and their digest (see `records.digest`); only what is new is computed.
 
     A prompt of 200,000 tokens takes some 20 ms to write and to digest. Done at once, tokens of all other streams would be
@@ -33,8 +33,8 @@ class Prompt:
             self._digest.update(array("i", piece).tobytes())
             self.tokens += len(piece)
 
-    def copy(self) -> "Prompt":
-        other = Prompt()
+    def copy(self) -> "GrowingPrompt":
+        other = GrowingPrompt()
         other.tokens, other._json, other._digest = self.tokens, bytearray(self._json), self._digest.copy()
         return other
 

@@ -8,9 +8,11 @@ from contextlib import contextmanager, suppress
 from time import perf_counter
 
 from vllm_agentserve.bench.client import Stream, StreamError, StreamingClient
-from vllm_agentserve.bench.prompt import Prompt
+from vllm_agentserve.bench.prompt import GrowingPrompt
+from vllm_agentserve.bench.recorder import Recorder
 from vllm_agentserve.bench.records import Record
-from vllm_agentserve.bench.sessions import Session, pinned_token
+from vllm_agentserve.bench.sessions import Session, TurnKey, pinned_token, session_walk, spawning
+from vllm_agentserve.bench.walk import DueCall
 
 LATENESS_PERIOD_S = 0.05
 
@@ -66,33 +68,36 @@ class Replay:
     ) -> None:
         self.client = client
         self.sessions = {session.name: session for session in sessions}
-        self.labels = (arm, round_number, part)
+        self._recorder = Recorder(arm, round_number, part)
         self.answers = answers
         self.on_turn = on_turn
         self.anonymous = anonymous
         self.suffix = suffix
-        self.records: list[Record] = []
         self.lateness_ms: list[float] = []
-        self.began = 0.0
-        self.ended = 0.0
-        self._ended = {name: asyncio.Event() for name in self.sessions}
+        self._ended = 0.0
+        self._walk = session_walk(sessions)
+        self._spawned_by = {name: key.session for name, key in spawning(sessions).items()}
+        self._contexts: dict[str, GrowingPrompt] = {}
+        """By session: what was sent and answered."""
+
+    @property
+    def records(self) -> list[Record]:
+        return self._recorder.records
 
     @property
     def seconds(self) -> float:
-        return (self.ended or perf_counter()) - self.began
+        """How long it took, or has taken until now."""
+        return (self._ended or perf_counter()) - self._recorder.began
 
     async def run(self) -> list[Record]:
         """Runs all sessions; returns a record of every request, in the order they ended."""
         watch = asyncio.create_task(self._watch_lateness())
         with undisturbed():
-            self.began = perf_counter()
             try:
                 async with asyncio.TaskGroup() as group:
-                    for session in self.sessions.values():
-                        if not session.forked:
-                            group.create_task(self._start(session))
+                    self._start(group, self._walk.begin(self._recorder.begin()))
             finally:
-                self.ended = perf_counter()
+                self._ended = perf_counter()
                 watch.cancel()
         return self.records
 
@@ -109,79 +114,62 @@ class Replay:
             if perf_counter() > due:
                 self.lateness_ms.append((perf_counter() - due) * 1000)
 
-    async def _start(self, session: Session) -> None:
-        if session.after is not None:
-            await self._ended[session.after].wait()
-        # A session that starts by the clock starts then, however late this process wakes up.
-        begin = self.began if session.timed else perf_counter()
-        await self._run(session, Prompt(), begin + session.start_s)
+    def _start(self, group: asyncio.TaskGroup, turns: Sequence[DueCall[TurnKey]]) -> None:
+        for due in turns:
+            group.create_task(self._run(group, due))
 
-    async def _run(self, session: Session, context: Prompt, due: float, parent: str | None = None) -> None:
-        """Runs a session from `due` on, in seconds of `perf_counter()`."""
-        named = not self.anonymous
+    async def _run(self, group: asyncio.TaskGroup, due: DueCall[TurnKey]) -> None:
+        """Runs one turn when it is due, and starts those that it was the last to be waited for by."""
+        session, number = self.sessions[due.name.session], due.name.number
+        turn, context = session.turns[number], self._context(session, number)
+        # Prepared while the tool runs.
+        await context.extend(turn.added if turn.context is None else turn.context)
+        if (left := due.at_s - perf_counter()) > 0:
+            await asyncio.sleep(left)
+        stream, pinned = Stream(), pinned_token(session.name, number)
         try:
-            for number, turn in enumerate(session.turns):
-                if number or session.forked:
-                    due = perf_counter() + turn.tool_s
-                else:
-                    due += turn.tool_s
-                if turn.context is not None:
-                    context = Prompt()
-                # Prepared while the tool runs.
-                await context.extend(turn.added if turn.context is None else turn.context)
-                if (left := due - perf_counter()) > 0:
-                    await asyncio.sleep(left)
-                stream, pinned = Stream(), pinned_token(session.name, number)
-                try:
-                    await self.client.generate(
-                        session.phase(number),
-                        context.json,
-                        turn.answer,
-                        session.name + self.suffix if named else None,
-                        stream,
-                        fixed=self.answers != "real",
-                        pinned=pinned if self.answers == "pinned" else None,
-                        parent=parent + self.suffix if named and parent is not None else None,
-                        due=due if session.timed else None,
-                    )
-                except StreamError as error:
-                    self._keep(session, number, context, stream, str(error))
-                    return
-                self._keep(session, number, context, stream, None)
-                # A server that does not tell its tokens gets the planned ones back.
-                await context.extend(stream.token_ids or [pinned] * len(stream.stamps))
-                if turn.spawns:
-                    async with asyncio.TaskGroup() as group:
-                        for name in turn.spawns:
-                            group.create_task(self._run(self.sessions[name], context.copy(), 0.0, session.name))
-        finally:
-            self._ended[session.name].set()
-
-    def _keep(self, session: Session, turn: int, context: Prompt, stream: Stream, error: str | None) -> None:
-        arm, round_number, part = self.labels
-
-        def micros(seconds: float) -> int:
-            return int((seconds - self.began) * 1e6)
-
-        self.records.append(
-            Record(
-                arm=arm,
-                round=round_number,
-                part=part,
-                session=session.name,
-                agent=session.agent,
-                kind=session.kind,
-                phase=session.phase(turn),
-                turn=turn,
-                prompt=context.digest,
-                prompt_tokens=context.tokens,
-                wanted_tokens=session.turns[turn].answer,
-                cached_tokens=stream.cached_tokens,
-                sent_us=micros(stream.sent),
-                ended_us=micros(stream.finished),
-                stamps_us=[micros(stamp) for stamp in stream.stamps],
-                error=error,
-                program=session.program,
+            await self.client.generate(
+                session.phase(number),
+                context.json,
+                turn.answer,
+                self._named(session.name),
+                stream,
+                fixed=self.answers != "real",
+                pinned=pinned if self.answers == "pinned" else None,
+                parent=self._named(self._spawned_by.get(session.name)),
+                due=due.at_s if session.timed else None,
             )
+        except StreamError as error:
+            self._keep(session, number, context, stream, str(error))
+            self._start(group, self._walk.fail(due.name, perf_counter()))
+            return
+        self._keep(session, number, context, stream, None)
+        # A server that does not tell its tokens gets the planned ones back.
+        await context.extend(stream.token_ids or [pinned] * len(stream.stamps))
+        self._start(group, self._walk.end(due.name, perf_counter()))
+
+    def _context(self, session: Session, number: int) -> GrowingPrompt:
+        """The prompt that a turn goes on from; its own from now on."""
+        if session.turns[number].context is not None or (number == 0 and not session.forked):
+            self._contexts[session.name] = GrowingPrompt()
+        elif number == 0:
+            self._contexts[session.name] = self._contexts[self._spawned_by[session.name]].copy()
+        return self._contexts[session.name]
+
+    def _named(self, session: str | None) -> str | None:
+        """The id under which a session is sent."""
+        return None if self.anonymous or session is None else session + self.suffix
+
+    def _keep(self, session: Session, number: int, context: GrowingPrompt, stream: Stream, error: str | None) -> None:
+        self._recorder.add(
+            session,
+            number,
+            context.digest,
+            context.tokens,
+            stream.cached_tokens,
+            stream.sent,
+            stream.finished,
+            stream.stamps,
+            error,
         )
         self.on_turn()

@@ -13,7 +13,7 @@ from vllm_agentserve.bench.judge import UNCONFIRMED
 from vllm_agentserve.bench.machine import in_words
 from vllm_agentserve.bench.metrics import METRICS, Metric
 from vllm_agentserve.bench.records import Results
-from vllm_agentserve.bench.summary import Findings, examine
+from vllm_agentserve.bench.summary import Analysis, analyse
 
 CAPTIONS = {
     "itl_cdf": "How many of the intervals between two tokens are shorter than a given time. The upper end of each line is what "
@@ -26,33 +26,33 @@ CAPTIONS = {
 SUMMARY, TABLE, PAGE = "summary.json", "table.md", "report.html"
 
 
-def write_report(results: Results, clean: bool = False, baseline: str | None = None) -> Findings:
+def write_report(results: Results, clean: bool = False, baseline: str | None = None) -> Analysis:
     """Computes everything from the raw data and writes summary, table, pictures and page into the results folder."""
     from vllm_agentserve.bench.plots import draw_all
 
-    findings = examine(results, clean, baseline)
+    analysis = analyse(results, clean, baseline)
     folder = results.folder
-    (folder / SUMMARY).write_text(json.dumps(findings.summary, indent=1) + "\n")
-    (folder / TABLE).write_text(markdown(findings) + "\n")
-    pictures = draw_all(findings, folder)
-    (folder / PAGE).write_text(page(findings, pictures))
-    return findings
+    (folder / SUMMARY).write_text(json.dumps(analysis.summary, indent=1) + "\n")
+    (folder / TABLE).write_text(markdown(analysis) + "\n")
+    pictures = draw_all(analysis, folder)
+    (folder / PAGE).write_text(page(analysis, pictures))
+    return analysis
 
 
-def rows(findings: Findings, intervals: bool = True) -> list[tuple[Metric, list[str]]]:
+def rows(analysis: Analysis, intervals: bool = True) -> list[tuple[Metric, list[str]]]:
     """The table's rows: for every metric that has a figure, a cell per arm; rows named before the run come first."""
     found = []
-    primary = findings.summary["primary"]
+    primary = analysis.summary["primary"]
     for metric in sorted(METRICS, key=lambda metric: metric.key not in primary):
-        values = [findings.summary["arms"][name]["figures"][metric.key] for name in findings.figures]
+        values = [analysis.summary["arms"][name]["figures"][metric.key] for name in analysis.figures]
         if any(value is not None for value in values):
-            found.append((metric, [cell(findings, name, metric, intervals) for name in findings.figures]))
+            found.append((metric, [cell(analysis, name, metric, intervals) for name in analysis.figures]))
     return found
 
 
-def cell(findings: Findings, arm: str, metric: Metric, interval: bool = True) -> str:
+def cell(analysis: Analysis, arm: str, metric: Metric, interval: bool = True) -> str:
     """A figure, and against the baseline its ratio, with the interval if wanted; inside the noise it says so."""
-    own = findings.summary["arms"][arm]
+    own = analysis.summary["arms"][arm]
     value = own["figures"][metric.key]
     if value is None:
         few = own["too_few_samples"].get(metric.key)
@@ -60,7 +60,7 @@ def cell(findings: Findings, arm: str, metric: Metric, interval: bool = True) ->
     words = number(value) if metric.samples is not None or metric.judged else f"{value:.0f}"
     if not metric.judged:
         return words
-    against = findings.summary["comparisons"].get(arm, {}).get(metric.key)
+    against = analysis.summary["comparisons"].get(arm, {}).get(metric.key)
     if against is None or against["ratio"] is None:
         return words
     ratio = f"x{against['ratio']:.2f}"
@@ -88,11 +88,11 @@ def row_label(metric: Metric) -> str:
     return f"{metric.label} ({metric.unit})" if metric.unit else metric.label
 
 
-def legend(findings: Findings) -> str:
+def legend(analysis: Analysis) -> str:
     """How to read the table."""
-    primary = findings.summary["primary"]
+    primary = analysis.summary["primary"]
     labels = [metric.label for metric in METRICS if metric.key in primary]
-    words = [f"In brackets: ratio to {findings.baseline} with its 95 % interval."]
+    words = [f"In brackets: ratio to {analysis.baseline} with its 95 % interval."]
     words.append(
         f"The first rows were to decide and were named before the run: {'; '.join(labels)}. Of these, and of all others, "
         "at most one table in twenty of equal arms has a row that is called a difference."
@@ -113,20 +113,20 @@ def number(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-def markdown(findings: Findings) -> str:
+def markdown(analysis: Analysis) -> str:
     """The table, with what it was measured on and what to know."""
-    names = list(findings.figures)
+    names = list(analysis.figures)
     lines = [
-        f"{describe_workload(findings.experiment)}; {findings.experiment['rounds']} rounds; "
-        f"{in_words(findings.experiment['machine'])}; {findings.experiment['date']}.",
+        f"{describe_workload(analysis.experiment)}; {analysis.experiment['rounds']} rounds; "
+        f"{in_words(analysis.experiment['machine'])}; {analysis.experiment['date']}.",
         "",
         "| | " + " | ".join(names) + " |",
         "|---" + "|---:" * len(names) + "|",
     ]
-    for metric, cells in rows(findings):
+    for metric, cells in rows(analysis):
         lines.append(f"| {row_label(metric)} | " + " | ".join(cells) + " |")
-    lines += ["", legend(findings), ""]
-    return "\n".join([*lines, *(f"- {note}" for note in findings.summary["notes"])])
+    lines += ["", legend(analysis), ""]
+    return "\n".join([*lines, *(f"- {note}" for note in analysis.summary["notes"])])
 
 
 def describe_workload(experiment: dict[str, Any]) -> str:
@@ -138,35 +138,35 @@ def describe_workload(experiment: dict[str, Any]) -> str:
     return f"Workload `{workload['name']}` ({settings}, seed {experiment['seed']}, {experiment['answers']} answers)"
 
 
-def page(findings: Findings, pictures: dict[str, Path]) -> str:
+def page(analysis: Analysis, pictures: dict[str, Path]) -> str:
     """The self-contained HTML page."""
     environment = Environment(
         loader=PackageLoader("vllm_agentserve.bench", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     images = [(name, CAPTIONS[name], base64.b64encode(path.read_bytes()).decode()) for name, path in pictures.items()]
-    names = list(findings.figures)
+    names = list(analysis.figures)
     table = [
-        (metric, [(text, verdict_of(findings, name, metric)) for name, text in zip(names, cells, strict=True)])
-        for metric, cells in rows(findings)
+        (metric, [(text, verdict_of(analysis, name, metric)) for name, text in zip(names, cells, strict=True)])
+        for metric, cells in rows(analysis)
     ]
     return environment.get_template("report.html.j2").render(
-        experiment=findings.experiment,
-        workload=describe_workload(findings.experiment),
-        machine=in_words(findings.experiment["machine"]),
+        experiment=analysis.experiment,
+        workload=describe_workload(analysis.experiment),
+        machine=in_words(analysis.experiment["machine"]),
         names=names,
-        baseline=findings.baseline,
+        baseline=analysis.baseline,
         table=table,
         images=images,
-        notes=findings.summary["notes"],
-        rounds=findings.rounds,
-        arms=findings.summary["arms"],
-        curve=findings.summary["attained_percent_by_factor"],
-        legend=legend(findings),
-        primary=findings.summary["primary"],
-        markdown=markdown(findings),
+        notes=analysis.summary["notes"],
+        rounds=analysis.rounds,
+        arms=analysis.summary["arms"],
+        curve=analysis.summary["attained_percent_by_factor"],
+        legend=legend(analysis),
+        primary=analysis.summary["primary"],
+        markdown=markdown(analysis),
     )
 
 
-def verdict_of(findings: Findings, arm: str, metric: Metric) -> str:
-    against = findings.summary["comparisons"].get(arm, {}).get(metric.key)
+def verdict_of(analysis: Analysis, arm: str, metric: Metric) -> str:
+    against = analysis.summary["comparisons"].get(arm, {}).get(metric.key)
     return "" if against is None else str(against["verdict"])

@@ -13,10 +13,10 @@ from vllm_agentserve.bench.progress import Progress
 from vllm_agentserve.bench.records import Results
 from vllm_agentserve.bench.report import PAGE, TABLE, describe_workload, row_label, rows, write_report
 from vllm_agentserve.bench.sessions import WorkloadError
-from vllm_agentserve.bench.summary import Findings
+from vllm_agentserve.bench.summary import Analysis
 
 
-def run_plan(plan: Plan, folder: Path, console: Console, conclude: Callable[[Findings], str] = lambda _: "") -> int:
+def run_plan(plan: Plan, folder: Path, console: Console, conclude: Callable[[Analysis], str] = lambda _: "") -> int:
     """Runs an experiment and reports what was measured, also after an error or Ctrl-C; returns the exit code.
 
     Args:
@@ -40,9 +40,9 @@ def run_plan(plan: Plan, folder: Path, console: Console, conclude: Callable[[Fin
             report_partial(folders, console)
         return 1
     for one in folders:
-        findings = write_report(Results(one))
-        show(findings, one, console)
-        if words := conclude(findings):
+        analysis = write_report(Results(one))
+        show(analysis, one, console)
+        if words := conclude(analysis):
             console.print(words, soft_wrap=True)
     if len(folders) > 1:
         print_cells([folder], console)
@@ -68,20 +68,20 @@ def print_cells(folders: Sequence[Path], console: Console) -> int:
     return 0
 
 
-def show(findings: Findings, folder: Path, console: Console) -> None:
+def show(analysis: Analysis, folder: Path, console: Console) -> None:
     """Prints the table and where the rest is."""
-    names = list(findings.figures)
-    table = Table(title=describe_workload(findings.experiment).replace("`", ""), title_justify="left")
+    names = list(analysis.figures)
+    table = Table(title=describe_workload(analysis.experiment).replace("`", ""), title_justify="left")
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right")
-    for metric, cells in rows(findings, intervals=False):
+    for metric, cells in rows(analysis, intervals=False):
         table.add_row(row_label(metric), *cells)
     console.print(table)
     console.print(
-        f"In brackets: ratio to {findings.baseline}; intervals are in the page and the table to paste.", markup=False
+        f"In brackets: ratio to {analysis.baseline}; intervals are in the page and the table to paste.", markup=False
     )
-    for note in findings.summary["notes"]:
+    for note in analysis.summary["notes"]:
         console.print(f"- {note}", markup=False, soft_wrap=True)
     console.print(f"Page: {folder / PAGE}   table to paste: {folder / TABLE}", markup=False, soft_wrap=True)
 

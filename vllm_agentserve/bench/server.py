@@ -50,6 +50,30 @@ def has_nvidia_driver() -> bool:
     return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
 
 
+class RunningServer:
+    """A server that somebody else runs: nothing of it is started, looked at or ended here. A context manager like `VllmServer`.
+
+    Args:
+        url: where it is, without a path.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def __enter__(self) -> "RunningServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def alive(self) -> bool:
+        """Whether it is not known to have ended: whoever asks it will see."""
+        return True
+
+    def tail(self) -> str:
+        return ""
+
+
 class VllmServer:
     """A context manager around one `vllm serve` process on 127.0.0.1.
 

@@ -3,6 +3,9 @@
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from vllm_agentserve.bench.walk import PlannedCall, Walk
 
 TOKEN_IDS = (100, 4000)
 """Prompts are drawn from these ids, low included, high not: ordinary tokens of every vocabulary of 4096 and more."""
@@ -41,6 +44,7 @@ class Session:
 
     Args:
         name: unique in the workload; also sent as `session_id`.
+        turns: at least one.
         agent: whose it is; an agent has one session at a time, sub-agents are agents of their own.
         kind: "agent", "chat" or "batch". Batch sessions load the server; latencies of them are nobody's concern.
         start_s: seconds after the beginning of the workload, or after the end of `after`.
@@ -77,6 +81,70 @@ def pinned_token(session: str, turn: int) -> int:
     return random.Random(f"answer {session} {turn}").randrange(*TOKEN_IDS)
 
 
+class TurnKey(NamedTuple):
+    """A turn: the name of its session, and its number there."""
+
+    session: str
+    number: int
+
+
+def spawning(sessions: Iterable[Session]) -> dict[str, TurnKey]:
+    """By the name of a forked session: the turn that spawns it."""
+    return {
+        name: TurnKey(session.name, number)
+        for session in sessions
+        for number, turn in enumerate(session.turns)
+        for name in turn.spawns
+    }
+
+
+def session_walk(sessions: Iterable[Session]) -> Walk[TurnKey]:
+    """The turns of all sessions as a walk: a session goes on from answer to answer, forks, and waits for what it spawned.
+
+    A turn that spawned sessions is followed by the next one of its session when all of them are over, and those that they
+    spawned. A forked session that no turn spawns is left out.
+    """
+    by_name = {session.name: session for session in sessions}
+    spawned_at = spawning(by_name.values())
+
+    def ends(session: Session) -> tuple[TurnKey, ...]:
+        """The turns that are over when the session is."""
+        return following(session, len(session.turns) - 1)
+
+    def following(session: Session, number: int) -> tuple[TurnKey, ...]:
+        """What has to be over before anything follows a turn."""
+        spawns = session.turns[number].spawns
+        return tuple(end for name in spawns for end in ends(by_name[name])) or (TurnKey(session.name, number),)
+
+    calls: dict[TurnKey, PlannedCall[TurnKey]] = {}
+    for session in by_name.values():
+        if session.forked and session.name not in spawned_at:
+            continue
+        for number, turn in enumerate(session.turns):
+            if number:
+                call = PlannedCall(following(session, number - 1), turn.tool_s, TurnKey(session.name, number - 1))
+            elif session.forked:
+                call = PlannedCall((spawned_at[session.name],), turn.tool_s, spawned_at[session.name])
+            else:
+                after = () if session.after is None else ends(by_name[session.after])
+                call = PlannedCall(after, session.start_s + turn.tool_s)
+            calls[TurnKey(session.name, number)] = call
+    return Walk(calls)
+
+
+def contexts(sessions: Iterable[Session]) -> dict[TurnKey, int]:
+    """By turn: tokens of its prompt and its answer; forks begin with the context they fork from."""
+    sessions = list(sessions)
+    by_name = {session.name: session for session in sessions}
+    tokens: dict[TurnKey, int] = {}
+    for key, call in session_walk(sessions).in_order():
+        turn = by_name[key.session].turns[key.number]
+        before = 0 if call.origin is None else tokens[call.origin]
+        prompt = before + len(turn.added) if turn.context is None else len(turn.context)
+        tokens[key] = prompt + turn.answer
+    return tokens
+
+
 def longest_context(sessions: Iterable[Session]) -> int:
     """Tokens of the longest prompt plus its answer, over all sessions; forks begin with their parent's context."""
     return max(longest_contexts(sessions).values(), default=0)
@@ -93,19 +161,10 @@ def live_context(sessions: Iterable[Session]) -> int:
 
 def longest_contexts(sessions: Iterable[Session]) -> dict[str, int]:
     """By name of the session: tokens of its longest prompt plus its answer."""
-    by_name = {session.name: session for session in sessions}
-    longest = dict.fromkeys(by_name, 0)
-
-    def walk(session: Session, context: int) -> None:
-        for turn in session.turns:
-            context = (len(turn.context) if turn.context is not None else context + len(turn.added)) + turn.answer
-            longest[session.name] = max(longest[session.name], context)
-            for name in turn.spawns:
-                walk(by_name[name], context)
-
-    for session in by_name.values():
-        if not session.forked:
-            walk(session, 0)
+    sessions = list(sessions)
+    longest = {session.name: 0 for session in sessions}
+    for key, tokens in contexts(sessions).items():
+        longest[key.session] = max(longest[key.session], tokens)
     return longest
 
 
@@ -154,26 +213,15 @@ def alone_of(sessions: Sequence[Session], seed: str) -> list[Session]:
     cold, so it is left out of the thresholds.
     """
     rng = random.Random(f"alone {seed}")
-    lengths: dict[str, int] = {}
-
-    def inherit(session: Session, context: int) -> None:
-        for turn in session.turns:
-            context = (len(turn.context) if turn.context is not None else context + len(turn.added)) + turn.answer
-            for name in turn.spawns:
-                lengths[name] = context
-                inherit(by_name[name], context)
-
-    by_name = {session.name: session for session in sessions}
-    for session in sessions:
-        if not session.forked:
-            inherit(session, 0)
+    tokens = contexts(sessions)
+    inherited = {name: tokens[key] for name, key in spawning(sessions).items()}
     alone: list[Session] = []
     for session in sessions:
         if session.kind == "batch":
             continue
         turns = []
         for index, turn in enumerate(session.turns):
-            more = lengths.get(session.name, 0) if index == 0 else 0
+            more = inherited.get(session.name, 0) if index == 0 else 0
             if turn.context is not None:
                 # Block contents decide what is cached: the same pattern of repetition under another alphabet.
                 turns.append(Turn((), turn.answer, context=tuple(_other(token) for token in turn.context)))

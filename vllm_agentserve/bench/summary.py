@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -21,7 +21,7 @@ FACTORS = (1.5, 2.0, 3.0, 5.0)
 
 
 @dataclass
-class Findings:
+class Analysis:
     """Everything the report is made of."""
 
     experiment: dict[str, Any]
@@ -36,7 +36,7 @@ class Findings:
         return str(self.summary["baseline"])
 
 
-def examine(results: Results, clean: bool = False, baseline: str | None = None) -> Findings:
+def analyse(results: Results, clean: bool = False, baseline: str | None = None) -> Analysis:
     """Computes all figures from what a results folder holds.
 
     Args:
@@ -50,10 +50,9 @@ def examine(results: Results, clean: bool = False, baseline: str | None = None) 
     names = [arm["name"] for arm in experiment["arms"]]
     polluted = {one.round for one in rounds if one.polluted} if clean else set()
     used = [one for one in rounds if one.error is None and one.round not in polluted]
-    figures = arm_figures(names, used, requests)
-    left_out = leave_out_incomplete(figures)
+    figures, left_out = leave_out_incomplete(arm_figures(names, used, requests))
     factor = float(experiment.get("slo_factor") or 0)
-    curve = attainment(figures, requests, factor) if factor else {}
+    figures, curve = attainment(figures, requests, factor) if factor else (figures, {})
     primary = [key for key in experiment.get("primary", ()) if key in KEYS]
     baseline = names[0] if baseline is None else baseline
     if baseline not in names:
@@ -94,7 +93,7 @@ def examine(results: Results, clean: bool = False, baseline: str | None = None) 
         "rounds": [msgspec.structs.asdict(one) for one in rounds],
         "notes": notes(experiment, rounds, requests, clean) + incomplete(left_out, failures(figures)),
     }
-    return Findings(experiment, rounds, requests, figures, summary)
+    return Analysis(experiment, rounds, requests, figures, summary)
 
 
 def arm_figures(
@@ -116,13 +115,25 @@ def arm_figures(
 
 def attainment(
     figures: Mapping[str, Sequence[RoundFigures]], requests: Sequence[Record], factor: float
-) -> dict[str, dict[str, float | None]]:
-    """Sets `attained` of every session for `factor`; returns the share of sessions in percent for all factors, by arm."""
+) -> tuple[dict[str, list[RoundFigures]], dict[str, dict[str, float | None]]]:
+    """The same figures, in which sessions say what they attained for `factor`; and, by arm, the share of sessions in percent for
+    all factors."""
     by_round: dict[int, list[Record]] = {}
     for record in requests:
         if record.part == "alone":
             by_round.setdefault(record.round, []).append(record)
     limits = {number: thresholds(records) for number, records in by_round.items()}
+
+    def marked(one: RoundFigures) -> RoundFigures:
+        known = limits.get(one.round, {})
+        sessions = [
+            replace(session, attained=attained(session, known[session.name], factor))
+            if session.name in known
+            else session
+            for session in one.sessions
+        ]
+        return replace(one, sessions=sessions)
+
     curve: dict[str, dict[str, float | None]] = {}
     for name, rounds in figures.items():
         judged = [
@@ -131,13 +142,11 @@ def attainment(
             for session in one.sessions
             if session.name in limits.get(one.round, {})
         ]
-        for session, limit in judged:
-            session.attained = attained(session, limit, factor)
         curve[name] = {
             f"{x:g}": finite(100 * sum(attained(*pair, x) for pair in judged) / len(judged), 1) if judged else None
             for x in sorted({*FACTORS, factor})
         }
-    return curve
+    return {name: [marked(one) for one in rounds] for name, rounds in figures.items()}, curve
 
 
 def notes(

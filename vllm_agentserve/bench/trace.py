@@ -21,7 +21,7 @@ SAMPLE = "sample"
 
 
 @dataclass(frozen=True)
-class Line:
+class TraceLine:
     """One checked line of a trace; times in seconds, `hash_ids` empty where none are given."""
 
     number: int
@@ -34,7 +34,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Reading:
+class TraceOptions:
     """How a trace is read.
 
     Args:
@@ -55,38 +55,38 @@ class Reading:
     limit: int | None = None
 
 
-def read_trace(path: Path, reading: Reading, seed: int) -> list[Session]:
+def read_trace(path: Path, options: TraceOptions, seed: int) -> list[Session]:
     """Reads a trace and makes sessions of it.
 
     Raises:
         WorkloadError: the file cannot be read or a line is wrong; the message names the line, the field and the remedy.
     """
-    lines = list(read_lines(path, reading.limit))
+    lines = list(read_lines(path, options.limit))
     if not lines:
         raise WorkloadError(f"trace {path} holds no requests: give a JSONL file with one request a line")
-    if reading.pace == "open":
+    if options.pace == "open":
         missing = next((line for line in lines if line.timestamp_s is None), None)
         if missing is not None:
             raise WorkloadError(
                 f"trace {path}, line {missing.number}: no 'timestamp', which an open-loop replay goes by; replay it closed-loop"
             )
     begin = min((line.timestamp_s for line in lines if line.timestamp_s is not None), default=0.0)
-    groups: dict[str, list[Line]] = {}
+    groups: dict[str, list[TraceLine]] = {}
     for line in lines:
         name = line.session_id if line.session_id is not None else f"line-{line.number}"
         groups.setdefault(name, []).append(line)
-    maker = PromptMaker(reading, seed)
+    maker = PromptMaker(options, seed)
     known = mostly_known(lines)
     sessions = []
     for name, group in groups.items():
-        turns = maker.turns(group, whole=reading.pace == "open" or is_whole(group, reading.inputs))
-        if reading.pace == "open":
+        turns = maker.turns(group, whole=options.pace == "open" or is_whole(group, options.inputs))
+        if options.pace == "open":
             for index, (line, turn) in enumerate(zip(group, turns, strict=True)):
-                start = ((line.timestamp_s or 0.0) - begin) / reading.speed
+                start = ((line.timestamp_s or 0.0) - begin) / options.speed
                 single = f"{name}.{index + 1}" if len(group) > 1 else name
                 sessions.append(Session(single, name, (turn,), start_s=start, cached=line.number in known, timed=True))
             continue
-        start = ((group[0].timestamp_s or begin) - begin) / reading.speed
+        start = ((group[0].timestamp_s or begin) - begin) / options.speed
         sessions.append(Session(name, name, tuple(turns), start_s=start, cached=group[0].number in known))
     return sessions
 
@@ -98,7 +98,7 @@ def trace_path(given: str) -> Path:
     return Path(given)
 
 
-def is_whole(group: list[Line], inputs: str) -> bool:
+def is_whole(group: list[TraceLine], inputs: str) -> bool:
     """Whether `input_length` counts whole prompts in this session."""
     if inputs != "auto" or len(group) == 1:
         return inputs != "added" or len(group) == 1
@@ -106,7 +106,7 @@ def is_whole(group: list[Line], inputs: str) -> bool:
     return bool(first) and all(line.hash_ids[:1] == first for line in group)
 
 
-def mostly_known(lines: list[Line]) -> set[int]:
+def mostly_known(lines: list[TraceLine]) -> set[int]:
     """Numbers of the lines more than half of whose blocks stand at the same place in an earlier line."""
     seen: set[tuple[int, ...]] = set()
     known = set()
@@ -121,23 +121,23 @@ def mostly_known(lines: list[Line]) -> set[int]:
 class PromptMaker:
     """Makes prompts from hash ids; tokens beyond the named blocks are the line's own."""
 
-    def __init__(self, reading: Reading, seed: int) -> None:
-        self.reading = reading
+    def __init__(self, options: TraceOptions, seed: int) -> None:
+        self.options = options
         self.seed = seed
-        self.block = max(round(reading.block_tokens * reading.scale), 1)
+        self.block = max(round(options.block_tokens * options.scale), 1)
         self._blocks: dict[int, tuple[int, ...]] = {}
 
-    def turns(self, group: list[Line], whole: bool) -> list[Turn]:
+    def turns(self, group: list[TraceLine], whole: bool) -> list[Turn]:
         made = []
         for index, line in enumerate(group):
             prompt = self.prompt(line)
-            answer = max(round(line.output_length * self.reading.scale), 1)
-            pause = line.delay_s / self.reading.speed if index else 0.0
+            answer = max(round(line.output_length * self.options.scale), 1)
+            pause = line.delay_s / self.options.speed if index else 0.0
             made.append(Turn((), answer, pause, context=prompt) if whole else Turn(prompt, answer, pause))
         return made
 
-    def prompt(self, line: Line) -> tuple[int, ...]:
-        length = max(round(line.input_length * self.reading.scale), 1)
+    def prompt(self, line: TraceLine) -> tuple[int, ...]:
+        length = max(round(line.input_length * self.options.scale), 1)
         tokens: list[int] = []
         for number in line.hash_ids:
             tokens += self.tokens_of(number)
@@ -152,7 +152,7 @@ class PromptMaker:
         return self._blocks[number]
 
 
-def read_lines(path: Path, limit: int | None = None) -> Iterator[Line]:
+def read_lines(path: Path, limit: int | None = None) -> Iterator[TraceLine]:
     """Yields the checked lines of a trace file; empty lines are skipped."""
     try:
         text = path.read_text()
@@ -168,7 +168,7 @@ def read_lines(path: Path, limit: int | None = None) -> Iterator[Line]:
         yield check_line(path, number, words)
 
 
-def check_line(path: Path, number: int, words: str) -> Line:
+def check_line(path: Path, number: int, words: str) -> TraceLine:
     """Raises `WorkloadError` that names the line, the field and what is allowed."""
 
     def wrong(what: str) -> WorkloadError:
@@ -206,7 +206,7 @@ def check_line(path: Path, number: int, words: str) -> Line:
         raise wrong(f"'hash_ids' = {ids!r} is not allowed: it must be a list of whole numbers")
     session = fields.get("session_id")
     timestamp = a_number("timestamp", None, 0, whole=False)
-    return Line(
+    return TraceLine(
         number=number,
         input_length=a_number("input_length", None, 1, whole=True),
         output_length=a_number("output_length", 1, 1, whole=True),

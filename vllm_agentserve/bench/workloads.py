@@ -53,6 +53,9 @@ class Forks:
     turns: Uniform
 
 
+NO_FORKS = Forks(0.0, Uniform(0, 0), Uniform(0, 0))
+
+
 @dataclass(frozen=True)
 class Workload:
     """One kind of traffic. Lengths in tokens, times in seconds.
@@ -79,7 +82,7 @@ class Workload:
     shared: float = 0.0
     stagger_s: float = 1.5
     cpu_scale: float = 1.0
-    forks: Forks | None = None
+    forks: Forks = NO_FORKS
     chats: int = 0
     batch: int = 0
 
@@ -197,7 +200,7 @@ def explain(workload: Workload) -> list[str]:
     ]
     if workload.shared:
         lines.append(f"{workload.shared:.0%} of the cold prompt is shared by all agents")
-    if workload.forks is not None:
+    if workload.forks.share:
         lines.append(f"{workload.forks.share:.0%} of the sessions have {workload.forks.count} sub-agents")
     if workload.chats or workload.batch:
         lines.append(f"beside them {workload.chats} people who chat and a batch job of {workload.batch} requests")

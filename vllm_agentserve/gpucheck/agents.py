@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from vllm_agentserve.bench.closed_loop import ClosedLoop
-from vllm_agentserve.bench.drawing import Shape, draw_sessions
+from vllm_agentserve.bench.drawing import WorkloadOptions, draw_sessions
 from vllm_agentserve.bench.sessions import warm_up_of
 from vllm_agentserve.bench.workloads import HeavyTail, Uniform, find_workload
 from vllm_agentserve.gpucheck.engines import PRIORITY, Setting, counters, make_engine
@@ -31,7 +31,7 @@ def replay(options: Mapping[str, Any]) -> dict[str, Any]:
     """One arm of one round, in a child process: a warm-up with other tokens, then the agents.
 
     Args:
-        options: `setting` (of `Setting`), `shape` (of `drawing.Shape`), `stagger_s` (between the first starts of two
+        options: `setting` (of `Setting`), `shape` (of `drawing.WorkloadOptions`), `stagger_s` (between the first starts of two
             agents), `seed` and `round`.
     """
     setting = Setting(**options["setting"])
@@ -45,7 +45,7 @@ def replay(options: Mapping[str, Any]) -> dict[str, Any]:
     llm = make_engine(setting)
     started_s = perf_counter() - began
     workload = replace(CODING, stagger_s=options["stagger_s"])
-    sessions = draw_sessions(workload, Shape(**options["shape"]), options["seed"])
+    sessions = draw_sessions(workload, WorkloadOptions(**options["shape"]), options["seed"])
     ClosedLoop(llm.llm_engine, warm_up_of(sessions, str(options["seed"]))).run()
     before = counters()
     if log is not None:

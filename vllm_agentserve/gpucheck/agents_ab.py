@@ -8,10 +8,10 @@ from typing import Any
 
 import msgspec
 
-from vllm_agentserve.bench.drawing import Shape
+from vllm_agentserve.bench.drawing import WorkloadOptions
 from vllm_agentserve.bench.measure import RoundFigures, pool, round_figures
 from vllm_agentserve.bench.records import Record
-from vllm_agentserve.gpucheck.check_run import PACKAGE, CheckRun, ChildResult, PartResult
+from vllm_agentserve.gpucheck.check_run import PACKAGE, CheckRun, PartResult
 from vllm_agentserve.gpucheck.engines import (
     PRIORITY,
     TOY,
@@ -24,16 +24,17 @@ from vllm_agentserve.gpucheck.engines import (
 )
 from vllm_agentserve.gpucheck.environment import UNKNOWN, free_gib
 from vllm_agentserve.gpucheck.gaps import cell, figures, gaps_of, mean_of
+from vllm_agentserve.processes.task import ChildResult
 
 ARMS = ("lanes", "stock", "time-sliced", PRIORITY)
-"""What tells most comes first, should the time run out."""
+"""The arms that decide most come first, should the time run out."""
 ROUNDS = 4
 BLOCK = 16
 """Tokens of a block of the KV cache, on a GPU."""
 UTILIZATION = 0.8
 """Of the GPU's memory; a desktop's screen needs some of the rest."""
 STAGGER_S = 0.4
-"""Between the first starts of two agents: so short that a prompt always meets somebody who decodes."""
+"""Between the first starts of two agents: so short that a prompt always meets a stream."""
 PATIENCE = 1.5
 """Times the patience with a small engine: this one is large."""
 SHOWN = (
@@ -178,8 +179,8 @@ def setting(check: CheckRun, arm: str) -> Setting:
     return Setting(arm, model.name, dtype, check.device, str(check.folder), True, options, engine)
 
 
-def shape_of(small: bool) -> Shape:
-    return Shape(agents=4, sessions=1, turns=3, scale=0.2) if small else Shape(agents=6, sessions=2)
+def shape_of(small: bool) -> WorkloadOptions:
+    return WorkloadOptions(agents=4, sessions=1, turns=3, scale=0.2) if small else WorkloadOptions(agents=6, sessions=2)
 
 
 def replay(check: CheckRun, name: str, number: int, limit_s: float | None) -> ChildResult:

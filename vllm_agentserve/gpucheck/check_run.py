@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vllm_agentserve.gpucheck.archive import write_archive
-from vllm_agentserve.gpucheck.child import STACK_BEFORE_END_S
-from vllm_agentserve.gpucheck.processes import Starter, Task, end_group
+from vllm_agentserve.processes.child import STACK_BEFORE_END_S
+from vllm_agentserve.processes.starter import Starter, end_group
+from vllm_agentserve.processes.task import DAY_S, ChildResult, Task, result_of
 from vllm_agentserve.vllm_compat.cuda import QUEUES, QUEUES_VARIABLE
 
 PACKAGE = "vllm_agentserve.gpucheck"
-TAIL_LINES = 12
 
 Status = Literal["ok", "failed", "ran out of time", "not run"]
 
@@ -37,31 +37,9 @@ class PartResult:
     figures: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class ChildResult:
-    """A child process that ended: its result, or why there is none, with the last lines it wrote.
-
-    Args:
-        seconds: it took so long, once it was started.
-        out_of_time: whether the time of the part or of the check ended it, which says nothing of what it did.
-        hung: whether it took longer than its own limit.
-    """
-
-    result: Any
-    error: str | None
-    seconds: float
-    out_of_time: bool = False
-    hung: bool = False
-
-    @property
-    def status(self) -> Status:
-        """Of a part that needs its result."""
-        return "ok" if self.error is None else "ran out of time" if self.out_of_time else "failed"
-
-
 def with_crashes(finding: PartResult, crashes: Sequence[str]) -> PartResult:
-    """The finding with the crashes of this part in its line. Its status stays: a fork itself can be what crashes a library, and
-    the new interpreter, which is what users have, came through. But memory that is overwritten crashes only now and then too."""
+    """The result with the crashes of this part in its line. Its status stays: the fork itself may crash a library, and the new
+    interpreter, which is what users have, did the task. But memory that is overwritten also crashes only now and then."""
     if not crashes:
         return finding
     figures = {**finding.figures, "crashes": list(crashes)}
@@ -113,7 +91,7 @@ class CheckRun:
 
     @property
     def patience_s(self) -> float:
-        """An engine that is not through after so long hangs, where stock's was: it must not take the others' time."""
+        """An engine that takes longer hangs if stock's did not take as long. It must not take the time of others."""
         return 100.0 if self.device == "cuda" else 300.0
 
     def raw(self, name: str) -> Any:
@@ -153,8 +131,7 @@ class CheckRun:
         for old in (result, log):
             old.unlink(missing_ok=True)
         self._ran.add(name)
-        own = min(limit_s or float("inf"), 86_400.0)
-        out_of_time = hung = False
+        own = min(limit_s or float("inf"), DAY_S)
         if self.left_s() <= STACK_BEFORE_END_S:
             return ChildResult(None, "not started: the time of this part was used up", 0.0, out_of_time=True)
         task = Task(function, result, min(self.left_s(), own), options, log, self.environment)
@@ -174,25 +151,4 @@ class CheckRun:
                 crash += f" (logs/{name}-forked.log)"
             self._crashes.append(crash)
             return self._run(name, function, options, limit_s, fresh=True)
-        why = f"exit code {code}" if code else None
-        if code is None:
-            why = f"not done after {limit:.0f} s"
-            out_of_time = limit == left
-            hung = not out_of_time
-        seconds = time.monotonic() - began
-        if why is None and not result.exists():
-            why = "no result"
-        if why is not None:
-            return ChildResult(None, f"{name}: {why}\n{tail(log)}", seconds, out_of_time, hung)
-        return ChildResult(json.loads(result.read_text()), None, seconds)
-
-
-def tail(log: Path) -> str:
-    """The last lines of a log; of a crash the first ones that tell of it, since hundreds of the C stack may follow. Nothing of a
-    log that is not there."""
-    if not log.exists():
-        return ""
-    lines = log.read_text(errors="replace").splitlines()
-    crashes = [number for number, line in enumerate(lines) if line.startswith("Fatal Python error")]
-    begin = crashes[-1] if crashes else max(len(lines) - TAIL_LINES, 0)
-    return "\n".join(lines[begin : begin + TAIL_LINES])
+        return result_of(replace(task, limit_s=limit), name, code, time.monotonic() - began, parts_time=limit == left)

@@ -22,9 +22,9 @@ BUDGET_S = 500.0
 """The least of all parts, and a little more."""
 
 CPU_LEAST = 0.4
-"""Of the least times, without a GPU: what is kept for later parts, in a check that only tests itself."""
+"""Without a GPU the check only tests itself: so much of the least times is kept for later parts."""
 FAILED, NO_IMPORT, NO_TIME = 1, 3, 4
-"""Exit codes; 2 is argparse's."""
+"""Exit codes; 2 belongs to argparse."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ PARTS = {
     part.span.name: part
     for part in (
         Part("Imports", imports.run, Span("imports", 30, 60), needed=True, always=True),
-        # The others ask it how much memory there is.
+        # Later parts read from its result how much memory there is.
         Part("Environment", environment.run, Span("environment", 5, 40), always=True),
         Part("Green contexts", probe.run, Span("green", 20, 75)),
         Part("Tokens equal stock vLLM's, as users run it", equality.run_bfloat16, Span("equality", 120, 200)),
@@ -57,7 +57,7 @@ PARTS = {
         Part("Throughput against share of the device", throughput.run, Span("shares", 20, 60)),
     )
 }
-"""All parts, in the order in which they run: what decides most comes first, should the time run out."""
+"""All parts, in the order in which they run: those that decide most come first, should the time run out."""
 
 
 def chosen_device(wanted: str) -> str:
@@ -101,8 +101,8 @@ def run_parts(check: CheckRun, names: Sequence[str], budget_s: float, command: s
 
 
 def keep(folder: Path, done: list[Done], command: str) -> None:
-    """Writes summary and archive. What cannot be written, since the disk is full, does not end the check: the last of `done`
-    says so, as soon as a summary can be written again."""
+    """Writes summary and archive. A full disk does not end the check: the last of `done` says so, as soon as a summary can be
+    written again."""
     try:
         summary.write(folder, done, command)
         write_archive(folder)
@@ -120,7 +120,7 @@ def exit_code(done: Sequence[Done]) -> int:
     failed = [one.name for one in done if one.finding.status == "failed"]
     if any(PARTS[name].needed for name in failed):
         return NO_IMPORT
-    # What is written after a part holds all that was there before.
+    # The summary of a part holds everything before it, so only the last one has to have been written.
     if failed or (done and done[-1].unwritten):
         return FAILED
     return NO_TIME if any(one.left_out or one.finding.status == "ran out of time" for one in done) else 0

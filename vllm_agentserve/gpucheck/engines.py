@@ -172,7 +172,7 @@ def make_engine(setting: Setting) -> Any:
 
 def counters() -> dict[str, float]:
     """Our counters so far (`scheduler.stats.COUNTERS`) of the engine in this process; empty for stock. Complete once no request
-    runs. Read where vLLM's own reader finds them, since that one cuts off all behind the point, of seconds too."""
+    runs. Not read by vLLM's own reader, which makes whole numbers even of seconds."""
     from prometheus_client import REGISTRY
 
     values: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""What the figures were taken on: the GPU and its limits, versions, and the variables that matter."""
+"""The machine that the figures are from: the GPU and its limits, versions, and the variables that matter."""
 
 import csv
 import os
@@ -94,7 +94,7 @@ def ask_nvml(gpu: str) -> dict[str, str] | None:
 
 
 def ask(uuid: object) -> dict[str, str] | None:
-    """The GPU with this UUID, as torch gives it; None where nobody knows it. With `CUDA_VISIBLE_DEVICES` torch's first GPU is
+    """The GPU with this UUID, as torch gives it; None where neither knows it. With `CUDA_VISIBLE_DEVICES` torch's first GPU is
     not the first of the machine."""
     if uuid is None:
         return None

@@ -11,6 +11,7 @@ from vllm_agentserve.gpucheck.scripted_requests import (
     Answers,
     ScriptedRequest,
     beside_requests,
+    first_answers,
     from_json,
     mixed_requests,
     pinned_requests,
@@ -22,7 +23,7 @@ ORDER = {
     "bfloat16": ("stock", "stock-chunk", "lanes", "time-sliced"),
     "float32": ("stock", "lanes", "time-sliced", "stock-chunk"),
 }
-"""Arms by dtype: what tells most comes first, should the time run out. In bfloat16 nothing is told without the control."""
+"""Arms by dtype: those that decide most come first, should the time run out. In bfloat16 the control is needed too."""
 LEAST_S = 15.0
 """An arm is begun when so much is left. What the one before took says little: the first waits for imports, and compiles."""
 GRAPHS = {"bfloat16": True, "float32": False}
@@ -67,18 +68,18 @@ def requests_of(dtype: str, small: bool) -> list[ScriptedRequest]:
     return free if dtype == "float32" else [*free, *later(pinned_requests(free), 2 * len(free))]
 
 
-def later(jobs: list[ScriptedRequest], steps: int) -> list[ScriptedRequest]:
+def later(requests: list[ScriptedRequest], steps: int) -> list[ScriptedRequest]:
     """The same requests, so many steps later."""
-    return [replace(job, step=job.step + steps) for job in jobs]
+    return [replace(request, step=request.step + steps) for request in requests]
 
 
 def answer(options: Mapping[str, Any]) -> dict[str, Any]:
     """One arm's answers to the mix and to `beside_requests`, in a child process."""
     given = Setting(**options["setting"])
     llm = make_engine(given)
-    answers = run_requests(llm.llm_engine, requests_of(given.dtype, options["small"]))
-    answers |= run_requests(llm.llm_engine, beside_requests())
-    return {"answers": to_json(answers), "counters": counters()}
+    found = run_requests(llm.llm_engine, requests_of(given.dtype, options["small"]))
+    found |= run_requests(llm.llm_engine, beside_requests())
+    return {"answers": to_json(first_answers(found)), "counters": counters()}
 
 
 def name_of(dtype: str, arm: str) -> str:
@@ -87,8 +88,8 @@ def name_of(dtype: str, arm: str) -> str:
 
 def answers_of(check: CheckRun, dtype: str, arm: str) -> Answers | str:
     """The answers of an arm, from a child process of this check, an earlier one if there was; why there are none."""
-    if "answers" in (told := check.raw(name_of(dtype, arm)) or {}):
-        return from_json(told["answers"])
+    if "answers" in (found := check.raw(name_of(dtype, arm)) or {}):
+        return from_json(found["answers"])
     options = {"setting": asdict(setting(check, arm, dtype)), "small": check.small}
     limit = None if arm == "stock" else check.patience_s
     ended = check.run(name_of(dtype, arm), f"{PACKAGE}.equality:answer", options, limit)
@@ -124,7 +125,7 @@ def run(check: CheckRun, dtype: str) -> PartResult:
     figures: dict[str, Any] = {}
     found: dict[str, Answers] = {}
     compared: dict[str, AnswerComparison] = {}
-    jobs = [*requests_of(dtype, check.small), *beside_requests()]
+    requests = [*requests_of(dtype, check.small), *beside_requests()]
     for arm in ORDER[dtype]:
         if arm == CONTROL and dtype == "float32" and check.device == "cpu":
             # Its CPU runner takes back the draws of a prompt that is cut by a call that CPU generators lack.
@@ -144,12 +145,12 @@ def run(check: CheckRun, dtype: str) -> PartResult:
             continue
         found[arm] = answers
         if arm != "stock":
-            compared[arm] = compare(found["stock"], answers, jobs)
+            compared[arm] = compare(found["stock"], answers, requests)
             counts = check.raw(name_of(dtype, arm))["counters"]
             figures[name_of(dtype, arm)] = asdict(compared[arm]) | {"counters": counts}
             page.append(row(dtype, arm, compared[arm], counts.get("lane_requests", 0)))
     control = compared.pop(CONTROL, None)
-    # Without the control nothing is told in bfloat16: a tie cannot be told from a fault.
+    # Without the control there is no verdict in bfloat16: a tie looks like a fault.
     judged = {} if control is None and dtype != "float32" else compared
     for arm, comparison in judged.items():
         why = wrong(comparison, control)

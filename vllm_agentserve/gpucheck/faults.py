@@ -5,16 +5,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from vllm_agentserve.gpucheck.check_run import PACKAGE, CheckRun, ChildResult, PartResult
+from vllm_agentserve.gpucheck.check_run import PACKAGE, CheckRun, PartResult
 from vllm_agentserve.gpucheck.compare import AnswerComparison, compare, wrong
 from vllm_agentserve.gpucheck.engines import Setting, counters, make_engine
 from vllm_agentserve.gpucheck.equality import CONTROL, engine_limits, name_of, requests_of, setting
-from vllm_agentserve.gpucheck.scripted_requests import Answers, beside_requests, from_json, run_requests, to_json
+from vllm_agentserve.gpucheck.scripted_requests import (
+    Answers,
+    beside_requests,
+    first_answers,
+    from_json,
+    run_requests,
+    to_json,
+)
+from vllm_agentserve.processes.task import ChildResult
 
 DTYPES = ("bfloat16", "float32")
 """The first as users run it, with CUDA graphs and up to ties; the second exactly, if time is left."""
 LEAST_TOKENS = 1000
-"""The jobs whose chunks raise have at least so many: the prompts of `beside_requests`, and no warm-up."""
+"""Chunks that raise belong to jobs of at least so many tokens: the prompts of `beside_requests`, and no warm-up."""
 TRIES = 4
 """So often the jobs are run until three chunks have raised in a row: one run has two long prompts, and a lane that has failed may
 get none for a while."""
@@ -94,7 +102,7 @@ def scenarios(options: Mapping[str, Any]) -> dict[str, Any]:
     def scenario(name: str, before_step: Any = lambda step: None) -> None:
         llm.reset_prefix_cache()
         before = counters()
-        answers = run_requests(engine, beside_requests(), f"{name}-", before_step)
+        answers = first_answers(run_requests(engine, beside_requests(), f"{name}-", before_step))
         gained = {key: value - before.get(key, 0) for key, value in counters().items()}
         results[name] = {"answers": to_json(answers), "gained": gained}
 
@@ -134,8 +142,8 @@ def judge(reference: Answers, found: Mapping[str, Any], control: AnswerCompariso
     problems = []
     for name, one in found["scenarios"].items():
         missing = set(found["aborted"]) if name == "abort" else set()
-        jobs = [job for job in beside_requests() if job.name not in missing]
-        comparison = compare(reference, from_json(one["answers"]), jobs)
+        requests = [request for request in beside_requests() if request.name not in missing]
+        comparison = compare(reference, from_json(one["answers"]), requests)
         if control is not None:
             if (why := wrong(comparison, control)) is not None:
                 problems.append(f"{name}: {why}")
@@ -171,14 +179,14 @@ def judge_retired(found: Mapping[str, Any]) -> list[str]:
 
 def reference_of(check: CheckRun, dtype: str, arm: str) -> Answers | ChildResult:
     """The answers of an arm of the equality part, from that part where it has run."""
-    told = check.raw(name_of(dtype, arm))
-    if told is None:
+    found = check.raw(name_of(dtype, arm))
+    if found is None:
         options = {"setting": asdict(setting(check, arm, dtype)), "small": check.small}
         ended = check.run(name_of(dtype, arm), f"{PACKAGE}.equality:answer", options)
         if ended.error is not None:
             return ended
-        told = ended.result
-    return from_json(told["answers"])
+        found = ended.result
+    return from_json(found["answers"])
 
 
 def ended_early(dtype: str, line: str, ended: ChildResult) -> PartResult:
@@ -206,7 +214,7 @@ def run_one(check: CheckRun, dtype: str) -> PartResult:
     given = replace(given, engine={**given.engine, "num_gpu_blocks_override": blocks})
     ended = check.run(f"faults-{dtype}", f"{PACKAGE}.faults:scenarios", {"setting": asdict(given)}, check.patience_s)
     if ended.error is not None:
-        return ended_early(dtype, "the engine did not live through it", ended)
+        return ended_early(dtype, "the engine did not survive it", ended)
     found = ended.result
     problems = judge(reference, found, control) + judge_retired(found)
     page = []
@@ -236,12 +244,12 @@ def run(check: CheckRun) -> PartResult:
     figures = {dtype: one.figures for dtype, one in found.items()}
     if failed := [one.line for one in found.values() if one.status == "failed"]:
         return PartResult("failed", "; ".join(failed), page, figures)
-    through = [dtype for dtype, one in found.items() if one.status == "ok"]
-    if not through:
+    passed = [dtype for dtype, one in found.items() if one.status == "ok"]
+    if not passed:
         return PartResult("ran out of time", "; ".join(one.line for one in found.values()), page, figures)
     row = ", and three in a row, which retire the lane" if check.device == "cuda" else ""
     line = f"all tokens are stock's after an abort and a chunk that raised{row}"
     if not row:
         page += ["", "Three chunks that raise in a row: not run: no CUDA device."]
-    late = "".join(f"; {dtype}: too little time" for dtype in DTYPES if dtype not in through)
-    return PartResult("ok", f"{line}, in {' and in '.join(through)}{late}", page, figures)
+    late = "".join(f"; {dtype}: too little time" for dtype in DTYPES if dtype not in passed)
+    return PartResult("ok", f"{line}, in {' and in '.join(passed)}{late}", page, figures)

@@ -1,4 +1,4 @@
-"""Gaps between the tokens of streams: those with nobody else's prompt under way, and those beside one; how many are long."""
+"""Gaps between the tokens of streams: those without another request's prompt under way, those beside one; how many are long."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from vllm_agentserve.bench.metrics import needed
 from vllm_agentserve.bench.records import Record
 
 LONG = 2.0
-"""A gap of so many quiet steps is long: somebody's prompt got between two tokens."""
+"""A gap of so many quiet steps is long: a prompt was computed between two tokens."""
 SLOWED = 1.5
 """A gap of so many quiet steps is one in which the launch of a chunk, in slices, kept a decode step waiting."""
 
@@ -65,7 +65,7 @@ def quantile_of(values: Values, q: float) -> dict[str, Any]:
 
 
 def mean_of(values: Values) -> dict[str, Any]:
-    """The mean with the number of values; None of none."""
+    """The mean with the number of values; None without any."""
     return {"n": len(values), "ms": float(values.mean()) if len(values) else None}
 
 

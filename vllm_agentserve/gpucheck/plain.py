@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vllm_agentserve.lanes.cuda.green import SlotStreams
+from vllm_agentserve.lanes.cuda.green import SlotStreams, call
 from vllm_agentserve.lanes.lane import Slot
 from vllm_agentserve.vllm_compat import LaneError
 
@@ -31,8 +31,8 @@ class PlainLadder:
         self._handles: list[Any] = []
         try:
             attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
-            units = int(self._call("cuDeviceGetAttribute", attribute, self._call("cuDeviceGet", device)))
-            least, greatest = self._call("cuCtxGetStreamPriorityRange")
+            units = int(call(driver, "cuDeviceGetAttribute", attribute, call(driver, "cuDeviceGet", device)))
+            least, greatest = call(driver, "cuCtxGetStreamPriorityRange")
             streams = [wrap(self._stream(int(priority))) for priority in (greatest, least)]
         except BaseException:
             with contextlib.suppress(LaneError):
@@ -46,24 +46,22 @@ class PlainLadder:
         return self._slots
 
     @property
+    def own_queues(self) -> bool:
+        """Plain streams have none."""
+        return False
+
+    @property
     def streams(self) -> tuple[SlotStreams, ...]:
         return self._streams
 
     def _stream(self, priority: int) -> int:
         non_blocking = self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING
-        handle = self._call("cuStreamCreateWithPriority", non_blocking, priority)
+        handle = call(self._driver, "cuStreamCreateWithPriority", non_blocking, priority)
         self._handles.append(handle)
         return int(handle)
-
-    def _call(self, name: str, *arguments: Any) -> Any:
-        """As `GreenLadder._call`."""
-        error, *values = getattr(self._driver, name)(*arguments)
-        if int(error) != 0:
-            raise LaneError(f"{name} failed: CUDA error {int(error)}")
-        return None if not values else values[0] if len(values) == 1 else tuple(values)
 
     def close(self) -> None:
         """Destroys the streams. Raises `LaneError` with the driver's refusal."""
         self._slots, self._streams = (), ()
         while self._handles:
-            self._call("cuStreamDestroy", self._handles.pop())
+            call(self._driver, "cuStreamDestroy", self._handles.pop())

@@ -1,8 +1,8 @@
 """The prefill lane as vLLM sees it: a KV connector whose asynchronous loads are computed beside the decode steps.
 
 vLLM allocates the blocks, parks the request, publishes its blocks when they are written, and computes the prompt's last
-token itself; so sampling never leaves stock code. The half at the scheduler (`dispatch.py`) decides who goes to the lane, the
-half at the worker (`worker.py`) owns the lane.
+token itself; so sampling never leaves stock code. The half at the scheduler (`connector_scheduler.py`) decides which prompts go
+to the lane, the half at the worker (`connector_worker.py`) owns the lane.
 """
 
 from contextlib import AbstractContextManager
@@ -18,7 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker, lane_worker
+from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker, lane_provider
 from vllm_agentserve.lanes.lane import LaneReport
 from vllm_agentserve.policy.jobs import Job
 from vllm_agentserve.vllm_compat.weights import refuse_weight_updates
@@ -62,7 +62,7 @@ class LaneConnector(KVConnectorBase_V1):
         if role is KVConnectorRole.WORKER:
             refuse_weight_updates()
             options = AgentServeConfig.from_additional_config(vllm_config.additional_config)
-            self.half = lane_worker(options, vllm_config, kv_cache_config)
+            self.half = LaneConnectorWorker(options, lane_provider(options, vllm_config, kv_cache_config))
 
     # -- scheduler side -------------------------------------------------------------------------------------------------
 
@@ -86,7 +86,7 @@ class LaneConnector(KVConnectorBase_V1):
     # -- worker side ----------------------------------------------------------------------------------------------------
 
     def get_mem_pool_context(self) -> AbstractContextManager[None] | None:
-        return self.half.memory.allocation() if self.half.memory is not None else None
+        return self.half.kv_cache_memory()
 
     def register_kv_caches(self, kv_caches: dict[str, "torch.Tensor"]) -> None:
         self.half.start()

@@ -1,21 +1,18 @@
-"""The worker's half of the connector: it owns the lane, whichever provider it has, and starts it again when it dies."""
+"""The connector's half at the worker: it owns the lane, whichever provider makes it, and starts it again when it dies."""
 
 import time
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.logger import init_logger
 
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.lanes.lane import LaneReport, Outcome, PrefillLane
+from vllm_agentserve.lanes.lane import LaneProvider, LaneReport, NoLane, Outcome, PrefillLane
 from vllm_agentserve.policy.fence import StepFence
 from vllm_agentserve.policy.jobs import Job
 from vllm_agentserve.vllm_compat import LaneError
-
-if TYPE_CHECKING:
-    from vllm_agentserve.lanes.cpu.memory import KvMemory
 
 logger = init_logger("vllm.agentserve")
 
@@ -33,49 +30,40 @@ class LaneConnectorWorker:
 
     Args:
         options: how often a lane is started again.
-        memory: where vLLM's KV cache is allocated; None where the lane shares the worker's process.
-        start: makes a lane and waits until it is ready; raises `LaneError`.
-        restart: makes one without waiting; None where a lane is not made in the middle of service.
+        provider: makes the lanes of this worker.
     """
 
-    def __init__(
-        self,
-        options: AgentServeConfig,
-        memory: "KvMemory | None",
-        start: Callable[[], PrefillLane],
-        restart: Callable[[], PrefillLane] | None,
-    ) -> None:
+    def __init__(self, options: AgentServeConfig, provider: LaneProvider) -> None:
         self.options = options
-        self.memory = memory
         self.restarts = 0
-        self._make = start
-        self._make_again = restart
+        self._provider = provider
         self._computes = False
         self._failures = 0
         self._announce = False
         self._say_down = False
         self._new = True
-        """Whether the lane has not said its slots yet."""
+        """Whether the lane has not reported its slots yet."""
         self._begun: Any = None
-        self._lane: PrefillLane | None = None
+        self._lane: PrefillLane = NoLane()
         self._tried = False
-        self._retired: PrefillLane | None = None
-        """A lane that is gone, and is closed with the engine only: it shares the device with the steps."""
+        self._retired: PrefillLane = NoLane()
+        """A lane that has ended and is closed with the engine only, since it shares the device with the steps."""
         self._fence: StepFence[Job] = StepFence()
         self._sent: set[str] = set()
         """The requests whose jobs came with the step that has just run."""
-        self.warmed_up: Callable[[int, int], None] = lambda reserved, step: None
-        """Called when vLLM's own warm-up is over, with bytes: those kept free for the lane, and those of the temporaries of a
-        step. Raises `LaneError`."""
         self._cancelled: set[str] = set()
-        """Of the jobs the lane has: that they end without an error says nothing of the lane."""
+        """Cancelled jobs that the lane still has: that they end without an error says nothing about the lane."""
         self._refused: list[Outcome] = []
-        """Jobs that no lane took, until their outcome is told."""
+        """Jobs that no lane took, until their outcome is reported."""
+
+    def kv_cache_memory(self) -> AbstractContextManager[None] | None:
+        """Within it, vLLM allocates the worker's KV cache; None leaves that to vLLM."""
+        return self._provider.kv_cache_memory()
 
     def start(self) -> None:
         """Starts the lane and waits for it. Raises `LaneError`; in mode `auto` it says why everything is time-sliced."""
         try:
-            self._lane = self._make()
+            self._lane = self._provider.start(self.begin)
         except (LaneError, OSError) as error:
             if self.options.mode != "auto":
                 raise
@@ -85,10 +73,14 @@ class LaneConnectorWorker:
             self._tried = True
         logger.info("agentserve: prefill lane ready: %s.", self._lane.name)
 
+    def warmed_up(self, reserved: int, step: int) -> None:
+        """vLLM's own warm-up is over, see `PrefillLane.warmed_up`. Raises `LaneError`."""
+        self._lane.warmed_up(reserved, step)
+
     @property
     def may_have_lane(self) -> bool:
         """False when none was made and none will be, or the last one has ended with all its jobs."""
-        return self._lane is not None or not self._tried
+        return not self._tried or not isinstance(self._lane, NoLane)
 
     def begin(self, metadata: Any) -> None:
         """Begins a step once, whoever comes first: the provider, before anything is launched, or vLLM with the metadata."""
@@ -100,32 +92,33 @@ class LaneConnectorWorker:
         """A step begins: its new jobs, whether it runs the model, and how the device is divided."""
         self._computes = computes
         self._fence.begin_step(jobs)
-        if self._lane is not None:
-            self._lane.begin_step(computes, slot)
+        self._lane.begin_step(computes, slot)
 
     def launched(self) -> None:
-        """The worker's step has run, or is launched where the device works on its own; only now the lane hears of its jobs."""
+        """The worker's step has run, or is launched where the device works on its own; only now the lane gets its jobs."""
         lane, jobs = self._lane, self._fence.step_has_run()
         self._sent = {job.request_id for job in jobs}
         for job in jobs:
-            if lane is not None and lane.ready:
+            if lane.ready:
                 lane.submit(job)
             else:
                 self._refused.append(Outcome(job.request_id, "there is no lane that is ready"))
-        if lane is not None:
-            lane.launch()
+        lane.launch()
 
     def after_step(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        """The jobs that ended; `finished_req_ids` are requests nobody wants any more. They ended before the step was scheduled: a
-        job of this step with such an id is that of another request, which came later under the same id."""
+        """The jobs that ended.
+
+        Args:
+            finished_req_ids: requests that have ended, all before the step was scheduled. A job of this step with such an id
+                belongs to another request, which came later under the same id.
+        """
         lane = self._lane
         outcomes: list[Outcome] = []
-        if lane is not None:
-            for request_id in finished_req_ids - self._sent:
-                self._cancel(lane, request_id)
-            waits = lane.busy and not self._computes and not self._refused
-            if lane.busy or not lane.ready:
-                outcomes = lane.poll(IDLE_PATIENCE_S if waits else 0.0)
+        for request_id in finished_req_ids - self._sent:
+            self._cancel(request_id)
+        waits = lane.busy and not self._computes and not self._refused
+        if lane.busy or not lane.ready:
+            outcomes = lane.poll(IDLE_PATIENCE_S if waits else 0.0)
         return self._results(outcomes)
 
     def _results(self, outcomes: list[Outcome]) -> KVConnectorTransferResults:
@@ -134,17 +127,17 @@ class LaneConnectorWorker:
         failed = {outcome.request_id: outcome.error for outcome in outcomes if outcome.error is not None}
         for request_id, error in failed.items():
             logger.error("agentserve: the prefill lane failed on %s, which is computed again: %s", request_id, error)
-        # The scheduler sends nothing after a failure until it hears of a lane that can take jobs.
+        # After a failure the scheduler sends nothing until a report says that a lane can take jobs.
         self._announce |= bool(failed)
         self._keep_a_lane()
         return KVConnectorTransferResults(
             finished_recving={outcome.request_id for outcome in outcomes}, failed_recving=set(failed)
         )
 
-    def _cancel(self, lane: PrefillLane, request_id: str) -> None:
-        if request_id in lane.jobs():
+    def _cancel(self, request_id: str) -> None:
+        if request_id in self._lane.jobs():
             self._cancelled.add(request_id)
-            lane.cancel(request_id)
+            self._lane.cancel(request_id)
 
     def _count(self, outcomes: list[Outcome]) -> None:
         """Counts failures of the lane in a row; a job that was cancelled is none, and no success."""
@@ -161,8 +154,6 @@ class LaneConnectorWorker:
     def _keep_a_lane(self) -> None:
         """The one place where a lane ends: it is ended, its jobs get their outcomes from `poll`, and then another one is made."""
         lane = self._lane
-        if lane is None:
-            return
         if self._failures >= FAILURES_IN_A_ROW and lane.alive():
             lane.end(f"{self._failures} jobs failed, one after the other")
         if lane.gone:
@@ -172,8 +163,8 @@ class LaneConnectorWorker:
         """Starts another lane without waiting for it; the scheduler's half sends nothing for a while, or never again."""
         self._failures = 0
         self._say_down = True
-        self._lane = None
-        if self._make_again is None:
+        self._lane = NoLane()
+        if not self._provider.restarts:
             self._retired = lane
             logger.error("agentserve: the prefill lane has ended; from now on everything is time-sliced.")
             return
@@ -188,14 +179,14 @@ class LaneConnectorWorker:
             "agentserve: starting the prefill lane again (%d of %d).", self.restarts, self.options.lane_restarts
         )
         try:
-            self._lane, self._new = self._make_again(), True
+            self._lane, self._new = self._provider.restart(), True
         except Exception as error:
             logger.error(
                 "agentserve: the prefill lane cannot be started; from now on everything is time-sliced: %s", error
             )
 
     def drain(self) -> set[str]:
-        """Cancels every job and waits until none holds blocks; returns the requests whose blocks nobody writes any more.
+        """Cancels every job and waits until none holds blocks; returns the requests whose blocks are written by nothing any more.
 
         A lane that does not answer is ended. If even that takes too long, its jobs are left for later steps to report.
         """
@@ -203,28 +194,25 @@ class LaneConnectorWorker:
         self._refused += [Outcome(job.request_id) for job in self._fence.drop()]
         deadline, ending = time.monotonic() + DRAIN_LIMIT_S, False
         lane = self._lane
-        if lane is not None:
-            for request_id in lane.jobs():
-                self._cancel(lane, request_id)
-        while lane is not None and lane.busy:
+        for request_id in lane.jobs():
+            self._cancel(request_id)
+        while lane.busy:
             lane.begin_step(False, 0)
             lane.launch()
             ended |= self._results(lane.poll(DRAIN_PATIENCE_S)).finished_recving or set()
             if time.monotonic() > deadline:
                 if ending:
                     break
-                lane.end(f"it has not let go of its jobs within {DRAIN_LIMIT_S:g} s")
+                lane.end(f"its jobs have not ended within {DRAIN_LIMIT_S:g} s")
                 deadline, ending = time.monotonic() + DRAIN_LIMIT_S, True
         return ended | (self._results([]).finished_recving or set())
 
     def report(self) -> LaneReport | None:
-        """What the scheduler is to know of the lane, None when there is nothing new."""
+        """What the scheduler is to know about the lane, None when there is nothing new."""
         lane = self._lane
         if self._say_down:
             self._say_down = False
             return LaneReport(down=True)
-        if lane is None:
-            return None
         report = lane.report()
         if self._announce and lane.ready:
             self._announce = False
@@ -235,27 +223,18 @@ class LaneConnectorWorker:
 
     def close(self) -> None:
         for lane in (self._lane, self._retired):
-            if lane is not None:
-                lane.close()
-        self._lane = self._retired = None
+            lane.close()
+        self._lane, self._retired = NoLane(), NoLane()
 
 
-def lane_worker(options: AgentServeConfig, vllm_config: Any, kv_cache_config: Any) -> LaneConnectorWorker:
-    """The worker's half for this platform."""
+def lane_provider(options: AgentServeConfig, vllm_config: Any, kv_cache_config: Any) -> LaneProvider:
+    """The provider for this platform."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        from vllm_agentserve.lanes.cpu.process import ProcessLanes
+        from vllm_agentserve.lanes.cpu.provider import ProcessLaneProvider
 
-        lanes = ProcessLanes(options, vllm_config, kv_cache_config)
-        return LaneConnectorWorker(options, lanes.memory, lanes.start, lanes.restart)
-    from vllm_agentserve.lanes.cuda.stream import StreamLane
+        return ProcessLaneProvider(options, vllm_config, kv_cache_config)
+    from vllm_agentserve.lanes.cuda.provider import StreamLaneProvider
 
-    def start() -> PrefillLane:
-        lane = StreamLane.start(options, vllm_config, kv_cache_config)
-        lane.follow(worker.begin)
-        worker.warmed_up = lane.warmed_up
-        return lane
-
-    worker = LaneConnectorWorker(options, None, start, None)
-    return worker
+    return StreamLaneProvider(options, vllm_config, kv_cache_config)

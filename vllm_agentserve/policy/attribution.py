@@ -9,9 +9,8 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from vllm_agentserve.policy.call import Call
+from vllm_agentserve.policy.call import Call, Owner
 from vllm_agentserve.policy.program import SESSION
 
 WEAK_OUTPUT_TOKENS = 4
@@ -148,26 +147,18 @@ class Families:
         return known
 
 
-@dataclass(frozen=True)
-class Owner:
-    """The program of a request, and where in it the request belongs.
+class NoAttribution:
+    """Nobody asks whose a request is: each is its own. Also the interface of `Attribution`."""
 
-    Args:
-        key: of the program.
-        path_ms: length of the path to the request, see `ProgramTable`; None: the program's longest.
-        thread: of the program that it continues.
-        end: number of the end of the call it goes on from.
-        source: `explicit`: its client names it; `inferred` from its prompt; `new`: the first of a program.
-    """
+    def owner(self, call: Call) -> Owner:
+        """Whose a request is."""
+        return Owner(f"request {call.name}", 0.0, source="new")
 
-    key: str
-    path_ms: float | None = None
-    thread: str | None = None
-    end: int | None = None
-    source: Literal["explicit", "inferred", "new"] = "explicit"
+    def remember(self, call: Call, path_ms: float, end: int) -> None:
+        """The call has ended, with a path of this length to its end, which has this number; others may go on from its answer."""
 
 
-class Attribution:
+class Attribution(NoAttribution):
     """Says whose a request is, and remembers finished ones.
 
     Args:
@@ -194,10 +185,8 @@ class Attribution:
             return Owner(found.program, found.path_ms, hints.thread, found.end, "inferred")
         return Owner(f"request {call.name}", 0.0, hints.thread, source="new")
 
-    def remember(self, call: Call, key: str, path_ms: float, end: int) -> None:
-        """The call has ended, with a path of this length to its end, which has this number; others may go on from its answer."""
+    def remember(self, call: Call, path_ms: float, end: int) -> None:
         request = call.request
-        if request.num_output_tokens:
-            self._lineage.remember(
-                key, path_ms, request.block_hashes, request.all_token_ids, request.num_prompt_tokens, end
-            )
+        if request.num_output_tokens and call.owner is not None:
+            key, prompt_tokens = call.owner.key, request.num_prompt_tokens
+            self._lineage.remember(key, path_ms, request.block_hashes, request.all_token_ids, prompt_tokens, end)

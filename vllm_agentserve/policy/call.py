@@ -6,7 +6,7 @@ What can be derived (tokens left, whether it waits) is derived here and nowhere 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from math import inf
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from vllm_agentserve.policy.hints import NONE, Hints
 from vllm_agentserve.policy.phase import Phase
@@ -29,6 +29,25 @@ class Chunk(NamedTuple):
     phase: Phase
     tokens: int
     context: int
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The program of a request, and where in it the request belongs.
+
+    Args:
+        key: of the program.
+        path_ms: length of the path to the request, see `ProgramTable`; None: the program's longest.
+        thread: of the program that it continues.
+        end: number of the end of the call it goes on from.
+        source: `explicit`: its client names it; `inferred` from its prompt; `new`: the first of a program.
+    """
+
+    key: str
+    path_ms: float | None = None
+    thread: str | None = None
+    end: int | None = None
+    source: Literal["explicit", "inferred", "new"] = "explicit"
 
 
 @dataclass(slots=True)
@@ -74,7 +93,12 @@ class Call:
         phase: of its prompt, decided when a step first computes part of it.
         served_as: the queue whose share of the budget it gets; None unless steps are computing its prompt.
         lost_ms: what it would lose at most by the preemption that it still has to make up for; None without one.
-        program: its part in a program, where programs are told apart.
+        owner: the program it belongs to; None where nobody asks.
+        program: its part in a program, where calls are ordered by programs.
+        held_since_s: when load control began to hold it, in s.
+        cached_tokens: tokens of its prompt that the KV cache held when it was first admitted; None before that.
+        computed_tokens: tokens of its prompt that were scheduled so far, those computed again after a preemption included.
+        computed_ms: what these take of the whole device.
         lane: what the prefill lane has to do with it.
     """
 
@@ -93,7 +117,12 @@ class Call:
     phase: Phase | None = None
     served_as: Phase | None = None
     lost_ms: float | None = None
+    owner: Owner | None = None
     program: "ProgramCall | None" = None
+    held_since_s: float = 0.0
+    cached_tokens: int | None = None
+    computed_tokens: int = 0
+    computed_ms: float = 0.0
     lane: LaneState = field(default_factory=LaneState)
 
     @property

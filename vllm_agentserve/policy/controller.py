@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from vllm_agentserve.policy.budget import UNLIMITED, StepBudget, TrustRegion
 from vllm_agentserve.policy.call import Chunk
 from vllm_agentserve.policy.latency import StepModel, TpotWindow
+from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.policy.target import NOTHING, Backlog, TargetTrade
 
 
@@ -147,14 +148,13 @@ class BudgetController:
         budget: StepBudget | None,
     ) -> None:
         target_ms = budget.target_ms if budget is not None and budget.target_ms != UNLIMITED else self._target_ms
-        pairs = [(tokens, before) for _, tokens, before in chunks]
         if not sequences or interval_ms is None:
             # Steps without decodes have other chunks than mixed ones: they only serve until mixed ones have been seen.
             if not regime.trust.tried:
-                regime.model.learn_prefill(sequences, context, pairs, step_ms)
+                regime.model.learn_prefill(sequences, context, chunks, step_ms)
                 regime.trust.tried_alone(chunks, step_ms * self._depth / target_ms)
             return
-        predicted = regime.model.learn_prefill(sequences, context, pairs, interval_ms)
+        predicted = regime.model.learn_prefill(sequences, context, chunks, interval_ms)
         if admitted:
             excess_ms = min(interval_ms - predicted, 0.5 * target_ms / self._depth)
             regime.admission_ms = max(regime.admission_ms + 0.3 * (excess_ms - regime.admission_ms), 0.0)
@@ -203,7 +203,7 @@ class BudgetController:
         target_ms, _ = self._weighed(sequences, context, self._step_tokens, Backlog(1, tokens), self.whole)
         chunk = max(model.tokens_within(self._prefill_ms(self.whole, sequences, context, target_ms), halfway), 1)
         chunk = min(max(chunk, self.limits.prefill_floor_tokens), max(tokens, 1))
-        return chunk / max(model.step_ms(sequences, context, [(chunk, halfway)]), 0.01) * 1000
+        return chunk / max(model.step_ms(sequences, context, [Chunk(Phase.COLD_PREFILL, chunk, halfway)]), 0.01) * 1000
 
     def prompt_ms(self, tokens: int, context: int) -> float:
         """What so many tokens of a prompt over `context` computed ones cost, in ms of the whole device."""
@@ -226,7 +226,7 @@ class BudgetController:
         if rate is None:
             return self._target_ms, 0.0
         alone_ms = model.decode_ms(sequences, context) * self._depth
-        stock_ms = model.step_ms(sequences, context, [(max_tokens, 0)]) * self._depth
+        stock_ms = model.step_ms(sequences, context, [Chunk(Phase.COLD_PREFILL, max_tokens, 0)]) * self._depth
         read_ms = backlog.tokens / rate * 1000
         target_ms = self.trade.target_ms(self._target_ms, alone_ms, sequences, backlog, read_ms, stock_ms)
         return target_ms, self.trade.stretch_ms(target_ms, stock_ms)

@@ -6,6 +6,7 @@ The scheduler drives this object with vLLM's requests, the simulator with its ow
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Protocol
 
+from vllm_agentserve.policy.attribution import NoAttribution
 from vllm_agentserve.policy.budget import StepBudget
 from vllm_agentserve.policy.call import Call, Chunk
 from vllm_agentserve.policy.controller import BudgetController
@@ -45,6 +46,7 @@ class EnginePolicy:
         controller: turns step times into budgets.
         counts: what `/metrics` counts; gets `overdue_requests`.
         clock: seconds, of waiting times, programs and deadlines.
+        attribution: says whose a call is.
         programs: order of calls by their programs.
         bypass_steps: engine steps a call may be overtaken before it goes first; infinite for no bound.
         batch_bypass_steps: the same for calls of class batch; None for the same.
@@ -58,6 +60,7 @@ class EnginePolicy:
         controller: BudgetController,
         counts: MutableMapping[str, float],
         clock: Callable[[], float],
+        attribution: NoAttribution,
         programs: NoPrograms,
         bypass_steps: float = BYPASS_STEPS,
         batch_bypass_steps: float | None = None,
@@ -67,6 +70,7 @@ class EnginePolicy:
         self._engine = engine
         self.controller = controller
         self._counts = counts
+        self._attribution = attribution
         self.programs = programs
         self._now = clock
         self.cuts = cuts
@@ -85,6 +89,7 @@ class EnginePolicy:
 
     def arrive(self, call: Call) -> None:
         """A call came; it is in the waiting list only after it was added there."""
+        call.owner = self._attribution.owner(call)
         self.programs.arrives(call, self._now())
 
     def phase(self, call: Call, computed: int) -> Phase:
@@ -116,7 +121,7 @@ class EnginePolicy:
         """The call is finished or aborted: nothing is known of it from now on."""
         if call.request.num_computed_tokens > 0:
             self.sessions.touch(call.request.session_id)
-        self.programs.ends(call, self._now())
+        self._attribution.remember(call, *self.programs.ends(call, self._now()))
         self.waiting.forget(call)
         self.stops(call)
 
@@ -225,15 +230,25 @@ class EnginePolicy:
     def computes(self, call: Call, chunk: Chunk, first: bool, last: bool) -> None:
         """A chunk of a prompt is scheduled: the `first` since the call was admitted, the `last` of the prompt, or both."""
         if first:
-            self.programs.runs(call, chunk.context)
-        self.programs.computes(call, chunk, self._now())
+            self._runs(call, chunk.context)
+        self._takes(call, chunk)
         if last:
             self.stops(call)
             self.programs.decodes(call)
 
     def lane_computes(self, call: Call, chunk: Chunk) -> None:
         """A prompt goes to the prefill lane, which computes this much of it."""
-        self.programs.runs(call, chunk.context)
+        self._runs(call, chunk.context)
+        self._takes(call, chunk)
+
+    def _runs(self, call: Call, computed: int) -> None:
+        if call.cached_tokens is None:
+            call.cached_tokens = computed
+        self.programs.runs(call, computed)
+
+    def _takes(self, call: Call, chunk: Chunk) -> None:
+        call.computed_tokens += chunk.tokens
+        call.computed_ms += self.controller.prompt_ms(chunk.tokens, chunk.context)
         self.programs.computes(call, chunk, self._now())
 
     def stops(self, call: Call) -> None:

@@ -29,12 +29,16 @@ class Hints:
         thread: which of the program's threads the call continues.
         deadline_ms: the call should be through so long after it came.
         batch: whether nobody waits for the answer: every interactive call goes first.
+        last: whether the program ends with the call.
+        tool: what the program does after the call, until its next one.
     """
 
     parent: str | None = None
     thread: str | None = None
     deadline_ms: float | None = None
     batch: bool = False
+    last: bool = False
+    tool: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,17 @@ def is_batch(value: Any) -> bool | None:
     return CLASSES.index(value) == 1 if isinstance(value, str) and value in CLASSES else None
 
 
+def truth(value: Any) -> bool | None:
+    return bool(value) if isinstance(value, (bool, int)) and value in (0, 1) else None
+
+
 NAME = f"a string of 1 to {LONGEST_NAME} printable characters"
 KNOWN: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "agent_parent": ("parent", name, NAME),
     "agent_thread": ("thread", name, NAME),
     "agent_deadline_ms": ("deadline_ms", deadline, f"a number above 0, at most {LONGEST_DEADLINE_MS:.0f}"),
+    "agent_last": ("last", truth, "true or false"),
+    "agent_tool": ("tool", name, NAME),
     "agent_class": ("batch", is_batch, " or ".join(repr(one) for one in CLASSES)),
 }
 """By name in `vllm_xargs`: the field, what reads it (None where it is wrong), and what is allowed."""

@@ -53,7 +53,7 @@ def _unpacked(request_id: str, token_ids: Any, block_ids: tuple[Any, ...], start
 
 
 @dataclass(frozen=True)
-class Chunk:
+class JobChunk:
     """Tokens [position, position + tokens) of a job; `first` when nothing of it ran before, `last` when nothing will after."""
 
     job: Job
@@ -83,7 +83,7 @@ class ChunkQueue:
         self._jobs[job.request_id] = job
         self._came[job.request_id] = self._taken
 
-    def take(self, tokens: int) -> Chunk:
+    def take(self, tokens: int) -> JobChunk:
         """The next chunk of at most `tokens` tokens; counts as run. Raises `LookupError` when there is no job."""
         if not self._jobs:
             raise LookupError("the lane has no job")
@@ -105,7 +105,7 @@ class ChunkQueue:
         self._position[name] = position + length
         self._taken += 1
         self._came[name] = self._taken
-        return Chunk(job, position, length, first, position + length >= job.end)
+        return JobChunk(job, position, length, first, position + length >= job.end)
 
     def drop(self, request_id: str) -> bool:
         """Forgets a job; returns whether a chunk of it has been taken."""

@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Sequence
 from math import sqrt
 
+from vllm_agentserve.policy.call import Chunk
+
 NO_BOUND = 1 << 30
 """More tokens than any prompt has."""
 
@@ -92,7 +94,7 @@ def _conditioned(covariance: list[list[float]], index: int, weights: list[float]
 class StepModel:
     """Predicts the duration of an engine step in ms from its decodes and its prefill chunks; learns from every step.
 
-    A chunk is a pair (tokens, context): how many prompt tokens it computes and how many tokens were computed before it.
+    What counts of a chunk is how many prompt tokens it computes, and over how many computed ones.
     """
 
     NOISE = 0.1
@@ -151,10 +153,10 @@ class StepModel:
         p, c = tokens / 1000, (context + tokens) / 1000
         return (a0 if first else 0.0) + a1 * c + a2 * p + a3 * p * (c - p / 2)
 
-    def step_ms(self, sequences: int, context: int, chunks: Sequence[tuple[int, int]]) -> float:
+    def step_ms(self, sequences: int, context: int, chunks: Sequence[Chunk]) -> float:
         """The predicted duration of a step with these decodes (their number and summed context) and chunks."""
         total = self.decode_ms(sequences, context)
-        for index, (tokens, before) in enumerate(chunks):
+        for index, (_, tokens, before) in enumerate(chunks):
             total += self.chunk_ms(tokens, before, first=index == 0)
         return total
 
@@ -201,9 +203,7 @@ class StepModel:
         predicted_ms = max(predicted_ms, 0.1)
         return min(max(duration_ms, predicted_ms / self.OUTLIER), predicted_ms * self.OUTLIER)
 
-    def learn_prefill(
-        self, sequences: int, context: int, chunks: Sequence[tuple[int, int]], duration_ms: float
-    ) -> float:
+    def learn_prefill(self, sequences: int, context: int, chunks: Sequence[Chunk], duration_ms: float) -> float:
         """Takes in a step with prefill chunks, with or without decodes; returns what it would have predicted."""
         base = self.decode_ms(sequences, context)
         predicted = self.step_ms(sequences, context, chunks)
@@ -220,7 +220,7 @@ class StepModel:
             ratio = (duration_ms - base) / max(predicted - base, 0.1) * self._slowness
             self._slowness += 0.1 * (min(max(ratio, 0.4), self.OUTLIER) - self._slowness)
         features = [1.0, 0.0, 0.0, 0.0]
-        for tokens, before in chunks:
+        for _, tokens, before in chunks:
             p, c = tokens / 1000, (before + tokens) / 1000
             features[1] += c
             features[2] += p

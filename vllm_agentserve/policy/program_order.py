@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 
-from vllm_agentserve.policy.attribution import Owner
 from vllm_agentserve.policy.call import Call, Chunk
 from vllm_agentserve.policy.preemption import PreemptionAccount
 from vllm_agentserve.policy.programs import ProgramTable
@@ -36,8 +35,9 @@ class NoPrograms:
     def stepped(self, sequences: int, step_ms: float, chunks: Sequence[Chunk]) -> None:
         """A step with so many decodes and these chunks took so long."""
 
-    def ends(self, call: Call, now: float) -> None:
-        """The call is finished or aborted."""
+    def ends(self, call: Call, now: float) -> tuple[float, int]:
+        """The call is finished or aborted; returns the length of the path to its end in ms, and the number of that end."""
+        return 0.0, 0
 
     def faults(self, calls: Iterable[Call]) -> list[str]:
         """What does not agree, `calls` being all there are; O(n)."""
@@ -49,8 +49,6 @@ class ProgramOrder(NoPrograms):
 
     Args:
         table: of the programs.
-        owner: says whose a call is.
-        remember: is called with a call that ended, its program's key, the length of the path to its end and the end's number.
         prompt_ms: what so many tokens over so many computed ones cost, in ms.
         account: of the work that preempted calls lose.
         counts: gets `program_explicit_requests` and its like.
@@ -62,8 +60,6 @@ class ProgramOrder(NoPrograms):
     def __init__(
         self,
         table: ProgramTable,
-        owner: Callable[[Call], Owner],
-        remember: Callable[[Call, str, float, int], None],
         prompt_ms: Callable[[int, int], float],
         account: PreemptionAccount,
         counts: MutableMapping[str, float],
@@ -72,12 +68,12 @@ class ProgramOrder(NoPrograms):
         self.table = table
         self.account = account
         self.prompt_ms = prompt_ms
-        self._owner, self._remember = owner, remember
         self._counts = counts
         self._alternates = alternates
 
     def arrives(self, call: Call, now: float) -> None:
-        owner = self._owner(call)
+        owner = call.owner
+        assert owner is not None
         self._counts[f"program_{owner.source}_requests"] += 1
         self.table.arrive(call, owner.key, owner.path_ms, now, owner.thread, owner.end)
 
@@ -115,11 +111,10 @@ class ProgramOrder(NoPrograms):
         share = min(sequences / decoding, 1.0) if self._alternates else 1.0
         self.table.advance(max(rest_ms, 0.0) / decoding, step_ms, share)
 
-    def ends(self, call: Call, now: float) -> None:
+    def ends(self, call: Call, now: float) -> tuple[float, int]:
         self.account.settle(call, 0.0)
         ended = self.table.finish(call, now)
-        if ended is not None:
-            self._remember(call, *ended, self.table.ended)
+        return (ended[1], self.table.ended) if ended is not None else (0.0, 0)
 
     def faults(self, calls: Iterable[Call]) -> list[str]:
         return self.table.faults(calls)

@@ -13,6 +13,13 @@ Entry = tuple[AdmissionKey, int, Call]
 """Key and number of arrival, which differs for all, and the call."""
 
 
+class Held:
+    """What a call waits for that is parked until its program may begin."""
+
+
+HELD = Held()
+
+
 def lane_takes(room: int | None, filling: Container[Hashable]) -> Callable[[Call], bool]:
     """Which parked calls need not wait any longer for a prefill lane; asked of one after the other, in their order.
 
@@ -24,6 +31,8 @@ def lane_takes(room: int | None, filling: Container[Hashable]) -> Callable[[Call
 
     def takes(call: Call) -> bool:
         nonlocal left
+        if call.awaited is HELD:
+            return False
         if call.awaited is not None:
             return call.awaited not in filling
         left -= 1
@@ -326,6 +335,10 @@ class WaitingList(VllmOrder):
         """It goes first when there is room; one that still waits for room as many steps later waits for the lane no longer. One
         that waits for a block stays: it would compute what the lane is computing already."""
         awaited = call.awaited
+        if awaited is HELD:
+            # Nobody overtakes it: it has not begun to wait for a step.
+            self._bound(call).enter(call, self.step)
+            return
         call.has_waited = call.overdue and awaited is None
         self._out(call)
         call.overdue = True

@@ -22,7 +22,7 @@ from vllm_agentserve.policy.hints import read_hints
 from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.policy.waiting import WaitingList
 from vllm_agentserve.scheduler.features import Events
-from vllm_agentserve.scheduler.features.build import build_features, lane_of, program_order
+from vllm_agentserve.scheduler.features.build import attribution_of, build_features, lane_of, program_order
 from vllm_agentserve.scheduler.integrity import Integrity
 from vllm_agentserve.scheduler.log_messages import LogMessages
 from vllm_agentserve.scheduler.stats import StatsCollector
@@ -71,30 +71,32 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         self.calls: dict[str, Call] = {}
         """All that is known of requests, by their ids, from arrival to end."""
         block_size = int(self.cache_config.block_size)
-        programs = program_order(options if orders else None, controller, self.counts, block_size, stages > 1)
-        self.policy = EnginePolicy(
+        attribution = attribution_of(options, orders, block_size)
+        programs = program_order(options if orders else None, controller, self.counts, stages > 1)
+        self.engine_policy = EnginePolicy(
             self,
             controller,
             self.counts,
             perf_counter,
+            attribution,
             programs,
             options.bypass_steps,
             options.batch_bypass_steps,
             orders=orders,
             cuts=budget_obstacle is None,
         )
-        if isinstance(self.policy.waiting, WaitingList):
-            self.waiting = AgentQueue(self.policy.waiting, self.calls)
-        self._lane = lane_of(self, options, self.policy, self.calls, self.counts)
-        self._events = Events([self._lane, *build_features(self, options, self.policy, self.calls, self.counts)])
-        self._log = StepLog(self.policy, self._stats, self._events.finished)
+        if isinstance(self.engine_policy.waiting, WaitingList):
+            self.waiting = AgentQueue(self.engine_policy.waiting, self.calls)
+        self._lane = lane_of(self, options, self.engine_policy, self.calls, self.counts)
+        self._events = Events([self._lane, *build_features(self, options, self.engine_policy, self.calls, self.counts)])
+        self._log = StepLog(self.engine_policy, self._stats, self._events.finished)
         self._decode_width = 1 + self.num_spec_tokens
         self._report_interval_s = options.stats_interval_ms / 1000
         self._next_report = 0.0
         self._overlaps = stages > 1 or isinstance(self, AsyncScheduler)
         self._stock_limit = getattr(super(), compat.CHUNK_LIMIT)
         self._said = LogMessages(logger)
-        checks = [self.policy.faults, *(feature.faults for feature in self._events.features)]
+        checks = [self.engine_policy.faults, *(feature.faults for feature in self._events.features)]
         self.integrity = Integrity(self, self.calls, checks, options.integrity_check_interval_s)
         lanes, asynchronous = compat.has_lane_connector(self), isinstance(self, AsyncScheduler)
         self._said.startup(options, lanes, asynchronous, budget_obstacle, order_obstacle)
@@ -111,7 +113,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> "SchedulerOutput":
         started = perf_counter()
-        if not self.policy.prefilling and not len(self.waiting) and not self.kv_holding_waiting:
+        if not self.engine_policy.prefilling and not len(self.waiting) and not self.kv_holding_waiting:
             output = super().schedule(throttle_prefills)
             sequences = len(output.num_scheduled_tokens)
             context = self._decode_context() if sequences and self._log.wants_context() else 0
@@ -120,7 +122,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         return self._schedule_with_prefills(throttle_prefills, started)
 
     def _schedule_with_prefills(self, throttle_prefills: bool, started: float) -> "SchedulerOutput":
-        policy, events = self.policy, self._events
+        policy, events = self.engine_policy, self._events
         decodes = self._count_decodes()
         context = self._decode_context() if decodes else 0
         for before_step in events.before_step:
@@ -149,7 +151,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
 
     def _count_decodes(self) -> int:
         """The sequences whose streams would notice a long step."""
-        running, prefills = self.running, len(self.policy.prefilling)
+        running, prefills = self.running, len(self.engine_policy.prefilling)
         if self._log and not self._overlaps:
             # Steps are in flight although none should be: what they carry has nothing to decode before they are back.
             return sum(request.num_tokens > request.num_computed_tokens for request in running) - prefills
@@ -161,20 +163,20 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         if call.served_as is None:
             if running:
                 return self._stock_limit(request, num_computed_tokens, num_new_tokens)
-            self.policy.admit(call, num_computed_tokens)
-        if num_new_tokens > self._decode_width and self.policy.cuts:
+            self.engine_policy.admit(call, num_computed_tokens)
+        if num_new_tokens > self._decode_width and self.engine_policy.cuts:
             obstacle = compat.cut_obstacle(self, request)
             if obstacle is None:
-                num_new_tokens = self.policy.grant(call, num_new_tokens, num_computed_tokens, new=not running)
+                num_new_tokens = self.engine_policy.grant(call, num_new_tokens, num_computed_tokens, new=not running)
             else:
                 self._said.prefill_not_cut(obstacle)
-                self.policy.charge(call, num_new_tokens, num_computed_tokens)
+                self.engine_policy.charge(call, num_new_tokens, num_computed_tokens)
         return self._stock_limit(request, num_computed_tokens, num_new_tokens)
 
     def _take_chunks(self, output: "SchedulerOutput") -> tuple[list[Chunk], bool]:
         """Reads back which prefill chunks really run and whether one is the first of its prompt; counts admissions and
         forgets prefills that have ended."""
-        policy, scheduled = self.policy, output.num_scheduled_tokens
+        policy, scheduled = self.engine_policy, output.num_scheduled_tokens
         new = {data.req_id for data in output.scheduled_new_reqs} | output.scheduled_cached_reqs.resumed_req_ids
         chunks: list[Chunk] = []
         cold_ended = False
@@ -223,7 +225,9 @@ class AgentScheduler(UpstreamHooks, Scheduler):
 
     def report(self) -> dict[str, float]:
         """What was counted since the last report, and the values of the gauges."""
-        return self._stats.take(self.policy.pending_tokens, [feature.report for feature in self._events.features])
+        return self._stats.take(
+            self.engine_policy.pending_tokens, [feature.report for feature in self._events.features]
+        )
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         for before_stats in self._events.before_stats:
@@ -242,7 +246,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         known = request.request_id in self.requests  # another part of a prompt that is streamed
         if not known:
             self._arrives(request)
-        self.policy.waiting.step = self.current_step  # quiet steps do not tell it
+        self.engine_policy.waiting.step = self.current_step  # quiet steps do not tell it
         super().add_request(request)
         if not known:
             call = self.calls[request.request_id]
@@ -259,16 +263,16 @@ class AgentScheduler(UpstreamHooks, Scheduler):
             self._said.invalid_hint(error)
         due = inf if hints.deadline_ms is None else perf_counter() + hints.deadline_ms / 1000
         call = self.calls[request.request_id] = Call(request, hints, due)
-        self.policy.arrive(call)
+        self.engine_policy.arrive(call)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        self.policy.waiting.step = self.current_step
-        self.policy.stops(self.calls[request.request_id])
+        self.engine_policy.waiting.step = self.current_step
+        self.engine_policy.stops(self.calls[request.request_id])
         super()._preempt_request(request, *args, **kwargs)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         call = self.calls.pop(request.request_id)
-        self.policy.end(call)
+        self.engine_policy.end(call)
         for freed in self._events.freed:
             freed(call)
         return super()._free_request(request, *args, **kwargs)

@@ -10,14 +10,14 @@ import json
 from typing import Any, get_args
 
 from vllm_agentserve.bench.cost import SERVER_GPU, StepCost
-from vllm_agentserve.bench.programs import SHAPES, SLOTS, draw_programs
+from vllm_agentserve.bench.programs import KINDS, SLOTS, draw_programs
 from vllm_agentserve.simulator.policies import figures, simulate
 from vllm_agentserve.simulator.simulator import Order
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m vllm_agentserve.simulator", description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=list(SHAPES), default="mixed")
+    parser.add_argument("--shape", choices=list(KINDS), default="mixed")
     parser.add_argument("--programs", type=int, default=2000)
     parser.add_argument("--load", type=float, nargs="+", default=[0.5, 0.8, 0.95])
     parser.add_argument("--slots", type=int, default=SLOTS)

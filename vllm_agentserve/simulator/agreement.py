@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -25,9 +24,10 @@ from vllm_agentserve.bench.calls import ProgramShape, in_blocks, tool_chain_s
 from vllm_agentserve.bench.cost import StepCost, read_cost, write_cost
 from vllm_agentserve.bench.measure import quantiles
 from vllm_agentserve.bench.program_figures import program_figures
-from vllm_agentserve.bench.program_traffic import PROGRAM_WORKLOADS, Programs, sessions_of
+from vllm_agentserve.bench.program_traffic import PROGRAM_WORKLOADS, ProgramOptions, sessions_of
 from vllm_agentserve.bench.server import has_nvidia_driver, serving_environment
 from vllm_agentserve.bench.sessions import longest_context, warm_up_of
+from vllm_agentserve.processes.starter import call
 from vllm_agentserve.simulator.calls import Ended
 from vllm_agentserve.simulator.policies import simulate
 from vllm_agentserve.simulator.simulator import Order
@@ -107,7 +107,7 @@ def run_engine(given: Mapping[str, Any], policy: str, number: int) -> dict[str, 
 
 
 def drawn(given: Mapping[str, Any], number: int) -> list[ProgramShape]:
-    chosen = Programs(
+    chosen = ProgramOptions(
         given["programs"],
         given["load"],
         given["scale"],
@@ -179,17 +179,16 @@ def summary(per_token_ms: Sequence[float], makespan_s: float) -> dict[str, float
 
 
 def in_child(given: Mapping[str, Any], task: str, number: int = 0) -> dict[str, Any]:
-    """Runs a task, "calibration" or a policy, in a process of its own; raises `RuntimeError` when it fails."""
+    """Runs a task, "calibration" or a policy, in a process of its own. Raises `ChildError` when it fails."""
     environment = serving_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
-    command = [sys.executable, "-m", __spec__.name, "--worker", task, str(number), json.dumps(given)]
-    done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{task} ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    options = {"task": task, "number": number, "given": dict(given)}
+    return dict(call(f"{__spec__.name}:work", options, environment))
 
 
-def work(task: str, number: int, given: Mapping[str, Any]) -> dict[str, Any]:
-    return calibrate(given) if task == "calibration" else run_engine(given, task, number)
+def work(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A task, in the child process; `options` are those of `in_child`."""
+    task, given = options["task"], options["given"]
+    return calibrate(given) if task == "calibration" else run_engine(given, task, options["number"])
 
 
 def compare(given: dict[str, Any], policies: Sequence[Order], rounds: int) -> list[dict[str, Any]]:
@@ -220,9 +219,6 @@ def compare(given: dict[str, Any], policies: Sequence[Order], rounds: int) -> li
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["--worker"]:
-        print("\n" + json.dumps(work(sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4]))))
-        return 0
     parser = argparse.ArgumentParser(
         prog="python -m vllm_agentserve.simulator.agreement", description=__doc__.splitlines()[0]
     )

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from vllm_agentserve.bench.calls import CallShape, ProgramShape
+from vllm_agentserve.bench.calls import CallShape, ProgramShape, program_walk
+from vllm_agentserve.bench.walk import Walk
 
 
 @dataclass
@@ -36,6 +37,11 @@ class Live:
     ends: dict[int, tuple[float, int]] = field(default_factory=dict)
     """By call: the path to its end, and the number of that, as the program table counts them; 0 without one."""
     served: int = 0
+    walk: Walk[int] = field(init=False)
+    """Its calls by index, and what each of them waits for."""
+
+    def __post_init__(self) -> None:
+        self.walk = program_walk(self.shape.calls)
 
 
 @dataclass(eq=False)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from vllm_agentserve.bench.cost import StepCost
+from vllm_agentserve.policy.call import Chunk
 from vllm_agentserve.policy.latency import StepModel
 
 
@@ -23,9 +24,7 @@ class KnownModel(StepModel):
     def learn_decode(self, sequences: int, context: int, duration_ms: float) -> None:
         pass
 
-    def learn_prefill(
-        self, sequences: int, context: int, chunks: Sequence[tuple[int, int]], duration_ms: float
-    ) -> float:
+    def learn_prefill(self, sequences: int, context: int, chunks: Sequence[Chunk], duration_ms: float) -> float:
         return self.step_ms(sequences, context, chunks)
 
     def chunk_ms(self, tokens: int, context: int, first: bool = True) -> float:

@@ -15,8 +15,8 @@ from typing import Literal
 
 from vllm_agentserve.bench.calls import ProgramShape, forks, origin, tool_chain_s
 from vllm_agentserve.bench.cost import StepCost
-from vllm_agentserve.policy.attribution import Owner
-from vllm_agentserve.policy.call import Call, Chunk
+from vllm_agentserve.bench.walk import DueCall
+from vllm_agentserve.policy.call import Call, Chunk, Owner
 from vllm_agentserve.policy.controller import BudgetController, BudgetLimits
 from vllm_agentserve.policy.engine import EnginePolicy
 from vllm_agentserve.policy.order import BYPASS_STEPS, PATIENT_BYPASS_STEPS
@@ -75,12 +75,12 @@ class Simulator:
         programs: NoPrograms = NoPrograms()
         if table is not None:
             account = PreemptionAccount(0.0)
-            programs = ProgramOrder(table, self._owner, self._remember, controller.prompt_ms, account, counts)  # type: ignore[arg-type]
+            programs = ProgramOrder(table, controller.prompt_ms, account, counts)  # type: ignore[arg-type]
         elif order in ORACLES:
             programs = ORACLES[order]()
         bound = patience if patience is not None else PATIENCE.get(order, inf)
         kind, cuts = (StockPolicy, False) if order == "stock" else (EnginePolicy, True)
-        self.policy = kind(self, controller, counts, lambda: self._now, programs, bound, cuts=cuts)  # type: ignore[arg-type]
+        self.policy = kind(self, controller, counts, lambda: self._now, self, programs, bound, cuts=cuts)  # type: ignore[arg-type]
         assert isinstance(self.policy.waiting, WaitingList)
         self._waiting: WaitingList = self.policy.waiting
         self._decoding: list[Call] = []
@@ -94,24 +94,20 @@ class Simulator:
     def is_preempted(self, call: Call) -> bool:
         return False
 
-    @staticmethod
-    def _owner(call: Call) -> Owner:
+    def owner(self, call: Call) -> Owner:
         """The scheduler sees which call a prompt goes on from, and for a join what else ended since."""
         live, before = call.request.live, call.request.before
         path, end = live.ends[before] if before is not None else (0.0, None)
         return Owner(live.shape.name, path, end=end)
 
-    @staticmethod
-    def _remember(call: Call, key: str, path_ms: float, end: int) -> None:
+    def remember(self, call: Call, path_ms: float, end: int) -> None:
         call.request.live.ends[call.request.index] = path_ms, end
 
     def run(self, programs: Sequence[ProgramShape]) -> list[Ended]:
         """Runs all programs to their end; returns them in the order in which they ended."""
         for shape in programs:
             live = Live(shape, sum(self._cost.call_ms(call, self._slots) for call in shape.calls))
-            for index, call in enumerate(shape.calls):
-                if not call.parents:
-                    self._at(shape.arrival_s + call.tool_s, live, index)
+            self._plan(live, live.walk.begin(shape.arrival_s))
         while self._events or len(self._waiting) or self.policy.prefilling or self._decoding:
             self._arrivals()
             if self.policy.prefilling or (len(self._waiting) and len(self._decoding) < self._slots):
@@ -122,8 +118,9 @@ class Simulator:
                 self._now = self._events[0][0]
         return self.ended
 
-    def _at(self, when: float, live: Live, index: int) -> None:
-        heapq.heappush(self._events, (when, next(self._numbers), live, index))
+    def _plan(self, live: Live, calls: Sequence[DueCall[int]]) -> None:
+        for due in calls:
+            heapq.heappush(self._events, (due.at_s, next(self._numbers), live, due.name))
 
     def _arrivals(self) -> None:
         while self._events and self._events[0][0] <= self._now:
@@ -210,15 +207,12 @@ class Simulator:
         self._decoding = [call for call in self._decoding if call.request.output > 0]
         for call in done:
             live: Live = call.request.live
-            live.ends[call.request.index] = 0.0, 0
             self.policy.end(call)
             if self._told:
                 self.policy.sessions.touch(live.shape.name)
             live.left_ms -= self._cost.call_ms(call.request.shape, self._slots)
-            for index, child in enumerate(live.shape.calls):
-                if call.request.index in child.parents and all(parent in live.ends for parent in child.parents):
-                    self._at(self._now + child.tool_s, live, index)
-            if len(live.ends) == len(live.shape.calls):
+            self._plan(live, live.walk.end(call.request.index, self._now))
+            if live.walk.over:
                 self.ended.append(
                     Ended(
                         live.shape.name,

@@ -4,10 +4,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_agentserve.policy.jobs import Chunk
+    from vllm_agentserve.policy.jobs import JobChunk
 
 
-def scheduled(chunk: "Chunk", finished: set[str], sampling: Any = None) -> Any:
+def scheduled(chunk: "JobChunk", finished: set[str], sampling: Any = None) -> Any:
     """The `SchedulerOutput` of a step that computes this chunk and nothing else.
 
     Args:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from vllm_agentserve.policy.jobs import Chunk, Job
+from vllm_agentserve.policy.jobs import Job, JobChunk
 from vllm_agentserve.vllm_compat.chunks import scheduled
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class SecondWorker:
         self._finished: set[str] = set()
 
     def warm_up(self, tokens: int, before_second: Callable[[], None]) -> float:
-        """Computes a chunk of so many tokens twice, into the block that vLLM keeps for nobody: the first compiles the model,
+        """Computes a chunk of so many tokens twice, into the block that vLLM keeps unused: the first compiles the model,
         unless vLLM runs eagerly. Returns how many seconds the second took, and calls `before_second` in between."""
         from vllm.v1.worker.cpu_model_runner import _set_global_compilation_settings
 
@@ -68,12 +68,12 @@ class SecondWorker:
                     before_second()
                 job = Job(f"{WARM_UP}-{number}", [0] * (tokens + 1), blocks, 0)
                 began = time.monotonic()
-                self.compute(Chunk(job, 0, tokens, True, True))
+                self.compute(JobChunk(job, 0, tokens, True, True))
                 took = time.monotonic() - began
                 self.forget(job.request_id)
         return took
 
-    def compute(self, chunk: Chunk) -> None:
+    def compute(self, chunk: JobChunk) -> None:
         """Fills the KV of the chunk's tokens; returns when it is written."""
         from vllm.sampling_params import SamplingParams
 

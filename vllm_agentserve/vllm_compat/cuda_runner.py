@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from math import inf
 from typing import Any, Protocol
 
-from vllm_agentserve.policy.jobs import Chunk, Job
+from vllm_agentserve.policy.jobs import Job, JobChunk
 from vllm_agentserve.vllm_compat import LaneError
 from vllm_agentserve.vllm_compat.chunks import scheduled
 from vllm_agentserve.vllm_compat.cuda import WORKSPACE_LANE
@@ -191,9 +191,9 @@ class LaneModelRunner:
         """Goes on with it for about so many seconds; True when all is launched."""
         return self._relay.go_on(seconds)
 
-    def run(self, chunk: Chunk) -> object:
+    def run(self, chunk: JobChunk) -> object:
         """Launches a chunk on the current stream, pausing before a layer's attention where the relay says so; returns what must
-        live until it is through. Called by the relay."""
+        live until it has finished. Called by the relay."""
         from vllm.v1.worker.workspace import use_workspace_lane
 
         second = self._second
@@ -217,7 +217,7 @@ class LaneModelRunner:
 
     def warm_up(self, tokens: int) -> None:
         """Computes a chunk of so many tokens and a short one after it, on the current stream, into the block that vLLM keeps
-        for nobody; so kernels are compiled and scratch memory has its size before vLLM forbids it to grow."""
+        unused; so kernels are compiled and scratch memory has its size before vLLM forbids it to grow."""
         import torch
 
         end = min(tokens + WARM_UP_TAIL, self._second.max_model_len - 1)
@@ -228,8 +228,8 @@ class LaneModelRunner:
 
         def work() -> None:
             with torch.cuda.stream(stream):
-                self.run(Chunk(job, 0, first, True, False))
-                self.run(Chunk(job, first, end - first, False, True))
+                self.run(JobChunk(job, 0, first, True, False))
+                self.run(JobChunk(job, first, end - first, False, True))
 
         self.begin(work)
         self.go_on()

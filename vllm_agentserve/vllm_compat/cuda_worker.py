@@ -35,7 +35,7 @@ class LaneGpuWorker(Worker):
         super().init_device()
 
     def _make_model_runner(self) -> Any:
-        # vLLM has just made the workspaces, one lane each, and nobody has used them.
+        # vLLM has just made the workspaces, one lane each, and they are unused.
         made = workspace.current_workspace_manager()
         lanes = max(made._num_lanes, cuda.WORKSPACE_LANE + 1)
         workspace._manager = workspace.WorkspaceManager(made._device, made._num_ubatches, lanes, made._alloc_context)

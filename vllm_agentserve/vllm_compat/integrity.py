@@ -1,4 +1,4 @@
-"""Whether vLLM's books of KV blocks balance: nothing leaked, nothing freed twice, nothing cached under a wrong name."""
+"""Whether vLLM's records of KV blocks agree: nothing leaked, nothing freed twice, nothing cached under a wrong hash."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 def block_faults(scheduler: "Scheduler") -> list[str]:
     """What is wrong with the blocks of a scheduler between two steps; O(blocks).
 
-    A block is held as often as requests have it in their tables, or is free exactly once; the null block belongs to nobody.
-    A request that nobody knows any more holds nothing.
+    A block is held as often as requests have it in their tables, or is free exactly once; the null block belongs to none.
+    A request that has ended holds nothing.
     """
     manager = scheduler.kv_cache_manager
     pool = manager.block_pool

@@ -112,6 +112,33 @@ def take_back(scheduler: "Scheduler", cancelled: set[str]) -> None:
             request.num_computed_tokens = 0
 
 
+def keeps_prefixes(scheduler: "Scheduler") -> bool:
+    """Whether the KV blocks of an ended request can be found again."""
+    return bool(scheduler.cache_config.enable_prefix_caching)
+
+
+def pool_tokens(scheduler: "Scheduler") -> int:
+    """Tokens whose KV the engine can keep; one block is vLLM's own."""
+    return int((scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1) * scheduler.block_size)
+
+
+def can_return(scheduler: "Scheduler", request: "Request") -> bool:
+    """Whether a later request can go on from the answer of this one."""
+    return request.pooling_params is None and bool(scheduler.kv_cache_manager.prefix_cache_lookup_enabled(request))
+
+
+def has_answered(request: "Request") -> bool:
+    """Whether an ended request has its whole answer."""
+    from vllm.v1.request import RequestStatus
+
+    return request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+
+
+def waits_elsewhere(scheduler: "Scheduler") -> bool:
+    """Whether requests wait that vLLM does not keep in its waiting queue: those whose KV blocks are being filled."""
+    return bool(scheduler.kv_holding_waiting)
+
+
 def finds_no_place(scheduler: "Scheduler", waiting: "Request") -> bool:
     """Whether a request that could run waits for a place: as many run as may, or its blocks are not there."""
     from vllm.v1.request import RequestStatus
@@ -125,7 +152,7 @@ def finds_no_place(scheduler: "Scheduler", waiting: "Request") -> bool:
 
 
 def may_be_preempted(scheduler: "Scheduler", request: "Request") -> bool:
-    """Whether a running request can lose its place now: it has generated something, and nobody writes its blocks."""
+    """Whether a running request can lose its place now: it has generated something, and no lane job writes its blocks."""
     return (
         request.num_output_tokens > 0
         and not request.num_stale_output_tokens

@@ -1,4 +1,4 @@
-"""Messages between a worker and the process of its lane, over a socket on which neither side ever waits to send."""
+"""Messages between a worker and the process of its lane, over a socket. Sending never waits, on either side."""
 
 import pickle
 import select
@@ -14,7 +14,7 @@ READ = 1 << 20
 
 
 class Channel:
-    """One end. What the other end does not take yet waits here, in order, and goes out with later calls.
+    """One end. What the other end has not taken yet is queued here, in order, and sent by later calls.
 
     Args:
         end: of a pair of connected stream sockets; the channel closes it.
@@ -29,7 +29,7 @@ class Channel:
 
     @classmethod
     def pair(cls) -> tuple["Channel", socket.socket]:
-        """A channel and the other end, which another process inherits."""
+        """A channel, and the other end for another process to inherit."""
         ours, theirs = socket.socketpair()
         return cls(ours), theirs
 
@@ -39,7 +39,7 @@ class Channel:
         return sum(len(part) for part in self._outbox)
 
     def send(self, message: Any) -> None:
-        """Queues a message and sends what can be sent now. A closed channel drops it: reading tells of that."""
+        """Queues a message and sends what can be sent now. Drops it when the other end is closed; `receive` raises then."""
         data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
         self._outbox.append(memoryview(len(data).to_bytes(HEAD, "little") + data))
         self.flush()
@@ -59,7 +59,7 @@ class Channel:
                 self._outbox[0] = self._outbox[0][sent:]
 
     def receive(self, patience_s: float | None = 0.0) -> list[Any]:
-        """The messages that have come; sends what can be sent now.
+        """The messages that have arrived; sends what can be sent now.
 
         Args:
             patience_s: how long to wait for the first one, None without limit.

@@ -1,4 +1,4 @@
-"""A child process that is started, watched and ended without waiting for it."""
+"""A child process that its parent starts, watches and ends without ever waiting for it."""
 
 import contextlib
 import os
@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 class Child:
     """Runs a command in a process of its own.
 
-    A thread of this process starts it and waits for its end, so nobody else waits. Also, the signal that Linux sends when a
-    parent ends (`PR_SET_PDEATHSIG`) follows the thread that made a child, not its process; this one lives as long as the child.
+    A thread of this process starts it and waits for its end, so no other thread has to. The thread lives as long as the child for
+    a second reason: the signal that Linux sends when a parent ends (`PR_SET_PDEATHSIG`) comes when the thread that made the child
+    ends, not its process.
 
     Args:
         command: program and arguments.
@@ -32,7 +33,7 @@ class Child:
         started: Callable[[], None],
     ) -> None:
         self.how: str | None = None
-        """How it ended, in words; None while it runs."""
+        """How it ended, as text; None while it runs."""
         self._command = list(command)
         self._descriptors = tuple(descriptors)
         self._environment = environment
@@ -58,7 +59,7 @@ class Child:
                 if self._killed:
                     process.kill()
             self._made.set()
-            # Without reaping it: until then nobody else gets its number, so a kill meets no stranger.
+            # Without reaping it: until it is reaped its number is not used again, so `kill` cannot hit another process.
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
             with self._lock:
                 self._process = None
@@ -72,17 +73,17 @@ class Child:
 
     @property
     def gone(self) -> bool:
-        """Whether nothing of it runs any more."""
+        """Whether it has ended."""
         return self._gone.is_set()
 
     @property
     def pid(self) -> int:
-        """Also when it has ended; 0 when it could not be made. Waits until it is made, which takes as long as a fork."""
+        """Its process id, kept after its end; 0 when it could not be made. Waits for the fork."""
         self._made.wait()
         return self._pid
 
     def kill(self) -> None:
-        """Ends it, now or as soon as it is made; also when it is stopped. Does not wait for the end."""
+        """Kills it, now or as soon as it is made, even while it is stopped (SIGSTOP). Does not wait for its end."""
         with self._lock:
             self._killed = True
             if self._process is not None:
@@ -90,5 +91,5 @@ class Child:
                     os.kill(self._process.pid, signal.SIGKILL)
 
     def wait(self, seconds: float) -> bool:
-        """Waits for its end; returns whether it has come."""
+        """Waits for its end for so many seconds at most; returns whether it has ended."""
         return self._gone.wait(seconds)

@@ -1,4 +1,4 @@
-"""The ladder of core sets: a lane that is alone has all cores, two lanes have disjoint parts."""
+"""The cores of an OpenMP team: a lane that is alone has all cores, two lanes have disjoint sets."""
 
 import contextlib
 import errno
@@ -12,12 +12,12 @@ from vllm_agentserve.vllm_compat import cpu
 class Cores:
     """The cores that the OpenMP team of this thread runs on.
 
-    Two threads of one team on one core wait for each other by turns of the kernel's clock, which makes a step of 10 ms one of
-    200 ms. So a team that OpenMP has pinned, thread by thread, only changes its size: its first threads are on the first
-    cores. The threads of others are moved.
+    Two threads of one team on one core wait for each other until the kernel switches between them: a step of 10 ms then takes
+    200 ms. So a team whose threads OpenMP has pinned only changes its size: its first threads are on the first cores. Threads
+    that are not pinned are moved.
 
     Args:
-        process: whether all threads of the process are the team's, and not only the calling one is known to be.
+        process: whether every thread of the process belongs to the team; if not, only the calling thread is known to.
     """
 
     def __init__(self, process: bool = False) -> None:
@@ -26,7 +26,7 @@ class Cores:
         self._taken: list[int] | None = None
 
     def take(self, cores: list[int]) -> None:
-        """Called by the thread that computes, before it does; costs nothing when nothing changes.
+        """Called by the thread that computes, before it does. Costs nothing when nothing changes.
 
         Args:
             cores: the first ones of the worker where the team is pinned.
@@ -44,9 +44,9 @@ class Cores:
 
 
 def move(thread: int, cores: Iterable[int]) -> None:
-    """Puts a thread, 0 is the calling one, on these cores, as far as the process may use them; leaves it where none of them are.
+    """Puts a thread on those of these cores that the process may use; 0 is the calling thread. Without any such core, it stays.
 
-    A thread may just have ended, and somebody else may have taken cores from the process: neither is a reason to end an engine.
+    A thread may just have ended, and cores may have been taken from the process: neither is a reason to end an engine.
     """
     with contextlib.suppress(ProcessLookupError, PermissionError):
         try:

@@ -1,4 +1,4 @@
-"""Memory that two processes share and that is gone when both are: there is no name in the file system to leave behind."""
+"""Memory that two processes share. It has no name in the file system, so nothing is left when both have ended."""
 
 import mmap
 import os
@@ -41,14 +41,14 @@ class KvMemory:
     """The KV cache of a worker and its lane.
 
     Args:
-        memory: where it is; None makes it when the size is known.
+        memory: where it is; None makes it when vLLM asks for it with its size.
     """
 
     def __init__(self, memory: SharedMemory | None = None) -> None:
         self.memory = memory
 
     def allocation(self) -> AbstractContextManager[None]:
-        """Within, vLLM's KV cache lands here; see `vllm_compat.cpu.kv_cache_placed`."""
+        """Within it, vLLM's KV cache is allocated here; see `vllm_compat.cpu.kv_cache_placed`."""
         return cpu.kv_cache_placed(self._place)
 
     def _place(self, size: int) -> torch.Tensor:

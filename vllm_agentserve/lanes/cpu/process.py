@@ -8,29 +8,23 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes.cpu.channel import Channel
 from vllm_agentserve.lanes.cpu.child import Child
 from vllm_agentserve.lanes.cpu.cores import Cores
-from vllm_agentserve.lanes.cpu.memory import KvMemory
 from vllm_agentserve.lanes.cpu.runner import Setup
 from vllm_agentserve.lanes.cpu.shared_counters import SharedCounters
 from vllm_agentserve.lanes.lane import LaneReport, Outcome, Slot
 from vllm_agentserve.policy.jobs import Job
-from vllm_agentserve.policy.slots import core_ladder
-from vllm_agentserve.vllm_compat import LaneError, cpu
+from vllm_agentserve.vllm_compat import LaneError
 
-CHUNK_TOKENS = 256
-"""Default of `lane_chunk_tokens` here: about a tenth of a second on one core."""
 STOP_TIMEOUT_S = 5.0
 CHUNK_TIMEOUT_S = 60.0
 CHUNK_TIMEOUT_FACTOR = 20.0
 """A lane that has begun no chunk for so long while it has jobs hangs, and is ended: a minute, or so many times what a chunk
 took in warm-up if that is longer, since a chunk at the end of a long context takes longer than one at its beginning."""
 MOST_UNWATCHED_S = 1.0
-"""Most that the time between two looks at the lane counts."""
+"""The time between two looks at the lane counts for no more than this."""
 RUNNER = (sys.executable, "-m", "vllm_agentserve.lanes.cpu.runner")
 
 
@@ -38,7 +32,7 @@ class ProcessLane:
     """The lane as the worker sees it; `LaneRunner` is the other end. No call waits for that process, but `close`.
 
     Args:
-        setup: what the process is told; its `counters` are made here.
+        setup: sent to the process; its `counters` are made here.
         cores: of the decode steps.
         start_timeout_s: a process that is not ready then is ended.
         command: of the process; tests have others.
@@ -55,13 +49,13 @@ class ProcessLane:
         self._start_timeout_s = start_timeout_s
         self._in_flight: set[str] = set()
         self._errors: dict[str, str] = {}
-        """What the lane says of jobs that failed."""
+        """By job that failed: the error that the lane's process reported."""
         self._ready = False
         self._said_slots = False
         self._reported = 0.0, 0.0
         self._looked = time.monotonic()
         self._silent_s = 0.0
-        """How long it has been silent while it was watched, see `_watch`."""
+        """For how long it has shown no sign of life, see `_watch`."""
         self._heard = 0.0
         self._chunk_s = 0.0
         """What a chunk took in warm-up."""
@@ -123,7 +117,7 @@ class ProcessLane:
         return list(self._in_flight)
 
     def wait_until_ready(self) -> None:
-        """Waits for the start of the engine, or a test. Raises `LaneError` when the process ends, or takes too long."""
+        """For the start of the engine, and tests. Raises `LaneError` when the process ends or takes too long."""
         while not self._ready and not self._child.gone:
             self.poll(0.05)
         if self._ready:
@@ -147,13 +141,13 @@ class ProcessLane:
         self._counters["slot"] = slot
         if not computes:
             return
-        # A lane that loads its model has its cores already, or its start would be felt by every stream.
+        # A lane that still loads its model has its cores already: else its start would slow every stream.
         working = self.alive() and (self.busy or not self._ready)
         decode = len(self._setup.all_cores) - len(self._setup.slot_cores[slot if self._ready else -1])
         self._cores.take(self._setup.all_cores[:decode] if working else self._setup.all_cores)
 
     def launch(self) -> None:
-        """Nothing: the process began when it got the job."""
+        """Does nothing: the process begins when it gets the job."""
 
     def poll(self, patience_s: float = 0.0) -> list[Outcome]:
         outcomes: list[Outcome] = []
@@ -183,7 +177,7 @@ class ProcessLane:
         return f"{self._why or 'it died'}; {self._child.how}"
 
     def _watch(self) -> None:
-        """Ends a lane that is silent for too long. Time in which nobody looked counts for a second at most: when the whole engine
+        """Ends a lane that is silent for too long. Time between two looks counts for a second at most: when the whole engine
         stood still, the lane may have stood still with it."""
         now, beat = time.monotonic(), self._counters["beat"]
         looked, self._looked = self._looked, now
@@ -199,6 +193,9 @@ class ProcessLane:
         limit = max(CHUNK_TIMEOUT_S, CHUNK_TIMEOUT_FACTOR * self._chunk_s)
         if self._silent_s > limit:
             self.end(f"it has begun no chunk for {limit:.0f} s")
+
+    def warmed_up(self, reserved: int, step: int) -> None:
+        """Nothing: the lane takes no memory of the worker's."""
 
     def end(self, why: str) -> None:
         if self._why is None:
@@ -218,68 +215,14 @@ class ProcessLane:
         self._channel.close()
         if not self._child.wait(STOP_TIMEOUT_S):
             self.end("the engine ends")
-            # A process that the kernel does not end within this time is left to it: at exit nobody needs its blocks.
+            # A process that the kernel does not end within this time is left to it: at exit its blocks are not needed.
             self._child.wait(STOP_TIMEOUT_S)
         self._counters.close()
         self._cores.take(self._setup.all_cores)
 
 
-class ProcessLanes:
-    """Makes the lanes of one worker, the first and those that follow one that died: over one KV cache, on the same cores.
-
-    Args:
-        options: length of chunks, and the user's own split of the cores.
-        vllm_config: the worker's.
-        kv_cache_config: the worker's.
-    """
-
-    def __init__(self, options: AgentServeConfig, vllm_config: Any, kv_cache_config: Any) -> None:
-        self.memory = KvMemory()
-        self._options = options
-        self._configs = vllm_config, kv_cache_config
-        self._cores: Cores | None = None
-
-    def start(self) -> ProcessLane:
-        """Starts a lane and waits for it: it loads on all cores, since the worker does nothing meanwhile. Raises `LaneError`, and
-        what `ProcessLane` does."""
-        lane = self._lane(alone=True)
-        lane.wait_until_ready()
-        return lane
-
-    def restart(self) -> ProcessLane:
-        """Starts one without waiting. Raises what `start` does."""
-        return self._lane(alone=False)
-
-    def _lane(self, alone: bool) -> ProcessLane:
-        every = cpu.worker_cores()
-        if len(every) < 2:
-            raise LaneError(
-                f"two lanes need two cores, and vLLM's worker has {len(every)}: see VLLM_CPU_OMP_THREADS_BIND, or serve in mode "
-                "'time-sliced'"
-            )
-        memory = self.memory.memory
-        if memory is None:
-            raise LaneError("vLLM has not allocated its KV cache in the memory that the lane shares")
-        vllm_config, kv_cache_config = self._configs
-        most = cpu.largest_chunk(vllm_config)
-        slots = tuple(every[decode:] for decode in core_ladder(len(every), self._options.lane_decode_share))
-        setup = Setup(
-            vllm_config=cpu.second_worker_config(vllm_config),
-            kv_cache_config=kv_cache_config,
-            memory=(memory.size, memory.descriptor),
-            chunk_tokens=min(self._options.lane_chunk_tokens or CHUNK_TOKENS, most),
-            most_tokens=most,
-            slot_cores=slots,
-            all_cores=every,
-            load_cores=every if alone else slots[-1],
-        )
-        if self._cores is None:
-            self._cores = Cores()
-        return ProcessLane(setup, self._cores, self._options.lane_start_timeout_s)
-
-
 def resident_mib(pid: int) -> int:
-    """Memory of a process that it shares with nobody, in MiB; 0 when it is gone."""
+    """Memory of a process that no other shares, in MiB; 0 when it has ended."""
     with contextlib.suppress(OSError):
         found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
         return int(found[1]) // 1024 if found else 0

@@ -4,7 +4,6 @@ python -m vllm_agentserve.lanes.cpu.runner DESCRIPTOR PARENT   # a socket to the
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -21,16 +20,16 @@ from vllm_agentserve.lanes.cpu.memory import KvMemory, SharedMemory
 from vllm_agentserve.lanes.cpu.shared_counters import SharedCounters
 from vllm_agentserve.policy.jobs import ChunkQueue
 from vllm_agentserve.policy.slots import chunk_length
+from vllm_agentserve.processes.child import end_with_parent
 from vllm_agentserve.vllm_compat.cpu import SecondWorker
 
-PR_SET_PDEATHSIG = 1
 OOM_SCORE = 500
 """Of 1000: when memory runs out the kernel is to end the lane, whose prompts are computed again, and not the engine."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the worker tells the lane at start."""
+    """What the worker sends to the lane's process at its start."""
 
     vllm_config: Any
     kv_cache_config: Any
@@ -38,7 +37,7 @@ class Setup:
     """Size and descriptor of the KV cache."""
     chunk_tokens: int
     most_tokens: int
-    """A chunk is no longer."""
+    """The longest chunk."""
     slot_cores: tuple[list[int], ...]
     """The lane's cores on every slot."""
     all_cores: list[int]
@@ -63,20 +62,20 @@ class LaneRunner:
         self._worker = SecondWorker(setup.vllm_config, setup.kv_cache_config, memory.allocation())
 
     def warm_up(self) -> float:
-        """Compiles the model; returns how many seconds the longest chunk of the smallest slot takes then, on its cores."""
+        """Compiles the model; returns how many seconds the longest chunk of the smallest slot then takes, on its cores."""
         smallest = min(self.setup.slot_cores, key=len)
         tokens = min(self.setup.chunk_tokens, self.setup.most_tokens)
         return self._worker.warm_up(tokens, lambda: self.cores.take(smallest))
 
     def step(self) -> str | None:
-        """Computes one chunk; returns the id of a job that is through. Raises `ChunkError`."""
+        """Computes one chunk; returns the id of its job if that has ended. Raises `ChunkError`."""
         setup, counters = self.setup, self.counters
         began = time.monotonic()
         counters["beat"] = began
         alone = not counters["decoding"]
         own = setup.slot_cores[int(counters["slot"])]
         self.cores.take(setup.all_cores if alone else own)
-        # No longer when it is alone: a step of decodes that comes meanwhile would find its cores taken until the end of it.
+        # Not longer when the lane is alone: a decode step that comes meanwhile would find its cores taken until the chunk ends.
         chunk = self.jobs.take(min(chunk_length(setup.chunk_tokens, len(own), self._smallest), setup.most_tokens))
         request_id = chunk.job.request_id
         try:
@@ -85,7 +84,7 @@ class LaneRunner:
             raise ChunkError(request_id) from error
         if not alone:
             self._beside += 1
-            if self._beside > 1:  # libraries prepare themselves in the first one: it says nothing of those that follow
+            if self._beside > 1:  # in the first one libraries prepare themselves
                 counters["tokens"] += chunk.tokens
                 counters["seconds"] += time.monotonic() - began
         if not chunk.last:
@@ -104,8 +103,8 @@ class ChunkError(RuntimeError):
 
 
 def serve(channel: Channel) -> None:
-    """Says ("ready", None, seconds of a chunk), answers every job with ("done", id, None), cancelled ones too, until told to end;
-    ends after ("failed", id, why)."""
+    """Sends ("ready", None, seconds of a chunk), answers every job with ("done", id, None), also when it was cancelled, until
+    told to end; ends after ("failed", id, error)."""
     messages = channel.receive(None)
     setup: Setup = messages.pop(0)
     move(0, setup.load_cores)
@@ -133,9 +132,9 @@ def serve(channel: Channel) -> None:
 
 
 def main() -> None:
-    # The worker may be killed without a chance to say so; and Ctrl-C reaches the whole group, but is its business.
-    # The thread that started us waits for our end, so it ends with its process only.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # The worker may be killed, and then sends nothing. The thread that started us waits for our end, so it ends with its process
+    # only. Ctrl-C reaches the whole group, and is the worker's to handle.
+    end_with_parent()
     if os.getppid() != int(sys.argv[2]):
         return  # it was killed before we asked
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""What the worker and its lane's process tell each other without a message: a few numbers in shared memory."""
+"""A few numbers in shared memory, by which the worker and its lane's process tell each other what no message has to."""
 
 from vllm_agentserve.lanes.cpu.memory import SharedMemory
 

@@ -1,4 +1,4 @@
-"""CUDA: one chunk of the prefill lane from its launch until the device is through with it."""
+"""CUDA: one chunk of the prefill lane, from its launch until the device has computed it."""
 
 import traceback
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from math import inf
 from typing import Any, Protocol
 
-from vllm_agentserve.policy.jobs import Chunk
+from vllm_agentserve.policy.jobs import JobChunk
 
 FATAL = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]")
 """Exceptions with these words say that the context is lost."""
@@ -43,11 +43,14 @@ class ChunkRunner(Protocol):
     def go_on(self, seconds: float = inf) -> bool:
         """Goes on with the launch for about so many seconds; True when it has ended. Raises what it raised."""
 
-    def run(self, chunk: Chunk) -> object:
-        """Launches a chunk on the current stream, within the work of `begin`; returns what must live until it is through."""
+    def run(self, chunk: JobChunk) -> object:
+        """Launches a chunk on the current stream, within the work of `begin`; returns what must live until it has finished."""
 
     def forget(self, request_id: str) -> None:
         """No further chunk of this request will come."""
+
+    def warm_steps(self) -> None:
+        """Runs a step of the worker on the decode streams for which no CUDA graphs were captured."""
 
     def select(self, slot: int | None) -> None:
         """The coming steps of the worker run on this slot, None for the whole device."""
@@ -57,18 +60,20 @@ class ChunkRunner(Protocol):
 
 
 class ChunkInFlight:
-    """A chunk under way.
+    """A chunk whose launch has begun.
 
     Args:
         chunk: what it computes.
         cuda: `torch.cuda`.
         beside: whether its launch begins while a step decodes.
         launched: when that is, in the host's seconds.
+        full: whether it is long enough to measure a rate, and not the little that is left of a prompt.
     """
 
-    def __init__(self, chunk: Chunk, cuda: Cuda, beside: bool, launched: float) -> None:
+    def __init__(self, chunk: JobChunk, cuda: Cuda, beside: bool, launched: float, full: bool) -> None:
         self.chunk = chunk
         self.beside = beside
+        self.full = full
         self.cancelled = False
         self.error: str | None = None
         """Why it was not launched in full."""
@@ -79,8 +84,6 @@ class ChunkInFlight:
         """When the last slice of the launch ended."""
         self.complete = False
         """Whether all of it is launched."""
-        self.full = True
-        """Whether it is long enough to tell a rate, and not the little that is left of a prompt."""
         self.joined = False
         """Whether a decode step came beside it."""
         self._cuda = cuda
@@ -88,7 +91,7 @@ class ChunkInFlight:
         self._ended = cuda.Event(enable_timing=True)
         self._runner: Any = None
         self._kept: object = None
-        """Its temporaries: the allocator must not give them to anybody before it is through."""
+        """Its temporaries: the allocator must not give them away before it has finished."""
 
     def begin(self, runner: ChunkRunner, stream: Any, inputs: Any | None) -> None:
         """Prepares its launch on `stream`, behind the event `inputs`; `go_on` launches."""
@@ -118,7 +121,7 @@ class ChunkInFlight:
             except Exception as failure:
                 if is_fatal(failure):
                     raise
-                # What was launched before it failed still runs, so this chunk too is through only with its event. What it
+                # What was launched before it failed still runs, so this chunk too has finished only with its event. What it
                 # freed goes to the same stream again, behind that.
                 self.error = traceback.format_exc()
             self._ended.record(stream)
@@ -128,7 +131,7 @@ class ChunkInFlight:
         return self.complete and bool(self._ended.query())
 
     def seconds(self) -> float:
-        """The device's time for it; only when it is through."""
+        """The device's time for it; only when it has finished."""
         return float(self._begun.elapsed_time(self._ended)) / 1000
 
 

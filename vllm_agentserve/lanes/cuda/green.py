@@ -30,7 +30,7 @@ class SlotStreams:
 
 
 def granularity(major: int) -> tuple[int, int]:
-    """Smallest group of SMs and the step between sizes, by compute capability, where the driver does not tell."""
+    """Smallest group of SMs and the step between sizes, by compute capability, for drivers that do not report them."""
     return (8, 8) if major >= 9 else (4, 2)
 
 
@@ -51,7 +51,7 @@ def split_sizes(units: int, smallest: int, step: int, shares: Sequence[float] = 
 
 
 def call(driver: Any, name: str, *arguments: Any) -> Any:
-    """What a call returns beside its error code, None if nothing. Raises `LaneError` with the call and a remedy."""
+    """What a call to the driver returns beside its error code, None if nothing. Raises `LaneError` with the call and a remedy."""
     try:
         error, *values = getattr(driver, name)(*arguments)
     except (AttributeError, RuntimeError) as missing:
@@ -68,7 +68,7 @@ def call(driver: Any, name: str, *arguments: Any) -> Any:
 
 def splits(driver: Any, device: Any, shares: Sequence[float]) -> list[tuple[Any, Any]]:
     """The device's SMs split once per slot, by growing group: the group, for decode, and the remainder, for prefill. Both are
-    resources of the driver; nothing is created. What the driver tells of its sizes goes before what is known of the compute
+    resources of the driver; nothing is created. The sizes that the driver reports take precedence over those of the compute
     capability.
 
     Raises:
@@ -140,7 +140,7 @@ def balanced_queues(driver: Any, device: Any) -> Any:
         queues.wqConfig.sharingScope = scopes.CU_WORKQUEUE_SCOPE_GREEN_CTX_BALANCED
         queues.wqConfig.wqConcurrencyLimit = 1
     except (LaneError, AttributeError, TypeError):
-        # A driver older than the bindings, or bindings with other names: queues are a help, not a need.
+        # A driver older than the bindings, or bindings with other names: the lanes work without queues of their own.
         return None
     return queues
 
@@ -218,7 +218,7 @@ class GreenLadder:
                 descriptor = self._call("cuDevResourceGenerateDesc", [resource, self._queues], 2)
                 return self._call("cuGreenCtxCreate", descriptor, device, flags)
             except LaneError:
-                # A driver that has the resource and does not grant it; queues are a help, not a need.
+                # A driver that has the resource and does not grant it: the lanes work without queues of their own.
                 self._queues = None
         descriptor = self._call("cuDevResourceGenerateDesc", [resource], 1)
         return self._call("cuGreenCtxCreate", descriptor, device, flags)

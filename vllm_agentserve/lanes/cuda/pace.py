@@ -1,4 +1,4 @@
-"""CUDA: what the stream lane measures of itself: its rates, and what a launch costs the thread that launches the decode steps."""
+"""CUDA: what the stream lane measures: its rates, and the time its launches take from the thread that launches decode steps."""
 
 from collections import deque
 from math import inf
@@ -9,20 +9,20 @@ from vllm_agentserve.policy.slots import chunk_alone
 RECENT = 4
 """Chunks on the whole device whose slowest rate counts: the next one may continue a longer context."""
 HOST_BOUND = 1.1
-"""A chunk that took less than so many times its launch may have waited for the host kernel by kernel: it tells no rate."""
+"""A chunk that took less than so many times its launch may have waited for the host kernel by kernel: it gives no rate."""
 GROWTH = 1.25
-"""After such a chunk the rate is taken for so much higher, until a chunk is long enough to tell."""
+"""After such a chunk the rate is assumed to be higher by this factor, until a chunk is long enough to measure."""
 
 
 class Pace:
     """Rates of the lane, in the host's seconds unless they say otherwise.
 
-    The rate beside decodes counts from the launch of a chunk to the launch of the next one; when no other job waits, to where the
-    host sees that the chunk has ended. So it holds what a chunk waits for between two steps, as prompts do. Only chunks
-    launched beside a decode step count.
+    The rate beside decodes counts the time from the launch of a chunk to the launch of the next one; when no other job waits, to
+    the moment when the host sees that the chunk has ended. So it includes the waiting between two steps. Only chunks launched
+    beside a decode step count.
 
-    The rate on the whole device is the device's own time for a chunk. Chunks that a decode step came beside do not count, nor
-    the little that is left of a prompt.
+    The rate on the whole device counts the device's own time for a chunk. Chunks beside which a decode step came do not count,
+    nor does a short rest of a prompt.
 
     Args:
         base: tokens of a chunk on the smallest prefill slot.
@@ -37,7 +37,7 @@ class Pace:
         self._alone: deque[float] = deque(maxlen=RECENT)
         """Tokens per second on the whole device."""
         self._guess: float | None = None
-        """What that is taken for while no chunk has told it."""
+        """What that is assumed to be while no chunk has given it."""
         self._launch_ms = 0.0
         """Of the last chunk on the whole device."""
         self._open: tuple[int, float, float] | None = None
@@ -65,7 +65,7 @@ class Pace:
             self._close(self._open[2])
 
     def finished(self, in_flight: ChunkInFlight, now: float) -> None:
-        """A chunk was seen to have ended; one that failed says nothing."""
+        """A chunk was seen to have ended; one that failed does not count."""
         if in_flight.error is not None:
             return
         tokens = in_flight.chunk.tokens
@@ -85,7 +85,7 @@ class Pace:
             return
         rate = max(rate, self._guess or 0.0)
         if self._alone:
-            # What made the chunk so short is no rate of the device, or it would have taken longer.
+            # The slowest rate made the chunk this short. It is not the device's, or the chunk would have taken longer.
             slowest = min(self._alone)
             self._alone.remove(slowest)
             rate = max(rate, slowest)

@@ -1,14 +1,16 @@
-"""CUDA: what the stream lane of a worker is made of: the ladder, the second model runner, and a proof that both fit."""
+"""CUDA: what makes the lane of a worker: the ladder, the second model runner, and a trial that both fit into memory."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 from vllm.logger import init_logger
 
+from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes.cuda.chunk_in_flight import settled
 from vllm_agentserve.lanes.cuda.green import GreenLadder
 from vllm_agentserve.lanes.cuda.relay import Relay
-from vllm_agentserve.policy.reserve import CHUNK_TOKENS, DECODE_SHARES, LONGEST_CHUNKS, MIB
+from vllm_agentserve.lanes.cuda.stream import StreamLane
+from vllm_agentserve.policy.reserve import CHUNK_TOKENS, DECODE_SHARES, LONGEST_CHUNKS
 from vllm_agentserve.policy.slots import chunk_length
 from vllm_agentserve.vllm_compat import LaneError, cuda
 from vllm_agentserve.vllm_compat.cuda_launch import ForwardState, launching_thread
@@ -18,39 +20,38 @@ from vllm_agentserve.vllm_compat.cuda_runner import LaneModelRunner
 logger = init_logger("vllm.agentserve")
 
 
-@dataclass(frozen=True)
-class LaneParts:
-    """Arguments of `StreamLane`, and the memory they were seen to take."""
+class StreamLaneProvider:
+    """Makes the lane of a GPU worker, once: it shares the device with the steps, so none is made while the engine serves.
 
-    runner: LaneModelRunner
-    ladder: GreenLadder
-    alone: Any
-    base: int
-    most: int
-    cuda: Any
-    memory: LaneMemory
+    Args:
+        options: shares and lengths the user has set.
+        vllm_config: the worker's.
+        kv_cache_config: the worker's.
+    """
 
-    def warmed_up(self, reserved: int, step: int) -> None:
-        """vLLM's own warm-up is over, its CUDA graphs and those of the slots are captured.
+    def __init__(self, options: AgentServeConfig, vllm_config: Any, kv_cache_config: Any) -> None:
+        self._options = options
+        self._configs = vllm_config, kv_cache_config
 
-        Args:
-            reserved: bytes that were kept free for the lane, 0 where the user has set the size of the KV cache.
-            step: bytes of the temporaries of vLLM's largest step, 0 likewise.
+    @property
+    def restarts(self) -> bool:
+        return False
 
-        Raises:
-            LaneError: what is left on the device does not suffice for service.
-        """
-        self.runner.warm_steps()
-        self.memory.refuse(step)
-        logger.info(
-            "agentserve: the prefill lane took %s in warm-up; %.0f MiB were kept free for it.",
-            self.memory,
-            reserved / MIB,
-        )
+    def kv_cache_memory(self) -> None:
+        """The lane is in the worker's process and sees its tensors."""
+
+    def start(self, begin: Callable[[Any], None]) -> StreamLane:
+        """As `LaneProvider.start`; vLLM's own runner has its model and KV cache, and has captured no CUDA graphs yet."""
+        return stream_lane(self._options, *self._configs, begin)
+
+    def restart(self) -> StreamLane:
+        raise LaneError("a prefill lane on a GPU is not made while the engine serves")
 
 
-def lane_parts(options: Any, vllm_config: Any, kv_cache_config: Any) -> LaneParts:
-    """Makes them on the worker's device, and computes a chunk of every size once, on the streams it will run on.
+def stream_lane(
+    options: AgentServeConfig, vllm_config: Any, kv_cache_config: Any, begin: Callable[[Any], None]
+) -> StreamLane:
+    """Makes the lane on the worker's device, and computes a chunk of every size once, on the streams it will run on.
 
     Raises:
         LaneError: something stands against it, or the memory does not suffice; nothing is left behind.
@@ -100,7 +101,16 @@ def lane_parts(options: Any, vllm_config: Any, kv_cache_config: Any) -> LanePart
             f"the second model runner does not fit into the memory that is left: lower --gpu-memory-utilization or "
             f"'lane_chunk_tokens' ({error})"
         ) from error
-    return LaneParts(runner, ladder, alone, base, most, torch.cuda, memory)
+    if ladder.own_queues:
+        logger.info("agentserve: the decode lane and the prefill lane have hardware queues of their own.")
+    else:
+        logger.info(
+            "agentserve: the decode lane and the prefill lane share hardware queues and may wait for each other there; queues "
+            "of their own need CUDA 13.1 in driver and cuda-bindings."
+        )
+    lane = StreamLane(runner, ladder, alone, base, most, torch.cuda, begin, memory)
+    runner.lead(lane.step, lane.step_goes_on)
+    return lane
 
 
 def refuse(obstacle: str | None) -> None:

@@ -1,4 +1,4 @@
-"""A second thread that works in slices, only while the first one waits for it: at any time one of the two runs."""
+"""A second thread that works in slices, only while the first one waits for it: one of the two runs at any time."""
 
 import threading
 import time
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 
 class Globals(Protocol):
-    """State of the process that work sets for itself, and that nobody else may see meanwhile."""
+    """State of the process that the work sets for itself, and that other code must not see meanwhile."""
 
     def take(self) -> Any:
         """The state as it is."""
@@ -22,8 +22,8 @@ class Relay:
     """Runs one piece of work at a time in a thread of its own. The work calls `pause` wherever it may be interrupted; once its
     slice is over it stands still there until `go_on` is called again.
 
-    Between two slices the caller may do anything, also what the work is in the middle of: state of the process is swapped, and
-    what the caller begins meanwhile, it has ended before the work goes on, so contexts nest.
+    Between two slices the caller may do anything, also what the work is in the middle of: the state of the process is swapped,
+    and whatever context the caller enters meanwhile it has left before the work goes on, so contexts nest.
 
     The thread lives as long as the relay: libraries keep handles and scratch memory per thread.
 
@@ -90,7 +90,7 @@ class Relay:
         return self._work is None
 
     def _wait(self) -> BaseException | None:
-        """Waits until the other thread stands still; returns what would have interrupted that, as Ctrl-C does. The two threads
+        """Waits until the other thread stands still; returns an exception that came meanwhile, as with Ctrl-C. The two threads
         never run at once."""
         interrupt: BaseException | None = None
         while True:

@@ -16,6 +16,9 @@ class Ladder(Protocol):
     def slots(self) -> tuple[Slot, ...]: ...
 
     @property
+    def own_queues(self) -> bool: ...
+
+    @property
     def streams(self) -> tuple[SlotStreams, ...]: ...
 
     def close(self) -> None: ...
@@ -33,7 +36,7 @@ class StepStreams:
         self._cuda = cuda
         self._ladder = ladder
         self.slot: int | None = None
-        """Where the present step runs; None for the whole device, on the stream vLLM chose."""
+        """The slot that the present step runs on; None for the whole device, on the stream vLLM chose."""
         self._last: Any = None
         self._running = 0
 

@@ -8,20 +8,25 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from math import inf
-from typing import Any
+from typing import Any, Protocol
+
+from vllm.logger import init_logger
 
 from vllm_agentserve.lanes.cuda.chunk_in_flight import ChunkInFlight, ChunkRunner, Cuda, settled
 from vllm_agentserve.lanes.cuda.pace import Pace
 from vllm_agentserve.lanes.cuda.steps import Ladder, StepStreams
 from vllm_agentserve.lanes.lane import LaneReport, Outcome, Slot
 from vllm_agentserve.policy.jobs import ChunkQueue, Job
+from vllm_agentserve.policy.reserve import MIB
 from vllm_agentserve.policy.slots import chunk_length
 from vllm_agentserve.vllm_compat import LaneError
+
+logger = init_logger("vllm.agentserve")
 
 LAUNCH_SLICE_S = 0.004
 """A launch goes on for about so long after each decode step, which the next step waits for."""
 WATCHDOG_S = 60.0
-"""A chunk that is not through so long after the end of its launch hangs."""
+"""A chunk that is still running so long after the end of its launch hangs."""
 LOST = (
     "The prefill lane shares the device and the KV cache with the decode steps, so nothing computed after this could be trusted: "
     "restart the server, with mode 'time-sliced' if it happens again"
@@ -30,22 +35,34 @@ GLANCE_S = 0.0002
 """Time between two looks at an event while there is nothing else to do."""
 
 
+class Memory(Protocol):
+    """What the lane needs of `vllm_compat.cuda_memory.LaneMemory`; as text, what was taken by stream."""
+
+    by_stream: dict[str, int]
+
+    def refuse(self, step: int) -> None:
+        """Raises `LaneError` when the device has too little memory left for service; `step` is as for `PrefillLane.warmed_up`."""
+
+
 class StreamLane:
-    """One chunk is under way at a time, which bounds how long a cancelled job holds its blocks. While steps decode, its launch is
+    """One chunk is in flight at a time, which bounds how long a cancelled job holds its blocks. While steps decode, its launch is
     cut into slices between them (`lanes/cuda/relay.py`).
 
     A step of the worker runs inside `step`, on the stream of the slot while both lanes have work and else on the stream vLLM
     chose. Nothing of the lane is made or given back inside one.
     A job's first chunk waits for the step it was sent with (`policy/fence.py`), by an event: when that step has run, the blocks
-    it reads are written and its own are zeroed. Nothing waits for a chunk but the host, before it tells that the job has ended.
+    it reads are written and its own are zeroed. Only the host waits for a chunk, before it reports that the job has ended.
 
     Args:
         runner: computes chunks.
         ladder: the slots and their streams; closed with the lane.
-        alone: a stream on the whole device, for chunks while nobody decodes.
+        alone: a stream on the whole device, for chunks while nothing decodes.
         base: tokens of a chunk on the smallest prefill slot.
         most: tokens a chunk never exceeds.
         cuda: `torch.cuda`.
+        begin: called with the connector's metadata before anything of a step is launched, so that `submit` and `begin_step` come
+            early enough to choose its stream; vLLM itself shows the metadata only when inputs are made.
+        memory: what the lane takes on the device.
         watchdog_s: see `WATCHDOG_S`.
         clock, sleep: of the host, in seconds.
     """
@@ -58,6 +75,8 @@ class StreamLane:
         base: int,
         most: int,
         cuda: Cuda,
+        begin: Callable[[Any], None],
+        memory: Memory,
         watchdog_s: float = WATCHDOG_S,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
@@ -69,6 +88,8 @@ class StreamLane:
         self._base = base
         self._most = most
         self._cuda = cuda
+        self._begin = begin
+        self._memory = memory
         self._watchdog_s = watchdog_s
         self._clock, self._sleep = clock, sleep
         self._queue = ChunkQueue()
@@ -78,30 +99,12 @@ class StreamLane:
         self._inputs: dict[str, Any] = {}
         """By job not begun: the event after which what it reads is written."""
         self._in_flight: ChunkInFlight | None = None
-        self._begin: Callable[[Any], None] | None = None
         self._outcomes: list[Outcome] = []
         self._computes, self._asked = False, 0
         self._steps = StepStreams(cuda, ladder)
         self._pace = Pace(base)
-        self.memory: dict[str, int] = {}
-        """Bytes by stream that warm-up was seen to take."""
-        self.warmed_up: Callable[[int, int], None] = lambda reserved, step: None
-        """See `LaneParts.warmed_up`."""
         self._said_slots, self._open = False, True
         self._why: str | None = None  # it was ended
-
-    @classmethod
-    def start(cls, options: Any, vllm_config: Any, kv_cache_config: Any) -> "StreamLane":
-        """Makes the lane of this worker; vLLM's own runner has its model and KV cache, and has captured no CUDA graphs yet.
-
-        Raises `LaneError` when it cannot run here; the message says why and what to do."""
-        from vllm_agentserve.lanes.cuda.provider import lane_parts
-
-        parts = lane_parts(options, vllm_config, kv_cache_config)
-        lane = cls(parts.runner, parts.ladder, parts.alone, parts.base, parts.most, parts.cuda)
-        lane.memory, lane.warmed_up = parts.memory.by_stream, parts.warmed_up
-        parts.runner.lead(lane.step, lane.step_goes_on)
-        return lane
 
     @property
     def name(self) -> str:
@@ -129,8 +132,8 @@ class StreamLane:
 
     def end(self, why: str) -> None:
         self._why = self._why or why
-        under_way = self._in_flight.chunk.job.request_id if self._in_flight is not None else None
-        for request_id in [one for one in self._held if one in self._queue and one != under_way]:
+        computing = self._in_flight.chunk.job.request_id if self._in_flight is not None else None
+        for request_id in [one for one in self._held if one in self._queue and one != computing]:
             self._end(request_id, self._why)
 
     def jobs(self) -> list[str]:
@@ -142,19 +145,24 @@ class StreamLane:
         tokens, seconds, launches, launch_s = self._pace.take()
         if not slots and not tokens and not launches:
             return None
-        memory = tuple(self.memory.items()) if slots else ()
+        memory = tuple(self._memory.by_stream.items()) if slots else ()
         return LaneReport(slots, tokens, seconds, launches=launches, launch_s=launch_s, memory=memory)
 
-    def follow(self, begin: Callable[[Any], None]) -> None:
-        """Calls `begin` with the connector's metadata before anything of a step is launched, so that `submit` and
-        `begin_step` come early enough to choose its stream: vLLM itself shows the metadata only when inputs are made."""
-        self._begin = begin
+    def warmed_up(self, reserved: int, step: int) -> None:
+        """As `PrefillLane.warmed_up`: vLLM's CUDA graphs and those of the slots are captured."""
+        self._runner.warm_steps()
+        self._memory.refuse(step)
+        logger.info(
+            "agentserve: the prefill lane took %s in warm-up; %.0f MiB were kept free for it.",
+            self._memory,
+            reserved / MIB,
+        )
 
     @contextmanager
     def step(self, metadata: Any) -> Iterator[Any]:
         """Around the launch of a step's forward pass; gives its stream. `metadata` is the connector's, None in warm-up."""
         self._computes, self._steps.slot = False, None
-        if metadata is not None and self._begin is not None:
+        if metadata is not None:
             self._pace.target_ms = metadata.target_ms
             self._begin(metadata)
         self._runner.select(self._steps.slot)
@@ -173,7 +181,7 @@ class StreamLane:
             if self._in_flight is not None:
                 self._in_flight.joined = True
         self._asked = min(max(slot, 0), len(self._slots) - 1)
-        # A job stays in the queue until its last chunk is through.
+        # A job stays in the queue until its last chunk has finished.
         self._steps.slot = self._asked if computes and len(self._queue) else None
 
     def submit(self, job: Job) -> None:
@@ -209,8 +217,8 @@ class StreamLane:
             stream, tokens = self._alone, self._pace.tokens_alone(longest, self._clock())
         chunk, now = self._queue.take(tokens), self._clock()
         self._pace.launching(now)
-        in_flight = ChunkInFlight(chunk, self._cuda, self._computes, now)
-        in_flight.full = chunk.tokens >= min(tokens, self._base // 2)
+        full = chunk.tokens >= min(tokens, self._base // 2)
+        in_flight = ChunkInFlight(chunk, self._cuda, self._computes, now, full)
         in_flight.begin(self._runner, stream, self._inputs.pop(chunk.job.request_id) if chunk.first else None)
         return in_flight
 
@@ -231,7 +239,7 @@ class StreamLane:
             raise self._lost(f"launching a prefill chunk broke the CUDA context: {failure}") from failure
 
     def _look(self) -> None:
-        """Ends the chunk under way if it is through. Raises `LaneError` when it hangs, or the device is lost."""
+        """Ends the chunk in flight if it has finished. Raises `LaneError` when it hangs, or the device is lost."""
         in_flight = self._in_flight
         if in_flight is None:
             return
@@ -241,7 +249,7 @@ class StreamLane:
             raise self._lost(f"a prefill chunk broke the CUDA context: {failure}") from failure
         if not finished:
             if in_flight.complete and self._clock() - in_flight.launch_ended > self._watchdog_s:
-                raise self._lost(f"a prefill chunk is not through after {self._watchdog_s:.0f} s")
+                raise self._lost(f"a prefill chunk is still running after {self._watchdog_s:.0f} s")
             return
         self._in_flight = None
         self._pace.finished(in_flight, self._clock())
@@ -259,7 +267,7 @@ class StreamLane:
         self._outcomes.append(Outcome(request_id, error))
 
     def poll(self, patience_s: float = 0.0) -> list[Outcome]:
-        """As `PrefillLane.poll`; also returns when a chunk is through, so that the next can be launched.
+        """As `PrefillLane.poll`; also returns when a chunk has finished, so that the next can be launched.
 
         Raises:
             LaneError: the device is lost or hangs: a kernel of this process cannot be ended alone, so the engine has to.
@@ -279,7 +287,7 @@ class StreamLane:
         return LaneError(f"{why}. {LOST}")
 
     def close(self) -> None:
-        """Waits for the chunk under way and for everything else on the device, then gives back streams, contexts and graphs. Does
+        """Waits for the chunk in flight and for everything else on the device, then gives back streams, contexts and graphs. Does
         nothing when the device is lost, which only the end of the process clears up.
 
         Raises:

@@ -5,16 +5,18 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.policy.attribution import Attribution
+from vllm_agentserve.policy.attribution import Attribution, NoAttribution
 from vllm_agentserve.policy.call import Call
 from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.engine import EnginePolicy
+from vllm_agentserve.policy.load import LoadControl
 from vllm_agentserve.policy.preemption import PreemptionAccount
 from vllm_agentserve.policy.program_order import NoPrograms, ProgramOrder
 from vllm_agentserve.policy.programs import ProgramTable
 from vllm_agentserve.policy.waiting import WaitingList
 from vllm_agentserve.scheduler.features import Feature
 from vllm_agentserve.scheduler.features.lane import Lane, NoLane
+from vllm_agentserve.scheduler.features.load import Load
 from vllm_agentserve.scheduler.features.preemption import Preemption
 from vllm_agentserve.scheduler.features.programs import ProgramReport
 from vllm_agentserve.vllm_compat import scheduler as compat
@@ -25,11 +27,21 @@ if TYPE_CHECKING:
 Counts = MutableMapping[str, float]
 
 
+def attribution_of(options: AgentServeConfig, orders: bool, block_size: int) -> NoAttribution:
+    """Says whose a request is, where a part of the scheduler asks.
+
+    Args:
+        options: order and load control.
+        orders: whether waiting requests are ordered here, and not by vLLM.
+        block_size: tokens per KV block.
+    """
+    return Attribution(block_size) if orders and (options.policy != "fcfs" or options.load_control) else NoAttribution()
+
+
 def program_order(
     options: AgentServeConfig | None,
     controller: BudgetController,
     counts: Counts,
-    block_size: int,
     alternates: bool = False,
 ) -> NoPrograms:
     """The order of programs that the options ask for.
@@ -38,7 +50,6 @@ def program_order(
         options: None where vLLM orders the waiting requests.
         controller: knows what prompts take.
         counts: what `/metrics` counts.
-        block_size: tokens per KV block.
         alternates: whether steps decode parts of the running calls in turns, as with pipeline parallelism.
     """
     if options is None or options.policy == "fcfs":
@@ -50,9 +61,8 @@ def program_order(
         options.program_promote_ratio,
         options.program_ttl_s,
     )
-    attribution, account = Attribution(block_size), PreemptionAccount(options.program_preempt_share)
-    owner, remember = attribution.owner, attribution.remember
-    return ProgramOrder(table, owner, remember, controller.prompt_ms, account, counts, alternates)
+    account = PreemptionAccount(options.program_preempt_share)
+    return ProgramOrder(table, controller.prompt_ms, account, counts, alternates)
 
 
 def lane_of(
@@ -82,4 +92,8 @@ def build_features(
         features.append(ProgramReport(programs.table, counts, perf_counter))
         if options.program_preempt_share > 0 and isinstance(waiting, WaitingList):
             features.append(Preemption(scheduler, policy, waiting, programs, calls, counts))
+    if options.load_control and isinstance(waiting, WaitingList) and compat.keeps_prefixes(scheduler):
+        pool = compat.pool_tokens(scheduler)
+        control = LoadControl(pool, int(scheduler.cache_config.block_size), options.max_hold_s)
+        features.append(Load(control, scheduler, policy, waiting, counts))
     return features

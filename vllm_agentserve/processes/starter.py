@@ -7,29 +7,20 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
-from vllm_agentserve.gpucheck.forked import PRELOAD, ForkedChild, preload
+from vllm_agentserve.processes import child as child_module
+from vllm_agentserve.processes.forked import PRELOAD, ForkedChild, preload
+from vllm_agentserve.processes.task import DAY_S, ChildError, Task, result_of
 
 FORK_S = 60.0
 """A fork that has not begun after so long, since the imports hang or are slow, is given up for a new interpreter."""
 GONE_S = 20.0
-TRIAL = "vllm_agentserve.gpucheck.forked:try_cuda"
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a child does: see `ForkedChild`."""
-
-    function: str
-    result: Path
-    limit_s: float
-    options: Any
-    log: Path
-    environment: Mapping[str, str]
+TRIAL = "vllm_agentserve.processes.forked:try_cuda"
 
 
 class Child(Protocol):
@@ -45,7 +36,7 @@ class FreshChild:
     """A task in a new interpreter."""
 
     def __init__(self, task: Task) -> None:
-        command = [sys.executable, "-m", "vllm_agentserve.gpucheck.child"]
+        command = [sys.executable, "-m", child_module.__name__]
         with task.log.open("wb") as output:
             self._process = subprocess.Popen(
                 [*command, task.function, str(task.result), str(task.limit_s), str(os.getpid())],
@@ -92,8 +83,8 @@ class Starter:
         return FreshChild(task)
 
     def distrust(self, child: Child) -> bool:
-        """A child was ended by a signal that nobody here has sent. If it was forked that may be why, so no other will be; returns
-        whether it was."""
+        """A child was ended by a signal that this process has not sent. If it was forked that may be why, so no other will be
+        forked; returns whether it was."""
         if not isinstance(child, FreshChild):
             self._give_up()
             return True
@@ -124,7 +115,7 @@ class Starter:
         def fork() -> None:
             # The process that forks has ended, or its socket is gone: whatever is raised, a new interpreter can do the task.
             with contextlib.suppress(Exception):
-                child = ForkedChild(task.function, task.result, task.limit_s, task.options, task.log, task.environment)
+                child = ForkedChild(task)
                 made.append(child)
                 if abandoned.is_set():
                     end_group(child)
@@ -149,3 +140,23 @@ def end_group(child: Child) -> None:
             os.kill(child.pid, signal.SIGKILL)
     if child.wait(GONE_S) is None:
         print(f"process {child.pid} does not end: it may hang in the driver", file=sys.stderr)
+
+
+def call(function: str, options: Any, environment: Mapping[str, str], limit_s: float = DAY_S) -> Any:
+    """What `function` ("package.module:function") returns for `options` in a new interpreter, as JSON makes of it.
+
+    Raises:
+        ChildError: it raised, was ended by a signal, or took longer than `limit_s`; with the last lines it wrote.
+    """
+    with TemporaryDirectory(prefix="agentserve-child-") as folder:
+        task = Task(function, Path(folder, "result.json"), limit_s, options, Path(folder, "log"), environment)
+        began = time.monotonic()
+        child = FreshChild(task)
+        try:
+            code = child.wait(limit_s)
+        finally:
+            end_group(child)
+        ended = result_of(task, function, code, time.monotonic() - began)
+    if ended.error is not None:
+        raise ChildError(ended.error)
+    return ended.result

@@ -1,4 +1,7 @@
-"""One task in a process of its own, started by `CheckRun.run`; its options come on standard input, as JSON."""
+"""One task in a process of its own; its options come on standard input, as JSON.
+
+python -m vllm_agentserve.processes.child FUNCTION RESULT LIMIT_S [PARENT]   # see `main`; never by hand
+"""
 
 import contextlib
 import ctypes
@@ -19,15 +22,15 @@ PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
-    """From now on the kernel ends this process with the thread that made it: a check that is killed leaves no engine behind."""
+    """From now on the kernel ends this process with the thread that made it: a parent that is killed leaves nothing behind."""
     # Linux has this call; elsewhere no GPU is served.
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main() -> None:
-    """Arguments: PACKAGE.MODULE:FUNCTION, the file for the result, the time limit in seconds, and the process it is to end with,
-    unless that is settled."""
+    """Arguments: PACKAGE.MODULE:FUNCTION, the file for the result, the time limit in seconds, and the parent it ends with, where
+    that is not arranged yet."""
     if len(sys.argv) > 4:
         end_with_parent()
         if os.getppid() != int(sys.argv[4]):

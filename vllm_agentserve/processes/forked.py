@@ -10,6 +10,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+from vllm_agentserve.processes.task import Task
 from vllm_agentserve.vllm_compat.cuda import cuda_is_lost
 
 PRELOAD = (
@@ -25,27 +26,11 @@ worker are not among them: with them, the first CUDA call of a child was a segme
 
 
 class ForkedChild:
-    """A task in a forked process, which leads a process group of its own.
+    """A task in a forked process, which leads a process group of its own."""
 
-    Args:
-        function: "package.module:function"; called with `options`.
-        result: the file for what it returns, as JSON.
-        limit_s: it writes the stacks of its threads to its log shortly before so many seconds have passed.
-        options: JSON.
-        log: the file that gets what it writes.
-        environment: its variables.
-    """
-
-    def __init__(
-        self,
-        function: str,
-        result: Path,
-        limit_s: float,
-        options: Any,
-        log: Path,
-        environment: Mapping[str, str],
-    ) -> None:
-        arguments = (function, str(result), limit_s, json.dumps(options), str(log), dict(environment))
+    def __init__(self, task: Task) -> None:
+        options, environment = json.dumps(task.options), dict(task.environment)
+        arguments = (task.function, str(task.result), task.limit_s, options, str(task.log), environment)
         self._process = multiprocessing.get_context("forkserver").Process(target=main, args=arguments)
         with variables(environment):
             self._process.start()
@@ -67,7 +52,7 @@ def preload(modules: tuple[str, ...], environment: Mapping[str, str]) -> None:
 
 @contextmanager
 def variables(environment: Mapping[str, str]) -> Iterator[None]:
-    """Within, the environment of this process is another one."""
+    """Within it, this process has these environment variables, and no others."""
     before, wanted = dict(os.environ), dict(environment)
     os.environ.clear()
     os.environ.update(wanted)
@@ -80,9 +65,9 @@ def variables(environment: Mapping[str, str]) -> Iterator[None]:
 
 def main(function: str, result: str, limit_s: float, options: str, log: str, environment: dict[str, str]) -> None:
     """The child. Where CUDA was started before the fork it cannot be used, so a new interpreter takes over."""
-    from vllm_agentserve.gpucheck import child
+    from vllm_agentserve.processes import child
 
-    end_with_check()
+    end_with_starter()
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
@@ -102,10 +87,10 @@ def main(function: str, result: str, limit_s: float, options: str, log: str, env
     child.work(function, Path(result), limit_s, json.loads(options))
 
 
-def end_with_check() -> None:
-    """This process ends with the one it was forked from, and that one with the check: it ends when nobody holds its pipe any
-    more, so this child must not hold it either."""
-    from vllm_agentserve.gpucheck import child
+def end_with_starter() -> None:
+    """This process ends with the one it was forked from. That one ends with the process that started it, namely when no process
+    holds its pipe any more, so this child must not hold it either."""
+    from vllm_agentserve.processes import child
 
     child.end_with_parent()
     check = multiprocessing.parent_process()
@@ -119,7 +104,7 @@ def end_with_check() -> None:
 
 
 def try_cuda(options: Any) -> bool:
-    """A task that only uses CUDA: whether children can be forked here. What ends it, a signal too, says that they cannot."""
+    """A task that only uses CUDA: whether children can be forked here. If anything ends it, a signal too, they cannot."""
     import torch
 
     return bool(torch.ones(1, device="cuda").item() == 1.0)

@@ -1,0 +1,108 @@
+"""Which calls are due when one has ended: chains, forks, joins, failures, in any order of their ends."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_agentserve.bench.calls import CallShape, program_walk
+from vllm_agentserve.bench.sessions import Session, Turn, contexts, session_walk
+from vllm_agentserve.bench.walk import DueCall, Walk
+
+FORKING = [
+    Session("p", "p", (Turn((1,) * 8, 2, spawns=("x", "y")), Turn((2,) * 4, 1, 0.5)), start_s=3.0),
+    Session("x", "p", (Turn((3,) * 4, 2, 0.1, spawns=("z",)),), forked=True),
+    Session("y", "p", (Turn((5,) * 4, 1), Turn((6,), 1, 0.2)), forked=True),
+    Session("z", "p", (Turn((7,), 1),), forked=True),
+    Session("q", "q", (Turn((9,), 1, 0.25),), start_s=1.0, after="p"),
+]
+"""`p` spawns two sessions, of which one spawns a third; `q` starts after `p`."""
+
+
+def names(due: list[DueCall]) -> list:
+    return [one.name for one in due]
+
+
+def test_sessions_fork_and_join() -> None:
+    walk = session_walk(FORKING)
+    assert walk.begin(100.0) == [DueCall(("p", 0), 103.0)]
+    assert walk.end(("p", 0), 110.0) == [DueCall(("x", 0), 110.1), DueCall(("y", 0), 110.0)]
+    assert walk.end(("x", 0), 111.0) == [DueCall(("z", 0), 111.0)]
+    assert walk.end(("y", 0), 112.0) == [DueCall(("y", 1), 112.2)]
+    assert walk.end(("y", 1), 113.0) == []
+    assert walk.end(("z", 0), 114.0) == [DueCall(("p", 1), 114.5)]
+    assert not walk.over
+    assert walk.end(("p", 1), 115.0) == [DueCall(("q", 0), 116.25)]
+    assert walk.end(("q", 0), 117.0) == []
+    assert walk.over
+
+
+def test_a_failure_gives_up_what_goes_on_from_it_and_nothing_else() -> None:
+    walk = session_walk(FORKING)
+    walk.begin(0.0)
+    walk.end(("p", 0), 1.0)
+    assert names(walk.end(("y", 0), 2.0)) == [("y", 1)]
+    assert names(walk.end(("y", 1), 2.0)) == []
+    assert names(walk.fail(("x", 0), 3.0)) == [("p", 1)]
+    assert names(walk.end(("p", 1), 4.0)) == [("q", 0)]
+    walk.end(("q", 0), 5.0)
+    assert walk.over
+
+
+def test_a_failed_first_turn_ends_the_session_and_all_that_would_fork_from_it() -> None:
+    walk = session_walk(FORKING)
+    walk.begin(0.0)
+    assert walk.fail(("p", 0), 1.0) == [DueCall(("q", 0), 2.25)]
+
+
+def test_a_session_that_nobody_spawns_is_left_out() -> None:
+    assert session_walk([FORKING[2]]).over
+
+
+def test_contexts_follow_forks() -> None:
+    assert contexts(FORKING) == {
+        ("p", 0): 10,
+        ("x", 0): 16,
+        ("y", 0): 15,
+        ("y", 1): 17,
+        ("z", 0): 18,
+        ("p", 1): 15,
+        ("q", 0): 2,
+    }
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_programs_join(seed: int) -> None:
+    """Whichever of two calls ends last: the call that joins them is due then."""
+    walk = program_walk(
+        (
+            CallShape(1, 0, 1),
+            CallShape(1, 2, 1, 0.5, (0,)),
+            CallShape(1, 2, 1, 0.0, (0,)),
+            CallShape(1, 2, 1, 2.0, (1, 2)),
+        )
+    )
+    assert walk.begin(7.0) == [DueCall(0, 7.0)]
+    assert walk.end(0, 8.0) == [DueCall(1, 8.5), DueCall(2, 8.0)]
+    first, second = random.Random(seed).sample((1, 2), 2)
+    assert walk.end(first, 9.0) == []
+    assert walk.end(second, 10.0) == [DueCall(3, 12.0)]
+
+
+@given(st.data())
+def test_every_call_is_due_once_after_those_it_waits_for(data: st.DataObject) -> None:
+    calls: list[CallShape] = []
+    for index in range(data.draw(st.integers(1, 12))):
+        parents = data.draw(st.sets(st.integers(0, index - 1), max_size=3)) if index else set()
+        calls.append(CallShape(1, 0, 1, 0.0, tuple(sorted(parents))))
+    walk: Walk[int] = program_walk(calls)
+    waiting, ended, now = names(walk.begin(0.0)), list[int](), 0.0
+    while waiting:
+        now += 1.0
+        one = waiting.pop(data.draw(st.integers(0, len(waiting) - 1)))
+        assert set(calls[one].parents) <= set(ended)
+        ended.append(one)
+        waiting += names(walk.end(one, now))
+    assert sorted(ended) == list(range(len(calls)))
+    assert walk.over

@@ -1,0 +1,148 @@
+"""What is installed with an extra only: which command needs it, what it says when it is missing, what needs nothing."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions, requires
+from pathlib import Path
+
+import pytest
+
+from vllm_agentserve import cli
+from vllm_agentserve.extras import EXTRAS
+
+ROOT = Path(cli.__file__).resolve().parent.parent
+PACKAGE = ROOT / "vllm_agentserve"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+OPTIONAL = {"pynvml"}
+"""Imported where it is there; what needs it goes on without."""
+VLLM = {"vllm", "torch", "triton"}
+COMMANDS = [
+    (("top", "--once"), "cli"),
+    (("bench", "workloads"), "bench"),
+    (("bench", "run"), "bench"),
+    (("bench", "report", "nowhere"), "bench"),
+    (("bench", "table", "nowhere"), "bench"),
+    (("demo",), "bench"),
+]
+
+
+def canonical(requirement: str) -> str:
+    """The name of a distribution as pip compares it."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement, maxsplit=1)[0]).lower()
+
+
+def third_party(path: Path) -> Iterator[str]:
+    """The modules of others that a file imports, also late."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+        for name in {name.split(".")[0] for name in names}:
+            if name not in sys.stdlib_module_names and name != PACKAGE.name:
+                yield name
+
+
+def distributions(modules: set[str]) -> set[str]:
+    known = packages_distributions()
+    return {canonical(name) for module in modules for name in known[module]}
+
+
+def test_the_base_install_requires_nothing() -> None:
+    assert PROJECT["dependencies"] == []
+
+
+def test_what_is_outside_of_the_commands_imports_only_what_vllm_requires() -> None:
+    vllm = {canonical(one) for name in packages_distributions()["vllm"] for one in requires(name) or ()}
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).parts[0]
+        if room in ("bench", "simulator", "cli.py") or room.startswith("top"):
+            continue
+        for name in set(third_party(path)) - VLLM - OPTIONAL:
+            assert distributions({name}) <= vllm, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize(
+    ("extra", "files"), [("cli", "top*.py"), ("bench", "bench/*.py"), ("bench", "cli.py")], ids=["top", "bench", "cli"]
+)
+def test_an_extra_brings_what_its_commands_import(extra: str, files: str) -> None:
+    imported = {name for path in PACKAGE.glob(files) for name in third_party(path)} - VLLM
+    assert imported - OPTIONAL <= set(EXTRAS[extra])
+    named = {canonical(one) for one in PROJECT["optional-dependencies"][extra]}
+    assert distributions(imported) <= named
+    assert distributions(set(EXTRAS[extra])) == named - {"nvidia-ml-py"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "module", "extra"),
+    [(arguments, module, extra) for arguments, extra in COMMANDS for module in EXTRAS[extra]],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
+)
+def test_a_command_names_what_is_missing(
+    arguments: tuple[str, ...],
+    module: str,
+    extra: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]
+    assert cli.main(list(arguments)) == 2
+    said = capsys.readouterr()
+    expected = f"error: agentserve {arguments[0]} needs {module}: pip install 'vllm-agentserve[{extra}]'\n"
+    assert (said.out, said.err) == ("", expected)
+
+
+def test_all_that_is_missing_is_named_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in EXTRAS["cli"]:
+        monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]
+    assert cli.main(["top"]) == 2
+    assert "needs prometheus_client, rich: pip install 'vllm-agentserve[cli]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["bench", "run", "--help"], ["top", "--help"], ["doctor", "--help"]]
+)
+def test_help_needs_no_extra_and_no_vllm(arguments: list[str]) -> None:
+    hidden = sorted({"vllm", "torch"}.union(*EXTRAS.values()))
+    code = f"import sys; sys.modules |= dict.fromkeys({hidden!r}); from vllm_agentserve import cli; cli.main({arguments!r})"
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "agentserve" in done.stdout
+
+
+def test_the_doctor_needs_no_extra() -> None:
+    """It says that vLLM is missing, which an environment without one should hear."""
+    hidden = sorted({"vllm", "torch"}.union(*EXTRAS.values()))
+    code = (
+        f"import sys; sys.modules |= dict.fromkeys({hidden!r}); from vllm_agentserve import cli, vllm_compat\n"
+        "vllm_compat.installed_vllm = lambda: None\n"
+        "sys.exit(cli.main(['doctor']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "[problem] vLLM: vLLM is not installed" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["gpu-check", "toy-model"])
+def test_what_vllm_brings_is_named_too(command: str, tmp_path: Path) -> None:
+    arguments = [command, "--output", str(tmp_path / "new")]
+    code = (
+        f"import sys; sys.modules['numpy'] = None; from vllm_agentserve import cli; sys.exit(cli.main({arguments!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=False, cwd=ROOT)
+    words = f"error: agentserve {command} needs numpy, which vLLM brings: install vLLM beside this package\n"
+    assert (done.returncode, done.stderr) == (2, words)
+
+
+def test_the_gpu_check_is_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["gpu-check", "--help"])
+    assert ended.value.code == 0
+    assert "--budget-s" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "{doctor,top,bench,demo,gpu-check,toy-model}" in capsys.readouterr().out

@@ -1,0 +1,166 @@
+"""Load control in the scheduler, on vLLM's real scheduler without a model: who is held, and what is said of it."""
+
+from typing import Any
+
+import pytest
+from vllm.v1.request import RequestStatus
+
+from tests.support.pinned import PinnedController, PinnedModel
+from tests.support.schedulers import Driver, make_request, make_scheduler
+from vllm_agentserve.scheduler.features import load as feature
+from vllm_agentserve.scheduler.features.load import Load
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(feature, "perf_counter", clock)
+    return clock
+
+
+class SlowModel(PinnedModel):
+    """Prompts are dear: 5 ms a token."""
+
+    def chunk_ms(self, tokens: int, context: int, first: bool = True) -> float:
+        return 5.0 * tokens
+
+
+class SlowController(PinnedController):
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.whole.model = SlowModel()
+
+
+def started(num_blocks: int = 129, asynchronous: bool = False, **options: Any) -> tuple[Any, Driver, Load]:
+    """A KV cache of 2048 tokens."""
+    given = {"mode": "time-sliced", "load_control": True, "tpot_slo_ms": 10_000, "first_chunk_tokens": 4096, **options}
+    scheduler: Any = make_scheduler(
+        options=given, num_blocks=num_blocks, asynchronous=asynchronous, controller=SlowController
+    )
+    (load,) = [one for one in scheduler._events.features if isinstance(one, Load)]
+    return scheduler, Driver(scheduler, depth=2 if asynchronous else 1), load
+
+
+def serve(scheduler: Any, driver: Driver, clock: Clock, limit: int = 400) -> None:
+    for _ in range(limit):
+        if not scheduler.requests:
+            return
+        clock.now += 0.02
+        driver.step()
+    raise AssertionError(f"{list(scheduler.requests)} did not end")
+
+
+def turn(scheduler: Any, name: str, number: int, tokens: int = 400, **hints: Any) -> Any:
+    """A call of the program `name`, whose context grows by 8 tokens a turn."""
+    prompt = [(hash(name) % 997 * 31 + token) % 4000 for token in range(tokens + 8 * number)]
+    request = make_request(f"{name}-{number}", prompt, max_tokens=8, session=name, hints=hints or None)
+    scheduler.add_request(request)
+    return request
+
+
+def learned(scheduler: Any, driver: Driver, clock: Clock) -> None:
+    """Two programs have come back several times, half a second after each answer."""
+    for number in range(6):
+        for name in ("warm", "wram"):
+            turn(scheduler, name, number, 200)
+        serve(scheduler, driver, clock)
+        clock.now += 0.5
+
+
+def held(scheduler: Any) -> list[str]:
+    return sorted(call.name for call in scheduler.calls.values() if call.parked)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_first_calls_are_held_while_the_contexts_fill_the_cache(clock: Clock, asynchronous: bool) -> None:
+    scheduler, driver, load = started(asynchronous=asynchronous)
+    learned(scheduler, driver, clock)
+    for name in "abcdefgh":
+        turn(scheduler, name, 0)
+        clock.now += 0.02
+        driver.step()
+    assert held(scheduler)
+    assert "a-0" not in held(scheduler)
+    assert len(scheduler.waiting) >= len(held(scheduler))
+    assert scheduler.report()["load_held"] == len(held(scheduler))
+    assert scheduler.counts["load_held_requests"] >= len(held(scheduler))
+    assert scheduler.integrity.faults() == []
+
+
+def test_a_program_that_came_back_is_never_held(clock: Clock) -> None:
+    scheduler, driver, load = started()
+    learned(scheduler, driver, clock)
+    for name in "abcdefgh":
+        turn(scheduler, name, 0)
+    turn(scheduler, "warm", 6, 200)
+    assert "warm-6" not in held(scheduler)
+
+
+def test_everybody_is_served_and_nothing_is_left(clock: Clock) -> None:
+    scheduler, driver, load = started()
+    learned(scheduler, driver, clock)
+    for name in "abcdefgh":
+        turn(scheduler, name, 0)
+    assert held(scheduler)
+    serve(scheduler, driver, clock, 4000)
+    assert (scheduler.calls, load.control.faults(())) == ({}, [])
+    assert scheduler.counts["load_hold_seconds"] > 0.0
+    assert scheduler.report()["load_held"] == 0.0
+
+
+def test_held_calls_that_are_aborted_are_forgotten(clock: Clock) -> None:
+    scheduler, driver, load = started()
+    learned(scheduler, driver, clock)
+    for name in "abcdefgh":
+        turn(scheduler, name, 0)
+    names = held(scheduler)
+    scheduler.finish_requests(names, RequestStatus.FINISHED_ABORTED)
+    assert not held(scheduler)
+    assert scheduler.integrity.faults() == []
+    serve(scheduler, driver, clock)
+    assert load.control.faults(()) == []
+
+
+def test_nobody_is_held_longer_than_the_bound(clock: Clock) -> None:
+    scheduler, driver, load = started(max_hold_s=5.0)
+    learned(scheduler, driver, clock)
+    scheduler.add_request(make_request("long", 40, max_tokens=100_000, session="warm"))
+    for name in "abcde":
+        turn(scheduler, name, 0, 900)
+    assert held(scheduler)
+    clock.now += 5.1
+    driver.step()
+    assert not held(scheduler)
+
+
+def test_an_engine_that_has_seen_no_returns_holds_nobody(clock: Clock) -> None:
+    scheduler, driver, load = started()
+    for name in "abcdefgh":
+        turn(scheduler, name, 0)
+    assert not held(scheduler)
+
+
+def test_it_is_said_once(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    scheduler, driver, load = started()
+    learned(scheduler, driver, clock)
+    with caplog.at_level("INFO", logger="vllm.agentserve"):
+        for name in "abcdefgh":
+            turn(scheduler, name, 0)
+    assert len(held(scheduler)) > 1
+    assert sum("load control" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("given", [{"options": {}}, {"prefix_caching": False}, {"policy": "priority"}])
+def test_where_it_does_not_run(given: dict[str, Any]) -> None:
+    options = {"load_control": True} if "options" not in given else {}
+    scheduler: Any = make_scheduler(**{"options": options, **given})
+    assert not any(isinstance(one, Load) for one in scheduler._events.features)

@@ -1,0 +1,125 @@
+"""Load control: holds the first calls of programs back while the contexts of those under way fill the KV cache."""
+
+from collections.abc import Iterable, MutableMapping
+from logging import Logger
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+
+from vllm_agentserve.policy.call import Call
+from vllm_agentserve.policy.engine import EnginePolicy
+from vllm_agentserve.policy.load import LoadControl
+from vllm_agentserve.policy.waiting import HELD, WaitingList
+from vllm_agentserve.scheduler.features import Feature
+from vllm_agentserve.vllm_compat import scheduler as compat
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+logger: Logger = init_logger("vllm.agentserve")
+
+
+class Load(Feature):
+    """Args:
+    control: decides.
+    scheduler: whose requests.
+    policy: of their order.
+    waiting: the calls that wait; those that are held are parked there.
+    counts: gets `load_held_requests` and `load_hold_seconds`.
+    """
+
+    def __init__(
+        self,
+        control: LoadControl,
+        scheduler: "Scheduler",
+        policy: EnginePolicy,
+        waiting: WaitingList,
+        counts: MutableMapping[str, float],
+    ) -> None:
+        self.control = control
+        self._scheduler = scheduler
+        self._policy = policy
+        self._waiting = waiting
+        self._counts = counts
+        self._decodes = 0
+        self._said = False
+
+    def arrived(self, call: Call) -> None:
+        now, owner = perf_counter(), call.owner
+        assert owner is not None
+        self.control.arrive(
+            call.name,
+            owner.key,
+            now,
+            call.request.num_prompt_tokens,
+            named=owner.source == "explicit",
+            parent=call.hints.parent,
+            can_return=compat.can_return(self._scheduler, call.request),
+        )
+        # A part of a prompt that is streamed is not in the list yet.
+        if call.key is not None and not self.control.may_begin(call.name, now, idle=self._idle()):
+            self._waiting.park({call: HELD})
+            call.held_since_s = now
+            self._counts["load_held_requests"] += 1
+            if not self._said:
+                self._said = True
+                logger.info(
+                    "agentserve: load control holds the first calls of programs back: the contexts of those under way fill the "
+                    "KV cache. Further ones are only counted. `load_control=false` turns it off."
+                )
+
+    def _idle(self) -> bool:
+        """Whether the engine has nothing else to do."""
+        scheduler = self._scheduler
+        return not scheduler.running and not self._waiting.open and not compat.waits_elsewhere(scheduler)
+
+    def before_step(self, decodes: int, context: int) -> None:
+        self._decodes = decodes
+        now = perf_counter()
+        if not self._waiting.parked or self.control.closed(now):
+            return
+        idle = self._idle()
+
+        def ready(call: Call) -> bool:
+            nonlocal idle
+            if call.awaited is not HELD or not self.control.may_begin(call.name, now, idle=idle):
+                return False
+            idle = False
+            self._counts["load_hold_seconds"] += now - call.held_since_s
+            return True
+
+        self._waiting.release(ready)
+
+    def admitted(self, call: Call) -> None:
+        self.control.begin(call.name, perf_counter(), call.cached_tokens or 0)
+
+    def freed(self, call: Call) -> None:
+        now, request = perf_counter(), call.request
+        if call.cached_tokens is None or not compat.has_answered(request):
+            self.control.abort(call.name, now)
+            return
+        model, decodes = self._policy.controller.whole.model, max(self._decodes, 1)
+        self.control.end(
+            call.name,
+            now,
+            request.num_tokens,
+            read_s=call.computed_ms / 1000,
+            read_tokens=call.computed_tokens,
+            decode_s=request.num_output_tokens * model.decode_ms(decodes, decodes * request.num_tokens) / 1000,
+            last=call.hints.last,
+            tool=call.hints.tool,
+        )
+
+    def report(self) -> dict[str, float]:
+        report = self.control.report()
+        return {
+            "load_held": float(report.held),
+            "load_limit_tokens": report.limit_tokens or 0.0,
+            "load_claims_tokens": report.claims_tokens,
+            "load_programs": report.programs,
+            "load_hit_ratio": report.hit_ratio,
+        }
+
+    def faults(self, calls: Iterable[Call]) -> list[str]:
+        return self.control.faults({call.name for call in calls})
