@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_agentserve.policy.claims import claim, presence, stays
 from vllm_agentserve.policy.load import FIRST_ROOM, LoadControl, Mean
 from vllm_agentserve.policy.turn_rate import TurnCost, hit_ratio, turns_per_second
 
@@ -436,6 +437,41 @@ def test_ends_are_believed_again_when_they_are_true() -> None:
     assert load._untrue.value < 0.15
 
 
+def test_claims_of_those_that_are_away_and_of_those_that_run() -> None:
+    server = learned()
+    held = fill(server)
+    for index in range(2):
+        server.end(f"new-{index}/0")
+    server.now += 0.2
+    load = server.load
+    assert load.report(server.now).held == len(held)
+    there = presence(load._live["new-0"], load.returns, server.now)
+    away = claim(1050 + 150 + 8, 150, stays(load.returns, True, 2), 2 * there)
+    running = claim(1000 + 8, 150, stays(load.returns, True, 1), BEGAN - 2)
+    assert load._growth.value == pytest.approx(150)
+    assert load._claims.programs == pytest.approx(BEGAN - 2 + 2 * there)
+    assert load._claims.ahead == pytest.approx((away + running).ahead)
+
+
+def test_room_follows_the_pressure_as_it_is() -> None:
+    """Two contexts of 6000 on a pool of 10,000 of which 0.95 are of use: the model says that 0.56 of them are found."""
+    server = Server()
+    server.learn()
+    server.load._limit = 1e4
+    for name in ("a", "b"):
+        server.arrive(f"{name}/0", name, 5850)
+        server.begin(f"{name}/0")
+        server.end(f"{name}/0", answer=0)
+    server.now += 0.9
+    server.arrive("a/1", "a", 5992)
+    server.begin("a/1", 5850)
+    assert server.load.report().room > 0.95
+    load = server.load
+    model = hit_ratio(load._claims.now / (10_000 * 0.95))
+    assert 0.0 < model < 0.9
+    assert load.report().room == pytest.approx(0.95 * exp(0.02 * (1 - model)))
+
+
 def test_hits_are_shares_of_what_was_there() -> None:
     server = Server()
     server.turn("a/0", "a")
@@ -703,7 +739,8 @@ def test_whatever_happens_books_balance_and_nobody_waits_for_ever(
     server.now += 1e4
     server.arrive("end", "end")
     assert server.may("end")
-    assert server.load.report().programs <= 1.0
+    server.now += 0.2
+    assert server.load.report(server.now).programs <= 1.0
 
 
 @settings(max_examples=20, deadline=None)

@@ -471,7 +471,10 @@ class LoadControl:
 
     # What is seen.
 
-    def report(self) -> LoadReport:
+    def report(self, now_s: float | None = None) -> LoadReport:
+        """Claims as they are now; without a time, as they were when somebody was last asked for."""
+        if now_s is not None:
+            self._count(now_s)
         return LoadReport(
             None if self._limit == inf else self._limit,
             self._reason,
