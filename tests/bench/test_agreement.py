@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.calls import cold
 from vllm_agentserve.bench.calls import tool_chain_s
 from vllm_agentserve.bench.cost import TOY_CPU, StepCost, read_cost
 from vllm_agentserve.bench.program_traffic import sessions_of
@@ -75,7 +76,7 @@ def test_the_known_model_says_what_the_cost_says() -> None:
     """Also the other way round: the longest chunk within a time takes at most that time, and one token more does not."""
     model = KnownModel(COST)
     chunks = [(100, 50), (9, 0)]
-    assert model.step_ms(3, 900, chunks) == pytest.approx(COST.step_ms(3, 900, chunks))
+    assert model.step_ms(3, 900, [cold(*chunk) for chunk in chunks]) == pytest.approx(COST.step_ms(3, 900, chunks))
     for budget_ms, before in ((10.0, 0), (45.0, 300), (200.0, 2000)):
         tokens = model.tokens_within(budget_ms, before)
         assert model.chunk_ms(tokens, before) <= budget_ms < model.chunk_ms(tokens + 2, before)
