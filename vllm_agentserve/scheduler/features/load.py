@@ -112,7 +112,7 @@ class Load(Feature):
         )
 
     def report(self) -> dict[str, float]:
-        report = self.control.report()
+        report = self.control.report(perf_counter())
         return {
             "load_held": float(report.held),
             "load_limit_tokens": report.limit_tokens or 0.0,
