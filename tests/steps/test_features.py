@@ -9,6 +9,7 @@ from vllm.v1.request import RequestStatus
 from tests.support.lane_driver import started
 from tests.support.schedulers import Driver, make_request, make_scheduler
 from vllm_agentserve.policy.call import Call
+from vllm_agentserve.policy.order import DECIDE_STEPS
 from vllm_agentserve.policy.program_order import NoPrograms, ProgramOrder
 from vllm_agentserve.policy.waiting import VllmOrder, WaitingList
 from vllm_agentserve.scheduler.features import Events, Feature
@@ -172,3 +173,61 @@ def test_vllms_priorities_decide_who_is_preempted() -> None:
         told[ours] = [request.request_id for request in scheduler.running]
     assert told[True] == told[False]
     assert "low" not in told[True]
+
+
+def test_levels_are_looked_at_every_sixteenth_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after quiet steps, in which nobody looks."""
+    scheduler: Any = make_scheduler(options={"policy": "plas", "mode": "time-sliced"}, max_num_seqs=1)
+    driver, looks = Driver(scheduler), []
+    waiting = scheduler.engine_policy.waiting
+    monkeypatch.setattr(waiting, "relevel", lambda limit: looks.append(scheduler.current_step))
+    scheduler.add_request(make_request("a", 40, session="a"))
+    for _ in range(20):
+        driver.step()
+    scheduler.add_request(make_request("b", 40, session="b"))
+    looks.clear()
+    for _ in range(40):
+        driver.step()
+    assert looks
+    assert all(step % DECIDE_STEPS == 0 for step in looks)
+
+
+def test_an_exception_in_vllms_schedule_leaves_no_prompt_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt that was asked for is not taken for one that is being computed."""
+    options = {"mode": "time-sliced", "tpot_slo_ms": 10, "first_chunk_tokens": 64}
+    scheduler: Any = make_scheduler(options=options)
+    driver = Driver(scheduler)
+    scheduler.add_request(make_request("stream", 20))
+    driver.step()
+    scheduler.add_request(make_request("a", 300))
+
+    def fails(*given: Any, **named: Any) -> Any:
+        raise RuntimeError("no blocks")
+
+    with monkeypatch.context() as context:
+        context.setattr(scheduler.kv_cache_manager, "allocate_slots", fails)
+        with pytest.raises(RuntimeError, match="no blocks"):
+            driver.step()
+    assert [call.name for call in scheduler.engine_policy.prefilling] == []
+    assert scheduler._count_decodes() == 1
+    assert scheduler.waiting
+
+
+def test_a_request_that_vllm_refuses_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler: Any = make_scheduler(options={"mode": "time-sliced", "policy": "plas"})
+
+    def fails(*given: Any, **named: Any) -> Any:
+        raise ValueError("refused")
+
+    monkeypatch.setattr(scheduler, "_enqueue_waiting_request", fails)
+    with pytest.raises(ValueError, match="refused"):
+        scheduler.add_request(make_request("a", 40, session="s"))
+    assert scheduler.calls == {}
+    assert scheduler.engine_policy.programs.table.faults(()) == []
+
+
+def test_the_lanes_connector_says_that_it_needs_our_scheduler() -> None:
+    from vllm_agentserve.lanes.connector import Unserved
+
+    with pytest.raises(RuntimeError, match=r"--scheduler-cls vllm_agentserve\.AgentScheduler"):
+        Unserved().matched("request", 0)

@@ -52,12 +52,22 @@ class LaneWorkerMetadata(KVConnectorWorkerMetadata):
         raise NotImplementedError("a lane has one worker; more are refused at start")
 
 
+class Unserved:
+    """The scheduler's half until `AgentScheduler` sets it: with another scheduler every use is an error."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(
+            "the connector of the prefill lane needs the scheduler that it was made for: --scheduler-cls "
+            "vllm_agentserve.AgentScheduler"
+        )
+
+
 class LaneConnector(KVConnectorBase_V1):
     """vLLM makes one of each half: `role` says which."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        self.half: Any = None
+        self.half: Any = Unserved()
         """At the worker a `LaneConnectorWorker`; at the scheduler a `LaneConnectorScheduler`, set before the first step."""
         if role is KVConnectorRole.WORKER:
             refuse_weight_updates()

@@ -194,16 +194,15 @@ class LaneConnectorScheduler:
     def ended(self, finished: set[str], failed: set[str]) -> None:
         if finished:
             for call in [call for call in self.in_flight if call.name in finished]:
+                call.lane.failed |= call.name in failed
                 self.in_flight.remove(call)
                 call.lane.start, call.lane.hashes = None, ()
             # A prefix may be in two jobs when its first block was in nobody's: rebuilt, for there are few jobs.
             self.filling = {one for call in self.in_flight for one in call.lane.hashes}
         if failed:
             self.policy.failed()
-            for request_id in failed:
+            for _ in failed:
                 self._on_failure()
-                if request_id in self._calls:  # it has not ended meanwhile
-                    self._calls[request_id].lane.failed = True
 
     def reported(self, report: LaneReport) -> None:
         """Takes in what the worker says of its lane."""

@@ -233,8 +233,6 @@ class WaitingList(VllmOrder):
         """The call that was granted tokens last in this step."""
         self._stale: Call | None = None
         """A call that turned out in this step to be cold, and is sorted as a resume prefill."""
-        self._decisions = 0
-        """How often levels were looked at up to the last step."""
 
     # -- calls come and go ----------------------------------------------------------------------------------------------
 
@@ -350,13 +348,10 @@ class WaitingList(VllmOrder):
     # -- steps ----------------------------------------------------------------------------------------------------------
 
     def begin_step(self, step: int, relevels: bool) -> int:
-        decisions, self._decisions = step // self._decide_steps - self._decisions, step // self._decide_steps
         self.step = step
         promoted = self.promote_overdue()
-        if relevels:
-            # More often than once around changes nothing.
-            for _ in range(min(decisions, len(self._line.entries) // LOOK_AHEAD + 1)):
-                self.relevel(LOOK_AHEAD)
+        if relevels and step % self._decide_steps == 0:
+            self.relevel(LOOK_AHEAD)
         return promoted
 
     def promote_overdue(self) -> int:

@@ -1,6 +1,6 @@
 """AgentScheduler: vLLM's own scheduler, with our order of waiting requests and our prefill budget per step.
 
-Nothing of `Scheduler.schedule()` is copied. Two seams carry everything: the waiting queue (`queues.py`) decides who is
+Nothing of `Scheduler.schedule()` is copied. Two seams carry everything: the waiting queue (`waiting.py`) decides who is
 admitted, and `_reserve_prefill_lookahead()`, which vLLM asks for every sequence right before it allocates blocks, decides
 how many prompt tokens run. Steps that carry nothing but decodes are vLLM's, with two time stamps around them.
 """
@@ -139,6 +139,9 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         try:
             output = super().schedule(throttle_prefills)
             policy.end_step(output.total_num_scheduled_tokens < self.max_num_scheduled_tokens)
+        except BaseException:
+            self._stop_those_not_admitted()
+            raise
         finally:
             delattr(self, compat.CHUNK_LIMIT)
             policy.waiting.reopen()
@@ -148,6 +151,12 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         sequences = len(output.num_scheduled_tokens) - len(chunks)
         self._log.scheduled(Step(output, started, sequences, context, chunks, admitted, lane.busy, budget))
         return output
+
+    def _stop_those_not_admitted(self) -> None:
+        """Those that were asked for, and do not run after all, compute no prompt."""
+        for call in list(self.engine_policy.prefilling):
+            if call.request.status is not RequestStatus.RUNNING:
+                self.engine_policy.stops(call)
 
     def _count_decodes(self) -> int:
         """The sequences whose streams would notice a long step."""
@@ -180,11 +189,9 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         new = {data.req_id for data in output.scheduled_new_reqs} | output.scheduled_cached_reqs.resumed_req_ids
         chunks: list[Chunk] = []
         cold_ended = False
+        self._stop_those_not_admitted()
         for call in list(policy.prefilling):
             request = call.request
-            if request.status is not RequestStatus.RUNNING:
-                policy.stops(call)  # it was asked for, and not admitted after all
-                continue
             admitted, tokens = request.request_id in new, scheduled.get(request.request_id, 0)
             if admitted:
                 self._stats.admitted(call.chunk_phase)
@@ -247,7 +254,12 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         if not known:
             self._arrives(request)
         self.engine_policy.waiting.step = self.current_step  # quiet steps do not tell it
-        super().add_request(request)
+        try:
+            super().add_request(request)
+        except BaseException:
+            if not known:
+                self.engine_policy.end(self.calls.pop(request.request_id))
+            raise
         if not known:
             call = self.calls[request.request_id]
             if call.key is not None:

@@ -19,7 +19,7 @@ from vllm_agentserve.bench.walk import DueCall
 from vllm_agentserve.policy.call import Call, Chunk, Owner
 from vllm_agentserve.policy.controller import BudgetController, BudgetLimits
 from vllm_agentserve.policy.engine import EnginePolicy
-from vllm_agentserve.policy.order import BYPASS_STEPS, PATIENT_BYPASS_STEPS
+from vllm_agentserve.policy.order import BYPASS_STEPS, DECIDE_STEPS, LOOK_AHEAD, PATIENT_BYPASS_STEPS
 from vllm_agentserve.policy.preemption import PreemptionAccount
 from vllm_agentserve.policy.program_order import NoPrograms, ProgramOrder
 from vllm_agentserve.policy.programs import ProgramTable
@@ -66,7 +66,9 @@ class Simulator:
         self._step_tokens = step_tokens
         self._told = told
         self._now = 0.0
-        self._step = 0
+        self._step = self._decided = 0
+        self._clock_s = 0.0
+        """What the policy takes for the time: for an arrival its own, which may lie inside the step before."""
         self._numbers = count()
         self._events: list[tuple[float, int, Live, int]] = []
         controller = BudgetController(BudgetLimits())
@@ -80,7 +82,7 @@ class Simulator:
             programs = ORACLES[order]()
         bound = patience if patience is not None else PATIENCE.get(order, inf)
         kind, cuts = (StockPolicy, False) if order == "stock" else (EnginePolicy, True)
-        self.policy = kind(self, controller, counts, lambda: self._now, self, programs, bound, cuts=cuts)  # type: ignore[arg-type]
+        self.policy = kind(self, controller, counts, lambda: self._clock_s, self, programs, bound, cuts=cuts)  # type: ignore[arg-type]
         assert isinstance(self.policy.waiting, WaitingList)
         self._waiting: WaitingList = self.policy.waiting
         self._decoding: list[Call] = []
@@ -124,13 +126,14 @@ class Simulator:
 
     def _arrivals(self) -> None:
         while self._events and self._events[0][0] <= self._now:
-            _, _, live, index = heapq.heappop(self._events)
+            self._clock_s, _, live, index = heapq.heappop(self._events)
             calls = live.shape.calls
             before = origin(calls, index)
             known = self._told and before is not None and not forks(calls, index)
             call = Call(SimulatedRequest(live, index, before, live.shape.name if known else None))
             self.policy.arrive(call)
             self._waiting.add(call)
+        self._clock_s = self._now
 
     def _context(self) -> int:
         """Tokens that the decoding calls attend to, together."""
@@ -140,7 +143,7 @@ class Simulator:
         """A step with prompts: those that are being computed go on, then others are admitted while there is room."""
         policy, waiting, decodes = self.policy, self._waiting, len(self._decoding)
         context, room = self._context(), max(self._step_tokens - decodes, 1)
-        policy.begin_step(self._step)
+        self._begin_step()
         places = self._slots - decodes - len(policy.prefilling)
         budget = policy.plan(decodes, context, room, places, waits=len(waiting) > 0)
         chunks: list[tuple[Call, Chunk, bool]] = []
@@ -173,6 +176,16 @@ class Simulator:
         policy.observe(took_ms, took_ms if decodes else None, decodes, context, granted, budget=budget)
         self._finish()
 
+    def _begin_step(self) -> None:
+        """As the scheduler's steps do; those that were taken together are caught up with."""
+        decisions = self._step // DECIDE_STEPS - self._decided
+        self._decided += decisions
+        self._waiting.begin_step(self._step, relevels=False)
+        if self.policy.programs.relevels:
+            # More often than once around changes nothing.
+            for _ in range(min(decisions, len(self._waiting) // LOOK_AHEAD + 1)):
+                self._waiting.relevel(LOOK_AHEAD)
+
     def _take(self, call: Call, room: int, chunks: list[tuple[Call, Chunk, bool]], new: bool) -> int:
         """Gives a prompt its tokens of the step, and notes them as a chunk."""
         tokens = min(call.left, room)
@@ -198,6 +211,7 @@ class Simulator:
 
     def _advance(self, took_ms: float, steps: int) -> None:
         self._now += took_ms / 1000
+        self._clock_s = self._now
         self._step += steps
         for call in self._decoding:
             call.request.output -= steps
