@@ -231,3 +231,15 @@ def test_the_lanes_connector_says_that_it_needs_our_scheduler() -> None:
 
     with pytest.raises(RuntimeError, match=r"--scheduler-cls vllm_agentserve\.AgentScheduler"):
         Unserved().matched("request", 0)
+
+
+def test_a_request_that_did_not_come_through_add_request_ends_all_the_same() -> None:
+    """vLLM's own tests make such requests."""
+    scheduler: Any = make_scheduler(options={"mode": "time-sliced", "policy": "plas"})
+    request = make_request("a", 40)
+    scheduler.requests["a"] = request
+    request.status = RequestStatus.RUNNING
+    scheduler.running.append(request)
+    scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    assert (scheduler.requests, scheduler.calls) == ({}, {})
+    assert scheduler.engine_policy.programs.table.faults(()) == []

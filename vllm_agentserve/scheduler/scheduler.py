@@ -168,7 +168,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
 
     def _grant(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """Stands in for vLLM's own `CHUNK_LIMIT`: how many of these tokens run in this step."""
-        call, running = self.calls[request.request_id], request.status is RequestStatus.RUNNING
+        call, running = self._call(request), request.status is RequestStatus.RUNNING
         if call.served_as is None:
             if running:
                 return self._stock_limit(request, num_computed_tokens, num_new_tokens)
@@ -267,7 +267,11 @@ class AgentScheduler(UpstreamHooks, Scheduler):
             for arrived in self._events.arrived:
                 arrived(call)
 
-    def _arrives(self, request: Request) -> None:
+    def _call(self, request: Request) -> Call:
+        """The record of a request. One that did not come through `add_request`, as in vLLM's own tests, gets it here."""
+        return self.calls.get(request.request_id) or self._arrives(request)
+
+    def _arrives(self, request: Request) -> Call:
         parameters = request.sampling_params
         hints, errors = read_hints(parameters.extra_args if parameters is not None else None)
         self.counts["invalid_hints"] += len(errors)
@@ -276,14 +280,16 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         due = inf if hints.deadline_ms is None else perf_counter() + hints.deadline_ms / 1000
         call = self.calls[request.request_id] = Call(request, hints, due)
         self.engine_policy.arrive(call)
+        return call
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         self.engine_policy.waiting.step = self.current_step
-        self.engine_policy.stops(self.calls[request.request_id])
+        self.engine_policy.stops(self._call(request))
         super()._preempt_request(request, *args, **kwargs)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        call = self.calls.pop(request.request_id)
+        call = self._call(request)
+        del self.calls[request.request_id]
         self.engine_policy.end(call)
         for freed in self._events.freed:
             freed(call)

@@ -1,0 +1,65 @@
+"""Which of our files and functions a step runs: what a reader of one step has to know.
+
+    python tools/trace_step.py           # default options
+    python tools/trace_step.py --full    # programs, preemption and a prefill lane
+
+Runs vLLM's scheduler without a model through twenty steps with decodes, prompts and waiting requests. Prints for each file its
+lines, and the lines of the functions in it that ran.
+"""
+
+import argparse
+import inspect
+import sys
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "vllm_agentserve"
+DEFAULT: dict[str, Any] = {"mode": "time-sliced"}
+FULL: dict[str, Any] = {"mode": "lanes", "lane_min_tokens": 100, "policy": "plas", "program_preempt_share": 0.1}
+
+
+def traced(full: bool) -> dict[str, set[CodeType]]:
+    """The functions that ran, by file."""
+    from tests.support.lane_driver import LaneDriver
+    from tests.support.schedulers import Driver, make_request, make_scheduler
+
+    scheduler = make_scheduler(options=FULL if full else DEFAULT, lanes=full, max_num_seqs=4)
+    driver = (LaneDriver if full else Driver)(scheduler)
+    for number in range(2):
+        scheduler.add_request(make_request(f"stream-{number}", 20, max_tokens=500, session="a"))
+    for _ in range(40):
+        driver.step()
+    ran: dict[str, set[CodeType]] = {}
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(PACKAGE):
+            ran.setdefault(str(path.relative_to(PACKAGE)), set()).add(frame.f_code)
+
+    sys.setprofile(note)
+    for number in range(3):
+        scheduler.add_request(make_request(f"cold-{number}", 3000, max_tokens=3, session="b"))
+    for _ in range(20):
+        driver.step()
+    sys.setprofile(None)
+    return ran
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Which of our files and functions a step runs.")
+    parser.add_argument("--full", action="store_true", help="programs, preemption and a prefill lane")
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    files = lines_of_files = lines_of_functions = 0
+    for name, codes in sorted(traced(arguments.full).items()):
+        length = len((PACKAGE / name).read_text().splitlines())
+        own = sum(len(inspect.getsourcelines(code)[0]) for code in codes if not code.co_name.startswith("<"))
+        files, lines_of_files, lines_of_functions = files + 1, lines_of_files + length, lines_of_functions + own
+        print(f"{name:40} {length:6} {own:6}")
+    print(f"{files} files, {lines_of_files} lines, {lines_of_functions} lines of functions that ran")
+
+
+if __name__ == "__main__":
+    main()
