@@ -13,7 +13,7 @@ from vllm_agentserve.policy.order import DECIDE_STEPS
 from vllm_agentserve.policy.program_order import NoPrograms, ProgramOrder
 from vllm_agentserve.policy.waiting import VllmOrder, WaitingList
 from vllm_agentserve.scheduler.features import Events, Feature
-from vllm_agentserve.scheduler.features.lane import Lane, NoLane
+from vllm_agentserve.scheduler.features.lane import LaneFeature, NoLaneFeature
 from vllm_agentserve.scheduler.scheduler import AgentScheduler
 
 
@@ -109,7 +109,7 @@ def test_events_call_only_those_that_define_them() -> None:
             pass
 
     frees = Frees()
-    events = Events([NoLane(), frees])
+    events = Events([NoLaneFeature(), frees])
     assert events.freed == (frees.freed,)
     assert events.arrived == events.before_step == events.finished == ()
 
@@ -117,11 +117,11 @@ def test_events_call_only_those_that_define_them() -> None:
 def test_what_is_absent_answers() -> None:
     scheduler: Any = make_scheduler(policy="priority", options={"policy": "plas"})
     assert (type(scheduler.engine_policy.programs), type(scheduler.engine_policy.waiting)) == (NoPrograms, VllmOrder)
-    assert type(scheduler._lane) is NoLane
+    assert type(scheduler._lane) is NoLaneFeature
     ours: Any = make_scheduler(options={"policy": "plas"})
     assert (type(ours.engine_policy.programs), type(ours.engine_policy.waiting)) == (ProgramOrder, WaitingList)
     lanes, _ = started()
-    assert type(lanes._lane) is Lane
+    assert type(lanes._lane) is LaneFeature
 
 
 def test_the_same_prompt_waits_for_vllms_order_as_long_as_it_must() -> None:

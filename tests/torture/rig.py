@@ -16,6 +16,8 @@ from tests.torture.contents import Contents, Looked
 from tests.torture.episode import Episode, Event, Request, prompt_of
 from vllm_agentserve.gpucheck.compare import differences, is_tie
 from vllm_agentserve.gpucheck.scripted_requests import Completions, completions
+from vllm_agentserve.lanes.lane import NoLane
+from vllm_agentserve.scheduler.features.lane import LaneFeature
 
 LOOK_EVERY_STEPS = 16
 """So often the books are checked while requests run, and on average, at random moments, the prefix cache."""
@@ -176,7 +178,10 @@ class Rig:
     @property
     def lane(self) -> Any:
         """The lane's process as the worker sees it; None where there is none."""
-        return worker()._lane if getattr(self.scheduler, "_lane", None) is not None else None
+        if not isinstance(getattr(self.scheduler, "_lane", None), LaneFeature):
+            return None
+        lane = worker()._lane
+        return None if isinstance(lane, NoLane) else lane
 
     def lane_is_up(self) -> None:
         """Waits for a lane that was killed, so that every episode has one."""

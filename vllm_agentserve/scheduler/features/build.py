@@ -15,7 +15,7 @@ from vllm_agentserve.policy.program_order import NoPrograms, ProgramOrder
 from vllm_agentserve.policy.programs import ProgramTable
 from vllm_agentserve.policy.waiting import WaitingList
 from vllm_agentserve.scheduler.features import Feature
-from vllm_agentserve.scheduler.features.lane import Lane, NoLane
+from vllm_agentserve.scheduler.features.lane import LaneFeature, NoLaneFeature
 from vllm_agentserve.scheduler.features.load import Load
 from vllm_agentserve.scheduler.features.preemption import Preemption
 from vllm_agentserve.scheduler.features.programs import ProgramReport
@@ -71,11 +71,11 @@ def lane_of(
     policy: EnginePolicy,
     calls: Mapping[str, Call],
     counts: Counts,
-) -> NoLane:
+) -> NoLaneFeature:
     """The prefill lane, where its connector runs."""
     if not compat.has_lane_connector(scheduler):
-        return NoLane()
-    return Lane(options, scheduler, policy, calls, counts)
+        return NoLaneFeature()
+    return LaneFeature(options, scheduler, policy, calls, counts)
 
 
 def build_features(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
 
 
-class NoLane(Feature):
+class NoLaneFeature(Feature):
     """Steps compute every prompt. Also what the scheduler asks of a lane."""
 
     busy = False
@@ -25,7 +25,7 @@ class NoLane(Feature):
     """Whether it can take a prompt."""
 
 
-class Lane(NoLane):
+class LaneFeature(NoLaneFeature):
     """Follows what `LaneConnectorScheduler` decides.
 
     Args:
