@@ -277,7 +277,8 @@ class EnginePolicy:
         budget: StepBudget | None = None,
     ) -> None:
         """A step has finished; the arguments are those of `BudgetController.observe`."""
-        self.programs.stepped(sequences, step_ms, chunks)
+        if self.programs.relevels:
+            self.programs.stepped(sequences, step_ms, chunks)
         self.controller.observe(step_ms, interval_ms, sequences, context, chunks, admitted, beside_lane, budget)
 
     def faults(self, calls: Iterable[Call]) -> list[str]:

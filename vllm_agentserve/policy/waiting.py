@@ -287,6 +287,11 @@ class WaitingList(VllmOrder):
     def __len__(self) -> int:
         return len(self._line.entries) + len(self._parked)
 
+    @property
+    def lists(self) -> tuple[list[Entry], list[Entry]]:
+        """The calls that are offered and those that are parked, for who counts them several times a step."""
+        return self._line.entries, self._parked
+
     def __iter__(self) -> Iterator[Call]:
         return iter([call for _, _, call in chain(self._line.entries, self._parked)])
 
@@ -296,7 +301,8 @@ class WaitingList(VllmOrder):
     @property
     def open(self) -> bool:
         """Whether there is a call to look at."""
-        return bool(self._line.offered(self._colds_wait)) and not self.closed
+        line = self._line
+        return bool(line.resumes if self._colds_wait else line.entries) and not self.closed
 
     @property
     def bounded(self) -> int:

@@ -20,6 +20,7 @@ class AgentQueue(RequestQueue):
 
     def __init__(self, waiting: WaitingList, calls: Mapping[str, Call]) -> None:
         self._waiting = waiting
+        self._offered, self._parked = waiting.lists
         self._calls = calls
 
     def add_request(self, request: Request) -> None:
@@ -59,7 +60,7 @@ class AgentQueue(RequestQueue):
         return self._waiting.open
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._offered) + len(self._parked)
 
     def __iter__(self) -> Iterator[Request]:
         return iter([call.request for call in self._waiting])
