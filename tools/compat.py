@@ -48,16 +48,25 @@ def fetched_sources(version: str, cache: Path | None = None) -> Path:
         raise FetchError(f"{version!r} is no version of vLLM: give one such as 0.33.0")
     cache = cache or cache_folder()
     folder = cache / f"vllm-{version}-sources"
-    if folder.is_dir():
+    if any((folder / "vllm").glob("*.py")):
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as place:
         wheel = downloaded(version, Path(place))
         unpacked = Path(place) / "sources"
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(unpacked, [name for name in archive.namelist() if name.endswith(".py")])
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(unpacked, [name for name in archive.namelist() if name.endswith(".py")])
+        except (OSError, zipfile.BadZipFile) as error:
+            raise FetchError(f"the wheel of vLLM {version} cannot be unpacked into {cache}: {error}") from error
+        if folder.is_dir() and not any((folder / "vllm").glob("*.py")):
+            shutil.rmtree(folder)  # left by a run that was cut short
         # At once, so that an interrupted run leaves nothing that looks complete.
-        unpacked.rename(folder)
+        try:
+            unpacked.rename(folder)
+        except OSError as error:
+            if not any((folder / "vllm").glob("*.py")):  # another run was no faster
+                raise FetchError(f"the sources of vLLM {version} cannot be moved to {folder}: {error}") from error
     return folder
 
 

@@ -164,3 +164,26 @@ def test_where_it_does_not_run(given: dict[str, Any]) -> None:
     options = {"load_control": True} if "options" not in given else {}
     scheduler: Any = make_scheduler(**{"options": options, **given})
     assert not any(isinstance(one, Load) for one in scheduler._events.features)
+
+
+def test_a_stream_that_its_client_closes_is_a_turn_too(clock: Clock) -> None:
+    """Agents that have read the tool call close the stream: returns are learned all the same."""
+    scheduler, driver, load = started()
+    for number in range(6):
+        turn(scheduler, "warm", number, 200)
+        for _ in range(4):
+            clock.now += 0.02
+            driver.step()
+        scheduler.finish_requests(f"warm-{number}", RequestStatus.FINISHED_ABORTED)
+        driver.step()
+        clock.now += 0.5
+    assert load.control.returns.begins(True) > 0.5
+    assert load.control.faults(()) == []
+
+
+def test_a_request_that_did_not_come_through_add_request_is_no_matter(clock: Clock) -> None:
+    scheduler, driver, load = started()
+    call = scheduler._call(make_request("unmet", 40))
+    load.admitted(call)
+    load.freed(call)
+    assert load.control.faults(()) == []

@@ -90,8 +90,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--step-cost",
         type=Path,
         metavar="FILE",
-        help="what steps cost here, as python -m vllm_agentserve.simulator.agreement writes it (default: known for the toy model "
-        "without a GPU, otherwise a guess)",
+        help="what steps cost here, as python -m vllm_agentserve.simulator.agreement writes it in a clone (default: known "
+        "for the toy model without a GPU, otherwise a guess)",
     )
     replayed = run.add_argument_group("traces")
     replayed.add_argument(

@@ -48,7 +48,8 @@ measured at 5.0, 0.0, 0.48, 50, 31 and 1.0."""
 
 
 def read_cost(path: Path) -> StepCost:
-    """Reads what `python -m vllm_agentserve.simulator.agreement` writes: an object with the coefficients, or one under `cost`.
+    """Reads what `python -m vllm_agentserve.simulator.agreement` writes in a clone: an object with the coefficients, or one under
+    `cost`.
 
     Raises:
         WorkloadError: there is no such file, or a coefficient is missing, unknown or no number from 0.

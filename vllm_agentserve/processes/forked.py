@@ -29,6 +29,7 @@ class ForkedChild:
     """A task in a forked process, which leads a process group of its own."""
 
     def __init__(self, task: Task) -> None:
+        task.result.unlink(missing_ok=True)  # an earlier task's, which could be taken for this one's
         options, environment = json.dumps(task.options), dict(task.environment)
         arguments = (task.function, str(task.result), task.limit_s, options, str(task.log), environment)
         self._process = multiprocessing.get_context("forkserver").Process(target=main, args=arguments)

@@ -36,6 +36,7 @@ class FreshChild:
     """A task in a new interpreter."""
 
     def __init__(self, task: Task) -> None:
+        task.result.unlink(missing_ok=True)  # an earlier task's, which could be taken for this one's
         command = [sys.executable, "-m", child_module.__name__]
         with task.log.open("wb") as output:
             self._process = subprocess.Popen(

@@ -127,16 +127,12 @@ def can_return(scheduler: "Scheduler", request: "Request") -> bool:
     return request.pooling_params is None and bool(scheduler.kv_cache_manager.prefix_cache_lookup_enabled(request))
 
 
-def has_answered(request: "Request") -> bool:
-    """Whether an ended request has its whole answer."""
+def waits_elsewhere(scheduler: "Scheduler") -> bool:
+    """Whether requests wait that vLLM does not keep in its waiting queue: those whose KV blocks are being filled. A streamed
+    session between two parts has nothing to do."""
     from vllm.v1.request import RequestStatus
 
-    return request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
-
-
-def waits_elsewhere(scheduler: "Scheduler") -> bool:
-    """Whether requests wait that vLLM does not keep in its waiting queue: those whose KV blocks are being filled."""
-    return bool(scheduler.kv_holding_waiting)
+    return any(one.status is not RequestStatus.WAITING_FOR_STREAMING_REQ for one in scheduler.kv_holding_waiting)
 
 
 def finds_no_place(scheduler: "Scheduler", waiting: "Request") -> bool:

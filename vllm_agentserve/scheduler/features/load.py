@@ -54,7 +54,6 @@ class Load(Feature):
             now,
             call.request.num_prompt_tokens,
             named=owner.source == "explicit",
-            parent=call.hints.parent,
             can_return=compat.can_return(self._scheduler, call.request),
         )
         # A part of a prompt that is streamed is not in the list yet.
@@ -96,7 +95,8 @@ class Load(Feature):
 
     def freed(self, call: Call) -> None:
         now, request = perf_counter(), call.request
-        if call.cached_tokens is None or not compat.has_answered(request):
+        # Clients that have read enough close the stream: that too is an answer.
+        if call.cached_tokens is None or not request.num_output_tokens:
             self.control.abort(call.name, now)
             return
         model, decodes = self._policy.controller.whole.model, max(self._decodes, 1)
@@ -112,7 +112,7 @@ class Load(Feature):
         )
 
     def report(self) -> dict[str, float]:
-        report = self.control.report(perf_counter())
+        report = self.control.report()
         return {
             "load_held": float(report.held),
             "load_limit_tokens": report.limit_tokens or 0.0,
