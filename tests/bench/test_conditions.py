@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.support.bench_servers import Borrowed, small
+from tests.support.bench_servers import small
 from tests.support.token_server import token_server
 from vllm_agentserve.bench.arms import Arm, parse_arms
 from vllm_agentserve.bench.conditions import Conditions, GpuWatch, pollution
@@ -17,6 +17,7 @@ from vllm_agentserve.bench.experiment import Experiment
 from vllm_agentserve.bench.machine import gpu_names, in_words, shown
 from vllm_agentserve.bench.plan import Cell, Plan
 from vllm_agentserve.bench.progress import Progress
+from vllm_agentserve.bench.server import RunningServer
 
 
 class FakeNvml(types.ModuleType):
@@ -134,9 +135,9 @@ def test_on_a_gpu_every_arm_gets_the_size_the_first_start_found(
     started = []
     with token_server("--interval-s", "0.003", "--blocks", "1000") as url, Progress(Console(quiet=True)) as progress:
 
-        def server(self: Experiment, arm: Arm, log: Path | None = None) -> Borrowed:
+        def server(self: Experiment, arm: Arm, log: Path | None = None) -> RunningServer:
             started.append((arm.name, self.options))
-            return Borrowed(url)
+            return RunningServer(url)
 
         monkeypatch.setattr(Experiment, "server", server)
         Experiment(plan, tmp_path / "r", progress).run()

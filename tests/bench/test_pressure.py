@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.support.bench_servers import Borrowed, small
+from tests.support.bench_servers import small
 from tests.support.paths import ROOT
 from tests.support.token_server import token_server
 from vllm_agentserve import cli
@@ -21,7 +21,7 @@ from vllm_agentserve.bench.metrics import METRICS
 from vllm_agentserve.bench.plan import Cell, Plan
 from vllm_agentserve.bench.progress import Progress
 from vllm_agentserve.bench.records import Results, RoundRecord
-from vllm_agentserve.bench.server import ServerError
+from vllm_agentserve.bench.server import RunningServer, ServerError
 from vllm_agentserve.bench.sessions import Session, Turn, live_context, salted
 from vllm_agentserve.bench.summary import arm_figures, pressure_note
 from vllm_agentserve.bench.trace import TraceOptions, read_trace, trace_path
@@ -155,7 +155,7 @@ def test_wrong_arguments(
 def test_a_server_with_another_cache_than_asked_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan(parse_arms(["stock"], []), [Cell("", small, {"name": "x"})], model="m", kv_pool=KvPool(84, 128))
     with token_server("--blocks", "1000") as url, Progress(Console(quiet=True)) as progress:
-        monkeypatch.setattr(Experiment, "server", lambda *_: Borrowed(url))
+        monkeypatch.setattr(Experiment, "server", lambda *_: RunningServer(url))
         with pytest.raises(ServerError, match="states a KV cache of 16000 tokens, not 10752"):
             Experiment(plan, tmp_path / "r", progress).run()
     (one,) = Results(tmp_path / "r").rounds()

@@ -1,4 +1,4 @@
-"""Whether everything the scheduler keeps books of balances: KV blocks, the queue, prefills, programs, the lane.
+"""Whether the state of the scheduler is consistent: KV blocks, the queue, prefills, programs, the lane.
 
 The torture rig asks after every episode. In production, with the option `integrity_check_interval_s`, an engine without
 requests is checked now and then; what is wrong is logged and counted, and nothing is done about it.
