@@ -52,7 +52,7 @@ class Server:
         self, call: str, program: str, prompt: int = 1000, cached: int = 0, last: bool = False, **more: object
     ) -> None:
         self.arrive(call, program, prompt, **more)
-        assert self.may(call)
+        assert self.may(call, idle=True)
         self.begin(call, cached)
         self.end(call, last=last)
 
@@ -253,6 +253,37 @@ def test_a_program_counts_from_the_moment_it_may_begin() -> None:
     assert server.load.report().programs == 6
     server.begin("0/0")
     assert server.load.report().programs == 6
+
+
+def test_programs_that_come_together_are_decided_on_together() -> None:
+    """Seven want 1.05 pools, which is let through. But ten came within a fifth of a second, and there is a limit for ten."""
+    server = Server(pool_tokens=10_700)
+    server.read_s = 1.0
+    server.learn()
+    for index in range(10):
+        server.arrive(f"{index}/0", f"{index}")
+        assert server.may(f"{index}/0") is (index < 6)
+        server.now += 0.02
+    for _ in range(4):
+        server.now += 0.1
+        assert not server.may("6/0")
+    assert server.load.report().reason == "model"
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_the_first_that_might_not_fit_waits_for_others_no_longer_than_a_moment(idle: bool) -> None:
+    server = Server(pool_tokens=10_700)
+    server.read_s = 1.0
+    server.learn()
+    for index in range(7):
+        server.arrive(f"{index}/0", f"{index}")
+        assert server.may(f"{index}/0", idle=idle and index == 6) is (index < 6 or idle)
+    assert server.load.closed(server.now) is not idle
+    server.now += 0.29
+    assert server.may("6/0") is idle
+    server.now += 0.02
+    assert server.may("6/0")
+    assert server.load.report().reason == "fits"
 
 
 def test_a_newcomer_does_not_pass_those_that_are_held() -> None:

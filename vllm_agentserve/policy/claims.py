@@ -13,7 +13,9 @@ LEAST_CALLS, ENOUGH = 5, 24
 """A program is assumed to have so many calls until that many programs were seen after a call of that turn: claims that are too
 small cannot be taken back, since who has begun is never held, while claims that are too large end with their programs. Contexts
 are assumed to grow to twice their size by that, no more."""
-HELD_BACK = 0.8
+FEW = 4
+"""Contexts are assumed to grow to more than twice their size only where so many programs were seen to go on so far."""
+HELD_BACK = 0.95
 """Least probability of a return where programs usually return, until that many were seen after a call of that turn."""
 USUAL = 0.6
 """Programs usually return where more than this share of the calls is followed by another."""
@@ -93,7 +95,7 @@ def stays(returns: Returns, named: bool, number: int) -> list[Stay]:
         while at < turns:
             turn = named, min(number + at, TURNS_APART)
             share = returns.at_most(turn)
-            learned *= share
+            learned *= share if returns.seen(turn) >= FEW else 0.0
             if number + at >= LEAST_CALLS or returns.seen(turn) >= ENOUGH:
                 assumed *= share
             at += 1

@@ -58,6 +58,8 @@ ROOM_STEP = 0.02
 ROOM_TOLERANCE = 0.1
 FITS = 1.1
 """Programs that will want so many pools at most are not held: they seldom want it all at once."""
+SETTLE_S = 0.3
+"""Programs that come together are decided on together: the first that might not fit waits so long for the others."""
 PRESSURES = tuple(step / 10 for step in range(5, 11))
 """Limits that are tried, in pools."""
 TURNS_KEPT = 32.0
@@ -380,6 +382,10 @@ class LoadControl:
             self._decided_s = -inf
         self._decide(now_s)
         if self._limit == inf:
+            unsure = self._reason == "fits" and wanted > self.pool_tokens
+            if unsure and self._claims.programs and not idle and now_s - call.came_s < SETTLE_S:
+                self._closed_until_s = min(now_s + COUNT_S, call.came_s + SETTLE_S)
+                return None
             return "unlimited"
         if not self._claims.programs:
             return "alone"
