@@ -1,19 +1,21 @@
 """What the client adds to its own figures: stalls of its own, prompts it prepares, requests it sends late."""
 
 import asyncio
+import re
 import time
 from time import perf_counter
 
 import msgspec
 import pytest
 
-from vllm_agentserve.bench.client import Stream
+from vllm_agentserve.bench.arms import ClientOptions, parse_arm, parse_arms
+from vllm_agentserve.bench.client import Stream, StreamError, StreamingClient
 from vllm_agentserve.bench.conditions import Conditions, pollution
 from vllm_agentserve.bench.plan import Plan
 from vllm_agentserve.bench.prompt import PIECE_TOKENS, GrowingPrompt
 from vllm_agentserve.bench.records import digest
 from vllm_agentserve.bench.replay import Replay
-from vllm_agentserve.bench.sessions import Session, Turn
+from vllm_agentserve.bench.sessions import Session, Turn, WorkloadError
 from vllm_agentserve.bench.trace import TraceOptions, read_trace, trace_path
 
 
@@ -115,6 +117,87 @@ def test_turns_have_the_context_of_those_before() -> None:
     asyncio.run(replay.run())
     assert client.prompts == [[1], [1, 9, 9, 3], [1, 9, 9, 2], [8, 8]]
     assert [one.prompt for one in replay.records] == [digest(prompt) for prompt in client.prompts]
+
+
+class Slow(Instant):
+    """Every answer takes a while; remembers how many sessions were under way, and who said that it ends."""
+
+    def __init__(self, fails: str = "") -> None:
+        super().__init__()
+        self.fails = fails
+        self.order: list[str] = []
+        self.lasts: list[str] = []
+        self.open: dict[str, int] = {}
+        self.most = 0
+
+    async def generate(self, kind, prompt, max_tokens, session_id=None, into=None, due=None, last=False, **_) -> Stream:
+        turns = self.open[session_id] = self.open.get(session_id, 0) + 1
+        self.order.append(f"{session_id}{turns}")
+        if last:
+            self.lasts.append(self.order[-1])
+        self.most = max(self.most, sum(count < 2 for count in self.open.values()))
+        await asyncio.sleep(0.02)
+        if session_id == self.fails:
+            self.open[session_id] = 2
+            into.sent = into.finished = perf_counter()
+            raise StreamError("refused")
+        return await super().generate(kind, prompt, max_tokens, session_id, into, due)
+
+
+@pytest.mark.parametrize("fails", ["", "a"])
+def test_so_many_sessions_are_under_way_at_most(fails: str) -> None:
+    """Four sessions of two turns, two at a time, in order; who waits has waited since its session was due."""
+    client = Slow(fails)
+    sessions = [Session(name, name, (Turn((1,), 1), Turn((2,), 1, 0.1))) for name in "abcd"]
+    records = asyncio.run(Replay(client, sessions, live=2).run())  # type: ignore[arg-type]
+    assert client.most == 2
+    assert [name for name in client.order if name.endswith("1")] == ["a1", "b1", "c1", "d1"]
+    first = {one.session: one for one in records if one.turn == 0}
+    assert all(first[name].sent_us < 20_000 for name in "bcd")
+    assert first["d"].ttft_ms > 100
+    assert client.lasts == []
+
+
+def test_sessions_that_were_spawned_take_no_place() -> None:
+    """The place of a session is held by its parent, which waits for it."""
+    client = Slow()
+    sessions = [Session("a", "a", (Turn((1,), 1, spawns=("b",)), Turn((2,), 1)))]
+    sessions.append(Session("b", "b", (Turn((3,), 1),), forked=True))
+    replay = Replay(client, sessions, live=1, last=True)  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(replay.run(), 5))
+    assert client.order == ["a1", "b1", "a2"]
+    assert client.lasts == ["b1", "a2"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["stock:client.live=0", "stock:client.live=x", "agentserve:client.last=1", "agentserve:client.lives=3"],
+)
+def test_options_of_the_client_that_are_none(text: str) -> None:
+    with pytest.raises(WorkloadError, match=re.escape(text.partition(":")[2]) + " is not known"):
+        parse_arm(text)
+
+
+def test_options_of_the_client() -> None:
+    arm = parse_arm("agentserve:load_control=true,client.live=8,client.last=true")
+    assert arm.client == ClientOptions(live=8, last=True)
+    assert arm.settings == {"load_control": True}
+    plain, anonymous = parse_arms(["stock", "stock:client.anonymous=true"], [])
+    assert (plain.options, plain.client) == (anonymous.options, ClientOptions())
+    assert anonymous.client == ClientOptions(anonymous=True)
+    assert parse_arms(["stock:client.live=2"] * 2, [])[1].client.live == 2
+
+
+def test_a_session_says_that_it_ends_where_the_server_knows_the_field() -> None:
+    assert msgspec.json.decode(StreamingClient("u").body([1], 1, "s", True, last=True))["vllm_xargs"] == {
+        "agent_last": "true"
+    }
+    both = StreamingClient("u").body([1], 1, "s", True, parent="p", last=True)
+    assert msgspec.json.decode(both)["vllm_xargs"] == {"agent_parent": "p", "agent_last": "true"}
+    assert "vllm_xargs" not in msgspec.json.decode(StreamingClient("u").body([1], 1, "s", True))
+    assert "vllm_xargs" not in msgspec.json.decode(
+        StreamingClient("u", extensions=False).body([1], 1, "s", True, last=True)
+    )
 
 
 def test_requests_by_the_clock_are_counted_from_when_they_were_due() -> None:

@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args, get_type_hints
 
 from vllm_agentserve.bench.sessions import WorkloadError
@@ -14,10 +14,26 @@ from vllm_agentserve.vllm_compat import SCHEDULER_NAME
 GRAMMAR = (
     "an arm is stock, stock-chunk=N, stock-threshold=N, agentserve, agentserve-MODE, any of these followed by "
     ":KEY=VALUE,KEY=VALUE, or only KEY=VALUE,KEY=VALUE for stock with these options of vllm serve; "
-    "after agentserve a KEY is one of its own options, and serve.KEY one of vllm serve"
+    "after agentserve a KEY is one of its own options, and serve.KEY one of vllm serve; client.live=N lets N sessions at most be "
+    "under way, client.last=true says which call is a session's last, client.anonymous=true sends no session ids"
 )
 SHORT = {"stock-chunk": "max-num-batched-tokens", "stock-threshold": "long-prefill-token-threshold"}
 MODES = get_args(get_type_hints(AgentServeConfig)["mode"])
+
+
+@dataclass(frozen=True)
+class ClientOptions:
+    """What the client of an arm does.
+
+    Args:
+        live: sessions under way at most; the others wait their turn, which counts as their time. None for no limit.
+        last: it says which call is the last one of its session.
+        anonymous: requests say neither which session they belong to nor which one spawned it.
+    """
+
+    live: int | None = None
+    last: bool = False
+    anonymous: bool = False
 
 
 @dataclass(frozen=True)
@@ -28,6 +44,7 @@ class Arm:
     options: tuple[str, ...] = ()
     url: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    client: ClientOptions = ClientOptions()
 
     @property
     def ours(self) -> bool:
@@ -45,14 +62,29 @@ def parse_arm(text: str) -> Arm:
     if "=" in head and head.partition("=")[0] not in SHORT:
         head, tail = "stock", text
     pairs = parse_pairs(text, tail)
+    client = client_options(text, pairs)
     name, _, value = head.partition("=")
     if name in SHORT and re.fullmatch(r"[1-9]\d*", value):
-        return Arm(text, serve_options({SHORT[name]: value} | pairs))
+        return Arm(text, serve_options({SHORT[name]: value} | pairs), client=client)
     if head == "stock":
-        return Arm(text, serve_options(pairs))
+        return Arm(text, serve_options(pairs), client=client)
     if head == "agentserve" or head.startswith("agentserve-"):
-        return agentserve_arm(text, head.removeprefix("agentserve").removeprefix("-"), pairs)
+        return replace(agentserve_arm(text, head.removeprefix("agentserve").removeprefix("-"), pairs), client=client)
     raise WorkloadError(f"arm {text!r} is not known: {GRAMMAR}")
+
+
+def client_options(text: str, pairs: dict[str, str]) -> ClientOptions:
+    """Takes the options of the client out of the pairs of an arm."""
+    found: dict[str, Any] = {}
+    for key in [key for key in pairs if key.startswith("client.")]:
+        name, value = key.removeprefix("client."), pairs.pop(key)
+        if name == "live" and re.fullmatch(r"[1-9]\d*", value):
+            found[name] = int(value)
+        elif name in ("last", "anonymous") and value in ("true", "false"):
+            found[name] = value == "true"
+        else:
+            raise WorkloadError(f"arm {text!r}: {key}={value} is not known; {GRAMMAR}")
+    return ClientOptions(**found)
 
 
 def agentserve_arm(text: str, mode: str, pairs: dict[str, str]) -> Arm:
@@ -130,7 +162,7 @@ def parse_arms(arms: Sequence[str], urls: Sequence[str]) -> list[Arm]:
                 f"--url {arm.url} is given twice: its second arm would find the first one's prompts in the prefix cache"
             )
         same = sum(other.name.partition("#")[0] == arm.name for other in named)
-        named.append(Arm(f"{arm.name}#{same + 1}", arm.options, arm.url, arm.settings) if same else arm)
+        named.append(replace(arm, name=f"{arm.name}#{same + 1}") if same else arm)
     return named
 
 

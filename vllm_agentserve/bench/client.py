@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from vllm_agentserve.bench.sessions import PARENT_HINT
+from vllm_agentserve.bench.sessions import LAST_HINT, PARENT_HINT
 
 SILENCE_S = 300.0
 """A stream that says nothing for so long is given up."""
@@ -147,6 +147,7 @@ class StreamingClient:
         fixed: bool,
         pinned: int | None = None,
         parent: str | None = None,
+        last: bool = False,
     ) -> bytes:
         """The request as it goes over the wire."""
         fields: dict[str, Any] = {
@@ -164,8 +165,9 @@ class StreamingClient:
                 fields["allowed_token_ids"] = [pinned]
             if session_id is not None:
                 fields["session_id"] = session_id
-            if parent is not None:
-                fields["vllm_xargs"] = {PARENT_HINT: parent}
+            hints = ({} if parent is None else {PARENT_HINT: parent}) | ({LAST_HINT: "true"} if last else {})
+            if hints:
+                fields["vllm_xargs"] = hints
         return msgspec.json.encode(fields)
 
     async def generate(
@@ -179,6 +181,7 @@ class StreamingClient:
         pinned: int | None = None,
         parent: str | None = None,
         due: float | None = None,
+        last: bool = False,
     ) -> Stream:
         """Streams greedy tokens.
 
@@ -190,13 +193,14 @@ class StreamingClient:
             pinned: the only token the server may sample, where it knows vLLM's fields.
             parent: the session that spawned this one, where it knows vLLM's fields.
             due: when it should have been sent, in seconds of `perf_counter()`: times are counted from then on.
+            last: whether the session ends with it, for servers that know vLLM's fields.
 
         Raises:
             StreamError: the server cannot be reached, refuses the request, or breaks the stream off.
         """
         if self._session is None:
             raise RuntimeError("use `async with` to open the client first")
-        body = self.body(prompt, max_tokens, session_id, fixed, pinned, parent)
+        body = self.body(prompt, max_tokens, session_id, fixed, pinned, parent, last)
         stream = into or Stream()
         stream.kind, stream.sent = kind, perf_counter() if due is None else due
         # Bytes are written at once, files in pieces between which other streams are read.

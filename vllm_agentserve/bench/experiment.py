@@ -197,8 +197,10 @@ class Experiment:
                 part,
                 plan.answers,
                 on_turn,
-                anonymous=plan.anonymous,
+                anonymous=plan.anonymous or arm.client.anonymous,
                 suffix=f"-{mark}" if mark else "",
+                live=arm.client.live,
+                last=arm.client.last,
             )
             counted = read_counters(url)
             with Conditions(replay.lateness_ms) as conditions:

@@ -52,6 +52,9 @@ class Replay:
         anonymous: requests say neither which session they belong to nor which one spawned it.
         suffix: appended to every session id that is sent, so that a server which has seen these sessions before takes
             them for new ones.
+        live: sessions under way at most, those they spawn not counted. The others wait in order of their start; times are
+            counted from then on.
+        last: the last call of a session says so.
     """
 
     def __init__(
@@ -65,6 +68,8 @@ class Replay:
         on_turn: Callable[[], None] = lambda: None,
         anonymous: bool = False,
         suffix: str = "",
+        live: int | None = None,
+        last: bool = False,
     ) -> None:
         self.client = client
         self.sessions = {session.name: session for session in sessions}
@@ -73,6 +78,9 @@ class Replay:
         self.on_turn = on_turn
         self.anonymous = anonymous
         self.suffix = suffix
+        self._limited = live is not None
+        self._live = asyncio.Semaphore(live or 1)
+        self._tells_last = last
         self.lateness_ms: list[float] = []
         self._ended = 0.0
         self._walk = session_walk(sessions)
@@ -126,6 +134,9 @@ class Replay:
         await context.extend(turn.added if turn.context is None else turn.context)
         if (left := due.at_s - perf_counter()) > 0:
             await asyncio.sleep(left)
+        if self._counts(session) and not number:
+            await self._live.acquire()
+        last = number == len(session.turns) - 1
         stream, pinned = Stream(), pinned_token(session.name, number)
         try:
             await self.client.generate(
@@ -137,16 +148,29 @@ class Replay:
                 fixed=self.answers != "real",
                 pinned=pinned if self.answers == "pinned" else None,
                 parent=self._named(self._spawned_by.get(session.name)),
-                due=due.at_s if session.timed else None,
+                due=due.at_s if session.timed or (self._limited and not number) else None,
+                last=self._tells_last and last,
             )
         except StreamError as error:
+            self._leave(session)
             self._keep(session, number, context, stream, str(error))
             self._start(group, self._walk.fail(due.name, perf_counter()))
             return
+        if last:
+            self._leave(session)
         self._keep(session, number, context, stream, None)
         # A server that does not tell its tokens gets the planned ones back.
         await context.extend(stream.token_ids or [pinned] * len(stream.stamps))
         self._start(group, self._walk.end(due.name, perf_counter()))
+
+    def _counts(self, session: Session) -> bool:
+        """Whether a session takes one of the places there are for sessions under way."""
+        return self._limited and session.name not in self._spawned_by
+
+    def _leave(self, session: Session) -> None:
+        """A session is over."""
+        if self._counts(session):
+            self._live.release()
 
     def _context(self, session: Session, number: int) -> GrowingPrompt:
         """The prompt that a turn goes on from; its own from now on."""

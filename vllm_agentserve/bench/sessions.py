@@ -12,6 +12,8 @@ TOKEN_IDS = (100, 4000)
 
 PARENT_HINT = "agent_parent"
 """Key of vLLM's `vllm_xargs` under which a forked session names the session that spawned it; stock vLLM ignores it."""
+LAST_HINT = "agent_last"
+"""The same for saying that a session ends with a call."""
 WARM_UP_PROGRAMS = 16
 
 
