@@ -16,7 +16,7 @@ def seen(back: int = 30, gone: int = 0, turn: int = 1, gap_s: float = 1.0) -> Re
 
 
 def test_turns_of_a_program() -> None:
-    program = Program(True)
+    program = Program("p", True)
     assert program.turn() == (True, 1)
     program.turns = 1
     assert program.turn() == (True, 1)
@@ -24,24 +24,24 @@ def test_turns_of_a_program() -> None:
     assert program.turn() == (True, 3)
     program.turns = 1000
     assert program.turn() == (True, 48)
-    assert Program(False).turn() == (False, 1)
+    assert Program("p", False).turn() == (False, 1)
 
 
 def test_a_program_with_a_call_is_there() -> None:
-    program = Program(True, prompts={"a": 10}, turns=1)
+    program = Program("p", True, calls={"a": 10}, turns=1)
     assert presence(program, Returns(), 1e9) == 1.0
     assert not lapsed(program, Returns(), 1e9)
 
 
 def test_nobody_is_there_until_a_return_was_seen() -> None:
-    program = Program(True, turns=1, ended_s=100.0)
+    program = Program("p", True, turns=1, ended_s=100.0)
     assert presence(program, Returns(), 100.1) == 0.0
     assert not lapsed(program, Returns(), 160.0)
     assert lapsed(program, Returns(), 160.1)
 
 
 def test_a_claim_fades_while_its_program_is_away() -> None:
-    program, returns = Program(True, turns=1, ended_s=100.0), seen(8, 2)
+    program, returns = Program("p", True, turns=1, ended_s=100.0), seen(8, 2)
     back = returns.probability((True, 1), None)
     assert back < 0.8 < returns.probability((True, 2), None) + 0.1
     shares = [presence(program, returns, 100.0 + away) for away in (0.0, 0.5, 1.0, 3.0)]
@@ -63,9 +63,9 @@ def test_a_turn_that_was_seen_often_is_believed() -> None:
             returns.returned((True, 1), None, 1.0, revised=False)
     assert returns.overall() > 0.6
     assert returns.seen((True, 2)) > 24
-    assert presence(Program(True, turns=2, ended_s=0.0), returns, 0.0) < 0.05
+    assert presence(Program("p", True, turns=2, ended_s=0.0), returns, 0.0) < 0.05
     # A turn nobody reached is not.
-    assert presence(Program(True, turns=3, ended_s=0.0), returns, 0.0) >= 0.8
+    assert presence(Program("p", True, turns=3, ended_s=0.0), returns, 0.0) >= 0.8
 
 
 def test_nobody_is_assumed_to_return_where_few_do() -> None:
@@ -76,7 +76,7 @@ def test_nobody_is_assumed_to_return_where_few_do() -> None:
         else:
             returns.gone((True, 1), None)
     assert returns.overall() < 0.5
-    there = presence(Program(True, turns=1, ended_s=0.0), returns, 0.0)
+    there = presence(Program("p", True, turns=1, ended_s=0.0), returns, 0.0)
     assert there == pytest.approx(returns.probability((True, 1), None))
 
 
@@ -86,19 +86,19 @@ def test_what_a_tool_is_known_for_counts() -> None:
         returns.gone((True, 1), "submit")
     for _ in range(60):
         returns.returned((True, 1), None, 1.0, revised=False)
-    submit = presence(Program(True, turns=1, ended_s=0.0, tool="submit"), returns, 0.0)
+    submit = presence(Program("p", True, turns=1, ended_s=0.0, tool="submit"), returns, 0.0)
     assert submit == pytest.approx(returns.probability((True, 1), "submit"))
     assert submit < 0.7
 
 
 def test_own_gaps_count() -> None:
     returns = seen(30)
-    slow = Program(True, turns=9, ended_s=0.0)
+    slow = Program("p", True, turns=9, ended_s=0.0)
     for _ in range(8):
         slow.own.add(60.0)
     assert not lapsed(slow, returns, 30.0)
     assert presence(slow, returns, 30.0) > 0.9
-    assert lapsed(Program(True, turns=9, ended_s=0.0), returns, 30.0)
+    assert lapsed(Program("p", True, turns=9, ended_s=0.0), returns, 30.0)
 
 
 def test_programs_are_assumed_to_have_five_calls() -> None:

@@ -1,12 +1,13 @@
 """Which programs may begin."""
 
+from collections.abc import Iterable
 from math import exp, inf
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_agentserve.policy.claims import claim, presence, stays
+from vllm_agentserve.policy.claims import LoadCall, Program, claim, presence, stays
 from vllm_agentserve.policy.load import FIRST_ROOM, LoadControl, Mean
 from vllm_agentserve.policy.turn_rate import TurnCost, hit_ratio, turns_per_second
 
@@ -23,24 +24,31 @@ class Server:
         self.now = 0.0
         self.read_s = 0.2
         """Seconds to read a thousand tokens."""
-        self.prompts: dict[str, int] = {}
-        self.programs: dict[str, str] = {}
+        self.calls: dict[str, LoadCall] = {}
 
     def arrive(self, call: str, program: str, prompt: int = 1000, **more: object) -> None:
-        self.load.arrive(call, program, self.now, prompt, **more)  # type: ignore[arg-type]
-        self.prompts[call], self.programs[call] = prompt, program
+        self.calls[call] = self.load.arrive(program, self.now, prompt, **more)  # type: ignore[arg-type]
 
     def may(self, call: str, idle: bool = False) -> bool:
-        return self.load.may_begin(call, self.now, idle=idle)
+        return self.load.may_begin(self.calls[call], self.now, idle=idle)
 
     def begin(self, call: str, cached: int = 0) -> None:
-        self.load.begin(call, self.now, cached)
+        self.load.begin(self.calls[call], self.now, cached)
+
+    def abort(self, call: str) -> None:
+        self.load.abort(self.calls[call], self.now)
+
+    def faults(self, names: Iterable[str] | None = None) -> list[str]:
+        """What does not agree where these are the calls there are; without names, all that ever came."""
+        known = self.calls if names is None else names
+        return self.load.faults({self.calls[name] for name in known})
 
     def end(self, call: str, answer: int = 50, last: bool = False, tool: str | None = None) -> None:
+        one = self.calls[call]
         self.load.end(
-            call,
+            one,
             self.now,
-            self.prompts[call] + answer,
+            one.prompt_tokens + answer,
             read_s=self.read_s,
             read_tokens=1000,
             decode_s=0.3,
@@ -151,7 +159,7 @@ def test_long_gaps_make_a_limit_too_expensive() -> None:
     server.learn(gap_s=60.0)
     assert fill(server) == []
     assert server.load.report().reason == "faster without"
-    server.load.faults(server.prompts)
+    server.faults()
 
 
 def test_a_returning_call_is_never_held() -> None:
@@ -173,7 +181,7 @@ def test_calls_of_a_program_that_has_not_begun_go_with_its_first() -> None:
     program = held[0].split("/", maxsplit=1)[0]
     server.arrive("second", program)
     assert not server.may("second")
-    server.load.begin("second", server.now, 0)
+    server.begin("second")
     assert server.may(held[0])
     assert server.load.report().held == len(held) - 1
 
@@ -184,18 +192,19 @@ def test_a_program_that_was_gone_is_not_a_newcomer() -> None:
     for program in ("old-True-9", "old-True-3"):
         server.arrive(f"{program}/again", program)
         assert server.may(f"{program}/again")
-    assert server.load.faults(server.prompts) == []
+    assert server.faults() == []
 
 
 def test_children_of_a_program_under_way_are_never_held() -> None:
     server = learned()
     held = fill(server)
-    server.arrive("child", "child", parent="new-0")
+    # A sub-agent's calls are its parent's program's.
+    server.arrive("child", "new-0")
     assert server.may("child")
     orphan_of = held[0].split("/", maxsplit=1)[0]
-    server.arrive("orphan", "orphan", parent=orphan_of)
+    server.arrive("orphan", orphan_of)
     assert not server.may("orphan")
-    server.arrive("stray", "stray", parent="nobody")
+    server.arrive("stray", "nobody")
     assert not server.may("stray")
 
 
@@ -324,7 +333,7 @@ def test_claims_lapse_when_programs_do_not_return() -> None:
     assert server.may(held[0])
     assert server.load.report().programs == 1.0
     assert server.load.report().begun["alone"] == 2
-    assert server.load.faults(held) == []
+    assert server.faults(held) == []
 
 
 def test_an_idle_engine_lets_somebody_begin_where_nobody_is_expected() -> None:
@@ -365,17 +374,17 @@ def test_aborted_calls_leave_nothing_behind() -> None:
     server = learned()
     held = fill(server)
     for call in held:
-        server.load.abort(call, server.now)
-    server.load.abort("unknown", server.now)
+        server.abort(call)
+    server.abort(held[0])
     assert server.load.report().held == 0
     for index in range(BEGAN):
-        server.load.abort(f"new-{index}/0", server.now)
+        server.abort(f"new-{index}/0")
     assert not server.load.closed(server.now)
     server.arrive("next", "next")
     assert server.may("next")
     assert server.load.report().begun["alone"] == 2
     assert server.load.report().programs == 1.0
-    assert server.load.faults(["next"]) == []
+    assert server.faults(["next"]) == []
 
 
 def test_an_aborted_turn_leaves_the_program_under_way() -> None:
@@ -386,7 +395,7 @@ def test_an_aborted_turn_leaves_the_program_under_way() -> None:
     server.arrive("new-0/1", "new-0", 1200)
     server.begin("new-0/1")
     server.now += 5.0
-    server.load.abort("new-0/1", server.now)
+    server.abort("new-0/1")
     server.now += 0.2
     assert not server.may(held[0])
     assert server.load.report().programs == pytest.approx(BEGAN, abs=0.3)
@@ -400,7 +409,7 @@ def test_forgotten_programs_have_no_claims() -> None:
     server.load.forget("unknown")
     server.load.forget("new-1")
     assert server.may(held[0])
-    assert server.load.faults(server.prompts) == []
+    assert server.faults() == []
     server.load.forget("old-True-3")
     server.arrive("old", "old-True-3")
     server.begin(held[0])
@@ -435,7 +444,7 @@ def test_the_last_call_that_was_not_the_last() -> None:
     assert server.may("new-0/1")
     server.begin("new-0/1", 1000)
     server.end("new-0/1", last=True)
-    assert server.load.faults([call for call in server.load._calls]) == []
+    assert server.faults() == []
 
 
 def test_ends_that_are_told_of_every_call_are_not_believed_for_long() -> None:
@@ -460,7 +469,7 @@ def test_ends_are_believed_again_when_they_are_true() -> None:
     load = server.load
     load._untrue.add(1.0, 5.0)
     for call in fill(server):
-        load.abort(call, server.now)
+        server.abort(call)
     for index in range(BEGAN):
         server.end(f"new-{index}/0", last=True)
     assert load._untrue.value == pytest.approx(0.3, abs=0.1)
@@ -664,22 +673,27 @@ def test_half_a_block_of_every_context_is_wasted() -> None:
 def test_faults_are_found() -> None:
     server = learned()
     held = fill(server)
-    assert server.load.faults(server.prompts) == []
-    assert server.load.faults(held) == [f"the call 'new-{index}/0' is gone" for index in range(BEGAN)]
+    assert server.faults() == []
+    assert server.faults(held) == [f"the program 'new-{index}' has 1 calls that are gone" for index in range(BEGAN)]
     load = server.load
-    load._firsts["ghost"] = load._firsts[held[0]]
-    load._held.add("phantom")
-    load._live["new-7"].prompts["ghost"] = 1
-    del load._live["new-8"]
-    load._live["new-9"].prompts.clear()
+    load._firsts[server.calls["new-1/0"]] = None
+    load._held += 1
+    server.calls["new-2/0"].over = True
+    load._live["new-3"].calls.clear()
     load._gone["new-0"] = load._live["new-0"]
-    assert load.faults(server.prompts) == [
-        "the first call 'ghost' is gone",
-        "the held call 'phantom' is no first one",
-        "the program 'new-7' has calls that are gone",
-        "the program 'new-9' has neither calls nor turns",
-        "the program 'new-9' with 0 calls is not where such programs are",
-        "the call 'new-8/0' has no program",
+    ghost = LoadCall(load._live["new-4"], 0.0, 1, over=True)
+    load._firsts[ghost] = None
+    load._firsts[LoadCall(Program("new-0", True), 0.0, 1)] = None
+    load._away["new-4"] = None
+    server.calls[held[0]].held = False
+    assert server.faults() == [
+        "the program 'new-2' has 1 calls that are gone",
+        "the program 'new-3' has neither calls nor turns",
+        "the program 'new-3' with 0 calls is not where such programs are",
+        "the program 'new-4' with 1 calls is not where such programs are",
+        "a first call of 'new-4' is gone",
+        "a first call of 'new-0' is gone",
+        "26 calls are said to be held, and 24 are",
         "the program 'new-0' is live and gone",
     ]
 
@@ -752,21 +766,21 @@ def test_whatever_happens_books_balance_and_nobody_waits_for_ever(
             del running[call]
         elif event == "abort" and (waiting or running):
             call = sorted([*waiting, *running])[program % (len(waiting) + len(running))]
-            server.load.abort(call, server.now)
+            server.abort(call)
             waiting.pop(call, None)
             running.pop(call, None)
         elif event == "forget":
             server.load.forget(f"p-{program}")
         elif event == "wait":
             server.now += 3.0 * program
-        assert server.load.faults([*waiting, *running]) == []
+        assert server.faults([*waiting, *running]) == []
         report = server.load.report()
         assert report.held <= len(waiting)
         assert 0 <= report.claims_tokens < inf
     server.now += 50.0
     assert all(server.may(call) for call in waiting)
     for call in [*waiting, *running]:
-        server.load.abort(call, server.now)
+        server.abort(call)
     server.now += 1e4
     server.arrive("end", "end")
     assert server.may("end")

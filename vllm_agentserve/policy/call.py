@@ -12,6 +12,7 @@ from vllm_agentserve.policy.hints import NONE, Hints
 from vllm_agentserve.policy.phase import Phase
 
 if TYPE_CHECKING:
+    from vllm_agentserve.policy.claims import LoadCall
     from vllm_agentserve.policy.order import AdmissionKey
     from vllm_agentserve.policy.program import ProgramCall
     from vllm_agentserve.policy.routes import Reason
@@ -95,7 +96,7 @@ class Call:
         lost_ms: what it would lose at most by the preemption that it still has to make up for; None without one.
         owner: the program it belongs to; None where nobody asks.
         program: its part in a program, where calls are ordered by programs.
-        held_since_s: when load control began to hold it, in s.
+        load: what load control knows of it; None where that is off.
         cached_tokens: tokens of its prompt that the KV cache held when it was first admitted; None before that.
         computed_tokens: tokens of its prompt that were scheduled so far, those computed again after a preemption included.
         computed_ms: what these take of the whole device.
@@ -119,7 +120,7 @@ class Call:
     lost_ms: float | None = None
     owner: Owner | None = None
     program: "ProgramCall | None" = None
-    held_since_s: float = 0.0
+    load: "LoadCall | None" = None
     cached_tokens: int | None = None
     computed_tokens: int = 0
     computed_ms: float = 0.0

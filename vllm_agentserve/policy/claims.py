@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from vllm_agentserve.policy.gaps import OwnGaps, Returns, Turn
 
@@ -25,14 +26,43 @@ UNKNOWN_S = 60.0
 """The same where no gap was ever seen: after so long."""
 
 
+Begins = Literal["returning", "one-shot", "bound", "unlimited", "alone", "idle", "fits"]
+"""Why a call may begin: its program has begun; its like does not come back; it was held for the longest time; there is no limit;
+nobody is under way; the engine has nothing to do; its program fits."""
+
+
+@dataclass(slots=True, eq=False)
+class LoadCall:
+    """What load control knows of a call.
+
+    Args:
+        program: whose it is.
+        came_s: when.
+        prompt_tokens: tokens of its prompt.
+        why: it may begin, once that is known.
+        held: whether it was asked for and may not begin yet.
+        begun: whether it has been scheduled.
+        over: whether it has ended, in whatever way.
+    """
+
+    program: "Program"
+    came_s: float
+    prompt_tokens: int
+    why: Begins | None = None
+    held: bool = False
+    begun: bool = False
+    over: bool = False
+
+
 @dataclass(slots=True)
 class Program:
     """A program as load control sees it.
 
     Args:
+        name: unique.
         named: whether the client gives it a name.
         begun: whether one of its calls has been scheduled.
-        prompts: tokens of the prompts of its calls that wait or run, by call.
+        calls: those that wait or run.
         context: tokens of its longest context at the end of a call.
         turns: calls that ended.
         ended_s: when the last one did.
@@ -40,15 +70,21 @@ class Program:
         over: whether its client said that it ended.
     """
 
+    name: str
     named: bool
     begun: bool = False
-    prompts: dict[str, int] = field(default_factory=dict)
+    calls: dict[LoadCall, None] = field(default_factory=dict)
     context: int = 0
     turns: int = 0
     ended_s: float = 0.0
     tool: str | None = None
     over: bool = False
     own: OwnGaps = field(default_factory=OwnGaps)
+
+    @property
+    def wants(self) -> int:
+        """Tokens of its longest context or prompt."""
+        return max([self.context, *(call.prompt_tokens for call in self.calls)])
 
     def turn(self, more: int = 0) -> Turn:
         """Its last call, the first before any ended; or the one so many later."""
@@ -62,7 +98,7 @@ def longer(program: Program, returns: Returns, away_s: float) -> float:
 
 def presence(program: Program, returns: Returns, now_s: float) -> float:
     """The probability that it comes back, 0 where its claim has lapsed."""
-    if program.prompts:
+    if program.calls:
         return 1.0
     away = now_s - program.ended_s
     if not returns.gaps.samples:
@@ -79,7 +115,7 @@ def presence(program: Program, returns: Returns, now_s: float) -> float:
 def lapsed(program: Program, returns: Returns, now_s: float) -> bool:
     """Whether it has been away for longer than programs are."""
     away = now_s - program.ended_s
-    if program.prompts:
+    if program.calls:
         return False
     return longer(program, returns, away) <= LAPSE if returns.gaps.samples else away > UNKNOWN_S
 

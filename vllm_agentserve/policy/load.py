@@ -27,7 +27,9 @@ from typing import Literal
 
 from vllm_agentserve.policy.claims import (
     USUAL,
+    Begins,
     Claims,
+    LoadCall,
     Program,
     claim,
     lapsed,
@@ -38,9 +40,6 @@ from vllm_agentserve.policy.claims import (
 from vllm_agentserve.policy.gaps import Returns
 from vllm_agentserve.policy.turn_rate import TurnCost, hit_ratio, turns_per_second
 
-Begins = Literal["returning", "child", "one-shot", "bound", "unlimited", "alone", "idle", "fits"]
-"""Why a call may begin: its program has begun; its parent is under way; its like does not come back; it was held for the longest
-time; there is no limit; nobody is under way; the engine has nothing to do; its program fits."""
 Reason = Literal["fits", "faster without", "model"]
 """Of the limit: there is none because all fit, or because recomputing costs less than idling; or it is the model's."""
 
@@ -86,21 +85,6 @@ class Mean:
     def value(self) -> float:
         """0 where nothing was seen."""
         return self._sum / self._weight if self._weight else 0.0
-
-
-@dataclass(slots=True)
-class Call:
-    """A call that waits or runs.
-
-    Args:
-        free: why it is never held; None for the first call of a program.
-    """
-
-    program: str
-    came_s: float
-    prompt_tokens: int
-    free: Begins | None
-    begun: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,11 +133,10 @@ class LoadControl:
         """Those of them without calls."""
         self._gone: OrderedDict[str, Program] = OrderedDict()
         """Those whose claims have lapsed or that are over: one that comes back all the same is known."""
-        self._calls: dict[str, Call] = {}
-        self._firsts: dict[str, Call] = {}
-        """First calls that may not begin yet, or were not asked for."""
-        self._held: set[str] = set()
-        """Those of them that were asked for."""
+        self._firsts: dict[LoadCall, None] = {}
+        """First calls that may not begin yet, or were not asked for, as they came."""
+        self._held = 0
+        """How many of them are held."""
         self._untrue = Mean()
         """1 for a program that came back after its told end, 0 for a told end."""
         self._hits = Mean()
@@ -171,52 +154,39 @@ class LoadControl:
     # Events.
 
     def arrive(
-        self,
-        call: str,
-        program: str,
-        now_s: float,
-        prompt_tokens: int,
-        *,
-        named: bool = True,
-        parent: str | None = None,
-        can_return: bool = True,
-    ) -> None:
-        """A call came.
+        self, name: str, now_s: float, prompt_tokens: int, *, named: bool = True, can_return: bool = True
+    ) -> LoadCall:
+        """A call came. Returns what the other events are told of.
 
         Args:
-            call: its id, not in use.
-            program: whose it is.
+            name: of its program; sub-agents are calls of the program that started them.
             named: whether the client said so; otherwise it was inferred.
-            parent: the program that started this one.
             can_return: False for what cannot come back: pooling, or no prefix cache.
         """
         self._look_again(now_s)
-        free: Begins | None = None
-        if program in self._gone:
-            self._live[program] = self._gone.pop(program)
-            self._returned(self._live[program], now_s, revised=True)
-        elif program in self._live and not self._live[program].prompts:
-            self._returned(self._live[program], now_s, revised=False)
-        found = self._live.setdefault(program, Program(named))
-        parent_found = self._live.get(parent) if parent is not None else None
-        if found.turns or found.begun:
-            free = "returning"
-        elif parent_found is not None and parent_found.begun:
-            free = "child"
+        if name in self._gone:
+            self._live[name] = self._gone.pop(name)
+            self._returned(self._live[name], now_s, revised=True)
+        elif name in self._live and not self._live[name].calls:
+            self._returned(self._live[name], now_s, revised=False)
+        program = self._live.setdefault(name, Program(name, named))
+        self._away.pop(name, None)
+        call = LoadCall(program, now_s, prompt_tokens)
+        if program.turns or program.begun:
+            call.why = "returning"
         elif not can_return:
-            free = "one-shot"
-        self._away.pop(program, None)
-        found.prompts[call] = prompt_tokens
-        self._calls[call] = Call(program, now_s, prompt_tokens, free)
-        if free is None:
-            self._firsts[call] = self._calls[call]
+            call.why = "one-shot"
+        else:
+            self._firsts[call] = None
+        program.calls[call] = None
+        return call
 
     def _look_again(self, now_s: float) -> None:
         """Whether some of the programs that are away have been so for too long: in turns, so that all are seen."""
         for name in [*islice(self._away, LOOK_AHEAD)]:
             self._away.move_to_end(name)
             if lapsed(self._live[name], self.returns, now_s):
-                self._lapse(name)
+                self._lapse(self._live[name])
 
     def _returned(self, program: Program, now_s: float, revised: bool) -> None:
         gap = now_s - program.ended_s
@@ -226,26 +196,32 @@ class LoadControl:
             program.over = False
         self.returns.returned(program.turn(), program.tool, gap, revised)
 
-    def begin(self, call: str, now_s: float, cached_tokens: int) -> None:
+    def begin(self, call: LoadCall, now_s: float, cached_tokens: int) -> None:
         """A call is scheduled for the first time, with so many tokens of its prompt found in the prefix cache."""
-        one = self._calls.get(call)
-        if one is None or one.begun:
+        if call.begun or call.over:
             return
-        one.begun = True
-        program = self._live[one.program]
+        call.begun = True
+        program = call.program
         self._release(call)
         if program.turns:
-            self._resumed(program, now_s, one.prompt_tokens, cached_tokens)
+            self._resumed(program, now_s, call.prompt_tokens, cached_tokens)
         program.begun = True
 
-    def _release(self, call: str) -> None:
+    def _waits_no_more(self, call: LoadCall) -> bool:
+        """Takes a first call out of those that wait; returns whether it was one."""
+        if call not in self._firsts:
+            return False
+        del self._firsts[call]
+        self._held -= call.held
+        call.held = False
+        return True
+
+    def _release(self, call: LoadCall) -> None:
         """The program of a first call is under way from now on, even if the call waits for other reasons."""
-        first = self._firsts.pop(call, None)
-        self._held.discard(call)
-        if first is not None:
-            program = self._live[first.program]
+        if self._waits_no_more(call):
+            program = call.program
             if not program.begun:
-                self._claims += self._newcomer(program.named, first.prompt_tokens)
+                self._claims += self._newcomer(program.named, call.prompt_tokens)
             program.begun = True
 
     def _resumed(self, program: Program, now_s: float, prompt_tokens: int, cached_tokens: int) -> None:
@@ -260,7 +236,7 @@ class LoadControl:
 
     def end(
         self,
-        call: str,
+        call: LoadCall,
         now_s: float,
         context_tokens: int,
         *,
@@ -280,13 +256,9 @@ class LoadControl:
             last: whether the client said that the program ends with it.
             tool: what the program does until it comes back, where that was said.
         """
-        one = self._calls.pop(call, None)
-        if one is None:
+        if not self._over(call):
             return
-        self._firsts.pop(call, None)
-        self._held.discard(call)
-        program = self._live[one.program]
-        del program.prompts[call]
+        program = call.program
         if program.turns and context_tokens > program.context:
             self._growth.add(context_tokens - program.context)
         program.context = max(program.context, context_tokens)
@@ -296,39 +268,44 @@ class LoadControl:
             self._read_s_per_token.add(read_s / read_tokens, read_tokens)
         self._decode_s.add(decode_s)
         self._closed_until_s = -inf
-        self._leaves(one.program)
-        if last and not program.prompts:
+        self._leaves(program)
+        if last and not program.calls:
             program.over = True
             self._untrue.add(0.0)
             if self._untrue.value <= UNTRUE:
-                self._lapse(one.program)
+                self._lapse(program)
                 self._counted_s = -inf
 
-    def _leaves(self, name: str) -> None:
-        """A call of the program is no more; without others it is away."""
-        if not self._live[name].prompts:
-            self._away[name] = None
+    def _over(self, call: LoadCall) -> bool:
+        """A call is no more; returns whether that is new."""
+        if call.over:
+            return False
+        call.over = True
+        self._waits_no_more(call)
+        del call.program.calls[call]
+        return True
 
-    def abort(self, call: str, now_s: float) -> None:
-        """A call ended before its answer did, or before it began. Unknown ones are no matter."""
-        one = self._calls.pop(call, None)
-        if one is None:
+    def _leaves(self, program: Program) -> None:
+        """A call of the program is no more; without others it is away."""
+        if not program.calls:
+            self._away[program.name] = None
+
+    def abort(self, call: LoadCall, now_s: float) -> None:
+        """A call ended before its answer did, or before it began."""
+        if not self._over(call):
             return
-        self._firsts.pop(call, None)
-        self._held.discard(call)
-        program = self._live[one.program]
-        del program.prompts[call]
+        program = call.program
         program.ended_s = now_s
-        if program.prompts or program.turns:
-            self._leaves(one.program)
+        if program.calls or program.turns:
+            self._leaves(program)
         else:
-            del self._live[one.program]
+            del self._live[program.name]
         self._counted_s = self._closed_until_s = -inf
 
     def forget(self, program: str) -> None:
         """A program without calls is over. One with calls goes on, unknown ones are no matter."""
         self._gone.pop(program, None)
-        if program in self._live and not self._live[program].prompts:
+        if program in self._live and not self._live[program].calls:
             del self._live[program], self._away[program]
             self._counted_s = self._closed_until_s = -inf
 
@@ -343,7 +320,7 @@ class LoadControl:
         """When `may_begin` may say something else even if nothing happens; -inf for now."""
         return self._closed_until_s
 
-    def may_begin(self, call: str, now_s: float, *, idle: bool) -> bool:
+    def may_begin(self, call: LoadCall, now_s: float, *, idle: bool) -> bool:
         """Whether a call that waits may be scheduled; ask for the held ones in their order.
 
         A yes is not taken back, and its program counts as under way. A newcomer does not pass those that are held: asked for
@@ -352,29 +329,29 @@ class LoadControl:
         Args:
             idle: whether the engine has nothing else to do: nothing runs, and nothing that may begin waits.
         """
-        one = self._calls[call]
-        why = self._why(call, one, now_s, idle)
+        why = self._why(call, now_s, idle)
         if why is None:
-            self._held.add(call)
+            self._held += not call.held
+            call.held = True
             return False
-        if one.free is None:
+        if call.why is None:
             self._begun[why] += 1
-            one.free = why
+            call.why = why
         self._release(call)
         return True
 
-    def _why(self, name: str, call: Call, now_s: float, idle: bool) -> Begins | None:
+    def _why(self, call: LoadCall, now_s: float, idle: bool) -> Begins | None:
         """Why it may begin; None if it is held."""
-        program = self._live[call.program]
-        if call.free is not None:
-            return call.free
+        program = call.program
+        if call.why is not None:
+            return call.why
         if program.begun:
             return "returning"
         if now_s - call.came_s >= self.max_hold_s:
             return "bound"
         if self.returns.begins(program.named) <= USUAL:
             return "one-shot"
-        if self.closed(now_s) or (self._held and name not in self._held):
+        if self.closed(now_s) or (self._held and not call.held):
             return None
         self._count(now_s)
         wanted = (self._claims + self._newcomer(program.named, call.prompt_tokens)).most
@@ -406,7 +383,7 @@ class LoadControl:
         for program in self._live.values():
             if not program.begun:
                 continue
-            if program.prompts:
+            if program.calls:
                 return False
             there = presence(program, self.returns, now_s)
             if there:
@@ -422,14 +399,14 @@ class LoadControl:
         self._counted_s = now_s
         growth = self._growth.value
         alike: dict[tuple[bool, int], tuple[float, float]] = {}
-        for name, program in list(self._live.items()):
+        for program in list(self._live.values()):
             if not program.begun:
                 continue
             if lapsed(program, self.returns, now_s):
-                self._lapse(name)
+                self._lapse(program)
                 continue
             there = presence(program, self.returns, now_s)
-            tokens = max(program.context, *program.prompts.values()) if program.prompts else program.context + growth
+            tokens = program.wants if program.calls else program.context + growth
             key = program.named, program.turns + 1
             programs, sum_of = alike.get(key, (0.0, 0.0))
             alike[key] = programs + there, sum_of + there * (tokens + self._waste)
@@ -438,9 +415,9 @@ class LoadControl:
             if programs:
                 self._claims += claim(tokens / programs, growth, stays(self.returns, named, number), programs)
 
-    def _lapse(self, name: str) -> None:
-        program = self._gone[name] = self._live.pop(name)
-        del self._away[name]
+    def _lapse(self, program: Program) -> None:
+        self._gone[program.name] = self._live.pop(program.name)
+        del self._away[program.name]
         self.returns.gone(program.turn(), program.tool)
         if len(self._gone) > PROGRAMS_KEPT:
             self._gone.popitem(last=False)
@@ -452,7 +429,7 @@ class LoadControl:
         self._decided_s = now_s
         everybody = self._claims
         for named in (True, False):
-            prompts = [call.prompt_tokens for call in self._firsts.values() if self._live[call.program].named is named]
+            prompts = [call.prompt_tokens for call in self._firsts if call.program.named is named]
             if prompts:
                 everybody += self._newcomer(named, sum(prompts) / len(prompts), len(prompts))
         pool = self.pool_tokens * self._room
@@ -491,26 +468,28 @@ class LoadControl:
             self._claims.most,
             self.pool_tokens,
             self._claims.programs,
-            len(self._held),
+            self._held,
             self._hits.value,
             self._room,
             dict(self._begun),
         )
 
-    def faults(self, known: Container[str]) -> list[str]:
+    def faults(self, known: Container[LoadCall]) -> list[str]:
         """What does not agree, `known` being the calls there are."""
-        found = [f"the call {call!r} is gone" for call in self._calls if call not in known]
-        found += [f"the first call {call!r} is gone" for call in self._firsts if call not in self._calls]
-        found += [f"the held call {call!r} is no first one" for call in self._held if call not in self._firsts]
+        found = []
         for name, program in self._live.items():
-            if not program.prompts and not program.turns:
+            if not program.calls and not program.turns:
                 found.append(f"the program {name!r} has neither calls nor turns")
-            if (name in self._away) == bool(program.prompts):
-                found.append(f"the program {name!r} with {len(program.prompts)} calls is not where such programs are")
-            if any(call not in self._calls for call in program.prompts):
-                found.append(f"the program {name!r} has calls that are gone")
-        found += [
-            f"the call {call!r} has no program" for call, one in self._calls.items() if one.program not in self._live
-        ]
+            if (name in self._away) == bool(program.calls):
+                found.append(f"the program {name!r} with {len(program.calls)} calls is not where such programs are")
+            gone = sum(call not in known or call.over for call in program.calls)
+            if gone:
+                found.append(f"the program {name!r} has {gone} calls that are gone")
+        for call in self._firsts:
+            if call.over or self._live.get(call.program.name) is not call.program:
+                found.append(f"a first call of {call.program.name!r} is gone")
+        held = sum(call.held for call in self._firsts)
+        if held != self._held:
+            found.append(f"{self._held} calls are said to be held, and {held} are")
         found += [f"the program {name!r} is live and gone" for name in self._gone if name in self._live]
         return found

@@ -16,7 +16,7 @@ from typing import Any
 from vllm_agentserve.bench.cost import StepCost
 from vllm_agentserve.policy.load import LoadControl
 from vllm_agentserve.simulator.kv_blocks import KvBlocks
-from vllm_agentserve.simulator.pressure import Agent, Ends, FixedLimit, LoadGate, Outcome, PressureEngine, Turn
+from vllm_agentserve.simulator.pressure import Agent, Ends, FixedLimit, Gate, Outcome, PressureEngine, Turn
 
 ENGINE = StepCost(base=4.63, sequence=0.12, context=0.48, tokens=51.5, attended=27.7, prefill=1.47)
 """The toy model on two cores, the engine alone (`docs/results/cost.json`)."""
@@ -45,7 +45,7 @@ class Machine:
     slots: int
     step_tokens: int
 
-    def engine(self, load: LoadGate, ends: Ends = "told", endless: bool = False) -> PressureEngine:
+    def engine(self, load: Gate, ends: Ends = "told", endless: bool = False) -> PressureEngine:
         blocks = self.pool // self.block * (100 if endless else 1)
         pool = KvBlocks(blocks - 1, self.block)
         return PressureEngine(pool, self.cost, load, self.slots, self.step_tokens, ends=ends)

@@ -10,9 +10,11 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 from vllm_agentserve.bench.cost import StepCost
+from vllm_agentserve.policy.claims import LoadCall, Program
+from vllm_agentserve.policy.load import LoadControl
 from vllm_agentserve.simulator.kv_blocks import KvBlocks
 
 Ends = Literal["told", "untold", "untrue"]
@@ -53,43 +55,10 @@ class Agent:
     told: bool = True
 
 
-class LoadGate(Protocol):
-    """What the engine tells of calls, and asks of first ones; `LoadControl` is one."""
-
-    def arrive(
-        self,
-        call: str,
-        program: str,
-        now_s: float,
-        prompt_tokens: int,
-        *,
-        named: bool = True,
-        parent: str | None = None,
-        can_return: bool = True,
-    ) -> None: ...
-
-    def may_begin(self, call: str, now_s: float, *, idle: bool) -> bool: ...
-
-    def closed(self, now_s: float) -> bool: ...
-
-    def begin(self, call: str, now_s: float, cached_tokens: int) -> None: ...
-
-    def end(
-        self,
-        call: str,
-        now_s: float,
-        context_tokens: int,
-        *,
-        read_s: float,
-        read_tokens: int,
-        decode_s: float,
-        last: bool = False,
-        tool: str | None = None,
-    ) -> None: ...
-
-
 class FixedLimit:
     """At most so many programs under way, whose ends are known: the best of these is what load control is held against.
+
+    It has those methods of `LoadControl` that an engine calls.
 
     Args:
         programs: None for no limit, as in stock vLLM.
@@ -100,52 +69,36 @@ class FixedLimit:
         self._limit = programs
         self._left = dict(turns or {})
         self._begun: set[str] = set()
-        self._program: dict[str, str] = {}
 
     def arrive(
-        self,
-        call: str,
-        program: str,
-        now_s: float,
-        prompt_tokens: int,
-        *,
-        named: bool = True,
-        parent: str | None = None,
-        can_return: bool = True,
-    ) -> None:
-        self._program[call] = program
+        self, name: str, now_s: float, prompt_tokens: int, *, named: bool = True, can_return: bool = True
+    ) -> LoadCall:
+        return LoadCall(Program(name, named), now_s, prompt_tokens)
 
-    def may_begin(self, call: str, now_s: float, *, idle: bool) -> bool:
+    def may_begin(self, call: LoadCall, now_s: float, *, idle: bool) -> bool:
         if self._limit is None:
             return True
-        program = self._program[call]
+        program = call.program.name
         return program in self._begun or self._left[program] == 1 or len(self._begun) < self._limit
 
     def closed(self, now_s: float) -> bool:
         return False
 
-    def begin(self, call: str, now_s: float, cached_tokens: int) -> None:
-        program = self._program[call]
+    def begin(self, call: LoadCall, now_s: float, cached_tokens: int) -> None:
+        program = call.program.name
         if self._left.get(program, 1) > 1:
             self._begun.add(program)
 
-    def end(
-        self,
-        call: str,
-        now_s: float,
-        context_tokens: int,
-        *,
-        read_s: float,
-        read_tokens: int,
-        decode_s: float,
-        last: bool = False,
-        tool: str | None = None,
-    ) -> None:
-        program = self._program.pop(call)
+    def end(self, call: LoadCall, now_s: float, context_tokens: int, **more: Any) -> None:
+        program = call.program.name
         if program in self._left:
             self._left[program] -= 1
             if not self._left[program]:
                 self._begun.discard(program)
+
+
+Gate = LoadControl | FixedLimit
+"""What an engine tells of calls, and asks of first ones."""
 
 
 @dataclass(slots=True)
@@ -161,11 +114,16 @@ class Run:
     pending: int = 0
     """Sub-agents that have not ended."""
 
+    @property
+    def program(self) -> str:
+        """The agent's own name, or that of the one that started it and those before."""
+        return self.agent.name if self.parent is None else self.parent.program
+
 
 @dataclass(slots=True)
 class Request:
     run: Run
-    name: str
+    load: LoadCall
     number: int
     first: bool
     prompt: int
@@ -230,7 +188,7 @@ class PressureEngine:
         self,
         blocks: KvBlocks,
         cost: StepCost,
-        load: LoadGate,
+        load: Gate,
         slots: int = 256,
         step_tokens: int = 2048,
         ends: Ends = "told",
@@ -274,18 +232,10 @@ class PressureEngine:
         while self._events and self._events[0][0] <= self.now_s:
             when, number, run = heapq.heappop(self._events)
             agent, turn = run.agent, run.agent.turns[run.turn]
-            request = Request(
-                run, f"{agent.name}/{run.turn}", number, not run.turn, run.context + turn.added, turn.answer
-            )
+            prompt = run.context + turn.added
+            load = self._load.arrive(run.program, when, prompt, named=agent.told)
+            request = Request(run, load, number, not run.turn, prompt, turn.answer)
             request.came_s = when
-            self._load.arrive(
-                request.name,
-                agent.name,
-                when,
-                request.prompt,
-                named=agent.told,
-                parent=run.parent.agent.name if run.parent else None,
-            )
             self._waiting.append(request)
 
     def _keys(self, request: Request, tokens: int) -> list[Hashable]:
@@ -329,7 +279,7 @@ class PressureEngine:
                     skipped.append(self._waiting.popleft())
                     continue
                 others = idle and any(not one.first or one.began for one in self._waiting)
-                if not self._load.may_begin(request.name, self.now_s, idle=idle and not self._running and not others):
+                if not self._load.may_begin(request.load, self.now_s, idle=idle and not self._running and not others):
                     skipped.append(self._waiting.popleft())
                     continue
             tokens = self._admit(request, budget)
@@ -371,7 +321,7 @@ class PressureEngine:
         self._grow(request, tokens)
         if not request.began:
             request.began = True
-            self._load.begin(request.name, self.now_s, request.computed)
+            self._load.begin(request.load, self.now_s, request.computed)
             if request.first:
                 self.outcome.held_s.append(self.now_s - request.came_s)
             else:
@@ -446,7 +396,7 @@ class PressureEngine:
         run.turn += 1
         last = run.turn == len(agent.turns)
         self._load.end(
-            request.name,
+            request.load,
             self.now_s,
             run.context,
             read_s=request.prefill_ms / 1000,

@@ -48,8 +48,7 @@ class Load(Feature):
     def arrived(self, call: Call) -> None:
         now, owner = perf_counter(), call.owner
         assert owner is not None
-        self.control.arrive(
-            call.name,
+        call.load = self.control.arrive(
             owner.key,
             now,
             call.request.num_prompt_tokens,
@@ -57,9 +56,8 @@ class Load(Feature):
             can_return=compat.can_return(self._scheduler, call.request),
         )
         # A part of a prompt that is streamed is not in the list yet.
-        if call.key is not None and not self.control.may_begin(call.name, now, idle=self._idle()):
+        if call.key is not None and not self.control.may_begin(call.load, now, idle=self._idle(call)):
             self._waiting.park({call: HELD})
-            call.held_since_s = now
             self._counts["load_held_requests"] += 1
             if not self._said:
                 self._said = True
@@ -68,10 +66,11 @@ class Load(Feature):
                     "KV cache. Further ones are only counted. `load_control=false` turns it off."
                 )
 
-    def _idle(self) -> bool:
-        """Whether the engine has nothing else to do."""
-        scheduler = self._scheduler
-        return not scheduler.running and not self._waiting.open and not compat.waits_elsewhere(scheduler)
+    def _idle(self, but: Call | None = None) -> bool:
+        """Whether the engine has nothing else to do; `but`: a waiting call that does not count."""
+        scheduler, (offered, _) = self._scheduler, self._waiting.lists
+        others = len(offered) - (but is not None)
+        return not scheduler.running and not others and not compat.waits_elsewhere(scheduler)
 
     def before_step(self, decodes: int, context: int) -> None:
         self._decodes = decodes
@@ -82,26 +81,31 @@ class Load(Feature):
 
         def ready(call: Call) -> bool:
             nonlocal idle
-            if call.awaited is not HELD or not self.control.may_begin(call.name, now, idle=idle):
+            load = call.load
+            if call.awaited is not HELD or load is None or not self.control.may_begin(load, now, idle=idle):
                 return False
             idle = False
-            self._counts["load_hold_seconds"] += now - call.held_since_s
+            self._counts["load_hold_seconds"] += now - load.came_s
             return True
 
         self._waiting.release(ready)
 
     def admitted(self, call: Call) -> None:
-        self.control.begin(call.name, perf_counter(), call.cached_tokens or 0)
+        if call.load is not None:
+            self.control.begin(call.load, perf_counter(), call.cached_tokens or 0)
 
     def freed(self, call: Call) -> None:
-        now, request = perf_counter(), call.request
+        now, request, load = perf_counter(), call.request, call.load
+        if load is None:
+            # It did not come through `add_request`.
+            return
         # Clients that have read enough close the stream: that too is an answer.
         if call.cached_tokens is None or not request.num_output_tokens:
-            self.control.abort(call.name, now)
+            self.control.abort(load, now)
             return
         model, decodes = self._policy.controller.whole.model, max(self._decodes, 1)
         self.control.end(
-            call.name,
+            load,
             now,
             request.num_tokens,
             read_s=call.computed_ms / 1000,
@@ -122,4 +126,4 @@ class Load(Feature):
         }
 
     def faults(self, calls: Iterable[Call]) -> list[str]:
-        return self.control.faults({call.name for call in calls})
+        return self.control.faults({call.load for call in calls if call.load is not None})
