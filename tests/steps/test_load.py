@@ -105,6 +105,54 @@ def test_a_program_that_came_back_is_never_held(clock: Clock) -> None:
     assert "warm-6" not in held(scheduler)
 
 
+def test_a_sub_agent_of_a_program_under_way_is_never_held(clock: Clock) -> None:
+    """Its parent waits for it: with everybody under way waiting for held sub-agents nothing would go on."""
+    scheduler, driver, load = started()
+    learned(scheduler, driver, clock)
+    for name in "abcdefgh":
+        turn(scheduler, name, 0)
+    assert "a-0" not in held(scheduler)
+    turn(scheduler, "child", 0, agent_parent="a")
+    assert "child-0" not in held(scheduler)
+    turn(scheduler, "stray", 0, agent_parent="h")
+    assert "stray-0" in held(scheduler)
+
+
+def test_the_end_of_a_sub_agent_is_not_that_of_its_program(clock: Clock) -> None:
+    scheduler, driver, load = started()
+    learned(scheduler, driver, clock)
+    turn(scheduler, "a", 0)
+    serve(scheduler, driver, clock)
+    turn(scheduler, "child", 0, agent_parent="a", agent_last=True)
+    serve(scheduler, driver, clock)
+    assert "session a" in load.control._live
+    turn(scheduler, "a", 1, agent_last=True)
+    serve(scheduler, driver, clock)
+    assert "session a" not in load.control._live
+    assert load.control.faults(()) == []
+
+
+def test_a_call_that_comes_to_an_idle_engine_begins_at_once(clock: Clock) -> None:
+    """Programs are under way whose contexts fill the cache, but nobody of them is expected back for long."""
+    scheduler, driver, load = started()
+    for number in range(12):
+        for name in ("warm", "wram"):
+            turn(scheduler, name, number, 200)
+        serve(scheduler, driver, clock)
+        clock.now += 0.5 if number % 2 else 200.0
+    for name in "abc":
+        turn(scheduler, name, 0, 900)
+        clock.now += 0.5
+        serve(scheduler, driver, clock, 4000)
+    clock.now += 30.0
+    load.control._limit, load.control._reason, load.control._decided_s = 1000.0, "model", clock.now
+    turn(scheduler, "new", 0, 900)
+    assert not held(scheduler)
+    assert load.control.report().begun["idle"] == 1
+    turn(scheduler, "next", 0, 900)
+    assert held(scheduler) == ["next-0"]
+
+
 def test_everybody_is_served_and_nothing_is_left(clock: Clock) -> None:
     scheduler, driver, load = started()
     learned(scheduler, driver, clock)

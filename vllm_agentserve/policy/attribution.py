@@ -177,10 +177,10 @@ class Attribution(NoAttribution):
             # Who only names its parent is one of its threads, like a sub-agent with a session of its own.
             root = self._families.root(session, hints.parent)
             thread = hints.thread or (session if root != session else None)
-            key = f"{SESSION}{root}"
+            key, child = f"{SESSION}{root}", root != session or request.session_id is None
             if found is not None and found.program == key:
-                return Owner(key, found.path_ms, thread, found.end)
-            return Owner(key, thread=thread)
+                return Owner(key, found.path_ms, thread, found.end, sub_agent=child)
+            return Owner(key, thread=thread, sub_agent=child)
         if found is not None:
             return Owner(found.program, found.path_ms, hints.thread, found.end, "inferred")
         return Owner(f"request {call.name}", 0.0, hints.thread, source="new")

@@ -42,6 +42,7 @@ class Owner:
         thread: of the program that it continues.
         end: number of the end of the call it goes on from.
         source: `explicit`: its client names it; `inferred` from its prompt; `new`: the first of a program.
+        sub_agent: whether its client says that another session started it.
     """
 
     key: str
@@ -49,6 +50,7 @@ class Owner:
     thread: str | None = None
     end: int | None = None
     source: Literal["explicit", "inferred", "new"] = "explicit"
+    sub_agent: bool = False
 
 
 @dataclass(slots=True)

@@ -402,7 +402,7 @@ class PressureEngine:
             read_s=request.prefill_ms / 1000,
             read_tokens=request.prefill_tokens,
             decode_s=request.decode_ms / 1000,
-            last=last if self._ends == "told" else self._ends == "untrue",
+            last=last and run.parent is None if self._ends == "told" else self._ends == "untrue",
         )
         self.outcome.turns += 1
         for child in turn.children:

@@ -95,8 +95,8 @@ class Load(Feature):
             self.control.begin(call.load, perf_counter(), call.cached_tokens or 0)
 
     def freed(self, call: Call) -> None:
-        now, request, load = perf_counter(), call.request, call.load
-        if load is None:
+        now, request, load, owner = perf_counter(), call.request, call.load, call.owner
+        if load is None or owner is None:
             # It did not come through `add_request`.
             return
         # Clients that have read enough close the stream: that too is an answer.
@@ -111,7 +111,8 @@ class Load(Feature):
             read_s=call.computed_ms / 1000,
             read_tokens=call.computed_tokens,
             decode_s=request.num_output_tokens * model.decode_ms(decodes, decodes * request.num_tokens) / 1000,
-            last=call.hints.last,
+            # Where a sub-agent ends, its program goes on.
+            last=call.hints.last and not owner.sub_agent,
             tool=call.hints.tool,
         )
 
