@@ -112,10 +112,10 @@ class AgentServeConfig:
         high=1_000_000,
     )
     load_control: bool = option(
-        False,
+        True,
         "",
         "Hold the first call of a program back while the contexts of the programs under way fill the KV cache, if that "
-        "gives more turns per second. Experimental.",
+        "gives more turns per second.",
     )
     max_hold_s: float = option(
         600.0,

@@ -72,7 +72,11 @@ def table_of(options: type[Any]) -> str:
     """The options of a class as a Markdown table."""
     lines = ["| option | default | allowed | meaning |", "|---|---|---|---|"]
     for field in dataclasses.fields(options):
-        default = "not set" if field.default is None else "off" if field.default is False else field.default
+        default = field.default
+        if default is None:
+            default = "not set"
+        elif isinstance(default, bool):
+            default = "on" if default else "off"
         unit = f" {field.metadata['unit']}" if field.metadata["unit"] and field.default is not None else ""
         lines.append(f"| `{field.name}` | {default}{unit} | {allowed(field)} | {field.metadata['help']} |")
     return "\n".join(lines)

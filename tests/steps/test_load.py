@@ -207,9 +207,11 @@ def test_it_is_said_once(clock: Clock, caplog: pytest.LogCaptureFixture) -> None
     assert sum("load control" in record.getMessage() for record in caplog.records) == 1
 
 
-@pytest.mark.parametrize("given", [{"options": {}}, {"prefix_caching": False}, {"policy": "priority"}])
+@pytest.mark.parametrize(
+    "given", [{"options": {"load_control": False}}, {"prefix_caching": False}, {"policy": "priority"}]
+)
 def test_where_it_does_not_run(given: dict[str, Any]) -> None:
-    options = {"load_control": True} if "options" not in given else {}
+    options: dict[str, Any] = {}
     scheduler: Any = make_scheduler(**{"options": options, **given})
     assert not any(isinstance(one, Load) for one in scheduler._events.features)
 
