@@ -17,9 +17,10 @@ are assumed to grow to twice their size by that, no more."""
 FEW = 4
 """Contexts are assumed to grow to more than twice their size only where so many programs were seen to go on so far."""
 HELD_BACK = 0.95
-"""Least probability of a return where programs usually return, until that many were seen after a call of that turn."""
+"""Least probability of a return where programs usually return after their first call, until that many were seen after a call of
+that turn."""
 USUAL = 0.6
-"""Programs usually return where more than this share of the calls is followed by another."""
+"""Programs usually return where more than this share of first calls is followed by another."""
 LAPSE = 0.03
 """A claim lapses when no more than this share of the gaps is longer."""
 UNKNOWN_S = 60.0
@@ -107,7 +108,7 @@ def presence(program: Program, returns: Returns, now_s: float) -> float:
     if left <= LAPSE:
         return 0.0
     back = returns.probability(program.turn(), program.tool)
-    if returns.overall() > USUAL and returns.seen(program.turn()) < ENOUGH:
+    if returns.begins(program.named) > USUAL and returns.seen(program.turn()) < ENOUGH:
         back = max(back, HELD_BACK)
     return back * left / (back * left + 1 - back)
 
