@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from tests.support.schedulers import Driver, make_request, make_scheduler
 from vllm_agentserve.policy.program import identifier
@@ -22,6 +22,7 @@ class Page:
         self.registry = CollectorRegistry()
         monkeypatch.setattr(metrics, "Counter", partial(Counter, registry=self.registry))
         monkeypatch.setattr(metrics, "Gauge", partial(Gauge, registry=self.registry))
+        monkeypatch.setattr(metrics, "Histogram", partial(Histogram, registry=self.registry))
         config: Any = SimpleNamespace(model_config=SimpleNamespace(served_model_name="model"))
         self.logger = metrics.AgentStatLogger(config, [0, 1])
 
