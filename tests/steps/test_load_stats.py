@@ -106,22 +106,11 @@ def test_engines_are_counted_apart(page: Page) -> None:
     counts: dict[str, float] = {"load_begun_requests:fits": 2.0, "load_limit_reason:model": 1.0}
     count_hold(counts, False, 3.0)
     page.record(counts, engine=1)
-    assert page.value("load_hold_time_seconds_sum", 1, **{"class": "interactive"}) == 3.0
-    assert page.value("load_hold_time_seconds_sum", 0, **{"class": "interactive"}) == 0.0
-    assert (
-        page.value("load_begun_requests_total", 1, reason="fits"),
-        page.value("load_limit_reason", 1, reason="model"),
-    ) == (
-        2.0,
-        1.0,
-    )
-    assert (
-        page.value("load_begun_requests_total", 0, reason="fits"),
-        page.value("load_limit_reason", 0, reason="model"),
-    ) == (
-        0.0,
-        None,
-    )
+    for engine, seconds, begun in ((1, 3.0, 2.0), (0, 0.0, 0.0)):
+        assert page.value("load_hold_time_seconds_sum", engine, **{"class": "interactive"}) == seconds
+        assert page.value("load_begun_requests_total", engine, reason="fits") == begun
+    assert page.value("load_limit_reason", 1, reason="model") == 1.0
+    assert page.value("load_limit_reason", 0, reason="model") is None
 
 
 SERVERS = """
