@@ -336,6 +336,20 @@ def test_why_first_calls_began_and_why_there_is_a_limit(clock: Clock, page: Page
     assert sum(begun_on(page).values()) == 2 + 8
 
 
+def test_the_hit_ratio_is_that_of_resumed_turns(clock: Clock, page: Page) -> None:
+    """Each finds the whole KV blocks of its last prompt: 192 of 200 to 240 tokens, then 208, and so on."""
+    scheduler, driver, load = heard(page)
+    learned(scheduler, driver, clock)
+    page.record(scheduler.report())
+    assert 0.85 < page.reading().figures["load_hit_ratio"] < 1.0
+    scheduler.reset_prefix_cache()
+    before = page.reading().figures["load_hit_ratio"]
+    turn(scheduler, "warm", 6, 200)
+    serve(scheduler, driver, clock)
+    page.record(scheduler.report())
+    assert 0.0 < page.reading().figures["load_hit_ratio"] < before
+
+
 def test_reported_claims_are_those_of_now(clock: Clock) -> None:
     scheduler, driver, load = started()
     learned(scheduler, driver, clock)
