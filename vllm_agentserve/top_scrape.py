@@ -32,11 +32,18 @@ class ScrapeError(RuntimeError):
 
 @dataclass
 class EngineMetrics:
-    """The metrics of one engine at `time` (s): those without a label of their own, and those with `level`, `le` or `row`."""
+    """The metrics of one engine at `time` (s).
+
+    Args:
+        figures: those without a label of their own.
+        labelled: those with `level`, `le` or `row`, by its value.
+        load: those of load control with `class` or `reason`, by its value; without the buckets.
+    """
 
     time: float
     figures: dict[str, float] = field(default_factory=dict)
     labelled: dict[str, dict[str, float]] = field(default_factory=dict)
+    load: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def rate(self, before: "EngineMetrics | None", name: str, per: str | None = None) -> float | None:
         """Returns the increase of a counter since `before`, per second or per increase of another one; None without one."""
@@ -118,7 +125,11 @@ def parse(text: str, time: float) -> dict[str, EngineMetrics]:
         reading = engines.setdefault(sample.labels.get("engine", "0"), EngineMetrics(time))
         name = STOCK_SERIES.get(sample.name) or sample.name.removeprefix(SERIES)
         own = [value for label, value in sample.labels.items() if label in ("level", "le", "row")]
-        if own:
+        of_load = [value for label, value in sample.labels.items() if label in ("class", "reason")]
+        if of_load:
+            if not own:
+                reading.load.setdefault(name, {})[of_load[0]] = sample.value
+        elif own:
             reading.labelled.setdefault(name, {})[own[0]] = sample.value
         else:
             reading.figures[name] = sample.value

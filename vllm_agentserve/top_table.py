@@ -13,6 +13,12 @@ STAGES = {"decoding": "decoding", "resume_prefill": "resume", "cold_prefill": "c
 NEAR = 1.2
 """A TPOT of up to this many targets is yellow."""
 UNKNOWN = "-"
+LIMITS = {
+    "fits": "no limit: all contexts fit",
+    "faster without": "no limit: computing contexts again is faster",
+    "model": "limited: holding gives more turns per second",
+}
+"""What `load_limit_reason` means."""
 
 
 def picture(
@@ -33,7 +39,7 @@ def picture(
 
 
 def header(name: str, reading: EngineMetrics, before: EngineMetrics | None) -> list[Text]:
-    """Returns the lines above the table: time per token, requests, memory, programs, lane."""
+    """Returns the lines above the table: time per token, requests, memory, programs, lane, load control."""
     figures = reading.figures
     target_s = figures.get("tpot_target_seconds") or None
     line = Text("TPOT ")
@@ -65,7 +71,30 @@ def header(name: str, reading: EngineMetrics, before: EngineMetrics | None) -> l
                 f"{number(figures.get('lane_requests_total'))} prompts, slot {number(figures.get('lane_slot'))}"
             )
         )
-    return lines
+    return lines + load_control(reading)
+
+
+def load_control(reading: EngineMetrics) -> list[Text]:
+    """Returns what load control does; nothing where it does not run."""
+    figures, load = reading.figures, reading.load
+    if not figures.get("load_pool_tokens"):
+        return []
+    calls = sum(load.get("load_hold_time_seconds_count", {}).values())
+    held_s = sum(load.get("load_hold_time_seconds_sum", {}).values())
+    reasons = [reason for reason, holds in load.get("load_limit_reason", {}).items() if holds]
+    return [
+        Text(
+            f"load control: {number(figures.get('load_held'))} first calls held now, {number(calls)} before, "
+            f"mean {seconds(held_s / calls if calls else None)}  {', '.join(LIMITS.get(one, one) for one in reasons)}"
+        ),
+        Text(
+            f"  claims {number(figures.get('load_claims_tokens'))}, "
+            f"limit {number(figures.get('load_limit_tokens') or None)}, "
+            f"pool {number(figures.get('load_pool_tokens'))} tokens  "
+            f"{number(figures.get('load_programs'))} programs under way  "
+            f"{percent(figures.get('load_hit_ratio'))} of resumed contexts found"
+        ),
+    ]
 
 
 def programs(reading: EngineMetrics, before: EngineMetrics | None, session: str | None) -> list[RenderableType]:

@@ -12,11 +12,14 @@ import pytest
 
 from tests.support.paths import ROOT
 from vllm_agentserve.config import SERIES
+from vllm_agentserve.scheduler.load_stats import LOAD_COUNTERS, LOAD_GAUGES, LOAD_HISTOGRAMS
 from vllm_agentserve.scheduler.program_stats import LABELLED
 from vllm_agentserve.scheduler.stats import COUNTERS, GAUGES
 
-OWN_COUNTERS = {f"{SERIES}{name}_total" for name in COUNTERS}
-OWN_GAUGES = {SERIES + name for name in (*GAUGES, *LABELLED)}
+OWN_COUNTERS = {f"{SERIES}{name}_total" for name in (*COUNTERS, *LOAD_COUNTERS)}
+OWN_COUNTERS |= {f"{SERIES}{name}_{part}" for name in LOAD_HISTOGRAMS for part in ("bucket", "count")}
+"""The sum of the histogram is also a counter of its own."""
+OWN_GAUGES = {SERIES + name for name in (*GAUGES, *LABELLED, *LOAD_GAUGES)}
 VLLM = {
     "vllm:generation_tokens": "counter",
     "vllm:inter_token_latency_seconds": "histogram",
@@ -37,7 +40,7 @@ VLLM_GAUGES = {name for name, kind in VLLM.items() if kind == "gauge"}
 VARIABLES = ("model_name", "instance", "engine")
 WORDS = {"by", "sum", "rate", "histogram_quantile"}
 """Everything else in an expression, outside of selectors, is a series or a label to sum by."""
-LABELS = {*VARIABLES, "le", "level", "row"}
+LABELS = {*VARIABLES, "class", "le", "level", "reason", "row"}
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,16 @@ import io
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import get_args
 
 import pytest
 from rich.console import Console
 
 from vllm_agentserve import cli, top
+from vllm_agentserve.policy.load import Reason
 from vllm_agentserve.policy.program import identifier
 from vllm_agentserve.top_scrape import page_of, parse
-from vllm_agentserve.top_table import picture, program_tpot, tpot, under_way
+from vllm_agentserve.top_table import LIMITS, picture, program_tpot, tpot, under_way
 
 LABELS = 'engine="{engine}",model_name="m"'
 STOCK = """\
@@ -37,6 +39,21 @@ TOLD = """\
 vllm:agentserve_program_waiting_requests{{level="0",{labels}}} 0.0
 vllm:agentserve_program_waiting_requests{{level="3",{labels}}} 2.0
 vllm:agentserve_program_service_seconds_bucket{{le="+Inf",{labels}}} 2.0
+"""
+LOAD = """\
+vllm:agentserve_load_held{{{labels}}} 3.0
+vllm:agentserve_load_limit_tokens{{{labels}}} {limit}
+vllm:agentserve_load_claims_tokens{{{labels}}} 19000.0
+vllm:agentserve_load_pool_tokens{{{labels}}} {pool}
+vllm:agentserve_load_programs{{{labels}}} 8.4
+vllm:agentserve_load_hit_ratio{{{labels}}} 0.92
+vllm:agentserve_load_limit_reason{{reason="fits",{labels}}} {fits}
+vllm:agentserve_load_limit_reason{{reason="model",{labels}}} {model}
+vllm:agentserve_load_hold_time_seconds_bucket{{class="interactive",le="+Inf",{labels}}} {calls}
+vllm:agentserve_load_hold_time_seconds_count{{class="interactive",{labels}}} {calls}
+vllm:agentserve_load_hold_time_seconds_sum{{class="interactive",{labels}}} 20.0
+vllm:agentserve_load_hold_time_seconds_count{{class="batch",{labels}}} 1.0
+vllm:agentserve_load_hold_time_seconds_sum{{class="batch",{labels}}} 10.0
 """
 ROW = {
     "calls": 5,
@@ -64,7 +81,8 @@ def rows(*programs: dict[str, float], engine: int = 0) -> str:
 
 
 def page(text: str, engine: int = 0, **values: float) -> str:
-    given = {"tokens": 100.0, "itl": 2.0, "live": 2.0} | values
+    load = {"limit": 20000.0, "pool": 21504.0, "fits": 0.0, "model": 1.0, "calls": 3.0}
+    given = {"tokens": 100.0, "itl": 2.0, "live": 2.0} | load | values
     return text.format(labels=LABELS.format(engine=engine), **given)
 
 
@@ -197,6 +215,34 @@ def test_lane_figures_where_there_is_a_lane() -> None:
     lane = f"vllm:agentserve_lane_tokens_per_second{{{LABELS.format(engine=0)}}} 812.0\n"
     assert "prefill lane" not in drawn(text)
     assert "prefill lane: 812 tokens/s" in drawn(text + lane)
+
+
+def test_load_control_where_it_runs() -> None:
+    said = drawn(page(STOCK + OURS + TOLD + LOAD))
+    assert "load control: 3 first calls held now, 4 before, mean 7.5 s  limited: holding gives more turns" in said
+    assert "claims 19000, limit 20000, pool 21504 tokens  8 programs under way  92 % of resumed contexts" in said
+    assert max(map(len, said.splitlines())) <= 120
+    said = drawn(page(STOCK + OURS + TOLD + LOAD, fits=1.0, model=0.0, limit=0.0))
+    assert "no limit: all contexts fit" in said
+    assert "claims 19000, limit -, pool 21504 tokens" in said
+    assert "load control" not in drawn(page(STOCK + OURS + TOLD))
+    assert "load control" not in drawn(page(STOCK + OURS + TOLD + LOAD, pool=0.0)), (
+        "the series are there, and it is off"
+    )
+
+
+def test_load_control_before_any_call_was_held() -> None:
+    text = "".join(line for line in LOAD.splitlines(keepends=True) if "hold_time" not in line and "reason" not in line)
+    said = drawn(page(STOCK + OURS + text))
+    assert "3 first calls held now, 0 before, mean -" in said
+
+
+def test_a_reason_that_is_not_known_is_shown_as_it_is() -> None:
+    assert "mean 7.5 s  odd" in drawn(page(STOCK + OURS + LOAD.replace('reason="model"', 'reason="odd"')))
+
+
+def test_every_reason_has_words() -> None:
+    assert tuple(LIMITS) == get_args(Reason)
 
 
 def test_engines_are_shown_apart() -> None:

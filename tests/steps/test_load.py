@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from vllm.v1.request import RequestStatus
 
+from tests.support.metrics_page import Page
 from tests.support.pinned import PinnedController, PinnedModel
 from tests.support.schedulers import Driver, make_request, make_scheduler
 from vllm_agentserve.scheduler.features import load as feature
@@ -237,3 +238,169 @@ def test_a_request_that_did_not_come_through_add_request_is_no_matter(clock: Clo
     load.admitted(call)
     load.freed(call)
     assert load.control.faults(()) == []
+
+
+# -- what is seen of it -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch) -> Page:
+    return Page(monkeypatch)
+
+
+def heard(page: Page, **options: Any) -> tuple[Any, Driver, Load]:
+    """A scheduler whose reports reach the page; what was counted since the last one is there after `page.record`."""
+    scheduler, driver, load = started(**options)
+    stock = scheduler.update_from_output
+
+    def update(*given: Any) -> Any:
+        outputs = stock(*given)
+        for output in outputs.values():
+            page.logger.record(output.scheduler_stats, None)
+        return outputs
+
+    scheduler.update_from_output = update
+    return scheduler, driver, load
+
+
+def begun_on(page: Page) -> dict[str, float]:
+    return {reason: calls for reason, calls in page.reading().load["load_begun_requests_total"].items() if calls}
+
+
+def test_how_long_calls_were_held_is_a_histogram_by_class(clock: Clock, page: Page) -> None:
+    scheduler, driver, load = heard(page)
+    learned(scheduler, driver, clock)
+    for name in "abcdefgh":
+        turn(scheduler, name, 0, agent_class="batch" if name == "h" else "interactive")
+    page.record(scheduler.report())
+    names = held(scheduler)
+    assert "h-0" in names
+    assert page.value("load_hold_time_seconds_count", **{"class": "batch"}) == 0
+    came, waits = clock.now, {}
+    while held(scheduler):
+        clock.now += 0.02
+        before = held(scheduler)
+        driver.step()
+        waits |= {name: clock.now - came for name in set(before) - set(held(scheduler))}
+        page.record(scheduler.report())
+    assert sorted(waits) == names
+    for kind, own in (("batch", [waits.pop("h-0")]), ("interactive", [*waits.values()])):
+        assert page.value("load_hold_time_seconds_count", **{"class": kind}) == len(own)
+        assert page.value("load_hold_time_seconds_sum", **{"class": kind}) == pytest.approx(sum(own))
+        for bound in (0.05, 0.5, 1.0, 2.5, 10.0, 60.0, 600.0):
+            buckets = page.value("load_hold_time_seconds_bucket", **{"class": kind, "le": str(bound)})
+            assert buckets == sum(seconds <= bound for seconds in own), bound
+    assert page.value("load_hold_seconds_total") == pytest.approx(
+        sum(page.reading().load["load_hold_time_seconds_sum"].values())
+    )
+
+
+def test_clients_that_give_up_while_held_are_the_difference(clock: Clock, page: Page) -> None:
+    scheduler, driver, load = heard(page)
+    learned(scheduler, driver, clock)
+    for name in "abcdefgh":
+        turn(scheduler, name, 0)
+    gone, stays = held(scheduler)[:2], held(scheduler)[2:]
+    scheduler.finish_requests(gone, RequestStatus.FINISHED_ABORTED)
+    page.record(scheduler.report())
+    figures, load_figures = page.reading().figures, page.reading().load
+    assert figures["load_held"] == len(stays)
+    began = sum(load_figures["load_hold_time_seconds_count"].values())
+    assert figures["load_held_requests_total"] - began - figures["load_held"] == len(gone)
+    serve(scheduler, driver, clock, 4000)
+    page.record(scheduler.report())
+    began = sum(page.reading().load["load_hold_time_seconds_count"].values())
+    assert page.reading().figures["load_held_requests_total"] - began == len(gone)
+
+
+def test_why_first_calls_began_and_why_there_is_a_limit(clock: Clock, page: Page) -> None:
+    scheduler, driver, load = heard(page)
+    page.record(scheduler.report())
+    assert begun_on(page) == {}
+    learned(scheduler, driver, clock)
+    page.record(scheduler.report())
+    assert begun_on(page) == {"one-shot": 2}, "returning calls are not counted"
+    assert page.reading().load["load_limit_reason"] == {"fits": 1, "faster without": 0, "model": 0}
+    for name in "abcdefgh":
+        turn(scheduler, name, 0)
+        clock.now += 0.5
+        driver.step()
+    assert held(scheduler)
+    page.record(scheduler.report())
+    assert page.reading().load["load_limit_reason"] == {"fits": 0, "faster without": 0, "model": 1}
+    figures = page.reading().figures
+    assert figures["load_pool_tokens"] == load.control.pool_tokens == 2048
+    assert figures["load_room_ratio"] == load.control.report().room
+    assert 0 < figures["load_limit_tokens"] <= figures["load_pool_tokens"] * figures["load_room_ratio"]
+    serve(scheduler, driver, clock, 4000)
+    page.record(scheduler.report())
+    assert begun_on(page) == load.control.report().begun
+    assert sum(begun_on(page).values()) == 2 + 8
+
+
+def test_the_hit_ratio_is_that_of_resumed_turns(clock: Clock, page: Page) -> None:
+    """Each finds the whole KV blocks of its last prompt: 192 of 200 to 240 tokens, then 208, and so on."""
+    scheduler, driver, load = heard(page)
+    learned(scheduler, driver, clock)
+    page.record(scheduler.report())
+    assert 0.85 < page.reading().figures["load_hit_ratio"] < 1.0
+    scheduler.reset_prefix_cache()
+    before = page.reading().figures["load_hit_ratio"]
+    turn(scheduler, "warm", 6, 200)
+    serve(scheduler, driver, clock)
+    page.record(scheduler.report())
+    assert 0.0 < page.reading().figures["load_hit_ratio"] < before
+
+
+def test_reported_claims_are_those_of_now(clock: Clock) -> None:
+    scheduler, driver, load = started()
+    learned(scheduler, driver, clock)
+    turn(scheduler, "a", 0)
+    serve(scheduler, driver, clock)
+    assert scheduler.report()["load_claims_tokens"] > 0
+    clock.now += 10_000.0
+    report = scheduler.report()
+    assert (report["load_claims_tokens"], report["load_programs"]) == (0.0, 0.0)
+
+
+def test_without_load_control_its_series_stay_at_nothing(clock: Clock, page: Page) -> None:
+    scheduler: Any = make_scheduler(options={"load_control": False})
+    scheduler.add_request(make_request("a", 40, max_tokens=2, session="a"))
+    serve(scheduler, Driver(scheduler), clock)
+    report = scheduler.report()
+    assert not [name for name in report if name.startswith("load_")]
+    page.record(report)
+    assert page.reading().figures["load_pool_tokens"] == 0
+    assert begun_on(page) == {}
+
+
+def answers(clock: Clock, load_control: bool) -> tuple[dict[str, Any], list[str]]:
+    """What clients get of some calls, token by token, and the calls that were held."""
+    options = {"load_control": load_control, "tpot_slo_ms": 10_000, "first_chunk_tokens": 4096}
+    scheduler: Any = make_scheduler(options=options, num_blocks=129, controller=SlowController)
+    driver, got, stock = Driver(scheduler), {}, scheduler.update_from_output
+
+    def update(output: Any, result: Any) -> Any:
+        """Each token depends on all tokens before it, as with a model."""
+        for sampled, name in zip(result.sampled_token_ids, result.req_ids, strict=True):
+            sampled[:] = [hash(tuple(scheduler.requests[name].all_token_ids)) % 4000 for _ in sampled]
+        outputs = stock(output, result)
+        for one in [one for of_client in outputs.values() for one in of_client.outputs]:
+            tokens, _ = got.get(one.request_id, ((), None))
+            got[one.request_id] = ((*tokens, *one.new_token_ids), one.finish_reason)
+        return outputs
+
+    scheduler.update_from_output = update
+    learned(scheduler, driver, clock)
+    for name in "abcdefgh":
+        turn(scheduler, name, 0)
+    waits = held(scheduler)
+    serve(scheduler, driver, clock, 4000)
+    return got, waits
+
+
+def test_what_clients_of_held_calls_get_is_the_same(clock: Clock) -> None:
+    (without, nobody), (held_back, some) = answers(clock, False), answers(clock, True)
+    assert (nobody, bool(some)) == ([], True)
+    assert held_back == without
+    assert all(len(held_back[name][0]) == 8 for name in some)

@@ -1,38 +1,14 @@
 """What `/metrics` says of programs, on vLLM's real scheduler without a model."""
 
-from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
+from tests.support.metrics_page import Page
 from tests.support.schedulers import Driver, make_request, make_scheduler
 from vllm_agentserve.policy.program import identifier
 from vllm_agentserve.scheduler import metrics
 from vllm_agentserve.scheduler.program_stats import BY_STREAM, LABELLED, ROW_KEYS, ROWS
-from vllm_agentserve.top_scrape import EngineMetrics, parse
-from vllm_agentserve.vllm_compat import STATS_FIELD
-
-
-class Page:
-    """The metrics page of an API server that hears of the engines 0 and 1."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.registry = CollectorRegistry()
-        monkeypatch.setattr(metrics, "Counter", partial(Counter, registry=self.registry))
-        monkeypatch.setattr(metrics, "Gauge", partial(Gauge, registry=self.registry))
-        config: Any = SimpleNamespace(model_config=SimpleNamespace(served_model_name="model"))
-        self.logger = metrics.AgentStatLogger(config, [0, 1])
-
-    def record(self, report: dict[str, float], engine: int = 0) -> None:
-        self.logger.record(SimpleNamespace(**{STATS_FIELD: report}), None, engine_idx=engine)
-
-    def text(self) -> str:
-        return generate_latest(self.registry).decode()
-
-    def reading(self, engine: int = 0) -> EngineMetrics:
-        return parse(self.text(), 0.0)[str(engine)]
 
 
 @pytest.fixture

@@ -4,12 +4,21 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.utils import create_metric_per_engine
 
 from vllm_agentserve.config import SERIES
+from vllm_agentserve.scheduler.load_stats import (
+    HOLD_BOUNDS_S,
+    HOLD_KEYS,
+    HOLD_TIME,
+    LOAD_COUNTERS,
+    LOAD_GAUGES,
+    LOAD_HISTOGRAMS,
+    hold_times,
+)
 from vllm_agentserve.scheduler.program_stats import LABELLED, ROW_KEYS
 from vllm_agentserve.scheduler.stats import COUNTERS, GAUGES
 from vllm_agentserve.vllm_compat import STATS_FIELD
@@ -18,6 +27,11 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = init_logger("vllm.agentserve")
+
+
+def with_label(values: dict[int, list[object]], value: str) -> dict[int, list[object]]:
+    """The label values of every engine, and one more."""
+    return {index: [*others, value] for index, others in values.items()}
 
 
 class AgentStatLogger(AggregateStatLoggerBase):
@@ -50,10 +64,19 @@ class AgentStatLogger(AggregateStatLoggerBase):
             )
             for name, text in GAUGES.items()
         }
+        for name, (label, kinds, text) in LOAD_COUNTERS.items():
+            counter = Counter(SERIES + name, text, labelnames=[*names, label])
+            for kind in kinds:
+                self._counters[f"{name}:{kind}"] = create_metric_per_engine(counter, with_label(values, kind))
+        self._histograms: dict[str, Any] = {}
+        for name, (label, kinds, text) in LOAD_HISTOGRAMS.items():
+            histogram = Histogram(SERIES + name, text, labelnames=[*names, label], buckets=HOLD_BOUNDS_S)
+            for kind in kinds:
+                self._histograms[f"{name}:{kind}"] = create_metric_per_engine(histogram, with_label(values, kind))
         self._engines = values
         self._labelled: dict[str, Any] = {
             name: Gauge(SERIES + name, text, labelnames=[*names, label], multiprocess_mode="mostrecent")
-            for name, (label, text) in LABELLED.items()
+            for name, (label, text) in (LABELLED | LOAD_GAUGES).items()
         }
         self._children: dict[int, dict[str, Any]] = {index: {} for index in engine_indexes}
         """By engine: the exported children of `_labelled`, by their key in a report."""
@@ -71,8 +94,11 @@ class AgentStatLogger(AggregateStatLoggerBase):
                 since[name] = since.get(name, 0.0) + value
             elif name in self._gauges:
                 self._gauges[name][engine_idx].set(value)
-            elif ":" in name:
+            elif ":" in name and name not in HOLD_KEYS:
                 self._labelled_gauge(name, engine_idx).set(value)
+        for kind, seconds, calls in hold_times(report):
+            for _ in range(calls):
+                self._histograms[f"{HOLD_TIME}:{kind}"][engine_idx].observe(seconds)
         if "programs_tracked" in report:
             self._clear_rows(report, engine_idx)
         self._latest[engine_idx] = report

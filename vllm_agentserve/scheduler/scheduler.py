@@ -195,13 +195,14 @@ class AgentScheduler(UpstreamHooks, Scheduler):
             admitted, tokens = request.request_id in new, scheduled.get(request.request_id, 0)
             if admitted:
                 self._stats.admitted(call.chunk_phase)
-                for event in self._events.admitted:
-                    event(call)
             if tokens:
                 chunk = Chunk(call.chunk_phase, tokens, request.num_computed_tokens - tokens)
                 chunks.append(chunk)
                 policy.computes(call, chunk, first=admitted, last=not request.is_prefill_chunk)
                 cold_ended |= chunk.phase is Phase.COLD_PREFILL and not request.is_prefill_chunk
+            if admitted:
+                for event in self._events.admitted:
+                    event(call)
         if cold_ended:
             policy.retag()
         return chunks, bool(new)

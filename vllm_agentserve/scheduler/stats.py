@@ -61,6 +61,8 @@ GAUGES = {
     "load_held": "First calls that load control holds back now. With load_control only.",
     "load_limit_tokens": "Limit of the claims of programs under way. 0: no limit.",
     "load_claims_tokens": "KV cache tokens that the programs under way will need at most.",
+    "load_pool_tokens": "Size of the KV cache, as load control sees it. 0: load control does not run.",
+    "load_room_ratio": "Share of it that contexts can fill before they push each other out, as measured.",
     "load_programs": "Programs under way, weighted with the probability that they return.",
     "load_hit_ratio": "Share of their context that returning calls found in the KV cache, mean of about 32 calls.",
     "programs_tracked": "Programs the scheduler remembers. Policies plas and atlas only.",
@@ -76,7 +78,7 @@ class StatsCollector:
     def __init__(self, controller: BudgetController) -> None:
         self._controller = controller
         self.counts: dict[str, float] = dict.fromkeys(COUNTERS, 0)
-        """Every counter since the start."""
+        """Every counter since the start. Those with a label come when they are first counted: `name:label value`."""
         self._reported = dict(self.counts)
         self._last_chunk = 0
 
@@ -120,7 +122,7 @@ class StatsCollector:
         counts, before = self.counts, self._reported
         counts["slow_steps"] = controller.slow_steps
         report: dict[str, float] = {
-            name: count - before[name] for name, count in counts.items() if count > before[name]
+            name: count - before.get(name, 0) for name, count in counts.items() if count > before.get(name, 0)
         }
         self._reported = dict(counts)
         report["tpot_target_seconds"] = controller.target_ms / 1000

@@ -26,7 +26,7 @@ class Feature:
         """vLLM has scheduled the step, or failed to."""
 
     def admitted(self, call: Call) -> None:
-        """A step takes up the prompt of a request."""
+        """A step takes up the prompt of a request; what it found in the KV cache is known by now."""
 
     def finished(self, sequences: int, interval_ms: float | None, chunks: Iterable[Chunk], beside_lane: bool) -> None:
         """The output of a step is there.

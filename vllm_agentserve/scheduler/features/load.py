@@ -12,6 +12,7 @@ from vllm_agentserve.policy.engine import EnginePolicy
 from vllm_agentserve.policy.load import LoadControl
 from vllm_agentserve.policy.waiting import HELD, WaitingList
 from vllm_agentserve.scheduler.features import Feature
+from vllm_agentserve.scheduler.load_stats import count_hold, load_report
 from vllm_agentserve.vllm_compat import scheduler as compat
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Load(Feature):
     scheduler: whose requests.
     policy: of their order.
     waiting: the calls that wait; those that are held are parked there.
-    counts: gets `load_held_requests` and `load_hold_seconds`.
+    counts: gets `load_held_requests`, `load_hold_seconds`, and those of `scheduler/load_stats.py`.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Load(Feature):
                 return False
             idle = False
             self._counts["load_hold_seconds"] += now - load.came_s
+            count_hold(self._counts, call.hints.batch, now - load.came_s)
             return True
 
         self._waiting.release(ready)
@@ -117,14 +119,8 @@ class Load(Feature):
         )
 
     def report(self) -> dict[str, float]:
-        report = self.control.report()
-        return {
-            "load_held": float(report.held),
-            "load_limit_tokens": report.limit_tokens or 0.0,
-            "load_claims_tokens": report.claims_tokens,
-            "load_programs": report.programs,
-            "load_hit_ratio": report.hit_ratio,
-        }
+        # With a time: the claims of programs that have stayed away are no longer there.
+        return load_report(self.control.report(perf_counter()), self._counts)
 
     def faults(self, calls: Iterable[Call]) -> list[str]:
         return self.control.faults({call.load for call in calls if call.load is not None})
