@@ -43,7 +43,8 @@ from vllm_agentserve.policy.turn_rate import TurnCost, hit_ratio, turns_per_seco
 Reason = Literal["fits", "faster without", "model"]
 """Of the limit: there is none because all fit, or because recomputing costs less than idling; or it is the model's."""
 
-MAX_HOLD_S = 600.0
+MAX_HOLD_S = 300.0
+"""Half of the time after which clients of the OpenAI API give up by default."""
 DECIDE_S = 0.25
 COUNT_S = 0.1
 """Claims are counted again after so long."""
