@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vllm_agentserve.bench.calls import CallShape, program_walk
 from vllm_agentserve.bench.sessions import Session, Turn, contexts, session_walk
-from vllm_agentserve.bench.walk import DueCall, Walk
+from vllm_agentserve.bench.walk import DueCall, PlannedCall, Walk
 
 FORKING = [
     Session("p", "p", (Turn((1,) * 8, 2, spawns=("x", "y")), Turn((2,) * 4, 1, 0.5)), start_s=3.0),
@@ -54,6 +54,98 @@ def test_a_failed_first_turn_ends_the_session_and_all_that_would_fork_from_it() 
     walk = session_walk(FORKING)
     walk.begin(0.0)
     assert walk.fail(("p", 0), 1.0) == [DueCall(("q", 0), 2.25)]
+
+
+JOINS = {
+    "two": {
+        "a": PlannedCall(),
+        "b": PlannedCall(),
+        "join": PlannedCall(("a", "b"), origin="a"),
+        "last": PlannedCall(("join",), 0.5),
+    },
+    "three": {
+        "a": PlannedCall(),
+        "b": PlannedCall(),
+        "c": PlannedCall(("b",)),
+        "join": PlannedCall(("a", "b", "c"), origin="a"),
+        "beside": PlannedCall(("a", "c")),
+        "last": PlannedCall(("join", "b"), 0.5),
+    },
+    "one after the other": {
+        "a": PlannedCall(),
+        "b": PlannedCall(),
+        "join": PlannedCall(("a", "b"), origin="a"),
+        "c": PlannedCall(("a",)),
+        "second": PlannedCall(("join", "c"), origin="join"),
+        "last": PlannedCall(("second",), 0.5),
+    },
+    "origin before another one": {
+        "a": PlannedCall(),
+        "b": PlannedCall(),
+        "middle": PlannedCall(("a", "b")),
+        "join": PlannedCall(("middle",), origin="a"),
+        "last": PlannedCall(("join",), 0.5),
+    },
+}
+"""Calls that join. Where `a` fails, `last` follows a call that is given up."""
+
+
+@pytest.mark.parametrize(
+    ("calls", "ends"),
+    [
+        ("two", [("-a", []), ("b", ["last"])]),
+        ("two", [("b", []), ("-a", ["last"])]),
+        ("two", [("a", []), ("-b", ["join"])]),
+        ("three", [("-a", []), ("b", ["c"]), ("c", ["beside", "last"])]),
+        ("three", [("-a", []), ("-b", ["c"]), ("-c", ["beside", "last"])]),
+        ("three", [("b", ["c"]), ("-a", []), ("c", ["beside", "last"])]),
+        ("three", [("b", ["c"]), ("c", []), ("-a", ["beside", "last"])]),
+        ("one after the other", [("-a", ["c"]), ("b", []), ("c", ["last"])]),
+        ("one after the other", [("-a", ["c"]), ("c", []), ("b", ["last"])]),
+        ("one after the other", [("a", ["c"]), ("b", ["join"]), ("-join", []), ("c", ["last"])]),
+        ("origin before another one", [("-a", []), ("b", ["middle"]), ("middle", ["last"])]),
+    ],
+)
+def test_what_follows_a_call_that_is_given_up_waits_for_all_that_one_waited_for(
+    calls: str, ends: list[tuple[str, list[str]]]
+) -> None:
+    """Every row: what ends, with a minus where it fails, and what is due then."""
+    walk = Walk(JOINS[calls])
+    walk.begin(0.0)
+    for now, (name, due) in enumerate(ends):
+        found = walk.fail(name[1:], now) if name.startswith("-") else walk.end(name, now)
+        assert sorted(names(found)) == due, name
+        assert all(one.at_s == now + 0.5 for one in found if one.name == "last")
+        assert not walk.over
+
+
+@given(st.data())
+def test_with_failures_no_call_is_due_before_its_time_and_every_walk_ends(data: st.DataObject) -> None:
+    calls: dict[int, PlannedCall[int]] = {}
+    for index in range(data.draw(st.integers(1, 12))):
+        after = sorted(data.draw(st.sets(st.integers(0, index - 1), max_size=3))) if index else []
+        calls[index] = PlannedCall(tuple(after), origin=data.draw(st.sampled_from([None, *after])))
+    walk = Walk(calls)
+    waiting, ended, failed = names(walk.begin(0.0)), set[int](), set[int]()
+
+    def over(index: int) -> bool:
+        return index in ended or (index in failed and all(map(over, calls[index].after)))
+
+    while waiting:
+        one = waiting.pop(data.draw(st.integers(0, len(waiting) - 1)))
+        ended.add(one)
+        if data.draw(st.booleans()):
+            failed.add(one)
+            for index, call in calls.items():
+                if call.origin in failed:
+                    failed.add(index)
+            found = walk.fail(one, 1.0)
+        else:
+            found = walk.end(one, 1.0)
+        assert all(over(before) for due in names(found) for before in calls[due].after)
+        assert not failed & set(names(found))
+        waiting += names(found)
+    assert walk.over
 
 
 def test_a_session_that_nobody_spawns_is_left_out() -> None:
