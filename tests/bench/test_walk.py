@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_agentserve.bench.calls import CallShape, program_walk
-from vllm_agentserve.bench.sessions import Session, Turn, contexts, session_walk
+from vllm_agentserve.bench.client import StreamingClient
+from vllm_agentserve.bench.replay import Replay
+from vllm_agentserve.bench.sessions import Session, Turn, WorkloadError, contexts, longest_context, session_walk
 from vllm_agentserve.bench.walk import DueCall, PlannedCall, Walk
 
 FORKING = [
@@ -150,6 +152,96 @@ def test_with_failures_no_call_is_due_before_its_time_and_every_walk_ends(data: 
 
 def test_a_session_that_nobody_spawns_is_left_out() -> None:
     assert session_walk([FORKING[2]]).over
+
+
+ONE = (Turn((1,), 1),)
+
+
+def spawns(*sessions: str) -> tuple[Turn, ...]:
+    return (Turn((1,), 1, spawns=sessions),)
+
+
+WRONG_PLANS = {
+    "after a name that no session has": (
+        [Session("a", "a", ONE, after="b")],
+        "session 'a': after = 'b' is not allowed, no session has this name",
+    ),
+    "no turns": ([Session("a", "a", ())], r"session 'a': turns = \(\) is not allowed, give it at least one"),
+    "after a session without turns": (
+        [Session("a", "a", ONE, after="b"), Session("b", "b", ())],
+        r"session 'b': turns = \(\) is not allowed",
+    ),
+    "after itself": (
+        [Session("a", "a", ONE, after="a")],
+        "after = 'a' is not allowed, it waits for itself: name another",
+    ),
+    "after each other": (
+        [Session("a", "a", ONE, after="c"), Session("b", "b", ONE, after="a"), Session("c", "c", ONE, after="b")],
+        "session 'a': after = 'c' is not allowed, the sessions 'a', 'b', 'c' wait for each other: name another session",
+    ),
+    "a circle beside what can run": (
+        [
+            Session("free", "free", ONE),
+            Session("late", "late", ONE, after="b"),
+            Session("a", "a", ONE, after="b"),
+            Session("b", "b", ONE, after="a"),
+        ],
+        "session 'a': after = 'b' is not allowed, the sessions 'a', 'b' wait",
+    ),
+    "after what it spawns": (
+        [Session("a", "a", (*spawns("x"), *ONE), after="x"), Session("x", "a", ONE, forked=True)],
+        "session 'a': after = 'x' is not allowed, the sessions .* wait for each other",
+    ),
+    "after a forked session that no turn spawns": (
+        [Session("a", "a", ONE, after="x"), Session("x", "x", ONE, forked=True)],
+        "session 'a': after = 'x' is not allowed, no turn spawns that forked session",
+    ),
+    "a forked session that is to wait for another one": (
+        [Session("a", "a", spawns("x")), Session("b", "b", ONE), Session("x", "x", ONE, forked=True, after="b")],
+        "session 'x': after = 'b' is not allowed, the turn that spawns a forked session starts it",
+    ),
+    "spawns a name that no session has": (
+        [Session("a", "a", spawns("x"))],
+        "session 'a': spawns = 'x' is not allowed, no session has this name",
+    ),
+    "spawns a session that starts by itself": (
+        [Session("a", "a", spawns("b")), Session("b", "b", ONE)],
+        "session 'a': spawns = 'b' is not allowed, that session starts by itself",
+    ),
+    "two turns spawn one session": (
+        [Session("a", "a", spawns("x")), Session("b", "b", spawns("x")), Session("x", "x", ONE, forked=True)],
+        "session 'b': spawns = 'x' is not allowed, session 'a' spawns it already",
+    ),
+    "sessions that spawn each other": (
+        [Session("x", "x", spawns("y"), forked=True), Session("y", "y", spawns("x"), forked=True)],
+        "session 'x': spawns = 'y' is not allowed, this session never starts",
+    ),
+    "spawned by what no turn spawns": (
+        [Session("x", "x", spawns("y"), forked=True), Session("y", "y", ONE, forked=True)],
+        "session 'x': spawns = 'y' is not allowed, this session never starts",
+    ),
+    "one name twice": (
+        [Session("a", "a", ONE), Session("a", "b", ONE)],
+        "session 'a': name = 'a' is not allowed, another session has this name",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PLANS)
+def test_sessions_that_do_not_fit_together_are_refused_before_anything_is_sent(name: str) -> None:
+    sessions, message = WRONG_PLANS[name]
+    with pytest.raises(WorkloadError, match=message):
+        session_walk(sessions)
+    with pytest.raises(WorkloadError, match=message):
+        longest_context(sessions)
+    with pytest.raises(WorkloadError, match=message):
+        Replay(StreamingClient("http://127.0.0.1:1"), sessions)
+
+
+@pytest.mark.parametrize("parents", [(1,), (2,), (7,), (-1,)])
+def test_a_call_waits_for_earlier_calls_only(parents: tuple[int, ...]) -> None:
+    with pytest.raises(WorkloadError, match=r"call 1: parents = .* is no earlier call: name calls before it"):
+        program_walk((CallShape(1, 0, 1), CallShape(1, 0, 1, 0.0, parents), CallShape(1, 0, 1, 0.0, (1,))))
 
 
 def test_contexts_follow_forks() -> None:
