@@ -14,7 +14,7 @@ from vllm_agentserve import __version__
 from vllm_agentserve.bench.arguments import add_arguments as add_bench_arguments
 from vllm_agentserve.bench.arguments import number_from, port_argument
 from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
-from vllm_agentserve.extras import MissingExtraError, require
+from vllm_agentserve.extras import MissingExtraError, remedy_for, require
 from vllm_agentserve.vllm_compat import UnsupportedVllmError
 
 INTERRUPTED = 130
@@ -171,12 +171,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("vllm_agentserve"):
+        remedy = remedy_for(error.name, command.extra)
+        if remedy is None:
             raise
-        print(
-            f"error: agentserve {arguments.command} needs {error.name}, which vLLM brings: install vLLM beside this package",
-            file=sys.stderr,
-        )
+        print(f"error: agentserve {arguments.command} needs {error.name}{remedy}", file=sys.stderr)
         return 2
     except UnsupportedVllmError as error:
         print(f"error: {error}", file=sys.stderr)
