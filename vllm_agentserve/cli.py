@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import json
 import signal
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from vllm_agentserve.bench.arguments import add_arguments as add_bench_arguments
 from vllm_agentserve.bench.arguments import number_from, port_argument
 from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
 from vllm_agentserve.extras import MissingExtraError, remedy_for, require
+from vllm_agentserve.options import read_json
 from vllm_agentserve.vllm_compat import UnsupportedVllmError
 
 INTERRUPTED = 130
@@ -25,14 +25,14 @@ UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 def options_argument(text: str) -> dict[str, Any]:
     """Parses and checks `--options`; the message of a wrong one names the option, the value and what is allowed."""
     try:
-        given = json.loads(text)
+        given = read_json(text)
         AgentServeConfig.from_mapping(given)
-    except json.JSONDecodeError as error:
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    except ValueError as error:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not JSON ({error}); example: '{{\"tpot_slo_ms\": 40}}'"
         ) from error
-    except OptionError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
     return dict(given)
 
 

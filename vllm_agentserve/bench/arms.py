@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 from vllm_agentserve.bench.sessions import WorkloadError
 from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
+from vllm_agentserve.options import read_json
 from vllm_agentserve.vllm_compat import SCHEDULER_NAME
 
 GRAMMAR = (
@@ -99,8 +100,8 @@ def serve_options(pairs: dict[str, str]) -> tuple[str, ...]:
 
 def as_json(value: str) -> Any:
     try:
-        return json.loads(value)
-    except json.JSONDecodeError:
+        return read_json(value)
+    except ValueError:
         return value
 
 

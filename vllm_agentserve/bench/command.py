@@ -1,7 +1,6 @@
 """What `agentserve bench` does: run, workloads, report."""
 
 import argparse
-import json
 import secrets
 import sys
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from vllm_agentserve.bench.server import has_nvidia_driver
 from vllm_agentserve.bench.sessions import TOKEN_IDS, Session, WorkloadError
 from vllm_agentserve.bench.trace import TraceOptions, read_trace, trace_path
 from vllm_agentserve.bench.workloads import WORKLOADS, Workload, around, explain, find_workload
+from vllm_agentserve.options import read_json
 
 DEFAULT_ARMS = ("stock", "agentserve")
 CPU_SERVE = ("--dtype", "bfloat16", "--max-num-seqs", "32", "--enforce-eager")
@@ -221,10 +221,22 @@ def check_model(model: str, plan: Plan) -> None:
         return
     if not (folder / "config.json").exists():
         raise WorkloadError(f"--model {model} holds no config.json: name a model folder")
-    config = json.loads((folder / "config.json").read_text())
-    config = config.get("text_config", config)
+    try:
+        config = read_json((folder / "config.json").read_text())
+    except ValueError as error:
+        raise WorkloadError(
+            f"--model {model}: its config.json is not JSON ({error}): name a folder with a whole model"
+        ) from error
+    if not isinstance(config, dict):
+        raise WorkloadError(f"--model {model}: its config.json is no JSON object: name a folder with a whole model")
+    if isinstance(config.get("text_config"), dict):
+        config = config["text_config"]
     workload = plan.cells[0].workload
-    room, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
+    # What is no number is for vLLM to judge.
+    room, vocabulary = (
+        value if isinstance(value := config.get(name), int) else None
+        for name in ("max_position_embeddings", "vocab_size")
+    )
     if room is not None and plan.context_tokens > room:
         raise WorkloadError(
             f"workload {workload['name']!r} at scale {workload['scale']} needs {plan.context_tokens} tokens of "
