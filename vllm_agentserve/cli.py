@@ -19,7 +19,8 @@ from vllm_agentserve.vllm_compat import UnsupportedVllmError
 
 INTERRUPTED = 130
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
-"""A disk that is full, a quota or limit that is reached, a place that is not ours."""
+UNWRITABLE |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+"""A disk that is full, a quota or limit that is reached, a place that is not ours; a place that cannot be a folder."""
 
 
 def options_argument(text: str) -> dict[str, Any]:
@@ -125,6 +126,11 @@ def doctor(arguments: argparse.Namespace) -> int:
 def toy_model(arguments: argparse.Namespace) -> int:
     from vllm_agentserve.toy import make_toy_model
 
+    if (folder := arguments.output) is not None:
+        # Before the model is made, which takes seconds.
+        for place in (folder, *folder.parents):
+            if place.exists() and not place.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "this is a file, not a folder", str(place))
     print(make_toy_model(arguments.output))
     return 0
 

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_type_hints
+from urllib.parse import urlsplit
 
 from vllm_agentserve.bench.sessions import WorkloadError
 from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
@@ -110,9 +111,25 @@ def parse_url_arm(text: str) -> Arm:
     name, separator, url = text.partition("=")
     if not separator or name.startswith(("http:", "https:")):
         name, url = re.sub(r"^https?://", "", text).rstrip("/"), text
-    if not re.match(r"https?://[^/\s]+", url):
+    if not name or not is_address(url):
         raise WorkloadError(f"--url {text!r} is not a server: give NAME=http://HOST:PORT")
     return Arm(name, url=url.rstrip("/"))
+
+
+def is_address(url: str) -> bool:
+    """Whether it can be the address of a server."""
+    try:
+        parts = urlsplit(url)
+        # A port that cannot be raises, too.
+        return (
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and parts.port != 0
+            and url.isprintable()
+            and " " not in url
+        )
+    except ValueError:
+        return False
 
 
 def parse_arms(arms: Sequence[str], urls: Sequence[str]) -> list[Arm]:
