@@ -8,19 +8,20 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
 from tests.support.paths import ROOT
 from vllm_agentserve import cli
-from vllm_agentserve.bench.arms import Arm, parse_arm, parse_url_arm
-from vllm_agentserve.bench.command import check_model
+from vllm_agentserve.bench.arms import Arm, parse_arm, parse_url_arm, split_options
+from vllm_agentserve.bench.command import check_model, check_room, make_plan
 from vllm_agentserve.bench.cost import read_cost
 from vllm_agentserve.bench.drawing import WorkloadOptions, draw_sessions
 from vllm_agentserve.bench.endpoint import EndpointError, find_endpoint, metric_families, read_counters
 from vllm_agentserve.bench.experiment import Experiment
 from vllm_agentserve.bench.plan import Cell, Plan
+from vllm_agentserve.bench.program_traffic import option_value
 from vllm_agentserve.bench.records import Results
 from vllm_agentserve.bench.sessions import WorkloadError
 from vllm_agentserve.bench.trace import TraceOptions, read_trace
@@ -288,3 +289,77 @@ def test_every_folder_of_results_here_can_be_read() -> None:
     for path in (ROOT / "docs" / "results").rglob(Results.EXPERIMENT):
         assert Results(path.parent).experiment()["arms"]
         assert Results(path.parent).rounds()
+
+
+# Options of servers
+
+
+@pytest.mark.parametrize("text", ["--port 9000", "--port=9000", "--dtype bfloat16 --uds /tmp/x"])
+def test_options_with_which_a_server_would_not_be_found_are_refused(text: str) -> None:
+    with pytest.raises(WorkloadError, match=r"--(port 9000|uds /tmp/x) is not allowed for a server of the benchmark"):
+        split_options(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["stock:port=9000", "port=9000", "agentserve:serve.port=9000", "stock-chunk=256:port=1"]
+)
+def test_arms_with_which_a_server_would_not_be_found_are_refused(text: str) -> None:
+    with pytest.raises(WorkloadError, match=r"--port \d+ is not allowed for a server of the benchmark"):
+        parse_arm(text)
+
+
+def test_a_value_that_is_called_port_is_no_option() -> None:
+    assert split_options("--served-model-name port --seed 1") == ("--served-model-name", "port", "--seed", "1")
+
+
+@pytest.mark.parametrize("value", ["\N{SUPERSCRIPT TWO}", "1" * 5000, "0", "-1", "x", ""])
+def test_a_number_of_slots_that_is_none_is_refused(value: str) -> None:
+    with pytest.raises(WorkloadError, match="give a whole number above 0"):
+        option_value(("--max-num-seqs", value), "--max-num-seqs", "1")
+
+
+@pytest.mark.parametrize("serve", [("--max_num_seqs", "4"), ("--max_num_seqs=4",), ("--max-num_seqs", "4")])
+def test_options_may_be_written_with_underscores_as_vllm_takes_them(serve: tuple[str, ...], tmp_path: Path) -> None:
+    assert option_value(serve, "--max-num-seqs", "1") == "4"
+    plan = Plan(arms=[Arm("stock")], cells=small_plan().cells, model="m", serve=("--max_model_len", "9000"), rounds=1)
+    assert Experiment(plan, tmp_path, Quiet()).options == ("--max_model_len", "9000")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("serve", "arm", "refused"),
+    [
+        (("--max-model-len", "64"), (), True),
+        (("--max_model_len=64",), (), True),
+        ((), ("--max-model-len", "64"), True),
+        (("--max-model-len", "64"), ("--max-model-len", "9000"), False),
+        (("--max-model-len", "9000"), (), False),
+        (("--max-model-len", "1k"), (), False),
+        (("--max-model-len",), (), False),
+        ((), (), False),
+    ],
+)
+def test_too_little_room_for_the_workload_is_refused_before_a_server_is_started(
+    serve: tuple[str, ...], arm: tuple[str, ...], refused: bool
+) -> None:
+    plan = Plan(arms=[Arm("stock", arm)], cells=small_plan().cells, model="m", serve=serve, rounds=1)
+    if not refused:
+        check_room(plan)
+        return
+    with pytest.raises(
+        WorkloadError, match=r"arm 'stock' has --max-model-len 64, the workload needs \d+: use a smaller"
+    ):
+        check_room(plan)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--serve", "--max-model-len 64"), "has --max-model-len 64, the workload needs"),
+        (("--serve", "--port 9000"), "is not allowed for a server of the benchmark"),
+        (("--gap-s", "1", "1.0000001"), "are the same to six digits: leave one out"),
+    ],
+)
+def test_what_cannot_work_is_refused_while_the_plan_is_made(arguments: tuple[str, ...], message: str) -> None:
+    given: Any = cli.make_parser().parse_args(["bench", "run", "--arms", "stock", "--model", "m", *arguments])
+    with pytest.raises(WorkloadError, match=message):
+        make_plan(given, Quiet())  # type: ignore[arg-type]

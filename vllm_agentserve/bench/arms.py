@@ -19,6 +19,11 @@ GRAMMAR = (
     "after agentserve a KEY is one of its own options, and serve.KEY one of vllm serve"
 )
 SHORT = {"stock-chunk": "max-num-batched-tokens", "stock-threshold": "long-prefill-token-threshold"}
+TAKEN = {
+    "--port": "the benchmark gives every server its port: use its own --port",
+    "--uds": "servers listen on a port here",
+}
+"""Options of `vllm serve` with which its server would not be found."""
 MODES = get_args(get_type_hints(AgentServeConfig)["mode"])
 
 
@@ -96,7 +101,30 @@ def serve_options(pairs: dict[str, str]) -> tuple[str, ...]:
             options.append(name if value == "true" else name.replace("--", "--no-", 1))
         else:
             options += [name, value]
+    refuse_taken(options)
     return tuple(options)
+
+
+def option_name(option: str) -> str:
+    """The name of an option of `vllm serve` as its help has it; vLLM takes underscores too, and a value after `=`."""
+    return option.partition("=")[0].replace("_", "-")
+
+
+def last_value(options: Sequence[str], name: str) -> str | None:
+    """The value that counts of an option in a command line, the last one; None where the option is not there."""
+    found = None
+    for option, following in zip(options, (*options[1:], ""), strict=False):
+        if option.startswith("--") and option_name(option) == name:
+            found = option.partition("=")[2] if "=" in option else following
+    return found
+
+
+def refuse_taken(options: Sequence[str]) -> None:
+    """Raises `WorkloadError` for options that would take the server elsewhere."""
+    for name, why in TAKEN.items():
+        value = last_value(options, name)
+        if value is not None:
+            raise WorkloadError(f"{name} {value} is not allowed for a server of the benchmark, {why}")
 
 
 def as_json(value: str) -> Any:
@@ -153,8 +181,10 @@ def parse_arms(arms: Sequence[str], urls: Sequence[str]) -> list[Arm]:
 
 
 def split_options(text: str) -> tuple[str, ...]:
-    """Splits the value of `--serve` like a shell; raises `WorkloadError` for unbalanced quotes."""
+    """Splits the value of `--serve` like a shell; raises `WorkloadError` for unbalanced quotes, and for options of `TAKEN`."""
     try:
-        return tuple(shlex.split(text))
+        options = tuple(shlex.split(text))
     except ValueError as error:
         raise WorkloadError(f"--serve {text!r} cannot be split into options: {error}") from error
+    refuse_taken(options)
+    return options

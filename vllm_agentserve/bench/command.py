@@ -10,12 +10,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from vllm_agentserve.bench.arms import parse_arms, split_options
+from vllm_agentserve.bench.arms import last_value, parse_arms, split_options
 from vllm_agentserve.bench.drawing import WorkloadOptions, draw_sessions
 from vllm_agentserve.bench.judge import PRIMARY, PRIMARY_OF_PROGRAMS, check_primary
 from vllm_agentserve.bench.kv_pool import ANY_POOL, AnyPool, KvPool, kv_bytes, pool_of
 from vllm_agentserve.bench.plan import Cell, Plan
-from vllm_agentserve.bench.program_traffic import PROGRAM_WORKLOADS, Traffic, program_serve_options, program_traffic
+from vllm_agentserve.bench.program_traffic import (
+    LONGEST_NUMBER,
+    PROGRAM_WORKLOADS,
+    Traffic,
+    program_serve_options,
+    program_traffic,
+)
 from vllm_agentserve.bench.records import Results
 from vllm_agentserve.bench.report import write_report
 from vllm_agentserve.bench.run import new_folder, print_cells, run_plan, show
@@ -114,6 +120,7 @@ def make_plan(arguments: argparse.Namespace, console: Console) -> Plan:
     )
     if ours:
         check_model(str(model), plan)
+        check_room(plan)
         kv_pool.check(plan.context_tokens)
     return plan
 
@@ -149,6 +156,10 @@ def traffic_cells(arguments: argparse.Namespace, serve: Sequence[str]) -> list[C
     if len(set(gaps)) < len(gaps):
         raise WorkloadError("--gap-s names a value twice: every gap is measured once")
     names = ["" if len(gaps) == 1 else f"gap-{gap:g}s" for gap in gaps]
+    if len(set(names)) < len(names):
+        raise WorkloadError(
+            f"--gap-s {' '.join(map(str, gaps))}: two of these are the same to six digits: leave one out"
+        )
     return [Cell(name, *traffic(arguments, serve, gap)) for name, gap in zip(names, gaps, strict=True)]
 
 
@@ -246,6 +257,19 @@ def check_model(model: str, plan: Plan) -> None:
         raise WorkloadError(
             f"--model {model} has {vocabulary} tokens; prompts are drawn from the first {TOKEN_IDS[1]}: use a model with more"
         )
+
+
+def check_room(plan: Plan) -> None:
+    """Compares what the workload needs with `--max-model-len`, where it is given as a plain number."""
+    for arm in plan.arms:
+        if not arm.ours:
+            continue
+        given = last_value((*plan.serve, *arm.options), "--max-model-len") or ""
+        if given.isdecimal() and len(given) <= LONGEST_NUMBER and int(given) < plan.context_tokens:
+            raise WorkloadError(
+                f"arm {arm.name!r} has --max-model-len {given}, the workload needs {plan.context_tokens}: use a smaller "
+                "--scale, or give more"
+            )
 
 
 def fitting_scale(plan: Plan, room: int) -> float:

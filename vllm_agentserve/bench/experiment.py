@@ -9,7 +9,7 @@ from typing import Any
 
 import uvloop
 
-from vllm_agentserve.bench.arms import Arm
+from vllm_agentserve.bench.arms import Arm, option_name
 from vllm_agentserve.bench.client import StreamingClient
 from vllm_agentserve.bench.conditions import Conditions, pollution
 from vllm_agentserve.bench.endpoint import Endpoint, EndpointError, added, find_endpoint, kv_blocks, read_counters
@@ -46,7 +46,7 @@ class Experiment:
         """What every server of ours gets, whatever the arm."""
         plan = self.plan
         options = list(plan.serve)
-        if not any(option.split("=")[0] == "--max-model-len" for option in options):
+        if not any(option_name(option) == "--max-model-len" for option in options):
             room = -(-max(plan.context_tokens, 2048) // 256) * 256
             options += ["--max-model-len", str(plan.kv_pool.fitting(room))]
         options += plan.kv_pool.options
@@ -105,7 +105,8 @@ class Experiment:
             if arm.url is not None:
                 # Before the first measurement, not after those of the arms before it.
                 self.check_room(arm, find_endpoint(arm.url))
-        if plan.kv_bytes is None and not any("kv-cache" in one or "gpu-blocks" in one for one in self.options):
+        names = [option_name(option) for option in self.options]
+        if plan.kv_bytes is None and not any("kv-cache" in name or "gpu-blocks" in name for name in names):
             self.size_kv_cache()
         drawn = [cell.sessions(number) for cell in plan.cells for number in range(plan.rounds)]
         alone = [count_requests(alone_of(sessions, "")) if plan.slo_factor else 0 for sessions in drawn]
