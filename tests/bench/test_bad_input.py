@@ -356,6 +356,14 @@ def test_too_little_room_for_the_workload_is_refused_before_a_server_is_started(
     [
         (("--serve", "--max-model-len 64"), "has --max-model-len 64, the workload needs"),
         (("--serve", "--port 9000"), "is not allowed for a server of the benchmark"),
+        (
+            ("--trace", "sample", "--agents", "3"),
+            "--agents 3 means nothing to a trace: leave it out, or choose lines of it",
+        ),
+        (("--trace", "sample", "--turns", "3"), "--turns 3 means nothing to a trace"),
+        (("--pace", "open"), "--pace open means nothing to workload 'react': leave it out, or give a --trace"),
+        (("--limit", "9"), "--limit 9 means nothing to workload 'react'"),
+        (("--workload", "programs", "--speed", "2"), "--speed 2.0 means nothing to workload 'programs'"),
         (("--gap-s", "1", "1.0000001"), "are the same to six digits: leave one out"),
     ],
 )

@@ -27,7 +27,7 @@ from vllm_agentserve.bench.report import write_report
 from vllm_agentserve.bench.run import new_folder, print_cells, run_plan, show
 from vllm_agentserve.bench.server import has_nvidia_driver
 from vllm_agentserve.bench.sessions import TOKEN_IDS, Session, WorkloadError
-from vllm_agentserve.bench.trace import TraceOptions, read_trace, trace_path
+from vllm_agentserve.bench.trace import BLOCK_TOKENS, TraceOptions, read_trace, trace_path
 from vllm_agentserve.bench.workloads import WORKLOADS, Workload, around, explain, find_workload
 from vllm_agentserve.options import read_json
 
@@ -35,6 +35,9 @@ DEFAULT_ARMS = ("stock", "agentserve")
 CPU_SERVE = ("--dtype", "bfloat16", "--max-num-seqs", "32", "--enforce-eager")
 ONLY_OF_PROGRAMS = ("programs", "load", "step_cost")
 NOT_OF_PROGRAMS = ("agents", "sessions", "turns", "shared", "gap_s")
+NOT_OF_TRACES = ("agents", "sessions", "turns", "shared")
+ONLY_OF_TRACES = {"pace": "closed", "trace_inputs": "auto", "block_tokens": BLOCK_TOKENS, "speed": 1.0, "limit": None}
+"""By option: its default, with which it is taken for not given."""
 TRACE_WORDS = """[bold]--trace FILE[/bold]
   Recorded traffic in the Mooncake project's JSONL form, as aiperf reads and writes it; `--trace sample` ships with us.
 
@@ -171,6 +174,10 @@ def traffic(arguments: argparse.Namespace, serve: Sequence[str], gap_s: float | 
     """
     programs = programs_wanted(arguments)
     refuse(arguments, NOT_OF_PROGRAMS if programs else ONLY_OF_PROGRAMS)
+    if arguments.trace is not None:
+        refuse(arguments, NOT_OF_TRACES)
+    else:
+        refuse(arguments, [name for name, default in ONLY_OF_TRACES.items() if getattr(arguments, name) != default])
     if programs:
         return program_traffic(arguments, serve, has_nvidia_driver())
     return trace_traffic(arguments) if arguments.trace is not None else agent_traffic(arguments, gap_s)
@@ -217,7 +224,12 @@ def refuse(arguments: argparse.Namespace, names: Sequence[str]) -> None:
         value = getattr(arguments, name)
         if value is not None:
             what = f"workload {arguments.workload!r}" if arguments.trace is None else "a trace"
-            instead = f"choose one of {', '.join(PROGRAM_WORKLOADS)}" if name in ONLY_OF_PROGRAMS else "use --programs"
+            if name in ONLY_OF_PROGRAMS:
+                instead = f"choose one of {', '.join(PROGRAM_WORKLOADS)}"
+            elif name in ONLY_OF_TRACES:
+                instead = "give a --trace"
+            else:
+                instead = "use --programs" if arguments.trace is None else "choose lines of it with --limit"
             raise WorkloadError(
                 f"--{name.replace('_', '-')} {value} means nothing to {what}: leave it out, or {instead}"
             )
