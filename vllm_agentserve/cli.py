@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import json
 import signal
 import sys
 from collections.abc import Callable
@@ -14,25 +13,27 @@ from vllm_agentserve import __version__
 from vllm_agentserve.bench.arguments import add_arguments as add_bench_arguments
 from vllm_agentserve.bench.arguments import number_from, port_argument
 from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
-from vllm_agentserve.extras import MissingExtraError, require
+from vllm_agentserve.extras import MissingExtraError, remedy_for, require
+from vllm_agentserve.options import read_json
 from vllm_agentserve.vllm_compat import UnsupportedVllmError
 
 INTERRUPTED = 130
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
-"""A disk that is full, a quota or limit that is reached, a place that is not ours."""
+UNWRITABLE |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+"""A disk that is full, a quota or limit that is reached, a place that is not ours; a place that cannot be a folder."""
 
 
 def options_argument(text: str) -> dict[str, Any]:
     """Parses and checks `--options`; the message of a wrong one names the option, the value and what is allowed."""
     try:
-        given = json.loads(text)
+        given = read_json(text)
         AgentServeConfig.from_mapping(given)
-    except json.JSONDecodeError as error:
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    except ValueError as error:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not JSON ({error}); example: '{{\"tpot_slo_ms\": 40}}'"
         ) from error
-    except OptionError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
     return dict(given)
 
 
@@ -125,6 +126,11 @@ def doctor(arguments: argparse.Namespace) -> int:
 def toy_model(arguments: argparse.Namespace) -> int:
     from vllm_agentserve.toy import make_toy_model
 
+    if (folder := arguments.output) is not None:
+        # Before the model is made, which takes seconds.
+        for place in (folder, *folder.parents):
+            if place.exists() and not place.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "this is a file, not a folder", str(place))
     print(make_toy_model(arguments.output))
     return 0
 
@@ -171,12 +177,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("vllm_agentserve"):
+        remedy = remedy_for(error.name, command.extra)
+        if remedy is None:
             raise
-        print(
-            f"error: agentserve {arguments.command} needs {error.name}, which vLLM brings: install vLLM beside this package",
-            file=sys.stderr,
-        )
+        print(f"error: agentserve {arguments.command} needs {error.name}{remedy}", file=sys.stderr)
         return 2
     except UnsupportedVllmError as error:
         print(f"error: {error}", file=sys.stderr)

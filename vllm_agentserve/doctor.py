@@ -12,8 +12,9 @@ from pathlib import Path
 
 from vllm_agentserve import __version__, vllm_compat
 from vllm_agentserve.config import AgentServeConfig, OptionError
-from vllm_agentserve.doctor_engine import EngineArguments, EngineArgumentsError, check_engine, engine_arguments
+from vllm_agentserve.doctor_engine import EngineArguments, check_engine, engine_arguments
 from vllm_agentserve.doctor_gpu import Finding, Level, asked_smi, check_mig, check_mps, gpu_findings, plan_text, planned
+from vllm_agentserve.options import read_json
 from vllm_agentserve.vllm_compat.cuda import driver_obstacle, environment_obstacle
 from vllm_agentserve.vllm_compat.lanes import no_gain
 
@@ -90,11 +91,11 @@ def check_options(text: str) -> Finding:
     """Checks `--options`, a JSON object of options."""
     example = f"for example {json.dumps({'tpot_slo_ms': 40})}"
     try:
-        config = AgentServeConfig.from_mapping(json.loads(text))
-    except json.JSONDecodeError as error:
-        return Finding("options", Level.PROBLEM, f"{text!r} is not JSON: {error}", f"give a JSON object, {example}")
+        config = AgentServeConfig.from_mapping(read_json(text))
     except OptionError as error:
         return Finding("options", Level.PROBLEM, str(error), "correct the option")
+    except ValueError as error:
+        return Finding("options", Level.PROBLEM, f"{text!r} is not JSON: {error}", f"give a JSON object, {example}")
     target = (
         f"{config.tpot_slo_ms:g} ms" if config.tpot_slo_ms else f"{config.tpot_factor:g} x the decode step seen alone"
     )
@@ -105,9 +106,9 @@ def check_lanes(options: str, model: str | None, engine: str = "{}") -> Finding 
     """Whether two lanes run on this machine with these options and arguments of vLLM, how they divide it and what they cost; None
     where nobody asks for them."""
     try:
-        config = AgentServeConfig.from_mapping(json.loads(options))
+        config = AgentServeConfig.from_mapping(read_json(options))
         given = engine_arguments(engine, model)
-    except (json.JSONDecodeError, OptionError, EngineArgumentsError):
+    except ValueError:  # `check_options` and `check_engine` say which
         return None
     if config.mode not in ("lanes", "auto"):
         return None

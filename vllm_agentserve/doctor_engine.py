@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_agentserve.doctor_gpu import Finding, Level
+from vllm_agentserve.options import read_json
 from vllm_agentserve.vllm_compat import cuda, lanes
 
 EXAMPLE = json.dumps({"offload_group_size": 8})
@@ -45,8 +46,8 @@ def engine_arguments(text: str, model: str | None) -> EngineArguments:
         EngineMissingError: there are arguments, and vLLM cannot be imported.
     """
     try:
-        given = json.loads(text)
-    except json.JSONDecodeError as error:
+        given = read_json(text)
+    except ValueError as error:
         raise EngineArgumentsError(f"{text!r} is not JSON: {error}") from error
     if not isinstance(given, dict):
         raise EngineArgumentsError(f"{text!r} is no object")
@@ -63,11 +64,11 @@ def engine_arguments(text: str, model: str | None) -> EngineArguments:
         arguments = EngineArgs(**given)
         known = (Path(arguments.model) / "config.json").is_file()
         loaded: Any = arguments.create_model_config() if known else None
+        obstacle = lanes.arguments_obstacle(arguments)
+        if obstacle is None and known:
+            obstacle = lanes.model_obstacle(loaded)
     except Exception as error:  # vLLM and pydantic raise of every kind
         raise EngineArgumentsError(f"vLLM does not take {text}: {error}") from error
-    obstacle = lanes.arguments_obstacle(arguments)
-    if obstacle is None and known:
-        obstacle = lanes.model_obstacle(loaded)
     shown = loaded or SimpleNamespace(
         quantization=arguments.quantization, is_moe=False, enable_sleep_mode=arguments.enable_sleep_mode
     )

@@ -1,6 +1,7 @@
 """What an option is: its type, unit, default, range and meaning; how a value is checked, and how the table of all is written."""
 
 import dataclasses
+import json
 import math
 import types
 import typing
@@ -12,6 +13,14 @@ KEY = "agentserve"
 
 class OptionError(ValueError):
     """An option has a wrong name, type or value; the message names the option, the value and what is allowed."""
+
+
+def read_json(text: str) -> Any:
+    """Reads JSON. Raises `ValueError` for whatever cannot be read, numbers of too many digits and too deep nesting too."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def option(default: Any, unit: str, help: str, *, low: float | None = None, high: float | None = None) -> Any:
@@ -59,7 +68,7 @@ def checked(field: "dataclasses.Field[Any]", value: Any) -> Any:
         if _optional(field):
             return None
         raise wrong
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
         raise wrong
     if _whole(field) and value != int(value):
         raise wrong

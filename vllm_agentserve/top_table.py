@@ -45,7 +45,7 @@ def header(name: str, reading: EngineMetrics, before: EngineMetrics | None) -> l
     line = Text("TPOT ")
     if "tpot_seconds" in figures:
         line += Text.assemble(
-            tpot(figures["tpot_seconds"], target_s), "  p95 ", tpot(figures["tpot_p95_seconds"], target_s)
+            tpot(figures["tpot_seconds"], target_s), "  p95 ", tpot(figures.get("tpot_p95_seconds"), target_s)
         )
         line += Text(f"  target {milliseconds(target_s)}")
     else:
@@ -58,7 +58,9 @@ def header(name: str, reading: EngineMetrics, before: EngineMetrics | None) -> l
     lines = [Text.assemble((f"engine {name}  ", "bold"), line), Text(requests)]
     levels = reading.labelled.get("program_waiting_requests")
     if levels is not None:
-        waiting = [f"{level}: {levels[level]:.0f}" for level in sorted(levels, key=int) if levels[level]]
+        waiting = [
+            f"{level}: {levels[level]:.0f}" for level in sorted(filter(str.isdecimal, levels), key=int) if levels[level]
+        ]
         lines.append(
             Text(
                 f"programs: {number(figures.get('programs_tracked'))} tracked  waiting by level: {', '.join(waiting) or 'none'}"

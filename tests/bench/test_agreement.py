@@ -15,6 +15,7 @@ from vllm_agentserve.bench.cost import TOY_CPU, StepCost, read_cost
 from vllm_agentserve.bench.program_traffic import sessions_of
 from vllm_agentserve.bench.records import Record
 from vllm_agentserve.bench.server import serving_environment
+from vllm_agentserve.simulator import agreement
 from vllm_agentserve.simulator.agreement import (
     WAITING,
     drawn,
@@ -142,6 +143,53 @@ def test_policies_are_options_of_the_engine() -> None:
     ours = engine_options(GIVEN, "plas", 1000)
     assert ours["additional_config"]["agentserve"]["policy"] == "plas"
     assert (ours["max_num_seqs"], ours["block_size"], ours["max_model_len"]) == (4, 32, 1024)
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["agreement", *arguments])
+    return agreement.main()
+
+
+def test_the_simulator_runs_again_beside_recorded_figures_of_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = simulated(GIVEN, "plas", drawn(GIVEN, 1), 2048)
+    engine = {key: 2 * value for key, value in model.items()}
+    run = {"policy": "plas", "round": 1, "engine": engine, "step_tokens": 2048, "counts": {"x": 1}}
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text(json.dumps({"given": GIVEN, "runs": [run | {"simulator": {"mean": 0.0}, "ratio": {}}]}))
+    monkeypatch.setattr(agreement, "in_child", lambda *given: pytest.fail("no engine is to run"))
+    assert run_main(monkeypatch, "--recorded", str(old), "--output", str(new)) == 0
+    (found,) = json.loads(new.read_text())["runs"]
+    assert {key: found[key] for key in run} == run
+    assert found["simulator"].items() >= model.items()
+    assert found["ratio"] == pytest.approx(dict.fromkeys(model, 0.5))
+    printed = capsys.readouterr().out
+    assert f"| plas | 2 | mean | {engine['mean']:.1f} | {model['mean']:.1f} | 0.50 |" in printed
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "message"),
+    [
+        ("", [], "is no file that --output wrote"),
+        ("[]", [], "is no file that --output wrote"),
+        ('{"given": {}}', [], "is no file that --output wrote"),
+        ("{}", ["--load", "0.5", "--block-size", "16"], "leave --load, --block-size out"),
+    ],
+)
+def test_a_recorded_file_that_cannot_be_used_is_refused(
+    text: str,
+    more: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "old.json").write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        run_main(monkeypatch, "--recorded", str(tmp_path / "old.json"), *more)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.timeout(600)

@@ -32,7 +32,8 @@ def worker_class(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(Worker, name, getattr(Worker, name))
     monkeypatch.setattr(KVConnectorBase_V1, "__init__", lambda self, *given: None)
     monkeypatch.setattr(connector, "lane_provider", lambda *given: Lanes(Lane))
-    config: Any = SimpleNamespace(additional_config={})
+    chosen = SimpleNamespace(scheduler_cls="vllm_agentserve.AgentScheduler")
+    config: Any = SimpleNamespace(additional_config={}, scheduler_config=chosen)
     for _ in range(2):
         connector.LaneConnector(config, KVConnectorRole.WORKER, None)
     return Worker

@@ -13,6 +13,7 @@ import pytest
 
 from vllm_agentserve import cli
 from vllm_agentserve.extras import EXTRAS
+from vllm_agentserve.extras import VLLM as VLLM_MODULES
 
 ROOT = Path(cli.__file__).resolve().parent.parent
 PACKAGE = ROOT / "vllm_agentserve"
@@ -45,6 +46,11 @@ def third_party(path: Path) -> Iterator[str]:
                 yield name
 
 
+def of_a_command_with_an_extra(path: Path) -> bool:
+    room = path.relative_to(PACKAGE).parts[0]
+    return room in ("bench", "simulator", "cli.py") or room.startswith("top")
+
+
 def distributions(modules: set[str]) -> set[str]:
     known = packages_distributions()
     return {canonical(name) for module in modules for name in known[module]}
@@ -57,8 +63,7 @@ def test_the_base_install_requires_nothing() -> None:
 def test_what_is_outside_of_the_commands_imports_only_what_vllm_requires() -> None:
     vllm = {canonical(one) for name in packages_distributions()["vllm"] for one in requires(name) or ()}
     for path in PACKAGE.rglob("*.py"):
-        room = path.relative_to(PACKAGE).parts[0]
-        if room in ("bench", "simulator", "cli.py") or room.startswith("top"):
+        if of_a_command_with_an_extra(path):
             continue
         for name in set(third_party(path)) - VLLM - OPTIONAL:
             assert distributions({name}) <= vllm, f"{path} imports {name}"
@@ -136,6 +141,58 @@ def test_what_vllm_brings_is_named_too(command: str, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=False, cwd=ROOT)
     words = f"error: agentserve {command} needs numpy, which vLLM brings: install vLLM beside this package\n"
     assert (done.returncode, done.stderr) == (2, words)
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "said"),
+    [
+        ("doctor", "vllm", ", which vLLM brings: install vLLM beside this package"),
+        ("doctor", "torch.cuda", ", which vLLM brings: install vLLM beside this package"),
+        ("toy-model", "safetensors.numpy", ", which vLLM brings: install vLLM beside this package"),
+        ("gpu-check", "msgspec", ", which vLLM brings: install vLLM beside this package"),
+        ("bench", "msgspec", ": pip install 'vllm-agentserve[bench]'"),
+        ("bench", "numpy", ": pip install 'vllm-agentserve[bench]'"),
+        ("bench", "scipy.stats", ": pip install 'vllm-agentserve[bench]'"),
+        ("bench", "vllm", ", which vLLM brings: install vLLM beside this package"),
+        ("top", "prometheus_client.parser", ": pip install 'vllm-agentserve[cli]'"),
+        ("doctor", "rich.console", ": pip install 'vllm-agentserve[cli]'"),
+        ("gpu-check", "matplotlib", ": pip install 'vllm-agentserve[bench]'"),
+        # Nothing that can be installed is known to bring these.
+        ("doctor", "vllm_agentserve.no_such_part", None),
+        ("doctor", "vllm_agentserve", None),
+        ("doctor", "cbor2", None),
+        ("doctor", "somebody.else", None),
+        ("bench", "vllm.no_such_part", None),
+        ("doctor", "", None),
+    ],
+)
+def test_a_module_that_is_missing_while_a_command_runs_is_named_with_what_brings_it(
+    command: str, module: str, said: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(arguments: object) -> int:
+        if said is not None:
+            monkeypatch.setitem(sys.modules, module.partition(".")[0], None)  # type: ignore[arg-type]
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module or None)
+
+    own = cli.COMMANDS[command]
+    monkeypatch.setitem(cli.COMMANDS, command, cli.Command(fails, own.extra))
+    arguments = [command, *(["workloads"] if command == "bench" else [])]
+    if said is None:
+        with pytest.raises(ModuleNotFoundError, match="No module named"):
+            cli.main(arguments)
+        return
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == f"error: agentserve {command} needs {module}{said}\n"
+
+
+def test_what_brings_a_module_is_known_of_all_that_the_package_imports() -> None:
+    outside: set[str] = set()
+    for path in PACKAGE.rglob("*.py"):
+        found = set(third_party(path)) - OPTIONAL
+        assert found <= {*VLLM_MODULES}.union(*EXTRAS.values()), path
+        if not of_a_command_with_an_extra(path):
+            outside |= found
+    assert outside == set(VLLM_MODULES)
 
 
 def test_the_gpu_check_is_a_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,6 +79,7 @@ def make_scheduler(
     cls: Any = agent if ours else stock
     if ours and controller is not BudgetController:
         cls = type(agent.__name__, (agent,), {"controller_type": controller})
+    vllm_config.scheduler_config.scheduler_cls = cls if ours else None
     return cls(
         vllm_config=vllm_config,
         kv_cache_config=kv_cache_config,

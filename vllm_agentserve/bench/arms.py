@@ -6,9 +6,11 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args, get_type_hints
+from urllib.parse import urlsplit
 
 from vllm_agentserve.bench.sessions import WorkloadError
 from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
+from vllm_agentserve.options import read_json
 from vllm_agentserve.vllm_compat import SCHEDULER_NAME
 
 GRAMMAR = (
@@ -18,6 +20,11 @@ GRAMMAR = (
     "under way, client.last=true says which call is a session's last, client.anonymous=true sends no session ids"
 )
 SHORT = {"stock-chunk": "max-num-batched-tokens", "stock-threshold": "long-prefill-token-threshold"}
+TAKEN = {
+    "--port": "the benchmark gives every server its port: use its own --port",
+    "--uds": "servers listen on a port here",
+}
+"""Options of `vllm serve` with which its server would not be found."""
 MODES = get_args(get_type_hints(AgentServeConfig)["mode"])
 
 
@@ -126,13 +133,36 @@ def serve_options(pairs: dict[str, str]) -> tuple[str, ...]:
             options.append(name if value == "true" else name.replace("--", "--no-", 1))
         else:
             options += [name, value]
+    refuse_taken(options)
     return tuple(options)
+
+
+def option_name(option: str) -> str:
+    """The name of an option of `vllm serve` as its help has it; vLLM takes underscores too, and a value after `=`."""
+    return option.partition("=")[0].replace("_", "-")
+
+
+def last_value(options: Sequence[str], name: str) -> str | None:
+    """The value that counts of an option in a command line, the last one; None where the option is not there."""
+    found = None
+    for option, following in zip(options, (*options[1:], ""), strict=False):
+        if option.startswith("--") and option_name(option) == name:
+            found = option.partition("=")[2] if "=" in option else following
+    return found
+
+
+def refuse_taken(options: Sequence[str]) -> None:
+    """Raises `WorkloadError` for options that would take the server elsewhere."""
+    for name, why in TAKEN.items():
+        value = last_value(options, name)
+        if value is not None:
+            raise WorkloadError(f"{name} {value} is not allowed for a server of the benchmark, {why}")
 
 
 def as_json(value: str) -> Any:
     try:
-        return json.loads(value)
-    except json.JSONDecodeError:
+        return read_json(value)
+    except ValueError:
         return value
 
 
@@ -141,9 +171,25 @@ def parse_url_arm(text: str) -> Arm:
     name, separator, url = text.partition("=")
     if not separator or name.startswith(("http:", "https:")):
         name, url = re.sub(r"^https?://", "", text).rstrip("/"), text
-    if not re.match(r"https?://[^/\s]+", url):
+    if not name or not is_address(url):
         raise WorkloadError(f"--url {text!r} is not a server: give NAME=http://HOST:PORT")
     return Arm(name, url=url.rstrip("/"))
+
+
+def is_address(url: str) -> bool:
+    """Whether it can be the address of a server."""
+    try:
+        parts = urlsplit(url)
+        # A port that cannot be raises, too.
+        return (
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and parts.port != 0
+            and url.isprintable()
+            and " " not in url
+        )
+    except ValueError:
+        return False
 
 
 def parse_arms(arms: Sequence[str], urls: Sequence[str]) -> list[Arm]:
@@ -167,8 +213,10 @@ def parse_arms(arms: Sequence[str], urls: Sequence[str]) -> list[Arm]:
 
 
 def split_options(text: str) -> tuple[str, ...]:
-    """Splits the value of `--serve` like a shell; raises `WorkloadError` for unbalanced quotes."""
+    """Splits the value of `--serve` like a shell; raises `WorkloadError` for unbalanced quotes, and for options of `TAKEN`."""
     try:
-        return tuple(shlex.split(text))
+        options = tuple(shlex.split(text))
     except ValueError as error:
         raise WorkloadError(f"--serve {text!r} cannot be split into options: {error}") from error
+    refuse_taken(options)
+    return options

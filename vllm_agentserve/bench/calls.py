@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from vllm_agentserve.bench.sessions import WorkloadError
 from vllm_agentserve.bench.walk import PlannedCall, Walk
 
 LEAST_TOKENS = 4
@@ -52,7 +53,17 @@ def forks(calls: Sequence[CallShape], index: int) -> bool:
 
 
 def program_walk(calls: Sequence[CallShape]) -> Walk[int]:
-    """The calls of a program, by index, as a walk; it begins when the program arrives."""
+    """The calls of a program, by index, as a walk; it begins when the program arrives.
+
+    Raises:
+        WorkloadError: a call waits for one that is not before it.
+    """
+    for index, call in enumerate(calls):
+        for parent in call.parents:
+            if not 0 <= parent < index:
+                raise WorkloadError(
+                    f"call {index}: parents = {call.parents!r} is not allowed, {parent} is no earlier call: name calls before it"
+                )
     return Walk(
         {index: PlannedCall(call.parents, call.tool_s, origin(calls, index)) for index, call in enumerate(calls)}
     )

@@ -210,7 +210,9 @@ class StreamingClient:
                 f"{self.url}/v1/completions", data=payload, headers={"Content-Type": "application/json"}
             ) as answer:
                 if answer.status != 200:
-                    raise StreamError(f"{self.url} answered {answer.status}: {(await answer.text())[:500]}")
+                    raise StreamError(
+                        f"{self.url} answered {answer.status}: {(await answer.text(errors='replace'))[:500]}"
+                    )
                 content = answer.content
                 while data := await content.readany():
                     stream.feed(perf_counter(), data)

@@ -1,7 +1,6 @@
 """What `agentserve bench` does: run, workloads, report."""
 
 import argparse
-import json
 import secrets
 import sys
 from collections.abc import Sequence
@@ -11,24 +10,34 @@ from pathlib import Path
 
 from rich.console import Console
 
-from vllm_agentserve.bench.arms import parse_arms, split_options
+from vllm_agentserve.bench.arms import last_value, parse_arms, split_options
 from vllm_agentserve.bench.drawing import WorkloadOptions, draw_sessions
 from vllm_agentserve.bench.judge import PRIMARY, PRIMARY_OF_PROGRAMS, check_primary
 from vllm_agentserve.bench.kv_pool import ANY_POOL, AnyPool, KvPool, kv_bytes, pool_of
 from vllm_agentserve.bench.plan import Cell, Plan
-from vllm_agentserve.bench.program_traffic import PROGRAM_WORKLOADS, Traffic, program_serve_options, program_traffic
+from vllm_agentserve.bench.program_traffic import (
+    LONGEST_NUMBER,
+    PROGRAM_WORKLOADS,
+    Traffic,
+    program_serve_options,
+    program_traffic,
+)
 from vllm_agentserve.bench.records import Results
 from vllm_agentserve.bench.report import write_report
 from vllm_agentserve.bench.run import new_folder, print_cells, run_plan, show
 from vllm_agentserve.bench.server import has_nvidia_driver
 from vllm_agentserve.bench.sessions import TOKEN_IDS, Session, WorkloadError
-from vllm_agentserve.bench.trace import TraceOptions, read_trace, trace_path
+from vllm_agentserve.bench.trace import BLOCK_TOKENS, TraceOptions, read_trace, trace_path
 from vllm_agentserve.bench.workloads import WORKLOADS, Workload, around, explain, find_workload
+from vllm_agentserve.options import read_json
 
 DEFAULT_ARMS = ("stock", "agentserve")
 CPU_SERVE = ("--dtype", "bfloat16", "--max-num-seqs", "32", "--enforce-eager")
 ONLY_OF_PROGRAMS = ("programs", "load", "step_cost")
 NOT_OF_PROGRAMS = ("agents", "sessions", "turns", "shared", "gap_s")
+NOT_OF_TRACES = ("agents", "sessions", "turns", "shared")
+ONLY_OF_TRACES = {"pace": "closed", "trace_inputs": "auto", "block_tokens": BLOCK_TOKENS, "speed": 1.0, "limit": None}
+"""By option: its default, with which it is taken for not given."""
 TRACE_WORDS = """[bold]--trace FILE[/bold]
   Recorded traffic in the Mooncake project's JSONL form, as aiperf reads and writes it; `--trace sample` ships with us.
 
@@ -114,6 +123,7 @@ def make_plan(arguments: argparse.Namespace, console: Console) -> Plan:
     )
     if ours:
         check_model(str(model), plan)
+        check_room(plan)
         kv_pool.check(plan.context_tokens)
     return plan
 
@@ -149,6 +159,10 @@ def traffic_cells(arguments: argparse.Namespace, serve: Sequence[str]) -> list[C
     if len(set(gaps)) < len(gaps):
         raise WorkloadError("--gap-s names a value twice: every gap is measured once")
     names = ["" if len(gaps) == 1 else f"gap-{gap:g}s" for gap in gaps]
+    if len(set(names)) < len(names):
+        raise WorkloadError(
+            f"--gap-s {' '.join(map(str, gaps))}: two of these are the same to six digits: leave one out"
+        )
     return [Cell(name, *traffic(arguments, serve, gap)) for name, gap in zip(names, gaps, strict=True)]
 
 
@@ -160,6 +174,10 @@ def traffic(arguments: argparse.Namespace, serve: Sequence[str], gap_s: float | 
     """
     programs = programs_wanted(arguments)
     refuse(arguments, NOT_OF_PROGRAMS if programs else ONLY_OF_PROGRAMS)
+    if arguments.trace is not None:
+        refuse(arguments, NOT_OF_TRACES)
+    else:
+        refuse(arguments, [name for name, default in ONLY_OF_TRACES.items() if getattr(arguments, name) != default])
     if programs:
         return program_traffic(arguments, serve, has_nvidia_driver())
     return trace_traffic(arguments) if arguments.trace is not None else agent_traffic(arguments, gap_s)
@@ -206,7 +224,12 @@ def refuse(arguments: argparse.Namespace, names: Sequence[str]) -> None:
         value = getattr(arguments, name)
         if value is not None:
             what = f"workload {arguments.workload!r}" if arguments.trace is None else "a trace"
-            instead = f"choose one of {', '.join(PROGRAM_WORKLOADS)}" if name in ONLY_OF_PROGRAMS else "use --programs"
+            if name in ONLY_OF_PROGRAMS:
+                instead = f"choose one of {', '.join(PROGRAM_WORKLOADS)}"
+            elif name in ONLY_OF_TRACES:
+                instead = "give a --trace"
+            else:
+                instead = "use --programs" if arguments.trace is None else "choose lines of it with --limit"
             raise WorkloadError(
                 f"--{name.replace('_', '-')} {value} means nothing to {what}: leave it out, or {instead}"
             )
@@ -221,10 +244,22 @@ def check_model(model: str, plan: Plan) -> None:
         return
     if not (folder / "config.json").exists():
         raise WorkloadError(f"--model {model} holds no config.json: name a model folder")
-    config = json.loads((folder / "config.json").read_text())
-    config = config.get("text_config", config)
+    try:
+        config = read_json((folder / "config.json").read_text())
+    except ValueError as error:
+        raise WorkloadError(
+            f"--model {model}: its config.json is not JSON ({error}): name a folder with a whole model"
+        ) from error
+    if not isinstance(config, dict):
+        raise WorkloadError(f"--model {model}: its config.json is no JSON object: name a folder with a whole model")
+    if isinstance(config.get("text_config"), dict):
+        config = config["text_config"]
     workload = plan.cells[0].workload
-    room, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
+    # What is no number is for vLLM to judge.
+    room, vocabulary = (
+        value if isinstance(value := config.get(name), int) else None
+        for name in ("max_position_embeddings", "vocab_size")
+    )
     if room is not None and plan.context_tokens > room:
         raise WorkloadError(
             f"workload {workload['name']!r} at scale {workload['scale']} needs {plan.context_tokens} tokens of "
@@ -234,6 +269,19 @@ def check_model(model: str, plan: Plan) -> None:
         raise WorkloadError(
             f"--model {model} has {vocabulary} tokens; prompts are drawn from the first {TOKEN_IDS[1]}: use a model with more"
         )
+
+
+def check_room(plan: Plan) -> None:
+    """Compares what the workload needs with `--max-model-len`, where it is given as a plain number."""
+    for arm in plan.arms:
+        if not arm.ours:
+            continue
+        given = last_value((*plan.serve, *arm.options), "--max-model-len") or ""
+        if given.isdecimal() and len(given) <= LONGEST_NUMBER and int(given) < plan.context_tokens:
+            raise WorkloadError(
+                f"arm {arm.name!r} has --max-model-len {given}, the workload needs {plan.context_tokens}: use a smaller "
+                "--scale, or give more"
+            )
 
 
 def fitting_scale(plan: Plan, room: int) -> float:

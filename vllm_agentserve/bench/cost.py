@@ -1,13 +1,16 @@
 """What a step costs: the coefficients of one machine and model."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from vllm_agentserve.bench.calls import CallShape
 from vllm_agentserve.bench.sessions import WorkloadError
+from vllm_agentserve.options import read_json
+
+MOST_MS = 1e9
+"""No coefficient is larger."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def read_cost(path: Path) -> StepCost:
         WorkloadError: there is no such file, or a coefficient is missing, unknown or no number from 0.
     """
     try:
-        given = json.loads(path.read_text())
+        given = read_json(path.read_text())
     except (OSError, ValueError) as error:
         raise WorkloadError(f"--step-cost {path} cannot be read as JSON: {error}") from error
     given = given.get("cost", given) if isinstance(given, dict) else given
@@ -64,10 +67,12 @@ def read_cost(path: Path) -> StepCost:
     if not isinstance(given, dict) or not set(needed) <= given.keys() <= set(names):
         raise WorkloadError(f"--step-cost {path} must hold an object with {', '.join(needed)} and perhaps {names[-1]}")
     for name, value in given.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or value < 0 or (name in ("base", "tokens") and value == 0):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 <= value <= MOST_MS or (name in ("base", "tokens") and value == 0):
             kind = "above 0" if name in ("base", "tokens") else "from 0"
-            raise WorkloadError(f"--step-cost {path}: {name!r} = {value!r} is not allowed: it must be a number {kind}")
+            raise WorkloadError(
+                f"--step-cost {path}: {name!r} = {value!r} is not allowed: it must be a number {kind} to {MOST_MS:g}"
+            )
     return StepCost(**given)
 
 

@@ -1,7 +1,7 @@
 """What a running server says of itself: its model, its limits, its KV cache, its counters."""
 
+import http.client
 import json
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +9,8 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 PATIENCE_S = 10.0
+NO_ANSWER = (OSError, http.client.HTTPException, OverflowError)
+"""What is raised where nothing answers, or something that does not speak HTTP; OverflowError for a port that cannot be."""
 
 
 class EndpointError(RuntimeError):
@@ -40,7 +42,7 @@ def get(url: str) -> bytes:
 def get_json(url: str) -> Any:
     try:
         return json.loads(get(url))
-    except (OSError, ValueError):
+    except (*NO_ANSWER, ValueError, RecursionError):
         return None
 
 
@@ -49,24 +51,27 @@ def find_endpoint(url: str) -> Endpoint:
     try:
         models = json.loads(get(f"{url}/v1/models"))["data"]
         first = models[0]
-        name = first["id"]
-    except (urllib.error.URLError, OSError) as error:
-        raise EndpointError(f"{url} does not answer ({error}): is the server up, and is this its address?") from error
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+        name = str(first["id"])
+        room = first.get("max_model_len")
+    except NO_ANSWER as error:
+        raise EndpointError(
+            f"{url} does not answer ({str(error).strip()}): is the server up, and is this its address?"
+        ) from error
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise EndpointError(
             f"{url}/v1/models lists no model: it does not look like an OpenAI-compatible server"
         ) from error
     version = get_json(f"{url}/version")
     vllm = isinstance(version, dict) and "version" in version and first.get("owned_by") in ("vllm", None)
     kind = f"vLLM {version['version']}" if vllm else f"{first.get('owned_by') or 'another server'}"
-    return Endpoint(url, name, vllm, first.get("max_model_len"), kind)
+    return Endpoint(url, name, vllm, room if isinstance(room, int) else None, kind)
 
 
 def metric_families(url: str) -> list[Any]:
-    """Everything on `/metrics`; empty where there is no such page."""
+    """Everything on `/metrics`; empty where there is no such page, or none that can be read."""
     try:
         return list(text_string_to_metric_families(get(f"{url}/metrics").decode()))
-    except OSError:
+    except (*NO_ANSWER, ValueError, IndexError, KeyError):
         return []
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import uvloop
 
-from vllm_agentserve.bench.arms import Arm
+from vllm_agentserve.bench.arms import Arm, option_name
 from vllm_agentserve.bench.client import StreamingClient
 from vllm_agentserve.bench.conditions import Conditions, pollution
-from vllm_agentserve.bench.endpoint import EndpointError, added, find_endpoint, kv_blocks, read_counters
+from vllm_agentserve.bench.endpoint import Endpoint, EndpointError, added, find_endpoint, kv_blocks, read_counters
 from vllm_agentserve.bench.machine import describe_machine, shown
 from vllm_agentserve.bench.plan import Cell, Plan
 from vllm_agentserve.bench.progress import Progress
@@ -21,6 +21,8 @@ from vllm_agentserve.bench.replay import Replay
 from vllm_agentserve.bench.server import RunningServer, ServerError, VllmServer
 from vllm_agentserve.bench.sessions import WorkloadError, alone_of, count_requests, live_context, warm_up_of
 
+LONGEST_NAME = 50
+"""Characters of an arm's name in the name of a file."""
 BLOCKS_KEPT = 0.95
 """Share of the KV blocks a first start finds room for that every arm gets, where no size is given."""
 
@@ -44,7 +46,7 @@ class Experiment:
         """What every server of ours gets, whatever the arm."""
         plan = self.plan
         options = list(plan.serve)
-        if not any(option.split("=")[0] == "--max-model-len" for option in options):
+        if not any(option_name(option) == "--max-model-len" for option in options):
             room = -(-max(plan.context_tokens, 2048) // 256) * 256
             options += ["--max-model-len", str(plan.kv_pool.fitting(room))]
         options += plan.kv_pool.options
@@ -99,7 +101,12 @@ class Experiment:
 
     def run(self) -> None:
         plan = self.plan
-        if plan.kv_bytes is None and not any("kv-cache" in one or "gpu-blocks" in one for one in self.options):
+        for arm in plan.arms:
+            if arm.url is not None:
+                # Before the first measurement, not after those of the arms before it.
+                self.check_room(arm, find_endpoint(arm.url))
+        names = [option_name(option) for option in self.options]
+        if plan.kv_bytes is None and not any("kv-cache" in name or "gpu-blocks" in name for name in names):
             self.size_kv_cache()
         drawn = [cell.sessions(number) for cell in plan.cells for number in range(plan.rounds)]
         alone = [count_requests(alone_of(sessions, "")) if plan.slo_factor else 0 for sessions in drawn]
@@ -127,8 +134,7 @@ class Experiment:
         waiting = self.plan.cells_of(number)
         with ExitStack() as stack:
             try:
-                name = "".join(c if c.isalnum() or c in "-=." else "_" for c in arm.name)
-                server = self.server(arm, self.folder / f"server-{number + 1}-{name}.log")
+                server = self.server(arm, self.folder / self.log_name(arm, number))
                 stack.enter_context(server)
                 start = {"start": round(time.perf_counter() - began, 3)} if arm.ours else {}
                 while waiting:
@@ -141,6 +147,13 @@ class Experiment:
                     self.results[cell.name].add_round(record)
                     self.progress.note(in_one_line(record, cell))
                 raise
+
+    def log_name(self, arm: Arm, number: int) -> str:
+        """Of the file with its server's output in a round; no longer than file systems allow."""
+        name = "".join(c if c.isalnum() or c in "-=." else "_" for c in arm.name)
+        if len(name) > LONGEST_NAME:
+            name = f"{name[:LONGEST_NAME]}-{self.plan.arms.index(arm) + 1}"
+        return f"server-{number + 1}-{name}.log"
 
     def run_cell(
         self, cell: Cell, arm: Arm, number: int, server: VllmServer | RunningServer, start: dict[str, float]
@@ -176,11 +189,7 @@ class Experiment:
         record.kv_tokens = None if blocks is None else blocks[0] * blocks[1]
         if arm.ours and (wrong := plan.kv_pool.mismatch(record.kv_tokens)):
             raise ServerError(f"the server of arm {arm.name!r} states {wrong}")
-        if endpoint.max_model_len is not None and plan.context_tokens > endpoint.max_model_len:
-            raise WorkloadError(
-                f"arm {arm.name!r} has room for {endpoint.max_model_len} tokens, the workload needs {plan.context_tokens}: "
-                f"use a smaller --scale"
-            )
+        self.check_room(arm, endpoint)
         sessions, mark = plan.sessions(cell, number), plan.mark(cell, number)
         seed = " ".join(filter(None, (str(plan.seed), str(number), mark)))
         client = StreamingClient(url, endpoint.model, endpoint.extensions)
@@ -216,6 +225,14 @@ class Experiment:
                 record.conditions = conditions.report()
                 record.gpu = conditions.gpu.report(sum(len(one.stamps_us) for one in replay.records))
                 record.polluted = pollution(record.conditions, local=arm.ours)
+
+    def check_room(self, arm: Arm, endpoint: Endpoint) -> None:
+        """Raises `WorkloadError` where the longest context does not fit."""
+        if endpoint.max_model_len is not None and self.plan.context_tokens > endpoint.max_model_len:
+            raise WorkloadError(
+                f"arm {arm.name!r} has room for {endpoint.max_model_len} tokens, the workload needs {self.plan.context_tokens}: "
+                f"use a smaller --scale"
+            )
 
     def check(self, arm: Arm, server: VllmServer | RunningServer, replay: Replay) -> None:
         """Raises when the server is gone, or when nothing at all went well."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+from vllm_agentserve.bench.arms import last_value
 from vllm_agentserve.bench.calls import ProgramShape, forks, origin
 from vllm_agentserve.bench.cost import SERVER_GPU, TOY_CPU, StepCost, read_cost
 from vllm_agentserve.bench.programs import SLOTS, draw_programs
@@ -15,6 +16,8 @@ from vllm_agentserve.bench.sessions import Session, Turn, WorkloadError, draw_to
 Traffic = tuple[Callable[[int], list[Session]], dict[str, Any]]
 LOAD = 0.9
 SLOTS_OPTION = "--max-num-seqs"
+LONGEST_NUMBER = 12
+"""Digits of the value of an option."""
 CPU_SLOTS = 4
 """Sequences at once by default without a GPU: programs only wait for admission where slots are few."""
 BLOCK_OPTION = "--block-size"
@@ -186,12 +189,7 @@ def program_traffic(arguments: argparse.Namespace, serve: Sequence[str], gpu: bo
 
 def option_value(options: Sequence[str], name: str, default: str) -> str:
     """The last value of an option in a command line; raises `WorkloadError` where it is no whole number above 0."""
-    value = default
-    for index, option in enumerate(options):
-        if option == name:
-            value = options[index + 1] if index + 1 < len(options) else ""
-        elif option.startswith(f"{name}="):
-            value = option.partition("=")[2]
-    if not value.isdigit() or not int(value):
+    value = default if (given := last_value(options, name)) is None else given
+    if not value.isdecimal() or len(value) > LONGEST_NUMBER or not int(value):
         raise WorkloadError(f"--serve: {name} {value!r} is not allowed: give a whole number above 0")
     return value

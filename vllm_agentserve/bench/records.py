@@ -3,12 +3,16 @@
 import gzip
 import hashlib
 import json
+import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
+
+from vllm_agentserve.bench.sessions import WorkloadError
+from vllm_agentserve.options import read_json
 
 
 def digest(token_ids: Sequence[int]) -> str:
@@ -80,9 +84,12 @@ class Results:
     """A folder of results that is written while the experiment runs and read again for the report.
 
     Raises:
-        FileExistsError: on `create`, when the folder already holds results.
+        FileExistsError: on `create`, when the folder already holds results, or cannot be one.
+        WorkloadError: on reading, when a file is damaged.
     """
 
+    FIELDS = ("arms", "rounds", "workload", "machine", "date", "seed", "answers")
+    """What a report cannot be made without, of an experiment's description."""
     REQUESTS, ROUNDS, EXPERIMENT = "requests.jsonl", "rounds.jsonl", "experiment.json"
 
     def __init__(self, folder: Path) -> None:
@@ -91,7 +98,12 @@ class Results:
     @classmethod
     def create(cls, folder: Path, experiment: dict[str, Any]) -> "Results":
         results = cls(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise FileExistsError(
+                f"{folder} cannot be a folder, a file is in its way: name another one with --output"
+            ) from error
         if (folder / cls.EXPERIMENT).exists():
             raise FileExistsError(f"{folder} already holds results: name another folder with --output")
         (folder / cls.EXPERIMENT).write_text(json.dumps(experiment, indent=1) + "\n")
@@ -109,7 +121,21 @@ class Results:
                 file.write(msgspec.json.encode(item) + b"\n")
 
     def experiment(self) -> dict[str, Any]:
-        return dict(json.loads((self.folder / self.EXPERIMENT).read_text()))
+        path = self.folder / self.EXPERIMENT
+        try:
+            found = read_json(path.read_text())
+        except ValueError as error:
+            raise WorkloadError(
+                f"{path} cannot be read ({error}): name a folder that `agentserve bench run` has written"
+            ) from error
+        missing = [name for name in self.FIELDS if not isinstance(found, dict) or name not in found]
+        if not missing and not found["arms"]:
+            missing = ["arms"]
+        if missing:
+            raise WorkloadError(
+                f"{path} does not say {', '.join(missing)}: name a folder that `agentserve bench run` has written"
+            )
+        return dict(found)
 
     def requests(self) -> list[Record]:
         return list(self._read(self.REQUESTS, Record))
@@ -120,7 +146,18 @@ class Results:
     def _read(self, name: str, kind: Any) -> Iterator[Any]:
         plain, packed = self.folder / name, self.folder / (name + ".gz")
         decode = msgspec.json.Decoder(kind).decode
-        if plain.exists():
-            yield from map(decode, plain.read_bytes().splitlines())
-        elif packed.exists():
-            yield from map(decode, gzip.decompress(packed.read_bytes()).splitlines())
+        path = plain if plain.exists() else packed
+        if not path.exists():
+            return
+        try:
+            lines = (path.read_bytes() if path is plain else gzip.decompress(path.read_bytes())).splitlines()
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise WorkloadError(f"{path} cannot be unpacked ({error}): restore the file, or measure again") from error
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield decode(line)
+            except msgspec.MsgspecError as error:
+                raise WorkloadError(
+                    f"{path}, line {number} cannot be read ({error}): where a run was cut off, delete this line; otherwise "
+                    "measure again"
+                ) from error

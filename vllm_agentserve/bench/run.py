@@ -64,7 +64,12 @@ def print_cells(folders: Sequence[Path], console: Console) -> int:
     if not found:
         console.print(f"error: no results under {', '.join(map(str, folders))}", markup=False, soft_wrap=True)
         return 2
-    console.print(cell_tables(found), markup=False, highlight=False, soft_wrap=True)
+    try:
+        words = cell_tables(found)
+    except WorkloadError as error:
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return 2
+    console.print(words, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

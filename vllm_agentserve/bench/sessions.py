@@ -1,7 +1,7 @@
 """What agents will do, fixed before anything runs: sessions of turns over token ids, and where sessions start."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -105,7 +105,12 @@ def session_walk(sessions: Iterable[Session]) -> Walk[TurnKey]:
 
     A turn that spawned sessions is followed by the next one of its session when all of them are over, and those that they
     spawned. A forked session that no turn spawns is left out.
+
+    Raises:
+        WorkloadError: the sessions do not fit together, so that some would never begin.
     """
+    sessions = list(sessions)
+    check_sessions(sessions)
     by_name = {session.name: session for session in sessions}
     spawned_at = spawning(by_name.values())
 
@@ -131,7 +136,76 @@ def session_walk(sessions: Iterable[Session]) -> Walk[TurnKey]:
                 after = () if session.after is None else ends(by_name[session.after])
                 call = PlannedCall(after, session.start_s + turn.tool_s)
             calls[TurnKey(session.name, number)] = call
+    check_order(calls, by_name)
     return Walk(calls)
+
+
+def check_sessions(sessions: Sequence[Session]) -> None:
+    """Raises `WorkloadError` where a session has no turns or no name of its own, or names one that it cannot wait for."""
+    by_name: dict[str, Session] = {}
+    for session in sessions:
+        if not session.turns:
+            raise wrong(session, "turns", (), "give it at least one turn")
+        if session.name in by_name:
+            raise wrong(session, "name", session.name, "another session has this name: give each one a name of its own")
+        by_name[session.name] = session
+    spawner: dict[str, str] = {}
+    for session in sessions:
+        for name in (name for turn in session.turns for name in turn.spawns):
+            if name not in by_name:
+                raise wrong(
+                    session, "spawns", name, "no session has this name: add that session, or leave the name out"
+                )
+            if not by_name[name].forked:
+                raise wrong(
+                    session, "spawns", name, "that session starts by itself: set its field 'forked', or leave it out"
+                )
+            if name in spawner:
+                raise wrong(session, "spawns", name, f"session {spawner[name]!r} spawns it already: name it once")
+            spawner[name] = session.name
+    started = {session.name for session in sessions if not session.forked}
+    starting = list(started)
+    for name in starting:
+        starting += [other for turn in by_name[name].turns for other in turn.spawns]
+    started.update(starting)
+    for name, other in spawner.items():
+        if name not in started:
+            why = "this session never starts itself: let a turn of a session that starts spawn it, or leave both out"
+            raise wrong(by_name[other], "spawns", name, why)
+    for session in sessions:
+        if session.after is None:
+            continue
+        if session.forked:
+            raise wrong(
+                session, "after", session.after, "the turn that spawns a forked session starts it: leave it out"
+            )
+        if session.after not in by_name:
+            raise wrong(session, "after", session.after, "no session has this name: name another one, or leave it out")
+        if session.after not in started:
+            raise wrong(
+                session, "after", session.after, "no turn spawns that forked session: name another one, or leave it out"
+            )
+
+
+def check_order(calls: Mapping[TurnKey, PlannedCall[TurnKey]], sessions: Mapping[str, Session]) -> None:
+    """Raises `WorkloadError` where turns wait for each other in a circle, so that none of them would begin."""
+    waiting = dict(calls)
+    for key, _ in Walk(calls).in_order():
+        del waiting[key]
+    if not waiting:
+        return
+    chain = [next(iter(waiting))]
+    while (before := next(key for key in waiting[chain[-1]].after if key in waiting)) not in chain:
+        chain.append(before)
+    circle = {key.session for key in chain[chain.index(before) :]}
+    names = [name for name in sessions if name in circle]
+    session = next(sessions[name] for name in names if sessions[name].after is not None)
+    why = f"the sessions {', '.join(map(repr, names))} wait for each other" if len(names) > 1 else "it waits for itself"
+    raise wrong(session, "after", session.after, f"{why}: name another session, or leave it out")
+
+
+def wrong(session: Session, field: str, value: object, remedy: str) -> WorkloadError:
+    return WorkloadError(f"session {session.name!r}: {field} = {value!r} is not allowed, {remedy}")
 
 
 def contexts(sessions: Iterable[Session]) -> dict[TurnKey, int]:

@@ -5,7 +5,6 @@ equal ids mean equal tokens), and aiperf's `session_id` and `delay` (ms after th
 ids: the same id gives the same tokens, in every arm.
 """
 
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from vllm_agentserve.bench.sessions import Session, Turn, WorkloadError, draw_tokens
+from vllm_agentserve.options import read_json
 
 BLOCK_TOKENS = 512
 """Tokens a hash id stands for, as in the published traces."""
 SAMPLE = "sample"
+MOST = 1e12
+"""No number of a line is larger: tokens or ms."""
 
 
 @dataclass(frozen=True)
@@ -175,8 +177,8 @@ def check_line(path: Path, number: int, words: str) -> TraceLine:
         return WorkloadError(f"trace {path}, line {number}: {what}")
 
     try:
-        fields = json.loads(words)
-    except json.JSONDecodeError as error:
+        fields = read_json(words)
+    except ValueError as error:
         raise wrong(f"not JSON ({error})") from error
     if not isinstance(fields, dict):
         raise wrong("not a JSON object")
@@ -193,11 +195,12 @@ def check_line(path: Path, number: int, words: str) -> TraceLine:
         if (
             isinstance(value, bool)
             or not isinstance(value, (int, float))
-            or value < low
+            or not low <= value <= MOST
             or (whole and value != int(value))
         ):
+            kind = "whole number" if whole else "number"
             raise wrong(
-                f"{name!r} = {value!r} is not allowed: it must be a {'whole ' if whole else ''}number of at least {low:g}"
+                f"{name!r} = {value!r} is not allowed: it must be a {kind} of at least {low:g}, at most {MOST:g}"
             )
         return int(value) if whole else float(value)
 

@@ -48,6 +48,7 @@ class Walk(Generic[Name]):
                 self._followers[before].append(name)
             if call.origin is not None:
                 self._continued[call.origin].append(name)
+        self._given_up: set[Name] = set()
         self._over: set[Name] = set()
 
     @property
@@ -61,24 +62,30 @@ class Walk(Generic[Name]):
 
     def end(self, name: Name, now_s: float) -> list[DueCall[Name]]:
         """A call has ended well. Returns the calls that waited for it last."""
-        return self._end([name], now_s)
+        over, due = [name], []
+        for one in over:
+            self._over.add(one)
+            for follower in self._followers[one]:
+                self._missing[follower] -= 1
+                if self._missing[follower]:
+                    continue
+                if follower in self._given_up:
+                    over.append(follower)
+                else:
+                    due.append(DueCall(follower, now_s + self._calls[follower].delay_s))
+        return due
 
     def fail(self, name: Name, now_s: float) -> list[DueCall[Name]]:
-        """A call has failed: those that go on from its context are given up, and count as ended; the others go on."""
+        """A call has failed: those that go on from its context are given up, the others go on.
+
+        A call that is given up is never due. It is over as soon as all that it waits for is over, so that what follows it does
+        not begin earlier than it would have without the failure.
+        """
         lost = [name]
         for one in lost:
             lost += self._continued[one]
-        return self._end(lost, now_s)
-
-    def _end(self, names: list[Name], now_s: float) -> list[DueCall[Name]]:
-        self._over.update(names)
-        due = []
-        for name in names:
-            for follower in self._followers[name]:
-                self._missing[follower] -= 1
-                if not self._missing[follower] and follower not in self._over:
-                    due.append(DueCall(follower, now_s + self._calls[follower].delay_s))
-        return due
+        self._given_up.update(lost)
+        return self.end(name, now_s)
 
     def in_order(self) -> Iterator[tuple[Name, PlannedCall[Name]]]:
         """Every call after those it waits for, if none takes any time; uses the walk up."""

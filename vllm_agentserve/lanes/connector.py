@@ -21,6 +21,8 @@ from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker, lane_provider
 from vllm_agentserve.lanes.lane import LaneReport
 from vllm_agentserve.policy.jobs import Job
+from vllm_agentserve.vllm_compat import require_our_scheduler
+from vllm_agentserve.vllm_compat.lanes import CONNECTOR
 from vllm_agentserve.vllm_compat.weights import refuse_weight_updates
 
 if TYPE_CHECKING:
@@ -63,9 +65,14 @@ class Unserved:
 
 
 class LaneConnector(KVConnectorBase_V1):
-    """vLLM makes one of each half: `role` says which."""
+    """vLLM makes one of each half: `role` says which.
+
+    Raises:
+        LaneError: the engine runs another scheduler.
+    """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        require_our_scheduler(vllm_config, f"the KV connector {CONNECTOR!r}")
         super().__init__(vllm_config, role, kv_cache_config)
         self.half: Any = Unserved()
         """At the worker a `LaneConnectorWorker`; at the scheduler a `LaneConnectorScheduler`, set before the first step."""

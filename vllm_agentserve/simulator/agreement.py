@@ -7,6 +7,10 @@ programs on a fresh engine, arrivals and tools in real time; then the simulator 
 programs wait without their tools: tools take the same time on both sides, and so does the last arrival, which decides when all
 are through. The file with the cost, `--cost`,
 is what `agentserve bench run --step-cost` reads; where it exists already, nothing is timed.
+
+    python -m vllm_agentserve.simulator.agreement --recorded agreement.json
+
+Programs, cost and figures of the engine are those of an earlier run; only the simulator runs again.
 """
 
 import argparse
@@ -191,12 +195,32 @@ def work(options: Mapping[str, Any]) -> dict[str, Any]:
     return calibrate(given) if task == "calibration" else run_engine(given, task, options["number"])
 
 
+HEAD = "| policy | round | figure | engine | simulator | simulator / engine |\n" + "|---" * 6 + "|"
+
+
+def predicted(given: Mapping[str, Any], order: Order, number: int, step_tokens: int) -> dict[str, float]:
+    """The figures of one policy in one round, from the simulator."""
+    shapes = drawn(given, number)
+    ended = run_simulator(given, order, shapes, step_tokens)
+    return {WAITING: waiting_simulated(ended, shapes)} | simulated(given, order, shapes, step_tokens)
+
+
+def beside(
+    policy: str, number: int, engine: Mapping[str, float], model: Mapping[str, float], **more: Any
+) -> dict[str, Any]:
+    """Prints both sides, and returns them for the report, with `more` that is kept of the run."""
+    ratios = {key: model[key] / engine[key] for key in FIGURES if key in engine}
+    for key, ratio in ratios.items():
+        print(f"| {policy} | {number + 1} | {key} | {engine[key]:.1f} | {model[key]:.1f} | {ratio:.2f} |")
+    sys.stdout.flush()
+    return {"policy": policy, "round": number, "engine": engine, "simulator": model, "ratio": ratios} | more
+
+
 def compare(given: dict[str, Any], policies: Sequence[Order], rounds: int) -> list[dict[str, Any]]:
     """Runs everything; prints a line per policy and round as it is there, and returns them."""
     from vllm_agentserve.bench.records import Record
 
-    print("| policy | round | figure | engine | simulator | simulator / engine |")
-    print("|---" * 6 + "|")
+    print(HEAD)
     found = []
     for number in range(rounds):
         shapes = drawn(given, number)
@@ -204,17 +228,20 @@ def compare(given: dict[str, Any], policies: Sequence[Order], rounds: int) -> li
             run = in_child(given, policy, number)
             records = [Record(**one) for one in run["records"]]
             engine = {WAITING: waiting_measured(records, shapes)} | measured(records, shapes)
-            ended = run_simulator(given, policy, shapes, run["step_tokens"])
-            model = {WAITING: waiting_simulated(ended, shapes)} | simulated(given, policy, shapes, run["step_tokens"])
-            for key in FIGURES:
-                ratio = model[key] / engine[key]
-                print(f"| {policy} | {number + 1} | {key} | {engine[key]:.1f} | {model[key]:.1f} | {ratio:.2f} |")
-            sys.stdout.flush()
-            found.append(
-                {"policy": policy, "round": number, "engine": engine, "simulator": model}
-                | {"ratio": {key: model[key] / engine[key] for key in FIGURES}}
-                | {"step_tokens": run["step_tokens"], "counts": run["counts"]}
-            )
+            model = predicted(given, policy, number, run["step_tokens"])
+            kept = {"step_tokens": run["step_tokens"], "counts": run["counts"]}
+            found.append(beside(policy, number, engine, model, **kept))
+    return found
+
+
+def compare_again(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Runs the simulator on the programs of an earlier report; the engine's figures are taken from there."""
+    print(HEAD)
+    found = []
+    for run in report["runs"]:
+        model = predicted(report["given"], run["policy"], run["round"], run["step_tokens"])
+        kept = {"step_tokens": run["step_tokens"], "counts": run["counts"]}
+        found.append(beside(run["policy"], run["round"], run["engine"], model, **kept))
     return found
 
 
@@ -236,9 +263,31 @@ def main() -> int:
     parser.add_argument("--anonymous", action="store_true", help="send neither session ids nor hints")
     parser.add_argument("--cost", type=Path, help="file with the step's cost: read where it exists, else written")
     parser.add_argument("--output", type=Path, help="where everything goes, as JSON")
+    parser.add_argument(
+        "--recorded",
+        type=Path,
+        help="a file that --output wrote: its programs, cost and figures of the engine are taken, and only the simulator runs",
+    )
     arguments = parser.parse_args()
+    if arguments.recorded is not None:
+        given_too = [
+            f"--{name.replace('_', '-')}"
+            for name, value in vars(arguments).items()
+            if name not in ("recorded", "output") and value != parser.get_default(name)
+        ]
+        if given_too:
+            parser.error(f"--recorded takes everything from that file: leave {', '.join(given_too)} out")
+        try:
+            report = json.loads(arguments.recorded.read_text())
+            found = compare_again(report)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"--recorded {arguments.recorded} is no file that --output wrote: {error!r}")
+        write_report(arguments.output, report["given"], report.get("calibration", {}), found)
+        return 0
     given = {
-        key: value for key, value in vars(arguments).items() if key not in ("cost", "output", "policies", "rounds")
+        key: value
+        for key, value in vars(arguments).items()
+        if key not in ("cost", "output", "policies", "rounds", "recorded")
     }
     calibration: dict[str, Any] = {}
     if arguments.cost is not None and arguments.cost.exists():
@@ -253,18 +302,26 @@ def main() -> int:
     print("cost:", json.dumps({key: round(value, 3) for key, value in given["cost"].items()}), flush=True)
     policies = [order for order in get_args(Order) if order in arguments.policies]
     found = compare(given, policies, arguments.rounds)
-    if arguments.output:
-        report = {
-            "command": " ".join(["python", "-m", __spec__.name, *sys.argv[1:]]),
-            "date": time.strftime("%Y-%m-%d"),
-            "cores": os.cpu_count(),
-            "vllm": installed_vllm(),
-            "given": given,
-            "calibration": calibration,
-            "runs": found,
-        }
-        arguments.output.write_text(json.dumps(report) + "\n")
+    write_report(arguments.output, given, calibration, found)
     return 0
+
+
+def write_report(
+    path: Path | None, given: Mapping[str, Any], calibration: Mapping[str, Any], found: Sequence[Mapping[str, Any]]
+) -> None:
+    """Writes everything as JSON, where a file is asked for."""
+    if path is None:
+        return
+    report = {
+        "command": " ".join(["python", "-m", __spec__.name, *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "cores": os.cpu_count(),
+        "vllm": installed_vllm(),
+        "given": given,
+        "calibration": calibration,
+        "runs": found,
+    }
+    path.write_text(json.dumps(report) + "\n")
 
 
 if __name__ == "__main__":

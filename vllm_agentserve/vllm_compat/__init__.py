@@ -6,6 +6,7 @@ them does not import vLLM.
 """
 
 import re
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -62,9 +63,33 @@ def require_supported_vllm() -> None:
 
 
 def chooses_our_scheduler(vllm_config: "VllmConfig") -> bool:
-    """Whether `--scheduler-cls` names our scheduler, as a string or as the class itself."""
+    """Whether `--scheduler-cls` names our scheduler or a subclass of it, as a string or as the class itself."""
     return is_our_scheduler(vllm_config.scheduler_config.scheduler_cls)
 
 
 def is_our_scheduler(chosen: Any) -> bool:
-    return chosen is not None and (chosen == SCHEDULER_NAME or getattr(chosen, "agentserve", False) is True)
+    """Whether this value of `--scheduler-cls` is our scheduler. Imports the class that a string names, as vLLM will, but for
+    classes of vLLM."""
+    if chosen == SCHEDULER_NAME:
+        return True
+    if isinstance(chosen, str):
+        module, _, name = chosen.rpartition(".")
+        if not module or module.partition(".")[0] == "vllm":
+            return False
+        try:
+            chosen = getattr(import_module(module), name)
+        except Exception:  # vLLM imports it too, and says what is wrong
+            return False
+    return getattr(chosen, "agentserve", False) is True
+
+
+def require_our_scheduler(vllm_config: "VllmConfig", what: str) -> None:
+    """Raises `LaneError` where another scheduler is chosen; `what` needs ours."""
+    if chooses_our_scheduler(vllm_config):
+        return
+    chosen = vllm_config.scheduler_config.scheduler_cls
+    shown = f"{chosen.__module__}.{chosen.__qualname__}" if isinstance(chosen, type) else chosen
+    raise LaneError(
+        f"--scheduler-cls = {shown!r} cannot be combined with {what}, which needs {SCHEDULER_NAME} or a subclass of it: give "
+        f"--scheduler-cls {SCHEDULER_NAME}, or leave --kv-transfer-config out"
+    )
