@@ -44,7 +44,7 @@ class EnginePolicy:
     Args:
         engine: it decides for.
         controller: turns step times into budgets.
-        counts: what `/metrics` counts; gets `overdue_requests`.
+        counts: what `/metrics` counts; gets `overdue_requests` and `offered_prefill_seconds`.
         clock: seconds, of waiting times, programs and deadlines.
         attribution: says whose a call is.
         programs: order of calls by their programs.
@@ -91,6 +91,12 @@ class EnginePolicy:
         """A call came; it is in the waiting list only after it was added there."""
         call.owner = self._attribution.owner(call)
         self.programs.arrives(call, self._now())
+
+    def offered(self, tokens: int) -> None:
+        """Counts the uncached tokens of a new call as time of the whole device; nothing before its speed is measured."""
+        rate = self.controller.device_rate(tokens, 0)
+        if rate is not None:
+            self._counts["offered_prefill_seconds"] += tokens / rate
 
     def phase(self, call: Call, computed: int) -> Phase:
         """What a call is that has so many tokens computed or cached."""

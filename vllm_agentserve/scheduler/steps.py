@@ -1,14 +1,13 @@
 """The steps in flight: when each was scheduled, what it carries, and what it took when its output came back."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_agentserve.policy.budget import StepBudget
 from vllm_agentserve.policy.call import Chunk
 from vllm_agentserve.policy.engine import EnginePolicy
-from vllm_agentserve.scheduler.stats import StatsCollector
 
 IDLE_GAP_S = 0.25
 """Decode steps further apart than this were not waiting for each other: the engine was paused or driven by hand."""
@@ -25,9 +24,9 @@ class Step:
         started: when scheduling began, in s.
         sequences: decodes in it.
         context: their summed context, in tokens; 0 where it was not asked for.
+        beside_lane: whether a prefill lane has part of the device meanwhile.
         chunks: prefill chunks; empty in a step of decodes only.
         admitted: whether one of them is the first of its prompt.
-        beside_lane: whether a prefill lane has part of the device meanwhile.
         budget: what its chunks were planned with; None where nothing was cut.
     """
 
@@ -35,9 +34,9 @@ class Step:
     started: float
     sequences: int
     context: int
+    beside_lane: bool = False
     chunks: Sequence[Chunk] = ()
     admitted: bool = False
-    beside_lane: bool = False
     budget: StepBudget | None = None
 
 
@@ -49,40 +48,29 @@ class StepLog:
 
     Args:
         policy: learns from every step.
-        stats: counts every step.
+        counts: what `/metrics` counts; gets the kinds of steps and what they carried.
         finished: are called for every step.
     """
 
     def __init__(
-        self,
-        policy: EnginePolicy,
-        stats: StatsCollector,
-        finished: Sequence[Finished],
+        self, policy: EnginePolicy, counts: MutableMapping[str, float], finished: Sequence[Finished]
     ) -> None:
-        self._policy = policy
-        self._stats = stats
+        self._observe = policy.observe
+        self._counts = counts
         self._finished = finished
-        self._in_flight: deque[Step] = deque()
+        self.in_flight: deque[Step] = deque()
+        """Steps whose output is still to come, the oldest first."""
+        self.wants_context = True
+        """Whether the next step without prefill teaches the model, which then needs its summed context. Such steps are many and
+        alike: the first sixteen teach, then one in eight."""
+        self.last_chunk_tokens = 0
+        """Prompt tokens of the latest step with decodes and prefill."""
         self._last_output = 0.0
         self._last_decoded = False
-        self._quiet_steps = 0
-
-    def __len__(self) -> int:
-        return len(self._in_flight)
-
-    def scheduled(self, step: Step) -> None:
-        self._in_flight.append(step)
-
-    def wants_context(self) -> bool:
-        """Whether the next step without prefill teaches the model, which then needs its summed context.
-
-        Such steps are many and alike: the first ones teach, then one in eight.
-        """
-        return self._quiet_steps < 16 or self._quiet_steps % 8 == 0
 
     def finished(self, output: Any, now: float) -> None:
         """Takes the output of a step at time `now` (s); an output of a step never seen is ignored."""
-        in_flight = self._in_flight
+        in_flight = self.in_flight
         while in_flight:
             step = in_flight.popleft()
             if step.output is output:
@@ -100,14 +88,17 @@ class StepLog:
         if sequences:
             together = decoded and step.started - last < IDLE_GAP_S
             interval_ms = (now - (last if together else begin)) * 1000
+        counts = self._counts
+        counts["decode_sequences"] += sequences
         if chunks:
-            self._stats.prefill_step(sequences, chunks)
+            self._count_chunks(sequences, chunks)
         else:
-            self._quiet_steps += 1
-            self._stats.quiet_step(sequences, step.beside_lane)
+            counts["lane_overlapped_steps"] += step.beside_lane
+            steps = counts["decode_steps"] = counts["decode_steps"] + 1
+            self.wants_context = steps < 16 or steps % 8 == 0
         for finished in self._finished:
             finished(sequences, interval_ms, chunks, step.beside_lane)
-        self._policy.observe(
+        self._observe(
             (now - begin) * 1000,
             interval_ms,
             sequences,
@@ -117,3 +108,14 @@ class StepLog:
             step.beside_lane,
             step.budget,
         )
+
+    def _count_chunks(self, sequences: int, chunks: Sequence[Chunk]) -> None:
+        """Counts a step with these chunks and this many decodes."""
+        counts = self._counts
+        counts["mixed_steps" if sequences else "prefill_steps"] += 1
+        for chunk in chunks:
+            counts[f"{chunk.phase.label}_tokens"] += chunk.tokens
+        if sequences:
+            self.last_chunk_tokens = sum(chunk.tokens for chunk in chunks)
+            counts["prefill_chunks"] += len(chunks)
+            counts["prefill_chunk_tokens"] += self.last_chunk_tokens
