@@ -239,6 +239,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
 
     def report(self) -> dict[str, float]:
         """What was counted since the last report, and the values of the gauges."""
+        self._log.take_in()
         reports = [feature.report for feature in self._events.features]
         return self._stats.take(self.engine_policy.pending_tokens, self._log.last_chunk_tokens, reports)
 
