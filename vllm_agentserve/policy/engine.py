@@ -8,7 +8,7 @@ from typing import Protocol
 
 from vllm_agentserve.policy.attribution import NoAttribution
 from vllm_agentserve.policy.budget import StepBudget
-from vllm_agentserve.policy.call import Call, Chunk
+from vllm_agentserve.policy.call import Backlog, Call, Chunk
 from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.order import (
     BYPASS_STEPS,
@@ -22,7 +22,6 @@ from vllm_agentserve.policy.order import (
 from vllm_agentserve.policy.phase import Phase, SessionTable, classify
 from vllm_agentserve.policy.preemption import Rank
 from vllm_agentserve.policy.program_order import NoPrograms
-from vllm_agentserve.policy.target import Backlog
 from vllm_agentserve.policy.waiting import VllmOrder, WaitingList
 
 
@@ -253,9 +252,10 @@ class EnginePolicy:
         self.programs.runs(call, computed)
 
     def _takes(self, call: Call, chunk: Chunk) -> None:
+        cost_ms = self.controller.prompt_ms(chunk.tokens, chunk.context)
         call.computed_tokens += chunk.tokens
-        call.computed_ms += self.controller.prompt_ms(chunk.tokens, chunk.context)
-        self.programs.computes(call, chunk, self._now())
+        call.computed_ms += cost_ms
+        self.programs.computes(call, chunk, cost_ms, self._now())
 
     def stops(self, call: Call) -> None:
         """Steps compute no more of a call's prompt: it has ended, or the call has lost its place."""

@@ -26,8 +26,8 @@ class NoPrograms:
     def runs(self, call: Call, computed: int) -> None:
         """A call is admitted with so many of its tokens computed."""
 
-    def computes(self, call: Call, chunk: Chunk, now: float) -> None:
-        """A chunk of the call's prompt is scheduled."""
+    def computes(self, call: Call, chunk: Chunk, cost_ms: float, now: float) -> None:
+        """A chunk of the call's prompt is scheduled, which takes so much of the whole device."""
 
     def decodes(self, call: Call) -> None:
         """The call's prompt is computed."""
@@ -90,9 +90,9 @@ class ProgramOrder(NoPrograms):
         if self.account.settle(call, self.prompt_ms(tokens, computed)):
             self._counts["program_preempted_tokens"] += tokens
 
-    def computes(self, call: Call, chunk: Chunk, now: float) -> None:
+    def computes(self, call: Call, chunk: Chunk, cost_ms: float, now: float) -> None:
         self.table.prefills(call, call.request.num_prompt_tokens, chunk, now)
-        self.table.charge(call, self.prompt_ms(chunk.tokens, chunk.context))
+        self.table.charge(call, cost_ms)
 
     def decodes(self, call: Call) -> None:
         self.table.decodes(call)

@@ -119,9 +119,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
             return self._schedule_with_prefills(throttle_prefills, started)
         output = super().schedule(throttle_prefills)
         context = self._decode_context() if self._log.wants_context else 0
-        self._log.in_flight.append(
-            Step(output, started, len(output.num_scheduled_tokens), context, self._lane.busy)
-        )
+        self._log.in_flight.append(Step(output, started, len(output.num_scheduled_tokens), context, self._lane.busy))
         return output
 
     def _none_waits(self) -> bool:
