@@ -3,8 +3,8 @@
     python tools/trace_step.py           # default options
     python tools/trace_step.py --full    # programs, preemption and a prefill lane
 
-Runs vLLM's scheduler without a model through twenty steps with decodes, prompts and waiting requests. Prints for each file its
-lines, and the lines of the functions in it that ran.
+Runs vLLM's scheduler without a model through twenty steps with decodes, prompts and waiting requests, and without a report to
+`/metrics`. Prints for each file its lines, and the lines of the functions in it that ran.
 """
 
 import argparse
@@ -16,8 +16,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vllm_agentserve"
-DEFAULT: dict[str, Any] = {"mode": "time-sliced"}
-FULL: dict[str, Any] = {"mode": "lanes", "lane_min_tokens": 100, "policy": "plas", "program_preempt_share": 0.1}
+NO_REPORTS = {"stats_interval_ms": 60_000.0}
+"""Reports come by the clock, and would be in some traces and not in others."""
+DEFAULT: dict[str, Any] = {"mode": "time-sliced"} | NO_REPORTS
+PROGRAMS: dict[str, Any] = {"policy": "plas", "program_preempt_share": 0.1}
+FULL: dict[str, Any] = {"mode": "lanes", "lane_min_tokens": 100} | PROGRAMS | NO_REPORTS
 
 
 def traced(full: bool) -> dict[str, set[CodeType]]:

@@ -8,8 +8,8 @@ from vllm.v1.request import RequestStatus
 
 from tests.support.program_steps import have_run, served, started
 from tests.support.schedulers import Driver, make_request, make_scheduler
+from vllm_agentserve.policy.engine import NoPrograms
 from vllm_agentserve.policy.program import Stage
-from vllm_agentserve.policy.program_order import NoPrograms
 from vllm_agentserve.vllm_compat.scheduler import preempt
 
 

@@ -6,9 +6,8 @@ The scheduler drives this object with vLLM's requests, the simulator with its ow
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Protocol
 
-from vllm_agentserve.policy.attribution import NoAttribution
 from vllm_agentserve.policy.budget import StepBudget
-from vllm_agentserve.policy.call import Backlog, Call, Chunk
+from vllm_agentserve.policy.call import Backlog, Call, Chunk, Owner
 from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.order import (
     BYPASS_STEPS,
@@ -21,7 +20,6 @@ from vllm_agentserve.policy.order import (
 )
 from vllm_agentserve.policy.phase import Phase, SessionTable, classify
 from vllm_agentserve.policy.preemption import Rank
-from vllm_agentserve.policy.program_order import NoPrograms
 from vllm_agentserve.policy.waiting import VllmOrder, WaitingList
 
 
@@ -35,6 +33,54 @@ class Engine(Protocol):
     def is_preempted(self, call: Call) -> bool:
         """Whether the engine took a waiting call's KV blocks away after it had run."""
         ...
+
+
+class NoAttribution:
+    """Nobody asks whose a request is: each is its own. Also the interface of `Attribution`."""
+
+    def owner(self, call: Call) -> Owner:
+        """Whose a request is."""
+        return Owner(f"request {call.name}", 0.0, source="new")
+
+    def remember(self, call: Call, path_ms: float, end: int) -> None:
+        """The call has ended, with a path of this length to its end, which has this number; others may go on from its answer."""
+
+
+class NoPrograms:
+    """Programs are not told apart: every call waits at the same level. Also the interface of `ProgramOrder`."""
+
+    relevels = False
+    """Whether the levels of calls change while they wait."""
+
+    def arrives(self, call: Call, now: float) -> None:
+        """A call came, at `now` (s)."""
+
+    def waits(self, call: Call, now: float) -> None:
+        """A call is about to be sorted into the waiting ones, or is looked at again there."""
+
+    def level(self, call: Call) -> int:
+        """The level of a call, waiting or not, 0 is the first."""
+        return 0
+
+    def runs(self, call: Call, computed: int) -> None:
+        """A call is admitted with so many of its tokens computed."""
+
+    def computes(self, call: Call, chunk: Chunk, cost_ms: float, now: float) -> None:
+        """A chunk of the call's prompt is scheduled, which takes so much of the whole device."""
+
+    def decodes(self, call: Call) -> None:
+        """The call's prompt is computed."""
+
+    def stepped(self, sequences: int, step_ms: float, chunks: Sequence[Chunk]) -> None:
+        """A step with so many decodes and these chunks took so long."""
+
+    def ends(self, call: Call, now: float) -> tuple[float, int]:
+        """The call is finished or aborted; returns the length of the path to its end in ms, and the number of that end."""
+        return 0.0, 0
+
+    def faults(self, calls: Iterable[Call]) -> list[str]:
+        """What does not agree, `calls` being all there are; O(n)."""
+        return []
 
 
 class EnginePolicy:
