@@ -7,7 +7,7 @@ import pytest
 
 from vllm_agentserve.bench.calls import CallShape, ProgramShape
 from vllm_agentserve.bench.cost import StepCost
-from vllm_agentserve.policy.target import TargetTrade
+from vllm_agentserve.policy.budget import TargetTrade
 from vllm_agentserve.simulator.simulator import Order, Simulator
 
 COST = StepCost(base=5.5, sequence=0.25, context=0.48, tokens=120.0, attended=31.0, prefill=2.0)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.support.simulated_engine import SimulatedEngine
 from tests.support.step_models import FlatModel
-from vllm_agentserve.policy.budget import UNLIMITED, StepBudget, TrustRegion
+from vllm_agentserve.policy.budget import UNLIMITED, ChunkRules, StepBudget, TrustRegion
 from vllm_agentserve.policy.controller import BudgetController, BudgetLimits
 from vllm_agentserve.policy.phase import Phase
 
@@ -16,8 +16,9 @@ COLD, RESUME = Phase.COLD_PREFILL, Phase.RESUME_PREFILL
 
 
 def budget(prefill_ms: float, **given: int) -> StepBudget:
-    settings = {"tokens": 4096, "resume_tokens": 256, "reserved_tokens": 0, "floor_tokens": 16, "granularity": 8}
-    return StepBudget(FlatModel(), prefill_ms, **(settings | given))
+    rules = ChunkRules(given.pop("floor_tokens", 16), given.pop("granularity", 8))
+    settings = {"tokens": 4096, "resume_tokens": 256, "reserved_tokens": 0}
+    return StepBudget(FlatModel(), rules, prefill_ms, **(settings | given))
 
 
 @pytest.mark.parametrize(

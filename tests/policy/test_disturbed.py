@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.calls import cold
-from vllm_agentserve.policy.budget import StepBudget, TrustRegion
+from vllm_agentserve.policy.budget import ChunkRules, StepBudget, TrustRegion
+from vllm_agentserve.policy.call import Backlog
 from vllm_agentserve.policy.controller import BudgetController, BudgetLimits
 from vllm_agentserve.policy.latency import StepModel
 from vllm_agentserve.policy.phase import Phase
-from vllm_agentserve.policy.target import Backlog
 
 COLD, RESUME = Phase.COLD_PREFILL, Phase.RESUME_PREFILL
 
@@ -193,11 +193,12 @@ def test_a_region_shrinks_by_one_half_at_most() -> None:
 
 def test_a_region_is_judged_by_what_it_allowed() -> None:
     """1000 streams: steps are rounded to 128 tokens, so that of 60 allowed ones the floor of 16 is left."""
-    budget = StepBudget(StepModel(), 1000.0, 4096, 256, 0, 16, 128, 1000)
+    rules = ChunkRules(16, 128)
+    budget = StepBudget(StepModel(), rules, 1000.0, 4096, 256, 0, 1000)
     assert budget.grant(COLD, 5000, 0) > 0
-    budget = StepBudget(StepModel(), 1000.0, 4096, 256, 0, 16, 128, 1000, trust=TrustRegion(32))
+    budget = StepBudget(StepModel(), rules, 1000.0, 4096, 256, 0, 1000, trust=TrustRegion(32))
     assert budget.grant(COLD, 5000, 0) == 24  # 31 tokens allowed, 1024 in all
-    budget = StepBudget(StepModel(), 1000.0, 4096, 256, 0, 16, 128, 900, trust=TrustRegion(64))
+    budget = StepBudget(StepModel(), rules, 1000.0, 4096, 256, 0, 900, trust=TrustRegion(64))
     assert budget.grant(COLD, 5000, 0) == 16
     assert budget.allowed([(COLD, 16, 0)]) == [(COLD, 63, 0)]
     assert budget.allowed([(COLD, 8, 0)]) == [(COLD, 32, 0)], "half of what was granted ran"

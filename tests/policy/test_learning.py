@@ -221,7 +221,7 @@ def test_budgets_to_the_digit() -> None:
     # 40 ms x 0.95, less 8 + 2 + 2 for the decodes.
     assert step.prefill_ms == pytest.approx(26.0)
     assert (step.tokens, step.resume_tokens, step.reserved_tokens) == (4096, 256, 100)
-    assert (step.floor_tokens, step.granularity, step.other_tokens) == (5, 4, 2)
+    assert (step.rules.floor_tokens, step.rules.granularity, step.other_tokens) == (5, 4, 2)
     assert (step.model, step.trust) == (made.whole.model, made.whole.trust)
     step = made.plan(2, 2000, 4096, colds=True, beside_lane=True)
     assert (step.model, step.trust) == (made.shared.model, made.shared.trust)
@@ -248,7 +248,7 @@ def test_nobody_decodes_and_one_kind_of_prefill() -> None:
     made = controller(prefill_floor_tokens=5)
     step = made.plan(0, 0, 4096, colds=True)
     assert (step.prefill_ms, step.tokens, step.resume_tokens, step.reserved_tokens) == (UNLIMITED, 4096, 4096, 0)
-    assert (step.floor_tokens, step.granularity, step.other_tokens, step.trust) == (5, 1, 0, None)
+    assert (step.rules.floor_tokens, step.rules.granularity, step.other_tokens, step.trust) == (5, 1, 0, None)
     both = made.plan(0, 0, 4096, colds=True, resumes=True)
     assert (both.prefill_ms, both.trust) == (pytest.approx(38.0), None)
 

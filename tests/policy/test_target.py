@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_agentserve.policy.budget import UNLIMITED
+from vllm_agentserve.policy.budget import UNLIMITED, TargetTrade
+from vllm_agentserve.policy.call import Backlog
 from vllm_agentserve.policy.controller import BudgetController, BudgetLimits
 from vllm_agentserve.policy.latency import StepModel
 from vllm_agentserve.policy.phase import Phase
-from vllm_agentserve.policy.target import Backlog, TargetTrade
 
 TRADE = TargetTrade(weight=1.0, stock_share=0.4)
 

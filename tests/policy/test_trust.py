@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_agentserve.policy.budget import UNLIMITED, StepBudget, TrustRegion
+from vllm_agentserve.policy.budget import UNLIMITED, ChunkRules, StepBudget, TrustRegion
 from vllm_agentserve.policy.latency import StepModel
 from vllm_agentserve.policy.phase import Phase
 
@@ -110,8 +110,9 @@ class FirstCosts(StepModel):
 
 
 def budget(prefill_ms: float, **given: int) -> StepBudget:
-    settings = {"tokens": 4096, "resume_tokens": 256, "reserved_tokens": 0, "floor_tokens": 4, "granularity": 1}
-    return StepBudget(FirstCosts(), prefill_ms, **(settings | given))
+    rules = ChunkRules(given.pop("floor_tokens", 4), given.pop("granularity", 1))
+    settings = {"tokens": 4096, "resume_tokens": 256, "reserved_tokens": 0}
+    return StepBudget(FirstCosts(), rules, prefill_ms, **(settings | given))
 
 
 def test_only_the_first_chunk_of_a_step_pays_for_mixing() -> None:

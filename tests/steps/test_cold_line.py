@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.pinned import pinned, with_cached_contexts
 from tests.support.schedulers import make_request
-from vllm_agentserve.policy.target import Backlog
+from vllm_agentserve.policy.call import Backlog
 
 BYPASS = 64
 STEPS = 700

@@ -9,8 +9,9 @@ from vllm.v1.request import RequestStatus
 from tests.support.lane_driver import started
 from tests.support.schedulers import Driver, make_request, make_scheduler
 from vllm_agentserve.policy.call import Call
+from vllm_agentserve.policy.engine import NoPrograms
 from vllm_agentserve.policy.order import DECIDE_STEPS
-from vllm_agentserve.policy.program_order import NoPrograms, ProgramOrder
+from vllm_agentserve.policy.program_order import ProgramOrder
 from vllm_agentserve.policy.waiting import VllmOrder, WaitingList
 from vllm_agentserve.scheduler.features import Events, Feature
 from vllm_agentserve.scheduler.features.lane import LaneFeature, NoLaneFeature

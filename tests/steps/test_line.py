@@ -8,10 +8,10 @@ from tests.support.calls import call_of
 from tests.support.pinned import pinned, with_cached_contexts
 from tests.support.queues import LoneQueue
 from tests.support.schedulers import make_request
+from vllm_agentserve.policy.call import Backlog
 from vllm_agentserve.policy.latency import StepModel
 from vllm_agentserve.policy.order import AdmissionKey, Urgency
 from vllm_agentserve.policy.phase import Phase
-from vllm_agentserve.policy.target import Backlog
 from vllm_agentserve.policy.waiting import Line
 
 

@@ -6,10 +6,13 @@ from typing import Any
 import pytest
 from vllm.v1.request import RequestStatus
 
+from tests.support.calls import call_of
 from tests.support.program_steps import have_run, served, started
 from tests.support.schedulers import Driver, make_request, make_scheduler
+from vllm_agentserve.policy.call import Chunk
+from vllm_agentserve.policy.engine import NoPrograms
+from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.policy.program import Stage
-from vllm_agentserve.policy.program_order import NoPrograms
 from vllm_agentserve.vllm_compat.scheduler import preempt
 
 
@@ -196,3 +199,17 @@ def test_a_call_that_vllm_preempts_waits_since_then() -> None:
     assert begin <= part.since <= perf_counter()
     assert (part.stage, part.waited_s < 1.0) == (Stage.WAITING, True)
     assert scheduler.engine_policy.waiting.step == scheduler.current_step
+
+
+def test_a_chunk_is_priced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is charged to its program is what is noted at its call."""
+    scheduler: Any = make_scheduler(options={"mode": "time-sliced", "policy": "plas"})
+    policy, prices = scheduler.engine_policy, iter((7.0, 11.0))
+    call = call_of("a")
+    charged: list[float] = []
+    monkeypatch.setattr(policy.controller, "prompt_ms", lambda tokens, context: next(prices))
+    monkeypatch.setattr(policy.programs, "prompt_ms", lambda tokens, context: next(prices))
+    monkeypatch.setattr(policy.programs.table, "charge", lambda call, ms: charged.append(ms))
+    monkeypatch.setattr(policy.programs.table, "prefills", lambda *given: None)
+    policy.computes(call, Chunk(Phase.COLD_PREFILL, 10, 0), first=False, last=False)
+    assert (call.computed_ms, charged) == (7.0, [7.0])

@@ -37,7 +37,6 @@ CONTRACT = (
         __init__="vllm_config ...",
         schedule="throttle_prefills",
         update_from_output="scheduler_output model_runner_output",
-        make_stats="...",
         reset_prefix_cache="reset_running_requests reset_connector",
         add_request="request",
         _preempt_request="request ...",

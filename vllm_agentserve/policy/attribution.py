@@ -11,6 +11,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from vllm_agentserve.policy.call import Call, Owner
+from vllm_agentserve.policy.engine import NoAttribution
 from vllm_agentserve.policy.program import SESSION
 
 WEAK_OUTPUT_TOKENS = 4
@@ -145,17 +146,6 @@ class Families:
                 self._roots.popitem(last=False)
         self._roots.move_to_end(session)
         return known
-
-
-class NoAttribution:
-    """Nobody asks whose a request is: each is its own. Also the interface of `Attribution`."""
-
-    def owner(self, call: Call) -> Owner:
-        """Whose a request is."""
-        return Owner(f"request {call.name}", 0.0, source="new")
-
-    def remember(self, call: Call, path_ms: float, end: int) -> None:
-        """The call has ended, with a path of this length to its end, which has this number; others may go on from its answer."""
 
 
 class Attribution(NoAttribution):

@@ -1,13 +1,77 @@
-"""What one step may spend on prefill: a time, handed out to one sequence after the other, and how far to trust the model."""
+"""What one step may spend on prefill: its target, the time it hands out, and how far to trust the model."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import sqrt
+from typing import NamedTuple
 
-from vllm_agentserve.policy.call import Chunk
+from vllm_agentserve.policy.call import Backlog, Chunk
 from vllm_agentserve.policy.latency import StepModel
 from vllm_agentserve.policy.phase import Phase
 
 UNLIMITED = float("inf")
+
+
+class Target(NamedTuple):
+    """How long a step may be.
+
+    Args:
+        ms: the time between two tokens of a stream that it is planned for.
+        stretch_ms: how much longer that may be for a prompt that then ends, instead of taking one more step for the little that
+            is left.
+    """
+
+    ms: float
+    stretch_ms: float = 0.0
+
+
+NO_TARGET = Target(UNLIMITED)
+
+
+@dataclass(frozen=True)
+class TargetTrade:
+    """The target between a floor and a limit, by who waits.
+
+    A step of T ms beside decodes of d ms gives prefill T - d. Reading everything that waits takes R ms of the whole device, and
+    so R d / (T - d) ms more than that; every one of m prompts waits so much longer, and counts more the longer it has waited, w.
+    Each of n streams sees T - d ms more between two tokens. The sum of both, k m (R + w) d / (T - d) + n (T - d), with the
+    weight k, is smallest at
+
+        T = d + sqrt(k m (R + w) d / n)
+
+    So one prompt beside many streams gets the floor, many prompts beside few streams get the limit, a share of the step that
+    stock vLLM would run: a shorter one costs prompts more, a longer one streams. T follows from the moment alone and has no
+    memory, so that it cannot oscillate by itself.
+    """
+
+    weight: float = 5.0
+    """What a ms of waiting for a prompt counts against a ms between two tokens."""
+    stock_share: float = 0.55
+    """The limit, as a share of the duration of a step with as many prompt tokens as the engine takes."""
+
+    stretch: float = 0.5
+    """Share of the target by which a step may be longer that ends a prompt."""
+
+    def target_ms(
+        self, floor_ms: float, decodes_ms: float, streams: int, backlog: Backlog, read_ms: float, stock_ms: float
+    ) -> float:
+        """The target of the next step.
+
+        Args:
+            floor_ms: the target when nobody waits; the result is never below it.
+            decodes_ms: what the step takes without prefill.
+            streams: sequences that decode, at least 1.
+            backlog: the prompts that wait or are being read.
+            read_ms: what the whole device takes to read them all.
+            stock_ms: what a step with as many prompt tokens as the engine takes would last.
+        """
+        waits = backlog.prompts * (read_ms + backlog.waited_ms)
+        wanted = decodes_ms + sqrt(self.weight * waits * decodes_ms / max(streams, 1))
+        return max(floor_ms, min(wanted, self.stock_share * stock_ms))
+
+    def stretch_ms(self, target_ms: float, stock_ms: float) -> float:
+        """How much longer a step may take that ends a prompt, within the same limit: the step that is saved is worth it."""
+        return max(min(self.stretch * target_ms, self.stock_share * stock_ms - target_ms), 0.0)
 
 
 class TrustRegion:
@@ -73,23 +137,36 @@ class TrustRegion:
         return int(sqrt(linear * linear + 2 * self._attended) - linear)
 
 
+@dataclass(frozen=True)
+class ChunkRules:
+    """What holds for the chunks of every step of an engine.
+
+    Args:
+        floor_tokens: the first cold chunk of a step, and the first resume chunk, get at least this, whatever the time.
+        granularity: steps whose last chunk does not finish its prompt have a multiple of this many tokens in all.
+        even: whether a prompt that takes a few steps is cut into equal chunks: as many steps, and the longest is shorter.
+        pipeline_depth: engine steps between two tokens of one stream.
+    """
+
+    floor_tokens: int
+    granularity: int
+    even: bool = False
+    pipeline_depth: int = 1
+
+
 class StepBudget:
     """What one step may spend on prefill; it answers one sequence at a time.
 
     Args:
         model: prices a chunk in ms.
+        rules: that hold for every step.
         prefill_ms: time for all chunks together; `UNLIMITED` when nobody decodes.
         tokens: bound on the tokens of all chunks together.
         resume_tokens: bound on the tokens of resume prefills while a cold one wants to advance.
         reserved_tokens: tokens kept back from cold chunks for resume prefills that are asked for later in the step.
-        floor_tokens: the first cold chunk, and the first resume chunk, get at least this, whatever the time.
-        granularity: steps whose last chunk does not finish its prompt have a multiple of this many tokens in all.
         other_tokens: tokens of the decodes in the step.
         trust: bounds how far a chunk may go beyond what has been tried; None for no bound.
-        target_ms: the time between two tokens of a stream that the step is planned for.
-        stretch_ms: time beyond that for a prompt that then ends, instead of taking one more step for the little that is left.
-        stretched_target_ms: what a step that takes it is planned for.
-        even: whether a prompt that takes a few steps is cut into equal chunks: as many steps, and the longest is shorter.
+        target: how long the step may be.
     """
 
     PARTS = 4
@@ -98,32 +175,26 @@ class StepBudget:
     def __init__(
         self,
         model: StepModel,
+        rules: ChunkRules,
         prefill_ms: float,
         tokens: int,
         resume_tokens: int,
         reserved_tokens: int,
-        floor_tokens: int,
-        granularity: int,
         other_tokens: int = 0,
-        trust: "TrustRegion | None" = None,
-        target_ms: float = UNLIMITED,
-        stretch_ms: float = 0.0,
-        stretched_target_ms: float = UNLIMITED,
-        even: bool = False,
+        trust: TrustRegion | None = None,
+        target: Target = NO_TARGET,
     ) -> None:
         self.model = model
+        self.rules = rules
         self.prefill_ms = prefill_ms
         self.tokens = tokens
         self.resume_tokens = resume_tokens
         self.reserved_tokens = reserved_tokens
-        self.floor_tokens = floor_tokens
-        self.granularity = granularity
         self.other_tokens = other_tokens
         self.trust = trust
-        self.target_ms = target_ms
-        self.stretch_ms = stretch_ms
-        self.stretched_target_ms = stretched_target_ms
-        self.even = even
+        self.target_ms = target.ms
+        self.stretch_ms = target.stretch_ms / rules.pipeline_depth
+        self._stretched_target_ms = target.ms + target.stretch_ms
         self.rounded = 0
         """Tokens that the last chunk was allowed and lost again to give the step one of few sizes."""
         self.granted: list[Chunk] = []
@@ -139,24 +210,24 @@ class StepBudget:
             context: tokens of the sequence already computed.
         """
         if self.prefill_ms == UNLIMITED and phase is Phase.COLD_PREFILL:
-            tokens = min(wanted, max(self.tokens - self.reserved_tokens, min(self.floor_tokens, self.tokens)))
+            tokens = min(wanted, max(self.tokens - self.reserved_tokens, min(self.rules.floor_tokens, self.tokens)))
         elif phase is Phase.RESUME_PREFILL:
             tokens = min(wanted, self._fitting(context, 0, wanted), self.resume_tokens)
         else:
             tokens = min(wanted, self._cold_fitting(wanted, context))
         if tokens == wanted and self.stretch_ms and self._time_for(context, 0) < wanted:
-            self.target_ms, self.stretch_ms = self.stretched_target_ms, 0.0
+            self.target_ms, self.stretch_ms = self._stretched_target_ms, 0.0
         allowed = tokens
         if tokens < wanted and self.prefill_ms != UNLIMITED:
             tokens = self._round_down(tokens)
             if (
-                self.even
+                self.rules.even
                 and phase is Phase.COLD_PREFILL
                 and tokens == self._round_down(self._time_for(context, self.reserved_tokens))
             ):
                 allowed = tokens = self._equal_part(wanted, tokens)
         if self._floor_left[phase]:
-            tokens = max(tokens, min(wanted, self.floor_tokens))
+            tokens = max(tokens, min(wanted, self.rules.floor_tokens))
         self.rounded = max(allowed - tokens, 0)
         if tokens > 0:
             self._spend(phase, tokens, context)
@@ -186,9 +257,10 @@ class StepBudget:
         granularity. A kernel library that prepares itself for every new size (oneDNN does: 3 ms to 30 ms here) then
         seldom has to."""
         total = self.other_tokens + tokens
-        quantum = max(self.granularity, 1 << max(total.bit_length() - 4, 0))
+        granularity = self.rules.granularity
+        quantum = max(granularity, 1 << max(total.bit_length() - 4, 0))
         # A small chunk beside many decodes: sizes lie closer, so that no more than a quarter of it is lost.
-        while quantum // 2 >= self.granularity and total % quantum > tokens // 4:
+        while quantum // 2 >= granularity and total % quantum > tokens // 4:
             quantum //= 2
         return max(total - total % quantum - self.other_tokens, 0)
 
@@ -199,9 +271,8 @@ class StepBudget:
         if parts > self.PARTS:
             return most
         total = self.other_tokens - (-wanted // parts)
-        return min(
-            total + -total % max(self.granularity, 1 << max(total.bit_length() - 4, 0)) - self.other_tokens, most
-        )
+        quantum = max(self.rules.granularity, 1 << max(total.bit_length() - 4, 0))
+        return min(total + -total % quantum - self.other_tokens, most)
 
     def charge(self, phase: Phase, tokens: int, context: int) -> None:
         """Takes in a chunk that runs whatever the budget says."""

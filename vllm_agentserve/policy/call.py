@@ -33,6 +33,24 @@ class Chunk(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Backlog:
+    """The prompts that are not computed yet, waiting and running.
+
+    Args:
+        prompts: how many.
+        tokens: what is left to compute of them all.
+        waited_ms: how long those that wait have waited, on average.
+    """
+
+    prompts: int = 0
+    tokens: int = 0
+    waited_ms: float = 0.0
+
+
+NO_BACKLOG = Backlog()
+
+
+@dataclass(frozen=True)
 class Owner:
     """The program of a request, and where in it the request belongs.
 

@@ -8,11 +8,10 @@ hold between them) then corrects both the chunk and the resume budget from what 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_agentserve.policy.budget import UNLIMITED, StepBudget, TrustRegion
-from vllm_agentserve.policy.call import Chunk
+from vllm_agentserve.policy.budget import UNLIMITED, ChunkRules, StepBudget, Target, TargetTrade, TrustRegion
+from vllm_agentserve.policy.call import NO_BACKLOG, Backlog, Chunk
 from vllm_agentserve.policy.latency import StepModel, TpotWindow
 from vllm_agentserve.policy.phase import Phase
-from vllm_agentserve.policy.target import NOTHING, Backlog, TargetTrade
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,12 @@ class BudgetController:
     def __init__(self, limits: BudgetLimits, pipeline_depth: int = 1) -> None:
         self.limits = limits
         self._depth = pipeline_depth
+        floor = limits.prefill_floor_tokens
+        self._rules = ChunkRules(
+            floor, limits.chunk_granularity_tokens, even=limits.tpot_slo_ms is None, pipeline_depth=pipeline_depth
+        )
+        self._rules_alone = ChunkRules(floor, granularity=1)
+        """Of steps without decodes."""
         self.whole = Regime(limits.first_chunk_tokens)
         """Steps that have the whole device."""
         self.shared = Regime(limits.first_chunk_tokens)
@@ -200,8 +205,8 @@ class BudgetController:
         if not model.knows_prefill:
             return None
         halfway = before + tokens // 2
-        target_ms, _ = self._weighed(sequences, context, self._step_tokens, Backlog(1, tokens), self.whole)
-        chunk = max(model.tokens_within(self._prefill_ms(self.whole, sequences, context, target_ms), halfway), 1)
+        target = self._weighed(sequences, context, self._step_tokens, Backlog(1, tokens), self.whole)
+        chunk = max(model.tokens_within(self._prefill_ms(self.whole, sequences, context, target.ms), halfway), 1)
         chunk = min(max(chunk, self.limits.prefill_floor_tokens), max(tokens, 1))
         return chunk / max(model.step_ms(sequences, context, [Chunk(Phase.COLD_PREFILL, chunk, halfway)]), 0.01) * 1000
 
@@ -216,20 +221,18 @@ class BudgetController:
         chunk = max(min(tokens, 256), 1)
         return chunk / max(self.whole.model.chunk_ms(chunk, before + tokens // 2), 0.01) * 1000
 
-    def _weighed(
-        self, sequences: int, context: int, max_tokens: int, backlog: Backlog, regime: Regime
-    ) -> tuple[float, float]:
-        """The target of a step with these decodes for which these prompts wait, and how much longer it may take to end one."""
+    def _weighed(self, sequences: int, context: int, max_tokens: int, backlog: Backlog, regime: Regime) -> Target:
+        """The target of a step with these decodes for which these prompts wait."""
         if self.limits.tpot_slo_ms is not None or not sequences or not backlog.prompts:
-            return self._target_ms, 0.0
+            return Target(self._target_ms)
         model, rate = regime.model, self.device_rate(max(backlog.tokens // backlog.prompts, 1), 0)
         if rate is None:
-            return self._target_ms, 0.0
+            return Target(self._target_ms)
         alone_ms = model.decode_ms(sequences, context) * self._depth
         stock_ms = model.step_ms(sequences, context, [Chunk(Phase.COLD_PREFILL, max_tokens, 0)]) * self._depth
         read_ms = backlog.tokens / rate * 1000
         target_ms = self.trade.target_ms(self._target_ms, alone_ms, sequences, backlog, read_ms, stock_ms)
-        return target_ms, self.trade.stretch_ms(target_ms, stock_ms)
+        return Target(target_ms, self.trade.stretch_ms(target_ms, stock_ms))
 
     def _prefill_ms(self, regime: "Regime", sequences: int, context: int, target_ms: float | None = None) -> float:
         """The time left for prefill in a step with these decodes."""
@@ -247,7 +250,7 @@ class BudgetController:
         waiting_resume_tokens: int = 0,
         admits: bool = False,
         beside_lane: bool = False,
-        backlog: Backlog = NOTHING,
+        backlog: Backlog = NO_BACKLOG,
     ) -> StepBudget:
         """Returns the prefill budget of the next step.
 
@@ -264,33 +267,27 @@ class BudgetController:
 
         Without decodes and with one kind of prefill nobody would notice a long step: the budget is the whole step.
         """
-        limits = self.limits
-        floor = limits.prefill_floor_tokens
         regime = self.shared if beside_lane else self.whole
         if not sequences and not (resumes and colds):
-            return StepBudget(regime.model, UNLIMITED, max_tokens, max_tokens, 0, floor, 1)
+            return StepBudget(regime.model, self._rules_alone, UNLIMITED, max_tokens, max_tokens, 0)
         tokens = self._step_tokens = max_tokens
-        target_ms, stretch_ms = self._weighed(sequences, context, max_tokens, backlog, regime)
+        target = self._weighed(sequences, context, max_tokens, backlog, regime)
         if sequences:
-            self.step_target_ms = target_ms
+            self.step_target_ms = target.ms
         # With a longer step the share of resume prefills grows as the step does.
-        share = min(int(self.resume_tokens * target_ms / self._target_ms), limits.resume_budget_max_tokens)
+        share = min(int(self.resume_tokens * target.ms / self._target_ms), self.limits.resume_budget_max_tokens)
         resume_tokens = share if colds else tokens
         reserved = min(waiting_resume_tokens, resume_tokens, tokens // 2)
-        prefill_ms = self._prefill_ms(regime, sequences, context, target_ms)
+        prefill_ms = self._prefill_ms(regime, sequences, context, target.ms)
         prefill_ms -= regime.admission_ms if admits else 0.0
         return StepBudget(
             regime.model,
+            self._rules,
             prefill_ms,
             tokens,
             resume_tokens,
             reserved,
-            floor,
-            limits.chunk_granularity_tokens,
-            sequences,
-            regime.trust if sequences else None,
-            target_ms,
-            stretch_ms / self._depth,
-            target_ms + stretch_ms,
-            even=limits.tpot_slo_ms is None,
+            other_tokens=sequences,
+            trust=regime.trust if sequences else None,
+            target=target,
         )

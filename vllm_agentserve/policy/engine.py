@@ -6,9 +6,8 @@ The scheduler drives this object with vLLM's requests, the simulator with its ow
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Protocol
 
-from vllm_agentserve.policy.attribution import NoAttribution
 from vllm_agentserve.policy.budget import StepBudget
-from vllm_agentserve.policy.call import Call, Chunk
+from vllm_agentserve.policy.call import Backlog, Call, Chunk, Owner
 from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.order import (
     BYPASS_STEPS,
@@ -21,8 +20,6 @@ from vllm_agentserve.policy.order import (
 )
 from vllm_agentserve.policy.phase import Phase, SessionTable, classify
 from vllm_agentserve.policy.preemption import Rank
-from vllm_agentserve.policy.program_order import NoPrograms
-from vllm_agentserve.policy.target import Backlog
 from vllm_agentserve.policy.waiting import VllmOrder, WaitingList
 
 
@@ -38,13 +35,61 @@ class Engine(Protocol):
         ...
 
 
+class NoAttribution:
+    """Nobody asks whose a request is: each is its own. Also the interface of `Attribution`."""
+
+    def owner(self, call: Call) -> Owner:
+        """Whose a request is."""
+        return Owner(f"request {call.name}", 0.0, source="new")
+
+    def remember(self, call: Call, path_ms: float, end: int) -> None:
+        """The call has ended, with a path of this length to its end, which has this number; others may go on from its answer."""
+
+
+class NoPrograms:
+    """Programs are not told apart: every call waits at the same level. Also the interface of `ProgramOrder`."""
+
+    relevels = False
+    """Whether the levels of calls change while they wait."""
+
+    def arrives(self, call: Call, now: float) -> None:
+        """A call came, at `now` (s)."""
+
+    def waits(self, call: Call, now: float) -> None:
+        """A call is about to be sorted into the waiting ones, or is looked at again there."""
+
+    def level(self, call: Call) -> int:
+        """The level of a call, waiting or not, 0 is the first."""
+        return 0
+
+    def runs(self, call: Call, computed: int) -> None:
+        """A call is admitted with so many of its tokens computed."""
+
+    def computes(self, call: Call, chunk: Chunk, cost_ms: float, now: float) -> None:
+        """A chunk of the call's prompt is scheduled, which takes so much of the whole device."""
+
+    def decodes(self, call: Call) -> None:
+        """The call's prompt is computed."""
+
+    def stepped(self, sequences: int, step_ms: float, chunks: Sequence[Chunk]) -> None:
+        """A step with so many decodes and these chunks took so long."""
+
+    def ends(self, call: Call, now: float) -> tuple[float, int]:
+        """The call is finished or aborted; returns the length of the path to its end in ms, and the number of that end."""
+        return 0.0, 0
+
+    def faults(self, calls: Iterable[Call]) -> list[str]:
+        """What does not agree, `calls` being all there are; O(n)."""
+        return []
+
+
 class EnginePolicy:
     """Decides for one engine.
 
     Args:
         engine: it decides for.
         controller: turns step times into budgets.
-        counts: what `/metrics` counts; gets `overdue_requests`.
+        counts: what `/metrics` counts; gets `overdue_requests` and `offered_prefill_seconds`.
         clock: seconds, of waiting times, programs and deadlines.
         attribution: says whose a call is.
         programs: order of calls by their programs.
@@ -91,6 +136,12 @@ class EnginePolicy:
         """A call came; it is in the waiting list only after it was added there."""
         call.owner = self._attribution.owner(call)
         self.programs.arrives(call, self._now())
+
+    def offered(self, tokens: int) -> None:
+        """Counts the uncached tokens of a new call as time of the whole device; nothing before its speed is measured."""
+        rate = self.controller.device_rate(tokens, 0)
+        if rate is not None:
+            self._counts["offered_prefill_seconds"] += tokens / rate
 
     def phase(self, call: Call, computed: int) -> Phase:
         """What a call is that has so many tokens computed or cached."""
@@ -247,9 +298,10 @@ class EnginePolicy:
         self.programs.runs(call, computed)
 
     def _takes(self, call: Call, chunk: Chunk) -> None:
+        cost_ms = self.controller.prompt_ms(chunk.tokens, chunk.context)
         call.computed_tokens += chunk.tokens
-        call.computed_ms += self.controller.prompt_ms(chunk.tokens, chunk.context)
-        self.programs.computes(call, chunk, self._now())
+        call.computed_ms += cost_ms
+        self.programs.computes(call, chunk, cost_ms, self._now())
 
     def stops(self, call: Call) -> None:
         """Steps compute no more of a call's prompt: it has ended, or the call has lost its place."""

@@ -3,45 +3,9 @@
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 
 from vllm_agentserve.policy.call import Call, Chunk
+from vllm_agentserve.policy.engine import NoPrograms
 from vllm_agentserve.policy.preemption import PreemptionAccount
 from vllm_agentserve.policy.programs import ProgramTable
-
-
-class NoPrograms:
-    """Programs are not told apart: every call waits at the same level. Also the interface of `ProgramOrder`."""
-
-    relevels = False
-    """Whether the levels of calls change while they wait."""
-
-    def arrives(self, call: Call, now: float) -> None:
-        """A call came, at `now` (s)."""
-
-    def waits(self, call: Call, now: float) -> None:
-        """A call is about to be sorted into the waiting ones, or is looked at again there."""
-
-    def level(self, call: Call) -> int:
-        """The level of a call, waiting or not, 0 is the first."""
-        return 0
-
-    def runs(self, call: Call, computed: int) -> None:
-        """A call is admitted with so many of its tokens computed."""
-
-    def computes(self, call: Call, chunk: Chunk, now: float) -> None:
-        """A chunk of the call's prompt is scheduled."""
-
-    def decodes(self, call: Call) -> None:
-        """The call's prompt is computed."""
-
-    def stepped(self, sequences: int, step_ms: float, chunks: Sequence[Chunk]) -> None:
-        """A step with so many decodes and these chunks took so long."""
-
-    def ends(self, call: Call, now: float) -> tuple[float, int]:
-        """The call is finished or aborted; returns the length of the path to its end in ms, and the number of that end."""
-        return 0.0, 0
-
-    def faults(self, calls: Iterable[Call]) -> list[str]:
-        """What does not agree, `calls` being all there are; O(n)."""
-        return []
 
 
 class ProgramOrder(NoPrograms):
@@ -90,9 +54,9 @@ class ProgramOrder(NoPrograms):
         if self.account.settle(call, self.prompt_ms(tokens, computed)):
             self._counts["program_preempted_tokens"] += tokens
 
-    def computes(self, call: Call, chunk: Chunk, now: float) -> None:
+    def computes(self, call: Call, chunk: Chunk, cost_ms: float, now: float) -> None:
         self.table.prefills(call, call.request.num_prompt_tokens, chunk, now)
-        self.table.charge(call, self.prompt_ms(chunk.tokens, chunk.context))
+        self.table.charge(call, cost_ms)
 
     def decodes(self, call: Call) -> None:
         self.table.decodes(call)

@@ -5,9 +5,8 @@ from collections.abc import Callable, Container, Hashable, Iterable, Iterator, M
 from itertools import chain, islice
 from math import inf
 
-from vllm_agentserve.policy.call import Call
+from vllm_agentserve.policy.call import Backlog, Call
 from vllm_agentserve.policy.order import LOOK_AHEAD, AdmissionKey, Patience, Urgency, ahead
-from vllm_agentserve.policy.target import Backlog
 
 Entry = tuple[AdmissionKey, int, Call]
 """Key and number of arrival, which differs for all, and the call."""

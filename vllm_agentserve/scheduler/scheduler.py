@@ -89,10 +89,10 @@ class AgentScheduler(UpstreamHooks, Scheduler):
             self.waiting = AgentQueue(self.engine_policy.waiting, self.calls)
         self._lane = lane_of(self, options, self.engine_policy, self.calls, self.counts)
         self._events = Events([self._lane, *build_features(self, options, self.engine_policy, self.calls, self.counts)])
-        self._log = StepLog(self.engine_policy, self._stats, self._events.finished)
+        self._log = StepLog(self.engine_policy, self.counts, self._events.finished)
         self._decode_width = 1 + self.num_spec_tokens
         self._report_interval_s = options.stats_interval_ms / 1000
-        self._next_report = 0.0
+        self._next_report = 0.0 if self.log_stats else inf
         self._overlaps = stages > 1 or isinstance(self, AsyncScheduler)
         self._stock_limit = getattr(super(), compat.CHUNK_LIMIT)
         self._said = LogMessages(logger)
@@ -113,13 +113,17 @@ class AgentScheduler(UpstreamHooks, Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> "SchedulerOutput":
         started = perf_counter()
-        if not self.engine_policy.prefilling and not len(self.waiting) and not self.kv_holding_waiting:
-            output = super().schedule(throttle_prefills)
-            sequences = len(output.num_scheduled_tokens)
-            context = self._decode_context() if sequences and self._log.wants_context() else 0
-            self._log.scheduled(Step(output, started, sequences, context, beside_lane=self._lane.busy))
-            return output
-        return self._schedule_with_prefills(throttle_prefills, started)
+        all_run = len(self.requests) == len(self.running)
+        # Some requests are known, and neither run nor wait: such as those that have ended while their blocks are sent.
+        if self.engine_policy.prefilling or not (all_run or self._none_waits()):
+            return self._schedule_with_prefills(throttle_prefills, started)
+        output = super().schedule(throttle_prefills)
+        context = self._decode_context() if self._log.wants_context else 0
+        self._log.in_flight.append(Step(output, started, len(output.num_scheduled_tokens), context, self._lane.busy))
+        return output
+
+    def _none_waits(self) -> bool:
+        return not len(self.waiting) and not self.kv_holding_waiting
 
     def _schedule_with_prefills(self, throttle_prefills: bool, started: float) -> "SchedulerOutput":
         policy, events = self.engine_policy, self._events
@@ -149,7 +153,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
                 after_schedule()
         chunks, admitted = self._take_chunks(output)
         sequences = len(output.num_scheduled_tokens) - len(chunks)
-        self._log.scheduled(Step(output, started, sequences, context, chunks, admitted, lane.busy, budget))
+        self._log.in_flight.append(Step(output, started, sequences, context, lane.busy, chunks, admitted, budget))
         return output
 
     def _stop_those_not_admitted(self) -> None:
@@ -161,7 +165,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
     def _count_decodes(self) -> int:
         """The sequences whose streams would notice a long step."""
         running, prefills = self.running, len(self.engine_policy.prefilling)
-        if self._log and not self._overlaps:
+        if self._log.in_flight and not self._overlaps:
             # Steps are in flight although none should be: what they carry has nothing to decode before they are back.
             return sum(request.num_tokens > request.num_computed_tokens for request in running) - prefills
         return len(running) - prefills
@@ -194,7 +198,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
             request = call.request
             admitted, tokens = request.request_id in new, scheduled.get(request.request_id, 0)
             if admitted:
-                self._stats.admitted(call.chunk_phase)
+                self.counts[f"{call.chunk_phase.label}_requests"] += 1
             if tokens:
                 chunk = Chunk(call.chunk_phase, tokens, request.num_computed_tokens - tokens)
                 chunks.append(chunk)
@@ -218,9 +222,10 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         now = perf_counter()
         self._log.finished(scheduler_output, now)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        if self.log_stats and (now >= self._next_report or not self.running):
+        if now >= self._next_report or not self.running:
             self._report(outputs, now)
-        self.integrity.when_idle(self._stats, logger)
+            if not self.requests:
+                self.integrity.when_idle(self._stats, logger)
         return outputs
 
     def _report(self, outputs: dict[int, Any], now: float) -> None:
@@ -233,14 +238,9 @@ class AgentScheduler(UpstreamHooks, Scheduler):
 
     def report(self) -> dict[str, float]:
         """What was counted since the last report, and the values of the gauges."""
-        return self._stats.take(
-            self.engine_policy.pending_tokens, [feature.report for feature in self._events.features]
-        )
-
-    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
-        for before_stats in self._events.before_stats:
-            before_stats()
-        return super().make_stats(*args, **kwargs)
+        self._log.take_in()
+        reports = [feature.report for feature in self._events.features]
+        return self._stats.take(self.engine_policy.pending_tokens, self._log.last_chunk_tokens, reports)
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         if reset_running_requests:
@@ -264,7 +264,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         if not known:
             call = self.calls[request.request_id]
             if call.key is not None:
-                self._stats.offered(call.key.tokens)
+                self.engine_policy.offered(call.key.tokens)
             for arrived in self._events.arrived:
                 arrived(call)
 
@@ -274,12 +274,14 @@ class AgentScheduler(UpstreamHooks, Scheduler):
 
     def _arrives(self, request: Request) -> Call:
         parameters = request.sampling_params
-        hints, errors = read_hints(parameters.extra_args if parameters is not None else None)
-        self.counts["invalid_hints"] += len(errors)
-        for error in errors:
-            self._said.invalid_hint(error)
-        due = inf if hints.deadline_ms is None else perf_counter() + hints.deadline_ms / 1000
-        call = self.calls[request.request_id] = Call(request, hints, due)
+        call = self.calls[request.request_id] = Call(request)
+        if parameters is not None and parameters.extra_args:
+            call.hints, errors = read_hints(parameters.extra_args)
+            self.counts["invalid_hints"] += len(errors)
+            for error in errors:
+                self._said.invalid_hint(error)
+            if call.hints.deadline_ms is not None:
+                call.due = perf_counter() + call.hints.deadline_ms / 1000
         self.engine_policy.arrive(call)
         return call
 

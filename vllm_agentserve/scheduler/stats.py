@@ -1,10 +1,8 @@
 """What the engine reports: counters and gauges, sent to an API server as one flat dictionary."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
-from vllm_agentserve.policy.call import Chunk
 from vllm_agentserve.policy.controller import BudgetController
-from vllm_agentserve.policy.phase import Phase
 
 COUNTERS = {
     "cold_prefill_requests": "Requests admitted as cold prefill.",
@@ -73,48 +71,25 @@ GAUGES = {
 
 
 class StatsCollector:
-    """Collects counters from finished steps, and reads the gauges from the controller when a report is due."""
+    """Keeps the counters, and reads the gauges from the controller when a report is due."""
 
     def __init__(self, controller: BudgetController) -> None:
         self._controller = controller
         self.counts: dict[str, float] = dict.fromkeys(COUNTERS, 0)
         """Every counter since the start. Those with a label come when they are first counted: `name:label value`."""
         self._reported = dict(self.counts)
-        self._last_chunk = 0
 
-    def admitted(self, phase: Phase) -> None:
-        self.counts[f"{phase.label}_requests"] += 1
-
-    def offered(self, tokens: int) -> None:
-        """Adds a new request's uncached tokens to the offered load, in seconds; nothing before the rate is measured."""
-        rate = self._controller.device_rate(tokens, 0)
-        if rate is not None:
-            self.counts["offered_prefill_seconds"] += tokens / rate
-
-    def quiet_step(self, sequences: int, beside_lane: bool) -> None:
-        """Counts a step with decodes only."""
-        counts = self.counts
-        counts["lane_overlapped_steps"] += beside_lane
-        counts["decode_steps"] += 1
-        counts["decode_sequences"] += sequences
-
-    def prefill_step(self, sequences: int, chunks: Sequence[Chunk]) -> None:
-        """Counts a step with these chunks and this many decodes."""
-        counts = self.counts
-        counts["mixed_steps" if sequences else "prefill_steps"] += 1
-        counts["decode_sequences"] += sequences
-        for chunk in chunks:
-            counts[f"{chunk.phase.label}_tokens"] += chunk.tokens
-        if sequences:
-            self._last_chunk = sum(chunk.tokens for chunk in chunks)
-            counts["prefill_chunks"] += len(chunks)
-            counts["prefill_chunk_tokens"] += self._last_chunk
-
-    def take(self, pending_tokens: int, reports: Iterable[Callable[[], dict[str, float]]] = ()) -> dict[str, float]:
+    def take(
+        self,
+        pending_tokens: int,
+        last_chunk_tokens: int,
+        reports: Iterable[Callable[[], dict[str, float]]] = (),
+    ) -> dict[str, float]:
         """What was counted since the last report, and the values of the gauges.
 
         Args:
             pending_tokens: prompt tokens still to be computed in steps.
+            last_chunk_tokens: prompt tokens of the latest step with decodes and prefill.
             reports: give the gauges of features, and bring their counters up to date.
         """
         controller = self._controller
@@ -131,7 +106,7 @@ class StatsCollector:
         report["tpot_seconds"] = controller.tpot.ewma / 1000
         report["tpot_p95_seconds"] = controller.tpot.quantile(0.95) / 1000
         report["resume_budget_tokens"] = controller.resume_tokens
-        report["last_prefill_chunk_tokens"] = self._last_chunk
+        report["last_prefill_chunk_tokens"] = last_chunk_tokens
         report["budget_gain"] = controller.gain
         report["step_prediction_error_ratio"] = controller.whole.model.error
         for values in gauges:

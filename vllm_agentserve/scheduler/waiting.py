@@ -57,7 +57,7 @@ class AgentQueue(RequestQueue):
 
     def __bool__(self) -> bool:
         """Whether there is a request to look at; `len()` counts all that wait."""
-        return self._waiting.open
+        return bool(self._offered) and self._waiting.open
 
     def __len__(self) -> int:
         return len(self._offered) + len(self._parked)

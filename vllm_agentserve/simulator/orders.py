@@ -1,9 +1,8 @@
 """Orders that only a simulator can have: vLLM's own, and two that know more than an engine does."""
 
 from vllm_agentserve.policy.call import Call
-from vllm_agentserve.policy.engine import EnginePolicy
+from vllm_agentserve.policy.engine import EnginePolicy, NoPrograms
 from vllm_agentserve.policy.order import AdmissionKey, Urgency
-from vllm_agentserve.policy.program_order import NoPrograms
 
 
 class StockPolicy(EnginePolicy):

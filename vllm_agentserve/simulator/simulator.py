@@ -18,10 +18,10 @@ from vllm_agentserve.bench.cost import StepCost
 from vllm_agentserve.bench.walk import DueCall
 from vllm_agentserve.policy.call import Call, Chunk, Owner
 from vllm_agentserve.policy.controller import BudgetController, BudgetLimits
-from vllm_agentserve.policy.engine import EnginePolicy
+from vllm_agentserve.policy.engine import EnginePolicy, NoPrograms
 from vllm_agentserve.policy.order import BYPASS_STEPS, DECIDE_STEPS, LOOK_AHEAD, PATIENT_BYPASS_STEPS
 from vllm_agentserve.policy.preemption import PreemptionAccount
-from vllm_agentserve.policy.program_order import NoPrograms, ProgramOrder
+from vllm_agentserve.policy.program_order import ProgramOrder
 from vllm_agentserve.policy.programs import ProgramTable
 from vllm_agentserve.policy.waiting import WaitingList
 from vllm_agentserve.simulator.calls import Ended, Live, SimulatedRequest

@@ -48,9 +48,6 @@ class Feature:
             RuntimeError: that is not possible now; the message says why, and what to do.
         """
 
-    def before_stats(self) -> None:
-        """vLLM is about to make its statistics."""
-
     def report(self) -> dict[str, float]:
         """Gauges for `/metrics`; counters are brought up to date in the same call."""
         return {}
@@ -73,7 +70,6 @@ class Events:
         self.finished = self._of("finished")
         self.freed = self._of("freed")
         self.before_reset = self._of("before_reset")
-        self.before_stats = self._of("before_stats")
 
     def _of(self, event: str) -> tuple[Callable[..., Any], ...]:
         return tuple(

@@ -5,13 +5,13 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.policy.attribution import Attribution, NoAttribution
+from vllm_agentserve.policy.attribution import Attribution
 from vllm_agentserve.policy.call import Call
 from vllm_agentserve.policy.controller import BudgetController
-from vllm_agentserve.policy.engine import EnginePolicy
+from vllm_agentserve.policy.engine import EnginePolicy, NoAttribution, NoPrograms
 from vllm_agentserve.policy.load import LoadControl
 from vllm_agentserve.policy.preemption import PreemptionAccount
-from vllm_agentserve.policy.program_order import NoPrograms, ProgramOrder
+from vllm_agentserve.policy.program_order import ProgramOrder
 from vllm_agentserve.policy.programs import ProgramTable
 from vllm_agentserve.policy.waiting import WaitingList
 from vllm_agentserve.scheduler.features import Feature

@@ -68,6 +68,7 @@ class LaneFeature(NoLaneFeature):
             waiting.release(lane_takes(dispatch.room, dispatch.filling))
 
     def after_schedule(self) -> None:
+        compat.drop_external_hits(self._scheduler)
         held = self.dispatch.take_held()
         if held:
             self._policy.waiting.park(held)
@@ -101,9 +102,6 @@ class LaneFeature(NoLaneFeature):
     def before_reset(self) -> None:
         # Blocks that the lane fills cannot be freed under it: its prompts wait again, as running ones do.
         compat.take_back(self._scheduler, self.dispatch.drain() if self.dispatch.busy else set())
-
-    def before_stats(self) -> None:
-        compat.drop_external_hits(self._scheduler)
 
     def report(self) -> dict[str, float]:
         lane = self.dispatch
