@@ -357,6 +357,24 @@ def test_an_idle_engine_lets_somebody_begin_where_nobody_is_expected() -> None:
     assert not server.load._nobody_returns(server.now)
 
 
+def test_an_engine_that_stays_idle_lets_somebody_begin_although_others_are_expected() -> None:
+    """Those under way may wait for the very calls that are held: sub-agents whose client does not name the parent."""
+    server = Server()
+    server.read_s = 5.0
+    server.learn(20, other_gap_s=5.0)
+    held = fill(server)
+    for index in range(BEGAN):
+        server.end(f"new-{index}/0")
+    mean = server.load.returns.gaps.mean_s
+    began = server.now
+    while not server.may(held[0], idle=True):
+        server.now += 0.05
+    assert server.calls[held[0]].why == "idle"
+    assert server.now - began <= 0.6 * mean + 0.2
+    server.begin(held[0])
+    assert not server.may(held[1], idle=True)
+
+
 def test_a_parent_that_waits_for_a_held_child_ends_in_time() -> None:
     """Everybody under way waits for a held program that did not name its parent: their claims lapse, or the engine idles."""
     server = learned()

@@ -59,6 +59,8 @@ FITS = 1.1
 """Programs that will want so many pools at most are not held: they seldom want it all at once."""
 SETTLE_S = 0.3
 """Programs that come together are decided on together: the first that might not fit waits so long for the others."""
+IDLE = 0.6
+"""An engine that has had nothing to do for so many mean gaps lets a program begin: those under way may wait for it."""
 PRESSURES = tuple(step / 10 for step in range(5, 11))
 """Limits that are tried, in pools."""
 TURNS_KEPT = 32.0
@@ -149,6 +151,8 @@ class LoadControl:
         self._limit = inf
         self._reason: Reason = "fits"
         self._counted_s = self._decided_s = self._closed_until_s = -inf
+        self._idle_since_s = inf
+        """When a held call was first asked for while the engine had nothing else to do, since it last did something."""
         self._begun: Counter[Begins] = Counter()
 
     # Events.
@@ -201,6 +205,7 @@ class LoadControl:
         if call.begun or call.over:
             return
         call.begun = True
+        self._idle_since_s = inf
         program = call.program
         self._release(call)
         if program.turns:
@@ -264,6 +269,7 @@ class LoadControl:
         program.context = max(program.context, context_tokens)
         program.turns += 1
         program.ended_s, program.tool, program.begun = now_s, tool, True
+        self._idle_since_s = inf
         if read_tokens:
             self._read_s_per_token.add(read_s / read_tokens, read_tokens)
         self._decode_s.add(decode_s)
@@ -368,7 +374,7 @@ class LoadControl:
             return "alone"
         if wanted <= self._limit:
             return "fits"
-        if idle and self._nobody_returns(now_s):
+        if idle and (self._nobody_came(now_s) or self._nobody_returns(now_s)):
             return "idle"
         self._closed_until_s = now_s + COUNT_S
         return None
@@ -376,6 +382,11 @@ class LoadControl:
     def _newcomer(self, named: bool, prompt_tokens: float, programs: int = 1) -> Claims:
         """What so many programs want that begin, with prompts of so many tokens in the mean."""
         return claim(prompt_tokens + self._waste, self._growth.value, stays(self.returns, named, 1), programs)
+
+    def _nobody_came(self, now_s: float) -> bool:
+        """Whether the engine has done nothing for a mean gap: those under way may wait for the very calls that are held."""
+        self._idle_since_s = min(self._idle_since_s, now_s)
+        return now_s - self._idle_since_s >= IDLE * self.returns.gaps.mean_s
 
     def _nobody_returns(self, now_s: float) -> bool:
         """Whether more likely than not nobody comes back within a mean gap."""
