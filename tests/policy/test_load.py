@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable
 from math import exp, inf
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_agentserve.policy import load
 from vllm_agentserve.policy.claims import LoadCall, Program, claim, presence, stays
 from vllm_agentserve.policy.load import FIRST_ROOM, LoadControl, Mean
 from vllm_agentserve.policy.turn_rate import TurnCost, hit_ratio, turns_per_second
@@ -386,6 +388,55 @@ def test_a_parent_that_waits_for_a_held_child_ends_in_time() -> None:
         server.now += 0.5
         waited += 0.5
     assert waited <= 10.0
+
+
+def long_ago(server: Server, programs: int) -> None:
+    """So many programs are away, each for less than programs usually are."""
+    for index in range(programs):
+        name = f"away-{index}"
+        server.arrive(name, name, 100)
+        server.begin(name)
+        server.end(name)
+
+
+def looks(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the programs that are looked at; the last entry is that of the next question."""
+    seen = [0]
+
+    def counted(program: Program, *more: Any) -> float:
+        seen[-1] += 1
+        return presence(program, *more)
+
+    monkeypatch.setattr(load, "presence", counted)
+    return seen
+
+
+def test_no_question_looks_at_more_than_so_many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(pool_tokens=10_000_000)
+    server.learn(gap_s=300.0)
+    long_ago(server, 3000)
+    seen = looks(server, monkeypatch)
+    for index in range(200):
+        seen.append(0)
+        server.arrive(f"new-{index}", f"new-{index}", 100)
+        server.may(f"new-{index}", idle=index % 2 == 0)
+        server.now += 0.02
+    assert 0 < max(seen) <= 512
+    assert sum(seen) / 4.0 <= 1.1 / 1e-4
+    assert server.load.report().programs == pytest.approx(3200, rel=0.1)
+
+
+def test_calls_that_are_aborted_do_not_make_it_count_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(pool_tokens=10_000_000)
+    server.learn(gap_s=300.0)
+    long_ago(server, 500)
+    seen = looks(server, monkeypatch)
+    for index in range(200):
+        server.arrive(f"new-{index}", f"new-{index}", 100)
+        server.may(f"new-{index}")
+        server.abort(f"new-{index}")
+        server.now += 0.001
+    assert sum(seen) <= 5 * 520
 
 
 def test_aborted_calls_leave_nothing_behind() -> None:

@@ -19,7 +19,7 @@ Everything is said with the time at which it happened, in seconds of any clock.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from math import exp, inf
@@ -49,6 +49,10 @@ COUNT_S = 0.1
 """Claims are counted again after so long."""
 COUNT_S_PER_PROGRAM = 1e-4
 """And not before so much for each program, since each takes 3 to 4 us of the scheduler's thread."""
+COUNTED_FREELY = 64
+"""So few are counted again whenever a claim has gone."""
+COUNTED_AT_ONCE = 512
+"""So many are counted in one step; more of them in parts, so that no step takes long."""
 COMES, GOES = 1.3, 0.9
 """A limit comes when it gives so many times the turns per second of none, and goes when it gives no more than so many."""
 FIRST_ROOM, LEAST_ROOM, MOST_ROOM = 0.95, 0.85, 1.15
@@ -69,7 +73,7 @@ UNTRUE = 0.15
 LOOK_AHEAD = 4
 """Programs that are away and looked at again whenever a call comes."""
 PROGRAMS_KEPT = 65_536
-"""Programs remembered that are gone."""
+"""Programs remembered that are gone, and as many that are away."""
 
 
 class Mean:
@@ -150,7 +154,15 @@ class LoadControl:
         self._claims = Claims()
         self._limit = inf
         self._reason: Reason = "fits"
-        self._counted_s = self._decided_s = self._closed_until_s = -inf
+        self._counted_s = self._part_s = self._decided_s = self._closed_until_s = -inf
+        self._stale = False
+        """Whether claims have gone since they were counted."""
+        self._round: Iterator[Program] | None = None
+        """Those that are still to be counted; None between two counts."""
+        self._alike: dict[tuple[bool, int], tuple[float, float]] = {}
+        """Of those that have been counted, by turn: how many, and the sum of their tokens."""
+        self._came = Claims()
+        """Of those that began since the count did."""
         self._idle_since_s = inf
         """When a held call was first asked for while the engine had nothing else to do, since it last did something."""
         self._begun: Counter[Begins] = Counter()
@@ -226,7 +238,9 @@ class LoadControl:
         if self._waits_no_more(call):
             program = call.program
             if not program.begun:
-                self._claims += self._newcomer(program.named, call.prompt_tokens)
+                newcomer = self._newcomer(program.named, call.prompt_tokens)
+                self._claims += newcomer
+                self._came += newcomer
             program.begun = True
 
     def _resumed(self, program: Program, now_s: float, prompt_tokens: int, cached_tokens: int) -> None:
@@ -280,7 +294,7 @@ class LoadControl:
             self._untrue.add(0.0)
             if self._untrue.value <= UNTRUE:
                 self._lapse(program)
-                self._counted_s = -inf
+                self._stale = True
 
     def _over(self, call: LoadCall) -> bool:
         """A call is no more; returns whether that is new."""
@@ -295,6 +309,8 @@ class LoadControl:
         """A call of the program is no more; without others it is away."""
         if not program.calls:
             self._away[program.name] = None
+            if len(self._away) > PROGRAMS_KEPT:
+                self._lapse(self._live[next(iter(self._away))])
 
     def abort(self, call: LoadCall, now_s: float) -> None:
         """A call ended before its answer did, or before it began."""
@@ -306,14 +322,14 @@ class LoadControl:
             self._leaves(program)
         else:
             del self._live[program.name]
-        self._counted_s = self._closed_until_s = -inf
+        self._stale, self._closed_until_s = True, -inf
 
     def forget(self, program: str) -> None:
         """A program without calls is over. One with calls goes on, unknown ones are no matter."""
         self._gone.pop(program, None)
         if program in self._live and not self._live[program].calls:
             del self._live[program], self._away[program]
-            self._counted_s = self._closed_until_s = -inf
+            self._stale, self._closed_until_s = True, -inf
 
     # Decisions.
 
@@ -401,17 +417,26 @@ class LoadControl:
                 away = now_s - program.ended_s
                 then = longer(program, self.returns, away + soon) / longer(program, self.returns, away)
                 nobody *= 1 - there * (1 - then)
-        return nobody > 0.5
+                if nobody <= 0.5:
+                    return False
+        return True
 
     def _count(self, now_s: float) -> None:
         """Adds up the claims of the programs under way; those that have lapsed are gone."""
-        if now_s - self._counted_s < max(COUNT_S, COUNT_S_PER_PROGRAM * len(self._live)):
+        if self._round is None:
+            programs = len(self._live)
+            least = COUNT_S_PER_PROGRAM * programs if programs > COUNTED_FREELY else 0.0
+            if now_s - self._counted_s < (least if self._stale else max(COUNT_S, COUNT_S_PER_PROGRAM * programs)):
+                return
+            self._counted_s, self._stale = now_s, False
+            self._round, self._alike, self._came = iter(list(self._live.values())), {}, Claims()
+        elif now_s - self._part_s < COUNT_S_PER_PROGRAM * COUNTED_AT_ONCE:
             return
-        self._counted_s = now_s
+        self._part_s = now_s
+        part = [*islice(self._round, COUNTED_AT_ONCE)]
         growth = self._growth.value
-        alike: dict[tuple[bool, int], tuple[float, float]] = {}
-        for program in list(self._live.values()):
-            if not program.begun:
+        for program in part:
+            if not program.begun or self._live.get(program.name) is not program:
                 continue
             if lapsed(program, self.returns, now_s):
                 self._lapse(program)
@@ -419,12 +444,14 @@ class LoadControl:
             there = presence(program, self.returns, now_s)
             tokens = program.wants if program.calls else program.context + growth
             key = program.named, program.turns + 1
-            programs, sum_of = alike.get(key, (0.0, 0.0))
-            alike[key] = programs + there, sum_of + there * (tokens + self._waste)
-        self._claims = Claims()
-        for (named, number), (programs, tokens) in alike.items():
-            if programs:
-                self._claims += claim(tokens / programs, growth, stays(self.returns, named, number), programs)
+            programs_of, sum_of = self._alike.get(key, (0.0, 0.0))
+            self._alike[key] = programs_of + there, sum_of + there * (tokens + self._waste)
+        if len(part) == COUNTED_AT_ONCE:
+            return
+        self._claims, self._round = self._came, None
+        for (named, number), (sharing, tokens) in self._alike.items():
+            if sharing:
+                self._claims += claim(tokens / sharing, growth, stays(self.returns, named, number), sharing)
 
     def _lapse(self, program: Program) -> None:
         self._gone[program.name] = self._live.pop(program.name)
