@@ -310,6 +310,36 @@ def test_a_newcomer_does_not_pass_those_that_are_held() -> None:
     assert not server.may(held[0])
 
 
+def test_one_client_with_a_huge_prompt_does_not_make_all_others_wait() -> None:
+    server = learned(pool_tokens=20_000)
+    held = fill(server)
+    for call in held:
+        server.abort(call)
+    server.arrive("huge", "huge", 15_000)
+    assert not server.may("huge")
+    server.arrive("huge too", "huge too", 15_000)
+    server.arrive("small", "small")
+    server.end("new-0/0", last=True)
+    # Larger ones keep their order, and small ones theirs.
+    assert not server.may("huge too")
+    assert server.may("small")
+    server.arrive("next", "next")
+    assert not server.may("next")
+    server.arrive("last", "last", 100)
+    assert not server.may("last")
+    assert not server.may("huge")
+    assert server.load.report().held == 4
+    server.end("new-1/0", last=True)
+    server.now += 0.2
+    assert not server.load.closed(server.now)
+    assert [server.may(call) for call in ("huge", "huge too", "next", "last")] == [False, False, True, True]
+    server.abort("huge too")
+    server.now += 600.0
+    assert server.may("huge")
+    assert (server.load._held, server.load._passed) == (0, 0)
+    assert server.faults() == []
+
+
 def test_asking_twice_counts_once() -> None:
     server = learned()
     fill(server, 1)

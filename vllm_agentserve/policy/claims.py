@@ -41,6 +41,7 @@ class LoadCall:
         prompt_tokens: tokens of its prompt.
         why: it may begin, once that is known.
         held: whether it was asked for and may not begin yet.
+        passed: whether others may begin before it meanwhile: it wants most of the limit.
         begun: whether it has been scheduled.
         over: whether it has ended, in whatever way.
     """
@@ -50,6 +51,7 @@ class LoadCall:
     prompt_tokens: int
     why: Begins | None = None
     held: bool = False
+    passed: bool = False
     begun: bool = False
     over: bool = False
 

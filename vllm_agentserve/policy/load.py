@@ -65,6 +65,8 @@ SETTLE_S = 0.3
 """Programs that come together are decided on together: the first that might not fit waits so long for the others."""
 IDLE = 0.6
 """An engine that has had nothing to do for so many mean gaps lets a program begin: those under way may wait for it."""
+LARGE = 0.5
+"""Programs that want more than this share of the limit do not make smaller ones wait."""
 PRESSURES = tuple(step / 10 for step in range(5, 11))
 """Limits that are tried, in pools."""
 TURNS_KEPT = 32.0
@@ -143,6 +145,8 @@ class LoadControl:
         """First calls that may not begin yet, or were not asked for, as they came."""
         self._held = 0
         """How many of them are held."""
+        self._passed = 0
+        """How many of these let others begin before them."""
         self._untrue = Mean()
         """1 for a program that came back after its told end, 0 for a told end."""
         self._hits = Mean()
@@ -154,7 +158,9 @@ class LoadControl:
         self._claims = Claims()
         self._limit = inf
         self._reason: Reason = "fits"
-        self._counted_s = self._part_s = self._decided_s = self._closed_until_s = -inf
+        self._counted_s = self._part_s = self._decided_s = -inf
+        self._closed_until_s = self._large_closed_until_s = -inf
+        """For those that others do not pass, and for those that they do."""
         self._stale = False
         """Whether claims have gone since they were counted."""
         self._round: Iterator[Program] | None = None
@@ -230,7 +236,8 @@ class LoadControl:
             return False
         del self._firsts[call]
         self._held -= call.held
-        call.held = False
+        self._passed -= call.passed
+        call.held = call.passed = False
         return True
 
     def _release(self, call: LoadCall) -> None:
@@ -287,7 +294,7 @@ class LoadControl:
         if read_tokens:
             self._read_s_per_token.add(read_s / read_tokens, read_tokens)
         self._decode_s.add(decode_s)
-        self._closed_until_s = -inf
+        self._open()
         self._leaves(program)
         if last and not program.calls:
             program.over = True
@@ -322,31 +329,38 @@ class LoadControl:
             self._leaves(program)
         else:
             del self._live[program.name]
-        self._stale, self._closed_until_s = True, -inf
+        self._stale = True
+        self._open()
+
+    def _open(self) -> None:
+        """Something has happened: those that are held may be asked for again."""
+        self._closed_until_s = self._large_closed_until_s = -inf
 
     def forget(self, program: str) -> None:
         """A program without calls is over. One with calls goes on, unknown ones are no matter."""
         self._gone.pop(program, None)
         if program in self._live and not self._live[program].calls:
             del self._live[program], self._away[program]
-            self._stale, self._closed_until_s = True, -inf
+            self._stale = True
+            self._open()
 
     # Decisions.
 
     def closed(self, now_s: float) -> bool:
         """Whether asking again is of no use yet: `may_begin` said no, and nothing has happened since."""
-        return now_s < self._closed_until_s
+        return now_s < self.ask_again_s
 
     @property
     def ask_again_s(self) -> float:
         """When `may_begin` may say something else even if nothing happens; -inf for now."""
-        return self._closed_until_s
+        return self._closed_until_s if self._held > self._passed else self._large_closed_until_s
 
     def may_begin(self, call: LoadCall, now_s: float, *, idle: bool) -> bool:
         """Whether a call that waits may be scheduled; ask for the held ones in their order.
 
         A yes is not taken back, and its program counts as under way. A newcomer does not pass those that are held: asked for
-        when it comes, it is held too.
+        when it comes, it is held too. Only those that want most of the limit are passed, by smaller ones: else one client
+        with a huge prompt would make all others wait.
 
         Args:
             idle: whether the engine has nothing else to do: nothing runs, and nothing that may begin waits.
@@ -373,10 +387,14 @@ class LoadControl:
             return "bound"
         if self.returns.begins(program.named) <= USUAL:
             return "one-shot"
-        if self.closed(now_s) or (self._held and not call.held):
+        if call.passed:
+            if now_s < self._large_closed_until_s:
+                return None
+        elif now_s < self._closed_until_s or (self._held > self._passed and not call.held):
             return None
         self._count(now_s)
-        wanted = (self._claims + self._newcomer(program.named, call.prompt_tokens)).most
+        newcomer = self._newcomer(program.named, call.prompt_tokens)
+        wanted = (self._claims + newcomer).most
         if self._reason == "fits" and wanted > FITS * self.pool_tokens:
             self._decided_s = -inf
         self._decide(now_s)
@@ -388,11 +406,18 @@ class LoadControl:
             return "unlimited"
         if not self._claims.programs:
             return "alone"
-        if wanted <= self._limit:
+        large = newcomer.most > LARGE * self._limit
+        behind = large and not call.held and self._passed > 0
+        if wanted <= self._limit and not behind:
             return "fits"
-        if idle and (self._nobody_came(now_s) or self._nobody_returns(now_s)):
+        if idle and not behind and (self._nobody_came(now_s) or self._nobody_returns(now_s)):
             return "idle"
-        self._closed_until_s = now_s + COUNT_S
+        self._passed += large - call.passed
+        call.passed = large
+        if not large:
+            self._closed_until_s = now_s + COUNT_S
+        elif not behind:
+            self._large_closed_until_s = now_s + COUNT_S
         return None
 
     def _newcomer(self, named: bool, prompt_tokens: float, programs: int = 1) -> Claims:
@@ -529,5 +554,7 @@ class LoadControl:
         held = sum(call.held for call in self._firsts)
         if held != self._held:
             found.append(f"{self._held} calls are said to be held, and {held} are")
+        if sum(call.held and call.passed for call in self._firsts) != self._passed:
+            found.append(f"{self._passed} calls are said to let others pass, and that many do not")
         found += [f"the program {name!r} is live and gone" for name in self._gone if name in self._live]
         return found
