@@ -45,7 +45,9 @@ class Server:
         known = self.calls if names is None else names
         return self.load.faults({self.calls[name] for name in known})
 
-    def end(self, call: str, answer: int = 50, last: bool = False, tool: str | None = None) -> None:
+    def end(
+        self, call: str, answer: int = 50, last: bool = False, tool: str | None = None, child: bool = False
+    ) -> None:
         one = self.calls[call]
         self.load.end(
             one,
@@ -56,6 +58,7 @@ class Server:
             decode_s=0.3,
             last=last,
             tool=tool,
+            child=child,
         )
 
     def turn(
@@ -590,6 +593,27 @@ def test_claims_of_those_that_are_away_and_of_those_that_run() -> None:
     assert load._growth.value == pytest.approx(150)
     assert load._claims.programs == pytest.approx(BEGAN - 2 + 2 * there)
     assert load._claims.ahead == pytest.approx((away + running).ahead)
+
+
+@pytest.mark.parametrize("child", [False, True])
+def test_a_context_that_was_compacted_is_claimed_no_longer(child: bool) -> None:
+    """But a sub-agent's short context does not take the place of its parent's."""
+    server = learned()
+    server.turn("a/0", "a", 3950)
+    program = server.load._live["a"]
+    assert (program.context, program.kept, program.wants) == (4000, 4000, 4000)
+    for turn in range(10):
+        server.arrive(f"a/{turn + 1}", "a", 350)
+        server.begin(f"a/{turn + 1}", 300)
+        server.end(f"a/{turn + 1}", child=child)
+    assert program.kept == pytest.approx(4000 if child else 4000 * 0.9**10)
+    for turn in range(20):
+        server.arrive(f"b/{turn}", "a", 350)
+        assert program.wants == max(program.kept, 350)
+        server.begin(f"b/{turn}", 300)
+        server.end(f"b/{turn}", child=child)
+    assert program.kept == (4000 if child else 400)
+    assert program.context == 4000
 
 
 def test_room_follows_the_pressure_as_it_is() -> None:

@@ -66,6 +66,8 @@ class Program:
         begun: whether one of its calls has been scheduled.
         calls: those that wait or run.
         context: tokens of its longest context at the end of a call.
+        kept: tokens of context that it is thought to need still: of its last call, or what is left of a longer one, which fades
+            from call to call, since agents compact their contexts.
         turns: calls that ended.
         ended_s: when the last one did.
         tool: what it called then, if that was told.
@@ -77,6 +79,7 @@ class Program:
     begun: bool = False
     calls: dict[LoadCall, None] = field(default_factory=dict)
     context: int = 0
+    kept: float = 0.0
     turns: int = 0
     ended_s: float = 0.0
     tool: str | None = None
@@ -84,9 +87,9 @@ class Program:
     own: OwnGaps = field(default_factory=OwnGaps)
 
     @property
-    def wants(self) -> int:
+    def wants(self) -> float:
         """Tokens of its longest context or prompt."""
-        return max([self.context, *(call.prompt_tokens for call in self.calls)])
+        return max([self.kept, *(call.prompt_tokens for call in self.calls)])
 
     def turn(self, more: int = 0) -> Turn:
         """Its last call, the first before any ended; or the one so many later."""

@@ -67,6 +67,8 @@ IDLE = 0.6
 """An engine that has had nothing to do for so many mean gaps lets a program begin: those under way may wait for it."""
 LARGE = 0.5
 """Programs that want more than this share of the limit do not make smaller ones wait."""
+CONTEXT_FADE = 0.9
+"""What is left of a program's longest context with each shorter one."""
 PRESSURES = tuple(step / 10 for step in range(5, 11))
 """Limits that are tried, in pools."""
 TURNS_KEPT = 32.0
@@ -271,6 +273,7 @@ class LoadControl:
         decode_s: float,
         last: bool = False,
         tool: str | None = None,
+        child: bool = False,
     ) -> None:
         """A call that had begun ended.
 
@@ -281,6 +284,7 @@ class LoadControl:
             decode_s: what its decoding would have taken in steps without prompts.
             last: whether the client said that the program ends with it.
             tool: what the program does until it comes back, where that was said.
+            child: whether it is known to be a sub-agent's: the context of its parent is still needed.
         """
         if not self._over(call):
             return
@@ -288,6 +292,7 @@ class LoadControl:
         if program.turns and context_tokens > program.context:
             self._growth.add(context_tokens - program.context)
         program.context = max(program.context, context_tokens)
+        program.kept = max(program.kept if child else program.kept * CONTEXT_FADE, context_tokens)
         program.turns += 1
         program.ended_s, program.tool, program.begun = now_s, tool, True
         self._idle_since_s = inf
@@ -467,7 +472,7 @@ class LoadControl:
                 self._lapse(program)
                 continue
             there = presence(program, self.returns, now_s)
-            tokens = program.wants if program.calls else program.context + growth
+            tokens = program.wants if program.calls else program.kept + growth
             key = program.named, program.turns + 1
             programs_of, sum_of = self._alike.get(key, (0.0, 0.0))
             self._alike[key] = programs_of + there, sum_of + there * (tokens + self._waste)

@@ -114,6 +114,7 @@ class Load(Feature):
             # Where a sub-agent ends, its program goes on.
             last=call.hints.last and not owner.sub_agent,
             tool=call.hints.tool,
+            child=owner.sub_agent,
         )
 
     def report(self) -> dict[str, float]:
