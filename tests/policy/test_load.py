@@ -151,6 +151,15 @@ def test_programs_begin_while_they_fit() -> None:
     assert report.hit_ratio > 0.85
 
 
+@pytest.mark.parametrize("pool_tokens", [0, 1, 16])
+def test_a_cache_that_holds_nothing_is_no_obstacle(pool_tokens: int) -> None:
+    server = learned(pool_tokens=pool_tokens)
+    server.now += 700.0
+    fill(server)
+    server.now += 700.0
+    assert server.may("new-29/0")
+
+
 def test_where_all_fits_nobody_is_held() -> None:
     server = learned(pool_tokens=100_000)
     assert fill(server) == []

@@ -3,12 +3,15 @@
 from typing import Any
 
 import pytest
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.request import RequestStatus
 
 from tests.support.pinned import PinnedController, PinnedModel
 from tests.support.schedulers import Driver, make_request, make_scheduler
 from vllm_agentserve.scheduler.features import load as feature
 from vllm_agentserve.scheduler.features.load import Load
+from vllm_agentserve.vllm_compat import scheduler as compat
 
 
 class Clock:
@@ -214,6 +217,17 @@ def test_where_it_does_not_run(given: dict[str, Any]) -> None:
     options: dict[str, Any] = {}
     scheduler: Any = make_scheduler(**{"options": options, **given})
     assert not any(isinstance(one, Load) for one in scheduler._events.features)
+
+
+def test_layers_that_keep_less_take_blocks_for_themselves() -> None:
+    """Five kinds of layers with a sliding window beside the full ones: a context takes six blocks where it took one."""
+    scheduler: Any = make_scheduler(num_blocks=1001)
+    assert compat.pool_tokens(scheduler) == 16_000
+    kinds: dict[str, Any] = {"block_size": 16, "num_kv_heads": 1, "head_size": 1, "dtype": torch.float32}
+    windows = [KVCacheGroupSpec([f"{n}"], SlidingWindowSpec(sliding_window=1024, **kinds)) for n in range(5)]
+    full = KVCacheGroupSpec(["full"], FullAttentionSpec(**kinds))
+    scheduler.kv_cache_config = KVCacheConfig(1001, [], [full, *windows])
+    assert 4000 < compat.pool_tokens(scheduler) < 9000
 
 
 def test_a_stream_that_its_client_closes_is_a_turn_too(clock: Clock) -> None:

@@ -133,7 +133,7 @@ class LoadControl:
     """
 
     def __init__(self, pool_tokens: int, block_tokens: int = 16, max_hold_s: float = MAX_HOLD_S) -> None:
-        self.pool_tokens = pool_tokens
+        self.pool_tokens = max(pool_tokens, 1)
         self.max_hold_s = max_hold_s
         self._waste = block_tokens // 2
         self.returns = Returns()
