@@ -498,6 +498,30 @@ def test_aborted_calls_leave_nothing_behind() -> None:
     assert server.faults(["next"]) == []
 
 
+def test_a_client_that_times_out_and_tries_again_has_been_held_all_the_time() -> None:
+    server = learned()
+    held = fill(server)[0]
+    name, came = held.removesuffix("/0"), server.now
+    for attempt in range(9):
+        server.now += 65.0
+        server.abort(held)
+        server.now += 1.0
+        held = f"{name}/retry-{attempt}"
+        server.arrive(held, name)
+        assert not server.may(held)
+        assert server.calls[held].came_s == came
+    server.now = came + 600.0
+    assert server.may(held)
+    # Who comes again later begins to wait anew.
+    server.arrive("late", "late")
+    server.calls["late"].held, server.load._held = True, server.load._held + 1
+    server.abort("late")
+    server.now += 61.0
+    server.arrive("later", "late")
+    assert server.calls["later"].came_s == server.now
+    assert server.load._gave_up == {}
+
+
 def test_an_aborted_turn_leaves_the_program_under_way() -> None:
     server = learned()
     held = fill(server)

@@ -69,6 +69,8 @@ LARGE = 0.5
 """Programs that want more than this share of the limit do not make smaller ones wait."""
 CONTEXT_FADE = 0.9
 """What is left of a program's longest context with each shorter one."""
+RETRY_S = 60.0
+"""A program that gave up and comes again within this time has been held since it came first: clients retry after a timeout."""
 PRESSURES = tuple(step / 10 for step in range(5, 11))
 """Limits that are tried, in pools."""
 TURNS_KEPT = 32.0
@@ -143,6 +145,8 @@ class LoadControl:
         """Those of them without calls."""
         self._gone: OrderedDict[str, Program] = OrderedDict()
         """Those whose claims have lapsed or that are over: one that comes back all the same is known."""
+        self._gave_up: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        """When calls came that were aborted while they were held, and when that was, by the names of their programs."""
         self._firsts: dict[LoadCall, None] = {}
         """First calls that may not begin yet, or were not asked for, as they came."""
         self._held = 0
@@ -195,7 +199,8 @@ class LoadControl:
             self._returned(self._live[name], now_s, revised=False)
         program = self._live.setdefault(name, Program(name, named))
         self._away.pop(name, None)
-        call = LoadCall(program, now_s, prompt_tokens)
+        came_s, gave_up_s = self._gave_up.pop(name, (now_s, -inf))
+        call = LoadCall(program, came_s if now_s - gave_up_s <= RETRY_S else now_s, prompt_tokens)
         if program.turns or program.begun:
             call.why = "returning"
         elif not can_return:
@@ -326,10 +331,15 @@ class LoadControl:
 
     def abort(self, call: LoadCall, now_s: float) -> None:
         """A call ended before its answer did, or before it began."""
+        held = call.held
         if not self._over(call):
             return
         program = call.program
         program.ended_s = now_s
+        if held and program.named:
+            self._gave_up[program.name] = call.came_s, now_s
+            if len(self._gave_up) > PROGRAMS_KEPT:
+                self._gave_up.popitem(last=False)
         if program.calls or program.turns:
             self._leaves(program)
         else:
