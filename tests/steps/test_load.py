@@ -181,6 +181,49 @@ def test_held_calls_that_are_aborted_are_forgotten(clock: Clock) -> None:
     assert load.control.faults(()) == []
 
 
+def test_not_all_of_those_that_are_held_are_asked_for_whenever_a_call_ends(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler, driver, load = started()
+    learned(scheduler, driver, clock)
+    scheduler.add_request(make_request("long", 40, max_tokens=100_000, session="warm"))
+    for number in range(200):
+        turn(scheduler, f"p{number}", 0, 900)
+    clock.now += 1.0
+    driver.step()
+    asked, ask = [0], load.control.may_begin
+
+    def counted(*given: Any, **named: Any) -> bool:
+        asked[0] += 1
+        return ask(*given, **named)
+
+    monkeypatch.setattr(load.control, "may_begin", counted)
+    for _ in range(50):
+        scheduler.finish_requests(held(scheduler)[-1], RequestStatus.FINISHED_ABORTED)
+        clock.now += 0.01
+        driver.step()
+    assert len(held(scheduler)) > 100
+    assert 50 <= asked[0] < 6 * 200 + 50 * 4
+
+
+def test_who_waits_behind_one_that_is_refused_is_held_no_longer_than_the_bound(clock: Clock) -> None:
+    scheduler, driver, load = started(max_hold_s=5.0)
+    learned(scheduler, driver, clock)
+    scheduler.add_request(make_request("long", 40, max_tokens=100_000, session="warm"))
+    scheduler.add_request(make_request("longer", 1000, max_tokens=100_000, session="wram"))
+    for name in "abcde":
+        turn(scheduler, name, 0, 600)
+    clock.now += 4.0
+    turn(scheduler, "urgent", 0, 600, agent_deadline_ms=1)
+    assert {"e-0", "urgent-0"} <= set(held(scheduler))
+    clock.now += 1.05
+    for _ in range(3):
+        clock.now += 0.06
+        load.control._open()
+        driver.step()
+    assert held(scheduler) == ["urgent-0"]
+
+
 def test_nobody_is_held_longer_than_the_bound(clock: Clock) -> None:
     scheduler, driver, load = started(max_hold_s=5.0)
     learned(scheduler, driver, clock)
