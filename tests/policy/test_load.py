@@ -1,5 +1,6 @@
 """Which programs may begin."""
 
+import tracemalloc
 from collections.abc import Iterable
 from math import exp, inf
 from typing import Any
@@ -706,6 +707,16 @@ def test_only_so_many_programs_are_remembered(monkeypatch: pytest.MonkeyPatch) -
     for name in ("a", "b", "c"):
         server.turn(f"{name}/0", name, last=True)
     assert list(server.load._gone) == ["b", "c"]
+
+
+def test_a_program_that_is_remembered_is_small() -> None:
+    """A client that sends a new session id with every call makes it remember 65 536 of them."""
+    tracemalloc.start()
+    try:
+        programs = [Program(f"session {index}", named=True) for index in range(1000)]
+        assert tracemalloc.get_traced_memory()[0] / len(programs) < 600
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_call_that_was_not_asked_for_is_no_obstacle() -> None:
