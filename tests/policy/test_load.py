@@ -177,6 +177,24 @@ def test_long_gaps_make_a_limit_too_expensive() -> None:
     server.faults()
 
 
+@pytest.mark.parametrize(("share", "held"), [(1.0, 25), (0.1, 0)])
+def test_a_limit_is_not_worth_it_where_calls_have_little_to_read_again(share: float, held: int) -> None:
+    """Most calls are those of sub-agents with short contexts."""
+    server = learned()
+    server.load._parts.add(share, 1000.0)
+    assert len(fill(server)) == held
+    assert server.load.report().reason == ("model" if held else "faster without")
+
+
+def test_the_share_of_its_context_that_a_call_has() -> None:
+    server = learned()
+    assert server.load._parts.value == 1.0
+    server.arrive("child", "old-True-3", 100)
+    server.begin("child", 100)
+    context = server.load._live["old-True-3"].context
+    assert 1 - server.load._parts.value == pytest.approx((1 - 100 / context) * (1 - FADE), rel=0.1)
+
+
 def test_a_returning_call_is_never_held() -> None:
     server = learned()
     held = fill(server)

@@ -156,6 +156,8 @@ class LoadControl:
         self._untrue = Mean()
         """1 for a program that came back after its told end, 0 for a told end."""
         self._hits = Mean()
+        self._parts = Mean()
+        """Of a program's longest context, the share that a resumed call has: less for sub-agents."""
         self._read_s_per_token = Mean()
         self._decode_s = Mean()
         self._growth = Mean()
@@ -260,6 +262,7 @@ class LoadControl:
     def _resumed(self, program: Program, now_s: float, prompt_tokens: int, cached_tokens: int) -> None:
         found = min(cached_tokens / max(min(program.context, prompt_tokens), 1), 1.0)
         self._hits.add(found)
+        self._parts.add(min(prompt_tokens / max(program.context, 1), 1.0))
         self._new_tokens.add(max(prompt_tokens - program.context, 0))
         if self._limit < inf:
             self._count(now_s)
@@ -519,7 +522,7 @@ class LoadControl:
             gap_s=self.returns.gaps.mean_s,
             decode_s=self._decode_s.value,
             read_s=self._new_tokens.value * self._read_s_per_token.value,
-            again_s=footprint * self._read_s_per_token.value,
+            again_s=footprint * (self._parts.value or 1.0) * self._read_s_per_token.value,
         )
         room = max(pool / footprint, 1.0)
         without = turns_per_second(everybody.programs, turn, hit_ratio(everybody.most / pool), room)
