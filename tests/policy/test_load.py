@@ -192,7 +192,7 @@ def test_the_share_of_its_context_that_a_call_has() -> None:
     server.arrive("child", "old-True-3", 100)
     server.begin("child", 100)
     context = server.load._live["old-True-3"].context
-    assert 1 - server.load._parts.value == pytest.approx((1 - 100 / context) * (1 - FADE), rel=0.1)
+    assert server.load._parts.value == pytest.approx(1 - (1 - 100 / context) / server.load._parts._weight)
 
 
 def test_a_returning_call_is_never_held() -> None:
