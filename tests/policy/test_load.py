@@ -1,12 +1,15 @@
 """Which programs may begin."""
 
+import tracemalloc
 from collections.abc import Iterable
 from math import exp, inf
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_agentserve.policy import load
 from vllm_agentserve.policy.claims import LoadCall, Program, claim, presence, stays
 from vllm_agentserve.policy.load import FIRST_ROOM, LoadControl, Mean
 from vllm_agentserve.policy.turn_rate import TurnCost, hit_ratio, turns_per_second
@@ -43,7 +46,9 @@ class Server:
         known = self.calls if names is None else names
         return self.load.faults({self.calls[name] for name in known})
 
-    def end(self, call: str, answer: int = 50, last: bool = False, tool: str | None = None) -> None:
+    def end(
+        self, call: str, answer: int = 50, last: bool = False, tool: str | None = None, child: bool = False
+    ) -> None:
         one = self.calls[call]
         self.load.end(
             one,
@@ -54,6 +59,7 @@ class Server:
             decode_s=0.3,
             last=last,
             tool=tool,
+            child=child,
         )
 
     def turn(
@@ -146,6 +152,15 @@ def test_programs_begin_while_they_fit() -> None:
     assert report.hit_ratio > 0.85
 
 
+@pytest.mark.parametrize("pool_tokens", [0, 1, 16])
+def test_a_cache_that_holds_nothing_is_no_obstacle(pool_tokens: int) -> None:
+    server = learned(pool_tokens=pool_tokens)
+    server.now += 700.0
+    fill(server)
+    server.now += 700.0
+    assert server.may("new-29/0")
+
+
 def test_where_all_fits_nobody_is_held() -> None:
     server = learned(pool_tokens=100_000)
     assert fill(server) == []
@@ -160,6 +175,24 @@ def test_long_gaps_make_a_limit_too_expensive() -> None:
     assert fill(server) == []
     assert server.load.report().reason == "faster without"
     server.faults()
+
+
+@pytest.mark.parametrize(("share", "held"), [(1.0, 25), (0.1, 0)])
+def test_a_limit_is_not_worth_it_where_calls_have_little_to_read_again(share: float, held: int) -> None:
+    """Most calls are those of sub-agents with short contexts."""
+    server = learned()
+    server.load._parts.add(share, 1000.0)
+    assert len(fill(server)) == held
+    assert server.load.report().reason == ("model" if held else "faster without")
+
+
+def test_the_share_of_its_context_that_a_call_has() -> None:
+    server = learned()
+    assert server.load._parts.value == 1.0
+    server.arrive("child", "old-True-3", 100)
+    server.begin("child", 100)
+    context = server.load._live["old-True-3"].context
+    assert server.load._parts.value == pytest.approx(1 - (1 - 100 / context) / server.load._parts._weight)
 
 
 def test_a_returning_call_is_never_held() -> None:
@@ -308,6 +341,36 @@ def test_a_newcomer_does_not_pass_those_that_are_held() -> None:
     assert not server.may(held[0])
 
 
+def test_one_client_with_a_huge_prompt_does_not_make_all_others_wait() -> None:
+    server = learned(pool_tokens=20_000)
+    held = fill(server)
+    for call in held:
+        server.abort(call)
+    server.arrive("huge", "huge", 15_000)
+    assert not server.may("huge")
+    server.arrive("huge too", "huge too", 15_000)
+    server.arrive("small", "small")
+    server.end("new-0/0", last=True)
+    # Larger ones keep their order, and small ones theirs.
+    assert not server.may("huge too")
+    assert server.may("small")
+    server.arrive("next", "next")
+    assert not server.may("next")
+    server.arrive("last", "last", 100)
+    assert not server.may("last")
+    assert not server.may("huge")
+    assert server.load.report().held == 4
+    server.end("new-1/0", last=True)
+    server.now += 0.2
+    assert not server.load.closed(server.now)
+    assert [server.may(call) for call in ("huge", "huge too", "next", "last")] == [False, False, True, True]
+    server.abort("huge too")
+    server.now += 600.0
+    assert server.may("huge")
+    assert (server.load._held, server.load._passed) == (0, 0)
+    assert server.faults() == []
+
+
 def test_asking_twice_counts_once() -> None:
     server = learned()
     fill(server, 1)
@@ -357,6 +420,24 @@ def test_an_idle_engine_lets_somebody_begin_where_nobody_is_expected() -> None:
     assert not server.load._nobody_returns(server.now)
 
 
+def test_an_engine_that_stays_idle_lets_somebody_begin_although_others_are_expected() -> None:
+    """Those under way may wait for the very calls that are held: sub-agents whose client does not name the parent."""
+    server = Server()
+    server.read_s = 5.0
+    server.learn(20, other_gap_s=5.0)
+    held = fill(server)
+    for index in range(BEGAN):
+        server.end(f"new-{index}/0")
+    mean = server.load.returns.gaps.mean_s
+    began = server.now
+    while not server.may(held[0], idle=True):
+        server.now += 0.05
+    assert server.calls[held[0]].why == "idle"
+    assert server.now - began <= 0.6 * mean + 0.2
+    server.begin(held[0])
+    assert not server.may(held[1], idle=True)
+
+
 def test_a_parent_that_waits_for_a_held_child_ends_in_time() -> None:
     """Everybody under way waits for a held program that did not name its parent: their claims lapse, or the engine idles."""
     server = learned()
@@ -368,6 +449,55 @@ def test_a_parent_that_waits_for_a_held_child_ends_in_time() -> None:
         server.now += 0.5
         waited += 0.5
     assert waited <= 10.0
+
+
+def long_ago(server: Server, programs: int) -> None:
+    """So many programs are away, each for less than programs usually are."""
+    for index in range(programs):
+        name = f"away-{index}"
+        server.arrive(name, name, 100)
+        server.begin(name)
+        server.end(name)
+
+
+def looks(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the programs that are looked at; the last entry is that of the next question."""
+    seen = [0]
+
+    def counted(program: Program, *more: Any) -> float:
+        seen[-1] += 1
+        return presence(program, *more)
+
+    monkeypatch.setattr(load, "presence", counted)
+    return seen
+
+
+def test_no_question_looks_at_more_than_so_many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(pool_tokens=10_000_000)
+    server.learn(gap_s=300.0)
+    long_ago(server, 3000)
+    seen = looks(server, monkeypatch)
+    for index in range(200):
+        seen.append(0)
+        server.arrive(f"new-{index}", f"new-{index}", 100)
+        server.may(f"new-{index}", idle=index % 2 == 0)
+        server.now += 0.02
+    assert 0 < max(seen) <= 512
+    assert sum(seen) / 4.0 <= 1.1 / 1e-4
+    assert server.load.report().programs == pytest.approx(3200, rel=0.1)
+
+
+def test_calls_that_are_aborted_do_not_make_it_count_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(pool_tokens=10_000_000)
+    server.learn(gap_s=300.0)
+    long_ago(server, 500)
+    seen = looks(server, monkeypatch)
+    for index in range(200):
+        server.arrive(f"new-{index}", f"new-{index}", 100)
+        server.may(f"new-{index}")
+        server.abort(f"new-{index}")
+        server.now += 0.001
+    assert sum(seen) <= 5 * 520
 
 
 def test_aborted_calls_leave_nothing_behind() -> None:
@@ -385,6 +515,30 @@ def test_aborted_calls_leave_nothing_behind() -> None:
     assert server.load.report().begun["alone"] == 2
     assert server.load.report().programs == 1.0
     assert server.faults(["next"]) == []
+
+
+def test_a_client_that_times_out_and_tries_again_has_been_held_all_the_time() -> None:
+    server = learned()
+    held = fill(server)[0]
+    name, came = held.removesuffix("/0"), server.now
+    for attempt in range(9):
+        server.now += 65.0
+        server.abort(held)
+        server.now += 1.0
+        held = f"{name}/retry-{attempt}"
+        server.arrive(held, name)
+        assert not server.may(held)
+        assert server.calls[held].came_s == came
+    server.now = came + 600.0
+    assert server.may(held)
+    # Who comes again later begins to wait anew.
+    server.arrive("late", "late")
+    server.calls["late"].held, server.load._held = True, server.load._held + 1
+    server.abort("late")
+    server.now += 61.0
+    server.arrive("later", "late")
+    assert server.calls["later"].came_s == server.now
+    assert server.load._gave_up == {}
 
 
 def test_an_aborted_turn_leaves_the_program_under_way() -> None:
@@ -493,6 +647,27 @@ def test_claims_of_those_that_are_away_and_of_those_that_run() -> None:
     assert load._claims.ahead == pytest.approx((away + running).ahead)
 
 
+@pytest.mark.parametrize("child", [False, True])
+def test_a_context_that_was_compacted_is_claimed_no_longer(child: bool) -> None:
+    """But a sub-agent's short context does not take the place of its parent's."""
+    server = learned()
+    server.turn("a/0", "a", 3950)
+    program = server.load._live["a"]
+    assert (program.context, program.kept, program.wants) == (4000, 4000, 4000)
+    for turn in range(10):
+        server.arrive(f"a/{turn + 1}", "a", 350)
+        server.begin(f"a/{turn + 1}", 300)
+        server.end(f"a/{turn + 1}", child=child)
+    assert program.kept == pytest.approx(4000 if child else 4000 * 0.9**10)
+    for turn in range(20):
+        server.arrive(f"b/{turn}", "a", 350)
+        assert program.wants == max(program.kept, 350)
+        server.begin(f"b/{turn}", 300)
+        server.end(f"b/{turn}", child=child)
+    assert program.kept == (4000 if child else 400)
+    assert program.context == 4000
+
+
 def test_room_follows_the_pressure_as_it_is() -> None:
     """Two contexts of 6000 on a pool of 10,000 of which 0.95 are of use: the model says that 0.56 of them are found."""
     server = Server()
@@ -550,6 +725,16 @@ def test_only_so_many_programs_are_remembered(monkeypatch: pytest.MonkeyPatch) -
     for name in ("a", "b", "c"):
         server.turn(f"{name}/0", name, last=True)
     assert list(server.load._gone) == ["b", "c"]
+
+
+def test_a_program_that_is_remembered_is_small() -> None:
+    """A client that sends a new session id with every call makes it remember 65 536 of them."""
+    tracemalloc.start()
+    try:
+        programs = [Program(f"session {index}", named=True) for index in range(1000)]
+        assert tracemalloc.get_traced_memory()[0] / len(programs) < 600
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_call_that_was_not_asked_for_is_no_obstacle() -> None:

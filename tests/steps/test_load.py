@@ -3,6 +3,8 @@
 from typing import Any
 
 import pytest
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.request import RequestStatus
 
 from tests.support.metrics_page import Page
@@ -10,6 +12,7 @@ from tests.support.pinned import PinnedController, PinnedModel
 from tests.support.schedulers import Driver, make_request, make_scheduler
 from vllm_agentserve.scheduler.features import load as feature
 from vllm_agentserve.scheduler.features.load import Load
+from vllm_agentserve.vllm_compat import scheduler as compat
 
 
 class Clock:
@@ -179,6 +182,49 @@ def test_held_calls_that_are_aborted_are_forgotten(clock: Clock) -> None:
     assert load.control.faults(()) == []
 
 
+def test_not_all_of_those_that_are_held_are_asked_for_whenever_a_call_ends(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler, driver, load = started()
+    learned(scheduler, driver, clock)
+    scheduler.add_request(make_request("long", 40, max_tokens=100_000, session="warm"))
+    for number in range(200):
+        turn(scheduler, f"p{number}", 0, 900)
+    clock.now += 1.0
+    driver.step()
+    asked, ask = [0], load.control.may_begin
+
+    def counted(*given: Any, **named: Any) -> bool:
+        asked[0] += 1
+        return ask(*given, **named)
+
+    monkeypatch.setattr(load.control, "may_begin", counted)
+    for _ in range(50):
+        scheduler.finish_requests(held(scheduler)[-1], RequestStatus.FINISHED_ABORTED)
+        clock.now += 0.01
+        driver.step()
+    assert len(held(scheduler)) > 100
+    assert 50 <= asked[0] < 6 * 200 + 50 * 4
+
+
+def test_who_waits_behind_one_that_is_refused_is_held_no_longer_than_the_bound(clock: Clock) -> None:
+    scheduler, driver, load = started(max_hold_s=5.0)
+    learned(scheduler, driver, clock)
+    scheduler.add_request(make_request("long", 40, max_tokens=100_000, session="warm"))
+    scheduler.add_request(make_request("longer", 1000, max_tokens=100_000, session="wram"))
+    for name in "abcde":
+        turn(scheduler, name, 0, 600)
+    clock.now += 4.0
+    turn(scheduler, "urgent", 0, 600, agent_deadline_ms=1)
+    assert {"e-0", "urgent-0"} <= set(held(scheduler))
+    clock.now += 1.05
+    for _ in range(3):
+        clock.now += 0.06
+        load.control._open()
+        driver.step()
+    assert held(scheduler) == ["urgent-0"]
+
+
 def test_nobody_is_held_longer_than_the_bound(clock: Clock) -> None:
     scheduler, driver, load = started(max_hold_s=5.0)
     learned(scheduler, driver, clock)
@@ -215,6 +261,17 @@ def test_where_it_does_not_run(given: dict[str, Any]) -> None:
     options: dict[str, Any] = {}
     scheduler: Any = make_scheduler(**{"options": options, **given})
     assert not any(isinstance(one, Load) for one in scheduler._events.features)
+
+
+def test_layers_that_keep_less_take_blocks_for_themselves() -> None:
+    """Five kinds of layers with a sliding window beside the full ones: a context takes six blocks where it took one."""
+    scheduler: Any = make_scheduler(num_blocks=1001)
+    assert compat.pool_tokens(scheduler) == 16_000
+    kinds: dict[str, Any] = {"block_size": 16, "num_kv_heads": 1, "head_size": 1, "dtype": torch.float32}
+    windows = [KVCacheGroupSpec([f"{n}"], SlidingWindowSpec(sliding_window=1024, **kinds)) for n in range(5)]
+    full = KVCacheGroupSpec(["full"], FullAttentionSpec(**kinds))
+    scheduler.kv_cache_config = KVCacheConfig(1001, [], [full, *windows])
+    assert 4000 < compat.pool_tokens(scheduler) < 9000
 
 
 def test_a_stream_that_its_client_closes_is_a_turn_too(clock: Clock) -> None:

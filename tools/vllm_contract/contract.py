@@ -79,6 +79,11 @@ CONTRACT = (
     *calls("vllm.v1.core.block_pool:BlockPool", f"{COMPAT} {BOOKS}", get_num_free_blocks=""),
     *reads("vllm.v1.core.block_pool:BlockPool", BOOKS, "blocks cached_block_hash_to_block free_block_queue"),
     *calls("vllm.v1.core.block_pool:BlockHashToBlockMap", BOOKS, contain="key block_id"),
+    *calls(
+        "vllm.v1.core.kv_cache_utils", COMPAT, get_max_concurrency_for_kv_cache_config="vllm_config kv_cache_config"
+    ),
+    *reads("vllm.v1.kv_cache_interface:KVCacheConfig", COMPAT, "kv_cache_groups"),
+    *reads(SCHEDULER, COMPAT, "kv_cache_config max_model_len"),
     *calls("vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue", BOOKS, get_all_free_blocks=""),
     *reads("vllm.v1.core.kv_cache_utils:KVCacheBlock", BOOKS, "block_hash block_id is_null ref_cnt"),
     *reads("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator", BOOKS, "single_type_managers"),

@@ -42,6 +42,7 @@ class LoadCall:
         prompt_tokens: tokens of its prompt.
         why: it may begin, once that is known.
         held: whether it was asked for and may not begin yet.
+        passed: whether others may begin before it meanwhile: it wants most of the limit.
         begun: whether it has been scheduled.
         over: whether it has ended, in whatever way.
     """
@@ -51,6 +52,7 @@ class LoadCall:
     prompt_tokens: int
     why: Begins | None = None
     held: bool = False
+    passed: bool = False
     begun: bool = False
     over: bool = False
 
@@ -65,6 +67,8 @@ class Program:
         begun: whether one of its calls has been scheduled.
         calls: those that wait or run.
         context: tokens of its longest context at the end of a call.
+        kept: tokens of context that it is thought to need still: of its last call, or what is left of a longer one, which fades
+            from call to call, since agents compact their contexts.
         turns: calls that ended.
         ended_s: when the last one did.
         tool: what it called then, if that was told.
@@ -76,6 +80,7 @@ class Program:
     begun: bool = False
     calls: dict[LoadCall, None] = field(default_factory=dict)
     context: int = 0
+    kept: float = 0.0
     turns: int = 0
     ended_s: float = 0.0
     tool: str | None = None
@@ -83,9 +88,9 @@ class Program:
     own: OwnGaps = field(default_factory=OwnGaps)
 
     @property
-    def wants(self) -> int:
+    def wants(self) -> float:
         """Tokens of its longest context or prompt."""
-        return max([self.context, *(call.prompt_tokens for call in self.calls)])
+        return max([self.kept, *(call.prompt_tokens for call in self.calls)])
 
     def turn(self, more: int = 0) -> Turn:
         """Its last call, the first before any ended; or the one so many later."""

@@ -10,7 +10,7 @@ so the share of longer gaps is known for any time. How fast this adapts:
   half.
 """
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from math import exp, log
@@ -104,13 +104,15 @@ class Gaps:
 
 
 class OwnGaps:
-    """The last gaps of one program."""
+    """The last gaps of one program. Small where there are none: most of the programs that are remembered had one call."""
+
+    __slots__ = ("_last",)
 
     def __init__(self) -> None:
-        self._last: deque[float] = deque(maxlen=OWN_GAPS)
+        self._last: tuple[float, ...] = ()
 
     def add(self, gap_s: float) -> None:
-        self._last.append(gap_s)
+        self._last = (*self._last, gap_s)[-OWN_GAPS:]
 
     def longer(self, elapsed_s: float, others: float) -> float:
         """The share of gaps that are longer, where `others` is that share among more programs."""

@@ -19,7 +19,7 @@ Everything is said with the time at which it happened, in seconds of any clock.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from math import exp, inf
@@ -50,6 +50,10 @@ COUNT_S = 0.1
 """Claims are counted again after so long."""
 COUNT_S_PER_PROGRAM = 1e-4
 """And not before so much for each program, since each takes 3 to 4 us of the scheduler's thread."""
+COUNTED_FREELY = 64
+"""So few are counted again whenever a claim has gone."""
+COUNTED_AT_ONCE = 512
+"""So many are counted in one step; more of them in parts, so that no step takes long."""
 COMES, GOES = 1.3, 0.9
 """A limit comes when it gives so many times the turns per second of none, and goes when it gives no more than so many."""
 FIRST_ROOM, LEAST_ROOM, MOST_ROOM = 0.95, 0.85, 1.15
@@ -60,6 +64,14 @@ FITS = 1.1
 """Programs that will want so many pools at most are not held: they seldom want it all at once."""
 SETTLE_S = 0.3
 """Programs that come together are decided on together: the first that might not fit waits so long for the others."""
+IDLE = 0.6
+"""An engine that has had nothing to do for so many mean gaps lets a program begin: those under way may wait for it."""
+LARGE = 0.5
+"""Programs that want more than this share of the limit do not make smaller ones wait."""
+CONTEXT_FADE = 0.9
+"""What is left of a program's longest context with each shorter one."""
+RETRY_S = 60.0
+"""A program that gave up and comes again within this time has been held since it came first: clients retry after a timeout."""
 PRESSURES = tuple(step / 10 for step in range(5, 11))
 """Limits that are tried, in pools."""
 TURNS_KEPT = 32.0
@@ -68,7 +80,7 @@ UNTRUE = 0.15
 LOOK_AHEAD = 4
 """Programs that are away and looked at again whenever a call comes."""
 PROGRAMS_KEPT = 65_536
-"""Programs remembered that are gone."""
+"""Programs remembered that are gone, and as many that are away."""
 
 
 class Mean:
@@ -124,7 +136,7 @@ class LoadControl:
     """
 
     def __init__(self, pool_tokens: int, block_tokens: int = 16, max_hold_s: float = MAX_HOLD_S) -> None:
-        self.pool_tokens = pool_tokens
+        self.pool_tokens = max(pool_tokens, 1)
         self.max_hold_s = max_hold_s
         self._waste = block_tokens // 2
         self.returns = Returns()
@@ -134,13 +146,19 @@ class LoadControl:
         """Those of them without calls."""
         self._gone: OrderedDict[str, Program] = OrderedDict()
         """Those whose claims have lapsed or that are over: one that comes back all the same is known."""
+        self._gave_up: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        """When calls came that were aborted while they were held, and when that was, by the names of their programs."""
         self._firsts: dict[LoadCall, None] = {}
         """First calls that may not begin yet, or were not asked for, as they came."""
         self._held = 0
         """How many of them are held."""
+        self._passed = 0
+        """How many of these let others begin before them."""
         self._untrue = Mean()
         """1 for a program that came back after its told end, 0 for a told end."""
         self._hits = Mean()
+        self._parts = Mean()
+        """Of a program's longest context, the share that a resumed call has: less for sub-agents."""
         self._read_s_per_token = Mean()
         self._decode_s = Mean()
         self._growth = Mean()
@@ -149,7 +167,19 @@ class LoadControl:
         self._claims = Claims()
         self._limit = inf
         self._reason: Reason = "fits"
-        self._counted_s = self._decided_s = self._closed_until_s = -inf
+        self._counted_s = self._part_s = self._decided_s = -inf
+        self._closed_until_s = self._large_closed_until_s = -inf
+        """For those that others do not pass, and for those that they do."""
+        self._stale = False
+        """Whether claims have gone since they were counted."""
+        self._round: Iterator[Program] | None = None
+        """Those that are still to be counted; None between two counts."""
+        self._alike: dict[tuple[bool, int], tuple[float, float]] = {}
+        """Of those that have been counted, by turn: how many, and the sum of their tokens."""
+        self._came = Claims()
+        """Of those that began since the count did."""
+        self._idle_since_s = inf
+        """When a held call was first asked for while the engine had nothing else to do, since it last did something."""
         self._begun: Counter[Begins] = Counter()
 
     # Events.
@@ -172,7 +202,8 @@ class LoadControl:
             self._returned(self._live[name], now_s, revised=False)
         program = self._live.setdefault(name, Program(name, named))
         self._away.pop(name, None)
-        call = LoadCall(program, now_s, prompt_tokens)
+        came_s, gave_up_s = self._gave_up.pop(name, (now_s, -inf))
+        call = LoadCall(program, came_s if now_s - gave_up_s <= RETRY_S else now_s, prompt_tokens)
         if program.turns or program.begun:
             call.why = "returning"
         elif not can_return:
@@ -202,6 +233,7 @@ class LoadControl:
         if call.begun or call.over:
             return
         call.begun = True
+        self._idle_since_s = inf
         program = call.program
         self._release(call)
         if program.turns:
@@ -214,7 +246,8 @@ class LoadControl:
             return False
         del self._firsts[call]
         self._held -= call.held
-        call.held = False
+        self._passed -= call.passed
+        call.held = call.passed = False
         return True
 
     def _release(self, call: LoadCall) -> None:
@@ -222,12 +255,15 @@ class LoadControl:
         if self._waits_no_more(call):
             program = call.program
             if not program.begun:
-                self._claims += self._newcomer(program.named, call.prompt_tokens)
+                newcomer = self._newcomer(program.named, call.prompt_tokens)
+                self._claims += newcomer
+                self._came += newcomer
             program.begun = True
 
     def _resumed(self, program: Program, now_s: float, prompt_tokens: int, cached_tokens: int) -> None:
         found = min(cached_tokens / max(min(program.context, prompt_tokens), 1), 1.0)
         self._hits.add(found)
+        self._parts.add(min(prompt_tokens / max(program.context, 1), 1.0))
         self._new_tokens.add(max(prompt_tokens - program.context, 0))
         if self._limit < inf:
             self._count(now_s)
@@ -246,6 +282,7 @@ class LoadControl:
         decode_s: float,
         last: bool = False,
         tool: str | None = None,
+        child: bool = False,
     ) -> None:
         """A call that had begun ended.
 
@@ -256,6 +293,7 @@ class LoadControl:
             decode_s: what its decoding would have taken in steps without prompts.
             last: whether the client said that the program ends with it.
             tool: what the program does until it comes back, where that was said.
+            child: whether it is known to be a sub-agent's: the context of its parent is still needed.
         """
         if not self._over(call):
             return
@@ -263,19 +301,21 @@ class LoadControl:
         if program.turns and context_tokens > program.context:
             self._growth.add(context_tokens - program.context)
         program.context = max(program.context, context_tokens)
+        program.kept = max(program.kept if child else program.kept * CONTEXT_FADE, context_tokens)
         program.turns += 1
         program.ended_s, program.tool, program.begun = now_s, tool, True
+        self._idle_since_s = inf
         if read_tokens:
             self._read_s_per_token.add(read_s / read_tokens, read_tokens)
         self._decode_s.add(decode_s)
-        self._closed_until_s = -inf
+        self._open()
         self._leaves(program)
         if last and not program.calls:
             program.over = True
             self._untrue.add(0.0)
             if self._untrue.value <= UNTRUE:
                 self._lapse(program)
-                self._counted_s = -inf
+                self._stale = True
 
     def _over(self, call: LoadCall) -> bool:
         """A call is no more; returns whether that is new."""
@@ -290,42 +330,56 @@ class LoadControl:
         """A call of the program is no more; without others it is away."""
         if not program.calls:
             self._away[program.name] = None
+            if len(self._away) > PROGRAMS_KEPT:
+                self._lapse(self._live[next(iter(self._away))])
 
     def abort(self, call: LoadCall, now_s: float) -> None:
         """A call ended before its answer did, or before it began."""
+        held = call.held
         if not self._over(call):
             return
         program = call.program
         program.ended_s = now_s
+        if held and program.named:
+            self._gave_up[program.name] = call.came_s, now_s
+            if len(self._gave_up) > PROGRAMS_KEPT:
+                self._gave_up.popitem(last=False)
         if program.calls or program.turns:
             self._leaves(program)
         else:
             del self._live[program.name]
-        self._counted_s = self._closed_until_s = -inf
+        self._stale = True
+        self._open()
+
+    def _open(self) -> None:
+        """Something has happened: those that are held may be asked for again."""
+        self._closed_until_s = self._large_closed_until_s = -inf
 
     def forget(self, program: str) -> None:
         """A program without calls is over. One with calls goes on, unknown ones are no matter."""
         self._gone.pop(program, None)
         if program in self._live and not self._live[program].calls:
             del self._live[program], self._away[program]
-            self._counted_s = self._closed_until_s = -inf
+            self._stale = True
+            self._open()
 
     # Decisions.
 
     def closed(self, now_s: float) -> bool:
         """Whether asking again is of no use yet: `may_begin` said no, and nothing has happened since."""
-        return now_s < self._closed_until_s
+        return now_s < self.ask_again_s
 
     @property
     def ask_again_s(self) -> float:
         """When `may_begin` may say something else even if nothing happens; -inf for now."""
-        return self._closed_until_s
+        return self._closed_until_s if self._held > self._passed else self._large_closed_until_s
 
     def may_begin(self, call: LoadCall, now_s: float, *, idle: bool) -> bool:
         """Whether a call that waits may be scheduled; ask for the held ones in their order.
 
         A yes is not taken back, and its program counts as under way. A newcomer does not pass those that are held: asked for
-        when it comes, it is held too.
+        when it comes, it is held too. Only those that want most of the limit are passed, by smaller ones: else one client
+        with a huge prompt would make all others wait.
 
         Args:
             idle: whether the engine has nothing else to do: nothing runs, and nothing that may begin waits.
@@ -352,10 +406,14 @@ class LoadControl:
             return "bound"
         if self.returns.begins(program.named) <= USUAL:
             return "one-shot"
-        if self.closed(now_s) or (self._held and not call.held):
+        if call.passed:
+            if now_s < self._large_closed_until_s:
+                return None
+        elif now_s < self._closed_until_s or (self._held > self._passed and not call.held):
             return None
         self._count(now_s)
-        wanted = (self._claims + self._newcomer(program.named, call.prompt_tokens)).most
+        newcomer = self._newcomer(program.named, call.prompt_tokens)
+        wanted = (self._claims + newcomer).most
         if self._reason == "fits" and wanted > FITS * self.pool_tokens:
             self._decided_s = -inf
         self._decide(now_s)
@@ -367,16 +425,28 @@ class LoadControl:
             return "unlimited"
         if not self._claims.programs:
             return "alone"
-        if wanted <= self._limit:
+        large = newcomer.most > LARGE * self._limit
+        behind = large and not call.held and self._passed > 0
+        if wanted <= self._limit and not behind:
             return "fits"
-        if idle and self._nobody_returns(now_s):
+        if idle and not behind and (self._nobody_came(now_s) or self._nobody_returns(now_s)):
             return "idle"
-        self._closed_until_s = now_s + COUNT_S
+        self._passed += large - call.passed
+        call.passed = large
+        if not large:
+            self._closed_until_s = now_s + COUNT_S
+        elif not behind:
+            self._large_closed_until_s = now_s + COUNT_S
         return None
 
     def _newcomer(self, named: bool, prompt_tokens: float, programs: int = 1) -> Claims:
         """What so many programs want that begin, with prompts of so many tokens in the mean."""
         return claim(prompt_tokens + self._waste, self._growth.value, stays(self.returns, named, 1), programs)
+
+    def _nobody_came(self, now_s: float) -> bool:
+        """Whether the engine has done nothing for a mean gap: those under way may wait for the very calls that are held."""
+        self._idle_since_s = min(self._idle_since_s, now_s)
+        return now_s - self._idle_since_s >= IDLE * self.returns.gaps.mean_s
 
     def _nobody_returns(self, now_s: float) -> bool:
         """Whether more likely than not nobody comes back within a mean gap."""
@@ -391,30 +461,41 @@ class LoadControl:
                 away = now_s - program.ended_s
                 then = longer(program, self.returns, away + soon) / longer(program, self.returns, away)
                 nobody *= 1 - there * (1 - then)
-        return nobody > 0.5
+                if nobody <= 0.5:
+                    return False
+        return True
 
     def _count(self, now_s: float) -> None:
         """Adds up the claims of the programs under way; those that have lapsed are gone."""
-        if now_s - self._counted_s < max(COUNT_S, COUNT_S_PER_PROGRAM * len(self._live)):
+        if self._round is None:
+            programs = len(self._live)
+            least = COUNT_S_PER_PROGRAM * programs if programs > COUNTED_FREELY else 0.0
+            if now_s - self._counted_s < (least if self._stale else max(COUNT_S, COUNT_S_PER_PROGRAM * programs)):
+                return
+            self._counted_s, self._stale = now_s, False
+            self._round, self._alike, self._came = iter(list(self._live.values())), {}, Claims()
+        elif now_s - self._part_s < COUNT_S_PER_PROGRAM * COUNTED_AT_ONCE:
             return
-        self._counted_s = now_s
+        self._part_s = now_s
+        part = [*islice(self._round, COUNTED_AT_ONCE)]
         growth = self._growth.value
-        alike: dict[tuple[bool, int], tuple[float, float]] = {}
-        for program in list(self._live.values()):
-            if not program.begun:
+        for program in part:
+            if not program.begun or self._live.get(program.name) is not program:
                 continue
             if lapsed(program, self.returns, now_s):
                 self._lapse(program)
                 continue
             there = presence(program, self.returns, now_s)
-            tokens = program.wants if program.calls else program.context + growth
+            tokens = program.wants if program.calls else program.kept + growth
             key = program.named, program.turns + 1
-            programs, sum_of = alike.get(key, (0.0, 0.0))
-            alike[key] = programs + there, sum_of + there * (tokens + self._waste)
-        self._claims = Claims()
-        for (named, number), (programs, tokens) in alike.items():
-            if programs:
-                self._claims += claim(tokens / programs, growth, stays(self.returns, named, number), programs)
+            programs_of, sum_of = self._alike.get(key, (0.0, 0.0))
+            self._alike[key] = programs_of + there, sum_of + there * (tokens + self._waste)
+        if len(part) == COUNTED_AT_ONCE:
+            return
+        self._claims, self._round = self._came, None
+        for (named, number), (sharing, tokens) in self._alike.items():
+            if sharing:
+                self._claims += claim(tokens / sharing, growth, stays(self.returns, named, number), sharing)
 
     def _lapse(self, program: Program) -> None:
         self._gone[program.name] = self._live.pop(program.name)
@@ -442,7 +523,7 @@ class LoadControl:
             gap_s=self.returns.gaps.mean_s,
             decode_s=self._decode_s.value,
             read_s=self._new_tokens.value * self._read_s_per_token.value,
-            again_s=footprint * self._read_s_per_token.value,
+            again_s=footprint * (self._parts.value or 1.0) * self._read_s_per_token.value,
         )
         room = max(pool / footprint, 1.0)
         without = turns_per_second(everybody.programs, turn, hit_ratio(everybody.most / pool), room)
@@ -492,5 +573,7 @@ class LoadControl:
         held = sum(call.held for call in self._firsts)
         if held != self._held:
             found.append(f"{self._held} calls are said to be held, and {held} are")
+        if sum(call.held and call.passed for call in self._firsts) != self._passed:
+            found.append(f"{self._passed} calls are said to let others pass, and that many do not")
         found += [f"the program {name!r} is live and gone" for name in self._gone if name in self._live]
         return found

@@ -403,6 +403,7 @@ class PressureEngine:
             read_tokens=request.prefill_tokens,
             decode_s=request.decode_ms / 1000,
             last=last and run.parent is None if self._ends == "told" else self._ends == "untrue",
+            child=run.parent is not None,
         )
         self.outcome.turns += 1
         for child in turn.children:

@@ -118,8 +118,16 @@ def keeps_prefixes(scheduler: "Scheduler") -> bool:
 
 
 def pool_tokens(scheduler: "Scheduler") -> int:
-    """Tokens whose KV the engine can keep; one block is vLLM's own."""
-    return int((scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1) * scheduler.block_size)
+    """Tokens whose KV the engine can keep; one block is vLLM's own. Where layers differ in what they keep (sliding windows), each
+    kind takes blocks for itself: fewer tokens fit, by vLLM's own count for requests of full length."""
+    from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+
+    tokens = int((scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1) * scheduler.block_size)
+    config = scheduler.kv_cache_config
+    if len(config.kv_cache_groups) < 2:
+        return tokens
+    requests = get_max_concurrency_for_kv_cache_config(scheduler.vllm_config, config)
+    return min(tokens, int(requests * scheduler.max_model_len))
 
 
 def can_return(scheduler: "Scheduler", request: "Request") -> bool:

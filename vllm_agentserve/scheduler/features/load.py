@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, MutableMapping
 from logging import Logger
+from math import inf
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
 
 logger: Logger = init_logger("vllm.agentserve")
+
+ASK_S = 0.1
+"""All held calls are asked for after so long."""
 
 
 class Load(Feature):
@@ -44,6 +48,7 @@ class Load(Feature):
         self._waiting = waiting
         self._counts = counts
         self._decodes = 0
+        self._asked_s = -inf
         self._said = False
 
     def arrived(self, call: Call) -> None:
@@ -78,12 +83,19 @@ class Load(Feature):
         now = perf_counter()
         if not self._waiting.parked or self.control.closed(now):
             return
-        idle = self._idle()
+        idle, refused = self._idle(), False
+        # After a no the others are asked for now and then only: thousands may be held.
+        everybody = now - self._asked_s >= ASK_S
+        if everybody:
+            self._asked_s = now
 
         def ready(call: Call) -> bool:
-            nonlocal idle
+            nonlocal idle, refused
             load = call.load
-            if call.awaited is not HELD or load is None or not self.control.may_begin(load, now, idle=idle):
+            if refused or call.awaited is not HELD or load is None:
+                return False
+            if not self.control.may_begin(load, now, idle=idle):
+                refused = not everybody and self.control.closed(now)
                 return False
             idle = False
             self._counts["load_hold_seconds"] += now - load.came_s
@@ -116,6 +128,7 @@ class Load(Feature):
             # Where a sub-agent ends, its program goes on.
             last=call.hints.last and not owner.sub_agent,
             tool=call.hints.tool,
+            child=owner.sub_agent,
         )
 
     def report(self) -> dict[str, float]:
