@@ -57,13 +57,22 @@ def test_old_gaps_count_less() -> None:
 
 def test_the_share_of_longer_gaps() -> None:
     gaps = gaps_of(1.0, 10.0)
-    tail = 0.5 * exp(-3.0 / (2 * gaps.mean_s))
-    assert gaps.longer(3.0) == pytest.approx((1.0 + tail) / (gaps.samples + 0.5))
+    tail = 2.0 * exp(-3.0 / (4 * gaps.mean_s))
+    assert gaps.longer(3.0) == pytest.approx((1.0 + tail) / (gaps.samples + 2.0))
     # Of a bucket half is taken for longer.
-    tail = 0.5 * exp(-10.0 / (2 * gaps.mean_s))
-    assert gaps.longer(10.0) == pytest.approx((0.5 + tail) / (gaps.samples + 0.5))
+    tail = 2.0 * exp(-10.0 / (4 * gaps.mean_s))
+    assert gaps.longer(10.0) == pytest.approx((0.5 + tail) / (gaps.samples + 2.0))
     assert gaps.longer(0.0) == pytest.approx(1.0)
     assert gaps.longer(100.0) < 0.01
+
+
+def test_few_short_gaps_do_not_rule_out_longer_ones() -> None:
+    """Sixteen tools took 50 ms. One that takes 0.2 s is no surprise, one of 5 s is; after a hundred 0.2 s is one too."""
+    few, many = gaps_of(*[0.05] * 16), gaps_of(*[0.05] * 100)
+    assert few.longer(0.3) > 0.06
+    assert few.longer(1.0) == pytest.approx(2.0 * exp(-1.0) / (few.samples + 2.0))
+    assert few.longer(5.0) < 0.03
+    assert many.longer(0.3) < 0.03
 
 
 @settings(deadline=None)

@@ -33,8 +33,10 @@ PRIOR = 4.0
 """Samples that what is known of all counts for, beside those of a tool or a program."""
 TURN_PRIOR = 0.5
 """The same for a turn."""
-TAIL = 0.5
-"""Samples that stand for gaps longer than those seen."""
+TAIL = 2.0
+"""Samples that stand for gaps longer than those seen. Their share falls to 1/e with so many mean gaps, or so many seconds if that
+is longer: tools that were short so far say little about the next one."""
+TAIL_GAPS, TAIL_S = 4.0, 1.0
 NAMES = 128
 """Tools and turns kept."""
 
@@ -100,7 +102,7 @@ class Gaps:
             return 1.0
         index = bucket(elapsed_s)
         seen = self.samples - self._up_to[index] + self._weights[index] / 2
-        return (seen + TAIL * exp(-elapsed_s / (2 * self.mean_s))) / (self.samples + TAIL)
+        return (seen + TAIL * exp(-elapsed_s / max(TAIL_GAPS * self.mean_s, TAIL_S))) / (self.samples + TAIL)
 
 
 class OwnGaps:

@@ -284,7 +284,8 @@ def averaged(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def warm_up(cell: Cell, engine: PressureEngine, seed: int) -> None:
-    """A few programs of the same kind before, as a server in use has seen them, or with two turns each as the benchmark's."""
+    """A few programs of the same kind before, as a server in use has seen them, or as in the benchmark: two turns each, tools of
+    50 ms, one program every 0.2 s."""
     if cell.warm == "none":
         return
     programs = cell.programs
@@ -295,9 +296,10 @@ def warm_up(cell: Cell, engine: PressureEngine, seed: int) -> None:
         programs.first,
         programs.added,
         programs.answer,
-        programs.gap_s,
-        5.0,
-        programs.heavy,
+        programs.gap_s if cell.warm == "same" else 0.05,
+        5.0 if cell.warm == "same" else 0.2,
+        programs.heavy and cell.warm == "same",
+        burst=cell.warm != "same",
         told=programs.told,
     )
     agents = few.draw(seed + 1000, "warm-up")
