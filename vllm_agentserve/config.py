@@ -118,7 +118,7 @@ class AgentServeConfig:
         "gives more turns per second.",
     )
     max_hold_s: float = option(
-        300.0,
+        480.0,
         "s",
         "Longest time load control holds a call back.",
         low=0.0,

@@ -43,8 +43,8 @@ from vllm_agentserve.policy.turn_rate import TurnCost, hit_ratio, turns_per_seco
 Reason = Literal["fits", "faster without", "model"]
 """Of the limit: there is none because all fit, or because recomputing costs less than idling; or it is the model's."""
 
-MAX_HOLD_S = 300.0
-"""Half of the time after which clients of the OpenAI API give up by default."""
+MAX_HOLD_S = 480.0
+"""Two minutes less than the time after which clients of the OpenAI API give up by default."""
 DECIDE_S = 0.25
 COUNT_S = 0.1
 """Claims are counted again after so long."""
@@ -54,8 +54,10 @@ COUNTED_FREELY = 64
 """So few are counted again whenever a claim has gone."""
 COUNTED_AT_ONCE = 512
 """So many are counted in one step; more of them in parts, so that no step takes long."""
-COMES, GOES = 1.3, 0.9
-"""A limit comes when it gives so many times the turns per second of none, and goes when it gives no more than so many."""
+COMES, GOES = 0.9, 0.8
+"""A limit comes when it gives so many times the turns per second of none, and goes when it gives no more than so many. With as
+many turns per second the last program ends when it would without, and the others earlier; the model says a tenth too little of
+limits, since contexts are seldom all at their largest."""
 FIRST_ROOM, LEAST_ROOM, MOST_ROOM = 0.95, 0.85, 1.15
 """Share of the pool that contexts can fill before they push each other out: at first, and the bounds of what is measured."""
 ROOM_STEP = 0.02
@@ -158,7 +160,7 @@ class LoadControl:
         """1 for a program that came back after its told end, 0 for a told end."""
         self._hits = Mean()
         self._parts = Mean()
-        """Of a program's longest context, the share that a resumed call has: less for sub-agents."""
+        """Of the most that a program will want, the share that a resumed call has: contexts grow, and sub-agents have less."""
         self._read_s_per_token = Mean()
         self._decode_s = Mean()
         self._growth = Mean()
@@ -263,7 +265,8 @@ class LoadControl:
     def _resumed(self, program: Program, now_s: float, prompt_tokens: int, cached_tokens: int) -> None:
         found = min(cached_tokens / max(min(program.context, prompt_tokens), 1), 1.0)
         self._hits.add(found)
-        self._parts.add(min(prompt_tokens / max(program.context, 1), 1.0))
+        will = claim(program.wants, self._growth.value, stays(self.returns, program.named, program.turns + 1))
+        self._parts.add(min(program.context, prompt_tokens) / max(will.most, program.context, 1.0))
         self._new_tokens.add(max(prompt_tokens - program.context, 0))
         if self._limit < inf:
             self._count(now_s)
@@ -519,13 +522,14 @@ class LoadControl:
             self._limit, self._reason = inf, "fits"
             return
         footprint = everybody.most / everybody.programs
+        context = footprint * (self._parts.value or 1.0)
         turn = TurnCost(
             gap_s=self.returns.gaps.mean_s,
             decode_s=self._decode_s.value,
             read_s=self._new_tokens.value * self._read_s_per_token.value,
-            again_s=footprint * (self._parts.value or 1.0) * self._read_s_per_token.value,
+            again_s=context * self._read_s_per_token.value,
         )
-        room = max(pool / footprint, 1.0)
+        room = max(pool / context, 1.0)
         without = turns_per_second(everybody.programs, turn, hit_ratio(everybody.most / pool), room)
         rates = [
             (turns_per_second(pressure * pool / footprint, turn, hit_ratio(pressure)), -pressure)

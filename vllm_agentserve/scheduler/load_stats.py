@@ -38,7 +38,7 @@ LOAD_HISTOGRAMS = {
 }
 """(label, its values, meaning) by name, without prefix."""
 HOLD_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-"""Upper bounds of the histogram. Calls that were held for as long as `max_hold_s` allows by default are above 300 s."""
+"""Upper bounds of the histogram. Calls that were held for as long as `max_hold_s` allows by default are in the last one."""
 
 
 @dataclass(frozen=True)

@@ -368,9 +368,9 @@ Which traffic a cell has is in `simulator/load_search.py`.
 What to know when reading:
 
 - A fresh server has seen nobody come back, so it lets everybody begin; the first returns change that for those who still wait.
-- Where a limit gives less than 1.3 times the turns per second of none there is none, though sessions would be shorter in the
-  mean: their p95 would be longer.
-- Nobody is held for more than 300 s unless a cell says so. A queue that is longer than that begins all at once.
+- Where a limit is thought to give less than 0.9 times the turns per second of none there is none, though sessions would be
+  shorter in the mean: their p95 would be longer.
+- Nobody is held for more than 480 s unless a cell says so. A queue that is longer than that begins all at once.
 - Programs that end after two turns with long results are held for too long until 24 of them were seen.
 
 """
