@@ -55,6 +55,19 @@ def test_a_claim_fades_while_its_program_is_away() -> None:
     assert not lapsed(program, returns, 101.0)
 
 
+def test_claims_do_not_lapse_within_a_second_however_short_gaps_were() -> None:
+    """A hundred tools took 50 ms; the next ones take half a second, of all programs at the same time."""
+    returns = Returns()
+    for _ in range(100):
+        returns.returned((True, 1), None, 0.05, revised=False)
+    program = Program("p", True, turns=1, ended_s=100.0)
+    assert returns.longer(None, 0.9) < 0.03
+    assert not lapsed(program, returns, 100.9)
+    assert presence(program, returns, 100.9) > 0.6
+    assert lapsed(program, returns, 101.0)
+    assert presence(program, returns, 101.0) == 0.0
+
+
 def test_a_turn_that_was_seen_often_is_believed() -> None:
     returns = Returns()
     for _ in range(60):

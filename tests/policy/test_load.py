@@ -844,6 +844,23 @@ def test_a_limit_needs_nearly_as_many_turns_to_come_and_goes_with_fewer() -> Non
     assert gain(gaps[gaps.index(stays) + 1]) < 0.8 * 1.07
 
 
+def test_a_limit_goes_where_those_under_way_find_nothing_and_few_are_held() -> None:
+    """Claims had lapsed too early, so that 17 of 18 began where five fit. To hold the last one until they end helps nobody; to
+    hold forty more does, since they will have the cache for themselves."""
+    for waiting, limited in ((1, False), (40, True)):
+        server = learned()
+        load = server.load
+        for index in range(17 + waiting):
+            server.arrive(f"new-{index}/0", f"new-{index}")
+        for index in range(17):
+            server.begin(f"new-{index}/0")
+        last = f"new-{17 + waiting - 1}/0"
+        server.now += 0.4
+        assert load.report(server.now).claims_tokens > 1.6 * 10_000
+        assert server.may(last) is not limited
+        assert (load.report().limit_tokens is not None) is limited
+
+
 def test_decisions_are_made_four_times_a_second() -> None:
     server = learned()
     held = fill(server)

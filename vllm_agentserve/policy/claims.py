@@ -23,6 +23,8 @@ USUAL = 0.6
 """Programs usually return where more than this share of first calls is followed by another."""
 LAPSE = 0.03
 """A claim lapses when no more than this share of the gaps is longer."""
+SLOWER, SLOWER_S = 0.1, 1.0
+"""However short gaps were, so many are assumed to be longer than that: when tools get slower, all claims would lapse at once."""
 UNKNOWN_S = 60.0
 """The same where no gap was ever seen: after so long."""
 
@@ -99,7 +101,8 @@ class Program:
 
 def longer(program: Program, returns: Returns, away_s: float) -> float:
     """The share of its gaps that are longer."""
-    return program.own.longer(away_s, returns.longer(program.tool, away_s))
+    found = program.own.longer(away_s, returns.longer(program.tool, away_s))
+    return max(found, SLOWER) if away_s < SLOWER_S else found
 
 
 def presence(program: Program, returns: Returns, now_s: float) -> float:

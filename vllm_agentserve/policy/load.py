@@ -38,7 +38,7 @@ from vllm_agentserve.policy.claims import (
     stays,
 )
 from vllm_agentserve.policy.gaps import Returns
-from vllm_agentserve.policy.turn_rate import TurnCost, hit_ratio, turns_per_second
+from vllm_agentserve.policy.turn_rate import CLIFF, TurnCost, hit_ratio, turns_per_second
 
 Reason = Literal["fits", "faster without", "model"]
 """Of the limit: there is none because all fit, or because recomputing costs less than idling; or it is the model's."""
@@ -537,6 +537,13 @@ class LoadControl:
             if footprint <= pressure * pool <= everybody.most
         ]
         best, pressure = max(rates, default=(0.0, 0.0))
+        if best and self._claims.now >= (1 + CLIFF) * pool:
+            # Those under way find nothing whoever else is held: a limit can only help those that wait, one after the other.
+            under_way = self._claims.programs
+            waiting = everybody.programs - under_way
+            then = turns_per_second(min(waiting, pool / footprint), turn, 1.0)
+            now = turns_per_second(under_way, turn, 0.0, room)
+            best = min(best, everybody.programs / (under_way / now + waiting / then)) if waiting else 0.0
         if best > without * (COMES if self._limit == inf else GOES):
             self._limit, self._reason = -pressure * pool, "model"
         else:
