@@ -861,6 +861,43 @@ def test_a_limit_goes_where_those_under_way_find_nothing_and_few_are_held() -> N
         assert (load.report().limit_tokens is not None) is limited
 
 
+def test_slower_tools_are_noticed_before_they_are_done() -> None:
+    """Gaps were a tenth of a second. Of five programs under way none is back after 0.9 s."""
+    server = Server()
+    server.learn(gap_s=0.1)
+    held = fill(server)
+    began = 30 - len(held)
+    for index in range(began):
+        server.end(f"new-{index}/0")
+    load = server.load
+    server.now += 0.12
+    load._count(server.now)
+    assert load._gap_s == pytest.approx(load.returns.gaps.mean_s, rel=0.01)
+    assert load.report().reason == "model"
+    server.now += 0.78
+    load._count(server.now)
+    back = load.returns.probability((True, 1), None)
+    past = max(began * back, 2.0)
+    assert load._gap_s == pytest.approx(
+        (past * load.returns.gaps.mean_s + began * back * 2 * 0.9) / (past + began * back), rel=0.01
+    )
+    assert load._gap_s > 0.9
+
+
+def test_programs_that_do_not_come_back_say_little_of_gaps() -> None:
+    """Two of those under way have had their usual last call, without saying so."""
+    server = Server()
+    server.learn(ends=False, programs=30)
+    for index in range(2):
+        for turn in range(4):
+            server.turn(f"{index}/{turn}", f"last-{index}", 1000 + 150 * turn, 900)
+            server.now += 0.1
+    load = server.load
+    server.now += 2.0
+    load._count(server.now)
+    assert load._gap_s < 1.3 * load.returns.gaps.mean_s
+
+
 def test_decisions_are_made_four_times_a_second() -> None:
     server = learned()
     held = fill(server)

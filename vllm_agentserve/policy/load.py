@@ -58,6 +58,9 @@ COMES, GOES = 0.9, 0.8
 """A limit comes when it gives so many times the turns per second of none, and goes when it gives no more than so many. With as
 many turns per second the last program ends when it would without, and the others earlier; the model says a tenth too little of
 limits, since contexts are seldom all at their largest."""
+OVERDUE, LEAST_PAST = 1.5, 2.0
+"""A program that has been away for more than so many mean gaps is thought to be away for as long again. Those that are away count
+for as much as the gaps seen before, or as so many of these where they are fewer."""
 FIRST_ROOM, LEAST_ROOM, MOST_ROOM = 0.95, 0.85, 1.15
 """Share of the pool that contexts can fill before they push each other out: at first, and the bounds of what is measured."""
 ROOM_STEP = 0.02
@@ -180,6 +183,11 @@ class LoadControl:
         """Of those that have been counted, by turn: how many, and the sum of their tokens."""
         self._came = Claims()
         """Of those that began since the count did."""
+        self._aways = (0.0, 0.0)
+        """Of those that have been counted and are away: how many, and what their gaps are thought to last, together, in s."""
+        self._gap_s = 0.0
+        """The mean gap if those that are away now count as much as those that came back: slower tools are noticed before they are
+        done. 0 where nobody is away."""
         self._idle_since_s = inf
         """When a held call was first asked for while the engine had nothing else to do, since it last did something."""
         self._begun: Counter[Begins] = Counter()
@@ -477,6 +485,7 @@ class LoadControl:
                 return
             self._counted_s, self._stale = now_s, False
             self._round, self._alike, self._came = iter(list(self._live.values())), {}, Claims()
+            self._aways = (0.0, 0.0)
         elif now_s - self._part_s < COUNT_S_PER_PROGRAM * COUNTED_AT_ONCE:
             return
         self._part_s = now_s
@@ -489,6 +498,11 @@ class LoadControl:
                 self._lapse(program)
                 continue
             there = presence(program, self.returns, now_s)
+            if not program.calls:
+                number, seconds = self._aways
+                away_s, mean_s = now_s - program.ended_s, self.returns.gaps.mean_s
+                back = self.returns.probability(program.turn(), program.tool)
+                self._aways = number + back, seconds + back * (2 * away_s if away_s > OVERDUE * mean_s else mean_s)
             tokens = program.wants if program.calls else program.kept + growth
             key = program.named, program.turns + 1
             programs_of, sum_of = self._alike.get(key, (0.0, 0.0))
@@ -496,9 +510,12 @@ class LoadControl:
         if len(part) == COUNTED_AT_ONCE:
             return
         self._claims, self._round = self._came, None
-        for (named, number), (sharing, tokens) in self._alike.items():
+        number, seconds = self._aways
+        past = min(self.returns.gaps.samples, max(number, LEAST_PAST))
+        self._gap_s = (past * self.returns.gaps.mean_s + seconds) / (past + number) if past else 0.0
+        for (named, turn), (sharing, tokens) in self._alike.items():
             if sharing:
-                self._claims += claim(tokens / sharing, growth, stays(self.returns, named, number), sharing)
+                self._claims += claim(tokens / sharing, growth, stays(self.returns, named, turn), sharing)
 
     def _lapse(self, program: Program) -> None:
         self._gone[program.name] = self._live.pop(program.name)
@@ -524,7 +541,7 @@ class LoadControl:
         footprint = everybody.most / everybody.programs
         context = footprint * (self._parts.value or 1.0)
         turn = TurnCost(
-            gap_s=self.returns.gaps.mean_s,
+            gap_s=max(self._gap_s, self.returns.gaps.mean_s),
             decode_s=self._decode_s.value,
             read_s=self._new_tokens.value * self._read_s_per_token.value,
             again_s=context * self._read_s_per_token.value,
