@@ -113,6 +113,8 @@ def test_the_warm_up_is_short_and_shares_no_prompt() -> None:
     sessions = draw_sessions(WORKLOADS["react"], WorkloadOptions(), 0)
     short = warm_up_of(sessions, "0")
     assert (len(short), count_requests(short)) == (4, 8)
+    # Who learns how long tools take has seen those of the workload, but nobody waits for long ones.
+    assert [one.turns[1].tool_s for one in short] == [min(one.turns[1].tool_s, 5.0) for one in sessions[:4]]
     assert not {one.turns[0].added[:16] for one in short} & {one.turns[0].added[:16] for one in sessions}
 
 

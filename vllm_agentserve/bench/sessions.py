@@ -15,6 +15,8 @@ PARENT_HINT = "agent_parent"
 LAST_HINT = "agent_last"
 """The same for saying that a session ends with a call."""
 WARM_UP_PROGRAMS = 16
+WARM_UP_TOOL_S = 5.0
+"""A scheduler that learns how long tools take has seen them then, as on a server in use."""
 
 
 class WorkloadError(ValueError):
@@ -266,8 +268,8 @@ def count_requests(sessions: Iterable[Session]) -> int:
 
 
 def warm_up_of(sessions: Sequence[Session], seed: str, turns: int = 2) -> list[Session]:
-    """A short stand-in for the same work with other token ids: every agent's first session, `turns` turns, short tools; of
-    programs only the first `WARM_UP_PROGRAMS`."""
+    """A short stand-in for the same work with other token ids: every agent's first session, `turns` turns, tools of up to
+    `WARM_UP_TOOL_S`; of programs only the first `WARM_UP_PROGRAMS`."""
     rng = random.Random(f"warm-up {seed}")
     seen: set[str] = set()
     short: list[Session] = []
@@ -277,7 +279,10 @@ def warm_up_of(sessions: Sequence[Session], seed: str, turns: int = 2) -> list[S
         if session.program and len(short) == WARM_UP_PROGRAMS:
             break
         seen.add(session.agent)
-        cut = tuple(Turn(draw_tokens(rng, _fresh(turn)), min(turn.answer, 16), 0.05) for turn in session.turns[:turns])
+        cut = tuple(
+            Turn(draw_tokens(rng, _fresh(turn)), min(turn.answer, 16), min(turn.tool_s, WARM_UP_TOOL_S))
+            for turn in session.turns[:turns]
+        )
         short.append(Session(f"warm-up-{session.name}", session.agent, cut, session.kind, 0.2 * len(short)))
     return short
 
