@@ -114,7 +114,8 @@ def test_the_warm_up_is_short_and_shares_no_prompt() -> None:
     short = warm_up_of(sessions, "0")
     assert (len(short), count_requests(short)) == (4, 8)
     # Who learns how long tools take has seen those of the workload, but nobody waits for long ones.
-    assert [one.turns[1].tool_s for one in short] == [min(one.turns[1].tool_s, 5.0) for one in sessions[:4]]
+    by_name = {f"warm-up-{one.name}": one for one in sessions}
+    assert [one.turns[1].tool_s for one in short] == [min(by_name[one.name].turns[1].tool_s, 5.0) for one in short]
     assert not {one.turns[0].added[:16] for one in short} & {one.turns[0].added[:16] for one in sessions}
 
 
