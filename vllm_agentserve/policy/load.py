@@ -501,8 +501,8 @@ class LoadControl:
             if not program.calls:
                 number, seconds = self._aways
                 away_s, mean_s = now_s - program.ended_s, self.returns.gaps.mean_s
-                back = self.returns.probability(program.turn(), program.tool)
-                self._aways = number + back, seconds + back * (2 * away_s if away_s > OVERDUE * mean_s else mean_s)
+                if self.returns.probability(program.turn(), program.tool) > USUAL:
+                    self._aways = number + 1, seconds + (2 * away_s if away_s > OVERDUE * mean_s else mean_s)
             tokens = program.wants if program.calls else program.kept + growth
             key = program.named, program.turns + 1
             programs_of, sum_of = self._alike.get(key, (0.0, 0.0))
