@@ -284,7 +284,7 @@ def averaged(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def warm_up(cell: Cell, engine: PressureEngine, seed: int) -> None:
-    """A few programs of the same kind before, as a server in use has seen them, or as in the benchmark: two turns each, tools of
+    """A few programs of the same kind before, as a server in use has seen them, or short ones: two turns each, tools of
     50 ms, one program every 0.2 s."""
     if cell.warm == "none":
         return
