@@ -11,6 +11,7 @@ from tests.support.queues import LoneQueue
 from tests.support.schedulers import make_request
 from vllm_agentserve.policy.order import AdmissionKey, admission_key
 from vllm_agentserve.policy.phase import Phase
+from vllm_agentserve.policy.waiting import HELD
 
 STEPS = 7
 """How many steps a request may be overtaken in these tests."""
@@ -57,6 +58,19 @@ def test_everybody_is_served_within_the_bound(arrivals: list[list[AdmissionKey]]
             del came[served]
         step += 1
         assert step < 1000
+
+
+def test_a_held_call_waits_for_a_step_from_when_it_is_released() -> None:
+    queue = LoneQueue(lambda request, number: AdmissionKey(2, arrival=number), STEPS)
+    queue.add_request(REQUESTS[0])
+    queue.park({"r0": HELD})
+    promoted = []
+    for step in range(1, 5 * STEPS):
+        queue.step = step
+        promoted.append(queue.promote_overdue())
+        if step == 2 * STEPS - 1:
+            queue.list.release(lambda call: True)
+    assert [step for step, calls in enumerate(promoted, 1) if calls] == [3 * STEPS - 1]
 
 
 def test_a_closed_queue_has_nobody_to_look_at_and_loses_nobody() -> None:

@@ -331,6 +331,9 @@ class WaitingList(VllmOrder):
 
     def release(self, ready: Callable[[Call], bool]) -> None:
         for call in [call for _, _, call in self._parked if ready(call)]:
+            if call.awaited is HELD:
+                # It begins to wait for a step.
+                self._bound(call).enter(call, self.step)
             self._out(call)
             self._insert(call)
 
