@@ -492,6 +492,28 @@ def test_no_question_looks_at_more_than_so_many_programs(monkeypatch: pytest.Mon
     assert server.load.report().programs == pytest.approx(3200, rel=0.1)
 
 
+def test_a_program_that_begins_while_others_are_counted_counts_once() -> None:
+    server = Server(pool_tokens=10_000_000)
+    server.learn(gap_s=300.0)
+    long_ago(server, 600)
+    server.arrive("new", "new", 100)
+    server.now += 1.0
+    load = server.load
+    load._count(server.now)
+    assert load._round is not None
+    server.begin("new")
+    server.now += 0.06
+    load._count(server.now)
+    assert load._round is None
+    counted = load.report().programs
+    server.now += 1.0
+    load._count(server.now)
+    server.now += 0.06
+    load._count(server.now)
+    assert load._round is None
+    assert counted == pytest.approx(load.report().programs, abs=0.5)
+
+
 def test_calls_that_are_aborted_do_not_make_it_count_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     server = Server(pool_tokens=10_000_000)
     server.learn(gap_s=300.0)

@@ -476,14 +476,16 @@ class LoadControl:
             if now_s - self._counted_s < (least if self._stale else max(COUNT_S, COUNT_S_PER_PROGRAM * programs)):
                 return
             self._counted_s, self._stale = now_s, False
-            self._round, self._alike, self._came = iter(list(self._live.values())), {}, Claims()
+            # Those that begin from now on are in `_came`.
+            self._round = iter([program for program in self._live.values() if program.begun])
+            self._alike, self._came = {}, Claims()
         elif now_s - self._part_s < COUNT_S_PER_PROGRAM * COUNTED_AT_ONCE:
             return
         self._part_s = now_s
         part = [*islice(self._round, COUNTED_AT_ONCE)]
         growth = self._growth.value
         for program in part:
-            if not program.begun or self._live.get(program.name) is not program:
+            if self._live.get(program.name) is not program:
                 continue
             if lapsed(program, self.returns, now_s):
                 self._lapse(program)
