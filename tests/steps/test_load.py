@@ -461,3 +461,17 @@ def test_what_clients_of_held_calls_get_is_the_same(clock: Clock) -> None:
     assert (nobody, bool(some)) == ([], True)
     assert held_back == without
     assert all(len(held_back[name][0]) == 8 for name in some)
+
+
+def test_a_prompt_that_another_engine_has_computed_is_not_held(clock: Clock) -> None:
+    """That engine keeps the KV blocks until they are fetched, and not for ever."""
+    scheduler, driver, load = started()
+    learned(scheduler, driver, clock)
+    for name in "abcdefgh":
+        turn(scheduler, name, 0)
+    turn(scheduler, "fetched", 0, kv_transfer_params={"do_remote_prefill": True})
+    turn(scheduler, "computed", 0, kv_transfer_params={"do_remote_decode": True})
+    assert "fetched-0" not in held(scheduler)
+    assert {"h-0", "computed-0"} <= set(held(scheduler))
+    serve(scheduler, driver, clock, 4000)
+    assert load.control.faults(()) == []
