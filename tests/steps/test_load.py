@@ -475,3 +475,31 @@ def test_a_prompt_that_another_engine_has_computed_is_not_held(clock: Clock) -> 
     assert {"h-0", "computed-0"} <= set(held(scheduler))
     serve(scheduler, driver, clock, 4000)
     assert load.control.faults(()) == []
+
+
+def test_no_report_is_made_for_every_empty_step_while_calls_are_held(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such an engine makes a thousand steps a second."""
+    scheduler, driver, load = started(stats_interval_ms=60_000.0)
+    learned(scheduler, driver, clock)
+    for name in "abcdefgh":
+        turn(scheduler, name, 0)
+    driver.step()
+    while scheduler.running:
+        clock.now += 0.02
+        driver.step()
+    waiting, reports, report = held(scheduler), [0], scheduler.report
+
+    def counted() -> dict[str, float]:
+        reports[0] += 1
+        return report()  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(scheduler, "report", counted)
+    for _ in range(10):
+        driver.step()
+    assert waiting == held(scheduler)
+    assert waiting
+    assert reports == [0]
+    serve(scheduler, driver, clock, 4000)
+    assert reports[0] > 0
