@@ -807,6 +807,17 @@ def test_measured_hits_correct_the_room() -> None:
     assert not server.may(held[0])
 
 
+@pytest.mark.parametrize(("cached", "room"), [(1056, 0.95), (528, 0.95 * exp(0.02 * (528 / 1550 - 1)))])
+def test_part_of_a_block_is_never_found(cached: int, room: float) -> None:
+    """Blocks of 528 tokens, as with hybrid models: of a context of 1550 tokens only 1056 can be found."""
+    server = learned(pool_tokens=20_000, block_tokens=528)
+    server.turn("a/0", "a", 1500)
+    server.now += 0.9
+    server.load._limit = 2e4
+    server.load.begin(server.load.arrive("a", server.now, 1800), server.now, cached)
+    assert server.load.report().room == pytest.approx(room)
+
+
 def test_room_grows_where_more_is_found_than_fits() -> None:
     server = learned()
     fill(server)

@@ -140,6 +140,7 @@ class LoadControl:
     def __init__(self, pool_tokens: int, block_tokens: int = 16, max_hold_s: float = MAX_HOLD_S) -> None:
         self.pool_tokens = max(pool_tokens, 1)
         self.max_hold_s = max_hold_s
+        self._block = block_tokens
         self._waste = block_tokens // 2
         self.returns = Returns()
         self._live: dict[str, Program] = {}
@@ -263,13 +264,17 @@ class LoadControl:
             program.begun = True
 
     def _resumed(self, program: Program, now_s: float, prompt_tokens: int, cached_tokens: int) -> None:
-        found = min(cached_tokens / max(min(program.context, prompt_tokens), 1), 1.0)
+        there = min(program.context, prompt_tokens)
+        found = min(cached_tokens / max(there, 1), 1.0)
         self._hits.add(found)
         will = claim(program.wants, self._growth.value, stays(self.returns, program.named, program.turns + 1))
-        self._parts.add(min(program.context, prompt_tokens) / max(will.most, program.context, 1.0))
+        self._parts.add(there / max(will.most, program.context, 1.0))
         self._new_tokens.add(max(prompt_tokens - program.context, 0))
         if self._limit < inf:
             self._count(now_s)
+            if there - cached_tokens <= self._block:
+                # Only full blocks are found, and the last token of an answer is not in the cache: nothing was pushed out.
+                found = 1.0
             error = found - hit_ratio(self._claims.now / (self.pool_tokens * self._room))
             if abs(error) > ROOM_TOLERANCE:
                 self._room = min(max(self._room * exp(ROOM_STEP * error), LEAST_ROOM), MOST_ROOM)
