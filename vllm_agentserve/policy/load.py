@@ -270,7 +270,8 @@ class LoadControl:
         will = claim(program.wants, self._growth.value, stays(self.returns, program.named, program.turns + 1))
         self._parts.add(there / max(will.most, program.context, 1.0))
         self._new_tokens.add(max(prompt_tokens - program.context, 0))
-        if self._limit < inf:
+        # Of a context of no more than a block nothing can be found.
+        if self._limit < inf and there > self._block:
             self._count(now_s)
             if there - cached_tokens <= self._block:
                 # Only full blocks are found, and the last token of an answer is not in the cache: nothing was pushed out.
