@@ -256,6 +256,39 @@ def test_what_cannot_return_is_never_held() -> None:
     assert server.may("plain")
 
 
+def test_what_cannot_return_claims_nothing_and_teaches_nothing() -> None:
+    """Such as calls for log-probabilities of the prompt, which do not read the prefix cache."""
+    server = learned()
+    held = fill(server)
+    before = server.load.report()
+    for index in range(30):
+        server.arrive(f"scored-{index}", f"scored-{index}", can_return=False)
+        assert server.may(f"scored-{index}")
+        server.begin(f"scored-{index}")
+        server.now += 0.01
+        assert server.load.report(server.now).claims_tokens == before.claims_tokens
+        server.end(f"scored-{index}")
+    server.now += 0.2
+    assert server.load.report(server.now).programs == before.programs
+    share = server.load.returns.begins(True)
+    server.now += 100.0
+    assert not server.may(held[0])
+    assert server.load.returns.begins(True) == share
+    # Nor does its program begin with it.
+    server.arrive("both/0", "both", can_return=False)
+    server.arrive("both/1", "both")
+    server.begin("both/0")
+    server.end("both/0")
+    assert not server.may("both/1")
+    # One of a program that is under way is one of its calls.
+    server.arrive("new-0/1", "new-0", can_return=False)
+    server.begin("new-0/1")
+    server.end("new-0/1")
+    server.end("new-0/0")
+    assert server.load._live["new-0"].turns == 2
+    assert server.faults() == []
+
+
 def test_unnamed_programs_are_learned_too() -> None:
     server = Server()
     server.learn(named=False)

@@ -206,7 +206,7 @@ class LoadControl:
         program = self._live.setdefault(name, Program(name, named))
         self._away.pop(name, None)
         came_s, gave_up_s = self._gave_up.pop(name, (now_s, -inf))
-        call = LoadCall(program, came_s if now_s - gave_up_s <= RETRY_S else now_s, prompt_tokens)
+        call = LoadCall(program, came_s if now_s - gave_up_s <= RETRY_S else now_s, prompt_tokens, can_return)
         if program.turns or program.begun:
             call.why = "returning"
         elif not can_return:
@@ -241,7 +241,8 @@ class LoadControl:
         self._release(call)
         if program.turns:
             self._resumed(program, now_s, call.prompt_tokens, cached_tokens)
-        program.begun = True
+        # A program whose only call cannot return wants nothing later.
+        program.begun |= call.can_return or bool(program.turns)
 
     def _waits_no_more(self, call: LoadCall) -> bool:
         """Takes a first call out of those that wait; returns whether it was one."""
@@ -307,6 +308,10 @@ class LoadControl:
         if not self._over(call):
             return
         program = call.program
+        if not (program.begun or call.can_return):
+            if not program.calls:
+                del self._live[program.name]
+            return
         if program.turns and context_tokens > program.context:
             self._growth.add(context_tokens - program.context)
         program.context = max(program.context, context_tokens)
