@@ -851,6 +851,20 @@ def test_part_of_a_block_is_never_found(cached: int, room: float) -> None:
     assert server.load.report().room == pytest.approx(room)
 
 
+def test_what_sub_agents_find_is_no_sign_of_pressure() -> None:
+    """Their first prompts are new: nothing of them was ever there."""
+    server = learned()
+    fill(server)
+    before = server.load.report()
+    for number in range(20):
+        server.now += 0.05
+        server.arrive(f"child-{number}", "new-0", 800)
+        server.load.begin(server.calls[f"child-{number}"], server.now, 0, child=True)
+        server.end(f"child-{number}", child=True)
+    report = server.load.report()
+    assert (report.room, report.hit_ratio) == (before.room, before.hit_ratio)
+
+
 def test_room_grows_where_more_is_found_than_fits() -> None:
     server = learned()
     fill(server)

@@ -503,3 +503,13 @@ def test_no_report_is_made_for_every_empty_step_while_calls_are_held(
     assert reports == [0]
     serve(scheduler, driver, clock, 4000)
     assert reports[0] > 0
+
+
+def test_sub_agents_are_not_counted_among_those_that_find_their_context(clock: Clock) -> None:
+    scheduler, driver, load = started()
+    learned(scheduler, driver, clock)
+    before = scheduler.report()["load_hit_ratio"]
+    for number in range(8):
+        turn(scheduler, f"child{number}", 0, 150, agent_parent="warm")
+        serve(scheduler, driver, clock)
+    assert scheduler.report()["load_hit_ratio"] == before > 0.85

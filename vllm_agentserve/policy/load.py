@@ -231,8 +231,12 @@ class LoadControl:
             program.over = False
         self.returns.returned(program.turn(), program.tool, gap, revised)
 
-    def begin(self, call: LoadCall, now_s: float, cached_tokens: int) -> None:
-        """A call is scheduled for the first time, with so many tokens of its prompt found in the prefix cache."""
+    def begin(self, call: LoadCall, now_s: float, cached_tokens: int, *, child: bool = False) -> None:
+        """A call is scheduled for the first time, with so many tokens of its prompt found in the prefix cache.
+
+        Args:
+            child: whether it is known to be a sub-agent's, whose context may be its own: what it finds says nothing then.
+        """
         if call.begun or call.over:
             return
         call.begun = True
@@ -240,7 +244,7 @@ class LoadControl:
         program = call.program
         self._release(call)
         if program.turns:
-            self._resumed(program, now_s, call.prompt_tokens, cached_tokens)
+            self._resumed(program, now_s, call.prompt_tokens, None if child else cached_tokens)
         # A program whose only call cannot return wants nothing later.
         program.begun |= call.can_return or bool(program.turns)
 
@@ -264,13 +268,15 @@ class LoadControl:
                 self._came += newcomer
             program.begun = True
 
-    def _resumed(self, program: Program, now_s: float, prompt_tokens: int, cached_tokens: int) -> None:
+    def _resumed(self, program: Program, now_s: float, prompt_tokens: int, cached_tokens: int | None) -> None:
         there = min(program.context, prompt_tokens)
-        found = min(cached_tokens / max(there, 1), 1.0)
-        self._hits.add(found)
         will = claim(program.wants, self._growth.value, stays(self.returns, program.named, program.turns + 1))
         self._parts.add(there / max(will.most, program.context, 1.0))
         self._new_tokens.add(max(prompt_tokens - program.context, 0))
+        if cached_tokens is None:
+            return
+        found = min(cached_tokens / max(there, 1), 1.0)
+        self._hits.add(found)
         # Of a context of no more than a block nothing can be found.
         if self._limit < inf and there > self._block:
             self._count(now_s)

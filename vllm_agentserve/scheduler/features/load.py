@@ -107,8 +107,8 @@ class Load(Feature):
         self._waiting.release(ready)
 
     def admitted(self, call: Call) -> None:
-        if call.load is not None:
-            self.control.begin(call.load, perf_counter(), call.cached_tokens or 0)
+        if call.load is not None and call.owner is not None:
+            self.control.begin(call.load, perf_counter(), call.cached_tokens or 0, child=call.owner.sub_agent)
 
     def freed(self, call: Call) -> None:
         now, request, load, owner = perf_counter(), call.request, call.load, call.owner
