@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from vllm_agentserve.bench.arms import ClientOptions, parse_arm, parse_arms
-from vllm_agentserve.bench.client import Stream, StreamError, StreamingClient
+from vllm_agentserve.bench.client import SILENCE_S, Stream, StreamError, StreamingClient
 from vllm_agentserve.bench.conditions import Conditions, pollution
 from vllm_agentserve.bench.plan import Plan
 from vllm_agentserve.bench.prompt import PIECE_TOKENS, GrowingPrompt
@@ -17,6 +17,7 @@ from vllm_agentserve.bench.records import digest
 from vllm_agentserve.bench.replay import Replay
 from vllm_agentserve.bench.sessions import Session, Turn, WorkloadError
 from vllm_agentserve.bench.trace import TraceOptions, read_trace, trace_path
+from vllm_agentserve.policy.load import MAX_HOLD_S
 
 
 class Instant:
@@ -167,6 +168,18 @@ def test_sessions_that_were_spawned_take_no_place() -> None:
     asyncio.run(asyncio.wait_for(replay.run(), 5))
     assert client.order == ["a1", "b1", "a2"]
     assert client.lasts == ["a2"]
+
+
+def test_a_session_that_ends_while_others_go_on_from_it_does_not_say_so() -> None:
+    client = Slow()
+    sessions = [Session("a", "a", (Turn((1,), 1), Turn((2,), 1, spawns=("b",))))]
+    sessions.append(Session("b", "b", (Turn((3,), 1),), forked=True))
+    asyncio.run(Replay(client, sessions, last=True).run())  # type: ignore[arg-type]
+    assert (client.order, client.lasts) == (["a1", "a2", "b1"], [])
+
+
+def test_the_client_waits_for_longer_than_calls_are_held() -> None:
+    assert SILENCE_S > MAX_HOLD_S
 
 
 @pytest.mark.parametrize(

@@ -256,6 +256,39 @@ def test_what_cannot_return_is_never_held() -> None:
     assert server.may("plain")
 
 
+def test_what_cannot_return_claims_nothing_and_teaches_nothing() -> None:
+    """Such as calls for log-probabilities of the prompt, which do not read the prefix cache."""
+    server = learned()
+    held = fill(server)
+    before = server.load.report()
+    for index in range(30):
+        server.arrive(f"scored-{index}", f"scored-{index}", can_return=False)
+        assert server.may(f"scored-{index}")
+        server.begin(f"scored-{index}")
+        server.now += 0.01
+        assert server.load.report(server.now).claims_tokens == before.claims_tokens
+        server.end(f"scored-{index}")
+    server.now += 0.2
+    assert server.load.report(server.now).programs == before.programs
+    share = server.load.returns.begins(True)
+    server.now += 100.0
+    assert not server.may(held[0])
+    assert server.load.returns.begins(True) == share
+    # Nor does its program begin with it.
+    server.arrive("both/0", "both", can_return=False)
+    server.arrive("both/1", "both")
+    server.begin("both/0")
+    server.end("both/0")
+    assert not server.may("both/1")
+    # One of a program that is under way is one of its calls.
+    server.arrive("new-0/1", "new-0", can_return=False)
+    server.begin("new-0/1")
+    server.end("new-0/1")
+    server.end("new-0/0")
+    assert server.load._live["new-0"].turns == 2
+    assert server.faults() == []
+
+
 def test_unnamed_programs_are_learned_too() -> None:
     server = Server()
     server.learn(named=False)
@@ -490,6 +523,28 @@ def test_no_question_looks_at_more_than_so_many_programs(monkeypatch: pytest.Mon
     assert 0 < max(seen) <= 512
     assert sum(seen) / 4.0 <= 1.1 / 1e-4
     assert server.load.report().programs == pytest.approx(3200, rel=0.1)
+
+
+def test_a_program_that_begins_while_others_are_counted_counts_once() -> None:
+    server = Server(pool_tokens=10_000_000)
+    server.learn(gap_s=300.0)
+    long_ago(server, 600)
+    server.arrive("new", "new", 100)
+    server.now += 1.0
+    load = server.load
+    load._count(server.now)
+    assert load._round is not None
+    server.begin("new")
+    server.now += 0.06
+    load._count(server.now)
+    assert load._round is None
+    counted = load.report().programs
+    server.now += 1.0
+    load._count(server.now)
+    server.now += 0.06
+    load._count(server.now)
+    assert load._round is None
+    assert counted == pytest.approx(load.report().programs, abs=0.5)
 
 
 def test_calls_that_are_aborted_do_not_make_it_count_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -783,6 +838,31 @@ def test_measured_hits_correct_the_room() -> None:
     assert server.load.report().room == 0.85
     assert server.load.report().hit_ratio < 0.01
     assert not server.may(held[0])
+
+
+@pytest.mark.parametrize(("cached", "room"), [(1056, 0.95), (528, 0.95 * exp(0.02 * (528 / 1550 - 1)))])
+def test_part_of_a_block_is_never_found(cached: int, room: float) -> None:
+    """Blocks of 528 tokens, as with hybrid models: of a context of 1550 tokens only 1056 can be found."""
+    server = learned(pool_tokens=20_000, block_tokens=528)
+    server.turn("a/0", "a", 1500)
+    server.now += 0.9
+    server.load._limit = 2e4
+    server.load.begin(server.load.arrive("a", server.now, 1800), server.now, cached)
+    assert server.load.report().room == pytest.approx(room)
+
+
+def test_what_sub_agents_find_is_no_sign_of_pressure() -> None:
+    """Their first prompts are new: nothing of them was ever there."""
+    server = learned()
+    fill(server)
+    before = server.load.report()
+    for number in range(20):
+        server.now += 0.05
+        server.arrive(f"child-{number}", "new-0", 800)
+        server.load.begin(server.calls[f"child-{number}"], server.now, 0, child=True)
+        server.end(f"child-{number}", child=True)
+    report = server.load.report()
+    assert (report.room, report.hit_ratio) == (before.room, before.hit_ratio)
 
 
 def test_room_grows_where_more_is_found_than_fits() -> None:

@@ -461,3 +461,55 @@ def test_what_clients_of_held_calls_get_is_the_same(clock: Clock) -> None:
     assert (nobody, bool(some)) == ([], True)
     assert held_back == without
     assert all(len(held_back[name][0]) == 8 for name in some)
+
+
+def test_a_prompt_that_another_engine_has_computed_is_not_held(clock: Clock) -> None:
+    """That engine keeps the KV blocks until they are fetched, and not for ever."""
+    scheduler, driver, load = started()
+    learned(scheduler, driver, clock)
+    for name in "abcdefgh":
+        turn(scheduler, name, 0)
+    turn(scheduler, "fetched", 0, kv_transfer_params={"do_remote_prefill": True})
+    turn(scheduler, "computed", 0, kv_transfer_params={"do_remote_decode": True})
+    assert "fetched-0" not in held(scheduler)
+    assert {"h-0", "computed-0"} <= set(held(scheduler))
+    serve(scheduler, driver, clock, 4000)
+    assert load.control.faults(()) == []
+
+
+def test_no_report_is_made_for_every_empty_step_while_calls_are_held(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such an engine makes a thousand steps a second."""
+    scheduler, driver, load = started(stats_interval_ms=60_000.0)
+    learned(scheduler, driver, clock)
+    for name in "abcdefgh":
+        turn(scheduler, name, 0)
+    driver.step()
+    while scheduler.running:
+        clock.now += 0.02
+        driver.step()
+    waiting, reports, report = held(scheduler), [0], scheduler.report
+
+    def counted() -> dict[str, float]:
+        reports[0] += 1
+        return report()  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(scheduler, "report", counted)
+    for _ in range(10):
+        driver.step()
+    assert waiting == held(scheduler)
+    assert waiting
+    assert reports == [0]
+    serve(scheduler, driver, clock, 4000)
+    assert reports[0] > 0
+
+
+def test_sub_agents_are_not_counted_among_those_that_find_their_context(clock: Clock) -> None:
+    scheduler, driver, load = started()
+    learned(scheduler, driver, clock)
+    before = scheduler.report()["load_hit_ratio"]
+    for number in range(8):
+        turn(scheduler, f"child{number}", 0, 150, agent_parent="warm")
+        serve(scheduler, driver, clock)
+    assert scheduler.report()["load_hit_ratio"] == before > 0.85

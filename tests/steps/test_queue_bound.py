@@ -3,14 +3,17 @@
 from math import inf
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.pinned import pinned
 from tests.support.queues import LoneQueue
 from tests.support.schedulers import make_request
+from vllm_agentserve.policy.call import Call
 from vllm_agentserve.policy.order import AdmissionKey, admission_key
 from vllm_agentserve.policy.phase import Phase
+from vllm_agentserve.policy.waiting import HELD, WaitingList
 
 STEPS = 7
 """How many steps a request may be overtaken in these tests."""
@@ -57,6 +60,32 @@ def test_everybody_is_served_within_the_bound(arrivals: list[list[AdmissionKey]]
             del came[served]
         step += 1
         assert step < 1000
+
+
+def test_a_held_call_waits_for_a_step_from_when_it_is_released() -> None:
+    queue = LoneQueue(lambda request, number: AdmissionKey(2, arrival=number), STEPS)
+    queue.add_request(REQUESTS[0])
+    queue.park({"r0": HELD})
+    promoted = []
+    for step in range(1, 5 * STEPS):
+        queue.step = step
+        promoted.append(queue.promote_overdue())
+        if step == 2 * STEPS - 1:
+            queue.list.release(lambda call: True)
+    assert [step for step, calls in enumerate(promoted, 1) if calls] == [3 * STEPS - 1]
+
+
+def test_the_time_for_which_a_call_was_held_is_no_wait_for_steps() -> None:
+    """Long steps make up for waiting; streams need not pay for a hold of minutes."""
+    now = [100.0]
+    waiting = WaitingList(lambda call: AdmissionKey(2, arrival=call.number), clock=lambda: now[0])
+    call = Call(REQUESTS[0])
+    waiting.add(call)
+    waiting.park({call: HELD})
+    now[0] = 400.0
+    waiting.release(lambda call: True)
+    now[0] = 401.0
+    assert waiting.backlog().waited_ms == pytest.approx(1000.0)
 
 
 def test_a_closed_queue_has_nobody_to_look_at_and_loses_nobody() -> None:

@@ -100,7 +100,7 @@ CONTRACT = (
     *calls(REQUEST, BALANCE, is_finished=""),
     *reads(REQUEST, f"{COMPAT} {DISPATCH} policy/attribution.py", "block_hashes"),
     *reads(REQUEST, f"{COMPAT} {LANES}", "has_encoder_inputs"),
-    *reads(REQUEST, COMPAT, "num_stale_output_tokens"),
+    *reads(REQUEST, COMPAT, "kv_transfer_params num_stale_output_tokens"),
     *reads(REQUEST, f"{COMPAT} policy/attribution.py", "num_output_tokens"),
     *reads(REQUEST, LANES, "lora_request prompt_embeds"),
     *reads(REQUEST, f"{DISPATCH} policy/attribution.py", "all_token_ids"),

@@ -14,8 +14,8 @@ import msgspec
 
 from vllm_agentserve.bench.sessions import LAST_HINT, PARENT_HINT
 
-SILENCE_S = 300.0
-"""A stream that says nothing for so long is given up."""
+SILENCE_S = 600.0
+"""A stream that says nothing for so long is given up, as by clients of the OpenAI API: load control holds calls for less."""
 
 
 LARGE_BODY = 1 << 18

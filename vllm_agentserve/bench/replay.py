@@ -54,7 +54,7 @@ class Replay:
             them for new ones.
         live: sessions under way at most, those they spawn not counted. The others wait in order of their start; times are
             counted from then on.
-        last: the last call of a session says so, unless another session spawned it.
+        last: the last call of a session says so, unless another session spawned it, or it spawns others.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Replay:
                 pinned=pinned if self.answers == "pinned" else None,
                 parent=self._named(self._spawned_by.get(session.name)),
                 due=due.at_s if session.timed or (self._limited and not number) else None,
-                last=self._tells_last and last and session.name not in self._spawned_by,
+                last=self._tells_last and last and not turn.spawns and session.name not in self._spawned_by,
             )
         except StreamError as error:
             self._leave(session)

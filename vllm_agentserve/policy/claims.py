@@ -42,6 +42,7 @@ class LoadCall:
         program: whose it is.
         came_s: when.
         prompt_tokens: tokens of its prompt.
+        can_return: whether another call can go on from its answer.
         why: it may begin, once that is known.
         held: whether it was asked for and may not begin yet.
         passed: whether others may begin before it meanwhile: it wants most of the limit.
@@ -52,6 +53,7 @@ class LoadCall:
     program: "Program"
     came_s: float
     prompt_tokens: int
+    can_return: bool = True
     why: Begins | None = None
     held: bool = False
     passed: bool = False

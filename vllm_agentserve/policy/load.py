@@ -143,6 +143,7 @@ class LoadControl:
     def __init__(self, pool_tokens: int, block_tokens: int = 16, max_hold_s: float = MAX_HOLD_S) -> None:
         self.pool_tokens = max(pool_tokens, 1)
         self.max_hold_s = max_hold_s
+        self._block = block_tokens
         self._waste = block_tokens // 2
         self.returns = Returns()
         self._live: dict[str, Program] = {}
@@ -213,7 +214,7 @@ class LoadControl:
         program = self._live.setdefault(name, Program(name, named))
         self._away.pop(name, None)
         came_s, gave_up_s = self._gave_up.pop(name, (now_s, -inf))
-        call = LoadCall(program, came_s if now_s - gave_up_s <= RETRY_S else now_s, prompt_tokens)
+        call = LoadCall(program, came_s if now_s - gave_up_s <= RETRY_S else now_s, prompt_tokens, can_return)
         if program.turns or program.begun:
             call.why = "returning"
         elif not can_return:
@@ -238,8 +239,12 @@ class LoadControl:
             program.over = False
         self.returns.returned(program.turn(), program.tool, gap, revised)
 
-    def begin(self, call: LoadCall, now_s: float, cached_tokens: int) -> None:
-        """A call is scheduled for the first time, with so many tokens of its prompt found in the prefix cache."""
+    def begin(self, call: LoadCall, now_s: float, cached_tokens: int, *, child: bool = False) -> None:
+        """A call is scheduled for the first time, with so many tokens of its prompt found in the prefix cache.
+
+        Args:
+            child: whether it is known to be a sub-agent's, whose context may be its own: what it finds says nothing then.
+        """
         if call.begun or call.over:
             return
         call.begun = True
@@ -247,8 +252,9 @@ class LoadControl:
         program = call.program
         self._release(call)
         if program.turns:
-            self._resumed(program, now_s, call.prompt_tokens, cached_tokens)
-        program.begun = True
+            self._resumed(program, now_s, call.prompt_tokens, None if child else cached_tokens)
+        # A program whose only call cannot return wants nothing later.
+        program.begun |= call.can_return or bool(program.turns)
 
     def _waits_no_more(self, call: LoadCall) -> bool:
         """Takes a first call out of those that wait; returns whether it was one."""
@@ -270,14 +276,21 @@ class LoadControl:
                 self._came += newcomer
             program.begun = True
 
-    def _resumed(self, program: Program, now_s: float, prompt_tokens: int, cached_tokens: int) -> None:
-        found = min(cached_tokens / max(min(program.context, prompt_tokens), 1), 1.0)
-        self._hits.add(found)
+    def _resumed(self, program: Program, now_s: float, prompt_tokens: int, cached_tokens: int | None) -> None:
+        there = min(program.context, prompt_tokens)
         will = claim(program.wants, self._growth.value, stays(self.returns, program.named, program.turns + 1))
-        self._parts.add(min(program.context, prompt_tokens) / max(will.most, program.context, 1.0))
+        self._parts.add(there / max(will.most, program.context, 1.0))
         self._new_tokens.add(max(prompt_tokens - program.context, 0))
-        if self._limit < inf:
+        if cached_tokens is None:
+            return
+        found = min(cached_tokens / max(there, 1), 1.0)
+        self._hits.add(found)
+        # Of a context of no more than a block nothing can be found.
+        if self._limit < inf and there > self._block:
             self._count(now_s)
+            if there - cached_tokens <= self._block:
+                # Only full blocks are found, and the last token of an answer is not in the cache: nothing was pushed out.
+                found = 1.0
             error = found - hit_ratio(self._claims.now / (self.pool_tokens * self._room))
             if abs(error) > ROOM_TOLERANCE:
                 self._room = min(max(self._room * exp(ROOM_STEP * error), LEAST_ROOM), MOST_ROOM)
@@ -309,6 +322,10 @@ class LoadControl:
         if not self._over(call):
             return
         program = call.program
+        if not (program.begun or call.can_return):
+            if not program.calls:
+                del self._live[program.name]
+            return
         if program.turns and context_tokens > program.context:
             self._growth.add(context_tokens - program.context)
         program.context = max(program.context, context_tokens)
@@ -484,7 +501,9 @@ class LoadControl:
             if now_s - self._counted_s < (least if self._stale else max(COUNT_S, COUNT_S_PER_PROGRAM * programs)):
                 return
             self._counted_s, self._stale = now_s, False
-            self._round, self._alike, self._came = iter(list(self._live.values())), {}, Claims()
+            # Those that begin from now on are in `_came`.
+            self._round = iter([program for program in self._live.values() if program.begun])
+            self._alike, self._came = {}, Claims()
             self._aways = (0.0, 0.0)
         elif now_s - self._part_s < COUNT_S_PER_PROGRAM * COUNTED_AT_ONCE:
             return
@@ -492,7 +511,7 @@ class LoadControl:
         part = [*islice(self._round, COUNTED_AT_ONCE)]
         growth = self._growth.value
         for program in part:
-            if not program.begun or self._live.get(program.name) is not program:
+            if self._live.get(program.name) is not program:
                 continue
             if lapsed(program, self.returns, now_s):
                 self._lapse(program)

@@ -331,6 +331,10 @@ class WaitingList(VllmOrder):
 
     def release(self, ready: Callable[[Call], bool]) -> None:
         for call in [call for _, _, call in self._parked if ready(call)]:
+            if call.awaited is HELD:
+                # It begins to wait for a step: long ones do not make up for the time it was held.
+                self._bound(call).enter(call, self.step)
+                call.wait_since_s = self._clock()
             self._out(call)
             self._insert(call)
 
@@ -339,7 +343,7 @@ class WaitingList(VllmOrder):
         that waits for a block stays: it would compute what the lane is computing already."""
         awaited = call.awaited
         if awaited is HELD:
-            # Nobody overtakes it: it has not begun to wait for a step.
+            # It has not begun to wait for a step; what goes before it among the held is bounded by load control.
             self._bound(call).enter(call, self.step)
             return
         call.has_waited = call.overdue and awaited is None

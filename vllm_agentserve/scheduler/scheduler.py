@@ -222,7 +222,8 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         now = perf_counter()
         self._log.finished(scheduler_output, now)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        if now >= self._next_report or not self.running:
+        # An engine that becomes idle says how it ended. While calls wait its steps are empty, and a thousand a second.
+        if now >= self._next_report or not (self.running or len(self.waiting)):
             self._report(outputs, now)
             if not self.requests:
                 self.integrity.when_idle(self._stats, logger)

@@ -84,7 +84,7 @@ class FixedLimit:
     def closed(self, now_s: float) -> bool:
         return False
 
-    def begin(self, call: LoadCall, now_s: float, cached_tokens: int) -> None:
+    def begin(self, call: LoadCall, now_s: float, cached_tokens: int, *, child: bool = False) -> None:
         program = call.program.name
         if self._left.get(program, 1) > 1:
             self._begun.add(program)
@@ -321,7 +321,7 @@ class PressureEngine:
         self._grow(request, tokens)
         if not request.began:
             request.began = True
-            self._load.begin(request.load, self.now_s, request.computed)
+            self._load.begin(request.load, self.now_s, request.computed, child=request.run.parent is not None)
             if request.first:
                 self.outcome.held_s.append(self.now_s - request.came_s)
             else:

@@ -135,6 +135,11 @@ def can_return(scheduler: "Scheduler", request: "Request") -> bool:
     return request.pooling_params is None and bool(scheduler.kv_cache_manager.prefix_cache_lookup_enabled(request))
 
 
+def fetches_prompt(request: "Request") -> bool:
+    """Whether another engine has computed the prompt, and keeps its KV blocks until this one has fetched them."""
+    return bool((request.kv_transfer_params or {}).get("do_remote_prefill"))
+
+
 def waits_elsewhere(scheduler: "Scheduler") -> bool:
     """Whether requests wait that vLLM does not keep in its waiting queue: those whose KV blocks are being filled. A streamed
     session between two parts has nothing to do."""

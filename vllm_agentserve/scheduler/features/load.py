@@ -61,8 +61,10 @@ class Load(Feature):
             named=owner.source == "explicit",
             can_return=compat.can_return(self._scheduler, call.request),
         )
-        # A part of a prompt that is streamed is not in the list yet.
-        if call.key is not None and not self.control.may_begin(call.load, now, idle=self._idle(call)):
+        if call.key is None or compat.fetches_prompt(call.request):
+            # A part of a prompt that is streamed is not in the list yet. Blocks to fetch are kept by another engine meanwhile.
+            return
+        if not self.control.may_begin(call.load, now, idle=self._idle(call)):
             self._waiting.park({call: HELD})
             self._counts["load_held_requests"] += 1
             if not self._said:
@@ -105,8 +107,8 @@ class Load(Feature):
         self._waiting.release(ready)
 
     def admitted(self, call: Call) -> None:
-        if call.load is not None:
-            self.control.begin(call.load, perf_counter(), call.cached_tokens or 0)
+        if call.load is not None and call.owner is not None:
+            self.control.begin(call.load, perf_counter(), call.cached_tokens or 0, child=call.owner.sub_agent)
 
     def freed(self, call: Call) -> None:
         now, request, load, owner = perf_counter(), call.request, call.load, call.owner
