@@ -249,7 +249,7 @@ def test_a_place_that_cannot_be_a_folder_is_named_before_the_toy_model_is_made(
     assert "name another place" in said
 
 
-CELL = ROOT / "docs" / "results" / "load-control" / "kv-21504" / "gap-1s"
+CELL = ROOT / "docs" / "results" / "load-control" / "2x" / "gap-0.2s"
 DAMAGED = {
     "description that is no JSON": ("experiment.json", b"{", "experiment.json cannot be read"),
     "description of another kind": ("experiment.json", b"[]", "experiment.json does not say arms, rounds"),
