@@ -59,8 +59,8 @@ COMES, GOES = 0.9, 0.8
 many turns per second the last program ends when it would without, and the others earlier; the model says a tenth too little of
 limits, since contexts are seldom all at their largest."""
 OVERDUE, LEAST_PAST = 1.5, 2.0
-"""A program that has been away for more than so many mean gaps is thought to be away for as long again. Those that are away count
-for as much as the gaps seen before, or as so many of these where they are fewer."""
+"""A program that has been away for more than so many mean gaps is expected to be away for as long again. Running gaps are
+averaged with as many of the gaps seen before, at least with so many."""
 FIRST_ROOM, LEAST_ROOM, MOST_ROOM = 0.95, 0.85, 1.15
 """Share of the pool that contexts can fill before they push each other out: at first, and the bounds of what is measured."""
 ROOM_STEP = 0.02
@@ -185,10 +185,10 @@ class LoadControl:
         self._came = Claims()
         """Of those that began since the count did."""
         self._aways = (0.0, 0.0)
-        """Of those that have been counted and are away: how many, and what their gaps are thought to last, together, in s."""
+        """Of those that have been counted, are away and usually return: how many, and the sum of their gaps, estimated in s."""
         self._gap_s = 0.0
-        """The mean gap if those that are away now count as much as those that came back: slower tools are noticed before they are
-        done. 0 where nobody is away."""
+        """The mean gap in s, with those that are still running: slower tools are noticed before they are done. 0 before a gap was
+        seen."""
         self._idle_since_s = inf
         """When a held call was first asked for while the engine had nothing else to do, since it last did something."""
         self._begun: Counter[Begins] = Counter()
@@ -574,12 +574,12 @@ class LoadControl:
         ]
         best, pressure = max(rates, default=(0.0, 0.0))
         if best and self._claims.now >= (1 + CLIFF) * pool:
-            # Those under way find nothing whoever else is held: a limit can only help those that wait, one after the other.
+            # Those under way find nothing, whether others are held or not: a limit only helps those that wait, later on.
             under_way = self._claims.programs
             waiting = everybody.programs - under_way
-            then = turns_per_second(min(waiting, pool / footprint), turn, 1.0)
-            now = turns_per_second(under_way, turn, 0.0, room)
-            best = min(best, everybody.programs / (under_way / now + waiting / then)) if waiting else 0.0
+            rate_now = turns_per_second(under_way, turn, 0.0, room)
+            rate_later = turns_per_second(min(waiting, pool / footprint), turn, 1.0)
+            best = min(best, everybody.programs / (under_way / rate_now + waiting / rate_later)) if waiting else 0.0
         if best > without * (COMES if self._limit == inf else GOES):
             self._limit, self._reason = -pressure * pool, "model"
         else:

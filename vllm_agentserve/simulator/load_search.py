@@ -353,6 +353,8 @@ HEAD = """# Load control in the simulator
     python -m vllm_agentserve.simulator.load_search --output docs/results/load-simulated.json
     python -m vllm_agentserve.simulator.load_search --output FILE --groups pressure --warm two-turns    # or none
 
+The first command writes a page with its tables only; those of the second are put in by hand, so give it another FILE to compare.
+
 Figures are relative to the same traffic without load control: session mean / p95 / makespan, then the share of resumed
 context that was found.
 A session is counted from its arrival, so holding is part of it.
@@ -420,6 +422,9 @@ def main() -> None:
     parser.add_argument("--warm", choices=("same", "two-turns", "none"), default="same")
     given = parser.parse_args()
     cells = [cell for cell in pressure_cells() + other_cells() if not given.groups or cell.group in given.groups]
+    # Each group is one table.
+    groups = [cell.group for cell in cells]
+    cells.sort(key=lambda cell: groups.index(cell.group))
     rows = []
     for cell in cells:
         rows.append(measure(Cell(**{**cell.__dict__, "warm": given.warm})))

@@ -82,8 +82,10 @@ class Load(Feature):
 
     def before_step(self, decodes: int, context: int) -> None:
         self._decodes = decodes
+        if not self._waiting.parked:
+            return
         now = perf_counter()
-        if not self._waiting.parked or self.control.closed(now):
+        if self.control.closed(now):
             return
         idle, refused = self._idle(), False
         # After a no the others are asked for now and then only: thousands may be held.
