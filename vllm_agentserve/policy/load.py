@@ -18,7 +18,7 @@ What is learned, from how much, and how fast it follows:
 Everything is said with the time at which it happened, in seconds of any clock.
 """
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -67,8 +67,13 @@ ROOM_STEP = 0.02
 ROOM_TOLERANCE = 0.1
 FITS = 1.1
 """Programs that will want so many pools at most are not held: they seldom want it all at once."""
-SETTLE_S = 0.3
-"""Programs that come together are decided on together: the first that might not fit waits so long for the others."""
+SETTLE_S, BURST = 0.3, 0.5
+"""Programs that come together are decided on together: the first that might not fit waits so long for the others, while this share
+of all programs came within that time."""
+CROWDS = (2.0, 4.0)
+"""Where there is no limit, it is also asked whether there would be one for so many times as many programs."""
+GREW = 1.25
+"""That there is no limit is decided again once so many times the programs are known."""
 IDLE = 0.6
 """An engine that has had nothing to do for so many mean gaps lets a program begin: those under way may wait for it."""
 LARGE = 0.5
@@ -171,8 +176,18 @@ class LoadControl:
         self._new_tokens = Mean()
         self._room = FIRST_ROOM
         self._claims = Claims()
+        self._surely = 0.0
+        """Tokens of the contexts of those under way that have calls, or have not been away for longer than usual."""
         self._limit = inf
         self._reason: Reason = "fits"
+        self._decided_on = 0.0
+        """How many programs that was decided on."""
+        self._better_if_more = True
+        """Whether there would be a limit if many more came."""
+        self._came_s: deque[float] = deque()
+        """When the first calls came that came within `SETTLE_S`."""
+        self._surely_part = 0.0
+        """The same of those that have been counted."""
         self._counted_s = self._part_s = self._decided_s = -inf
         self._closed_until_s = self._large_closed_until_s = -inf
         """For those that others do not pass, and for those that they do."""
@@ -221,6 +236,7 @@ class LoadControl:
             call.why = "one-shot"
         else:
             self._firsts[call] = None
+            self._came_s.append(now_s)
         program.calls[call] = None
         return call
 
@@ -274,6 +290,7 @@ class LoadControl:
                 newcomer = self._newcomer(program.named, call.prompt_tokens)
                 self._claims += newcomer
                 self._came += newcomer
+                self._surely += newcomer.now
             program.begun = True
 
     def _resumed(self, program: Program, now_s: float, prompt_tokens: int, cached_tokens: int | None) -> None:
@@ -442,11 +459,14 @@ class LoadControl:
         self._count(now_s)
         newcomer = self._newcomer(program.named, call.prompt_tokens)
         wanted = (self._claims + newcomer).most
-        if self._reason == "fits" and wanted > FITS * self.pool_tokens:
+        known = self._claims.programs + len(self._firsts)
+        grew = self._reason == "fits" and wanted > FITS * self.pool_tokens
+        if grew or (self._limit == inf and known > GREW * self._decided_on):
             self._decided_s = -inf
         self._decide(now_s)
         if self._limit == inf:
-            unsure = self._reason == "fits" and wanted > self.pool_tokens
+            more = self._reason == "fits" or self._lately(now_s) > BURST * known
+            unsure = self._better_if_more and more and wanted > self.pool_tokens
             if unsure and self._claims.programs and not idle and now_s - call.came_s < SETTLE_S:
                 self._closed_until_s = min(now_s + COUNT_S, call.came_s + SETTLE_S)
                 return None
@@ -466,6 +486,12 @@ class LoadControl:
         elif not behind:
             self._large_closed_until_s = now_s + COUNT_S
         return None
+
+    def _lately(self, now_s: float) -> int:
+        """How many first calls came just now."""
+        while self._came_s and now_s - self._came_s[0] > SETTLE_S:
+            self._came_s.popleft()
+        return len(self._came_s)
 
     def _newcomer(self, named: bool, prompt_tokens: float, programs: int = 1) -> Claims:
         """What so many programs want that begin, with prompts of so many tokens in the mean."""
@@ -504,7 +530,7 @@ class LoadControl:
             # Those that begin from now on are in `_came`.
             self._round = iter([program for program in self._live.values() if program.begun])
             self._alike, self._came = {}, Claims()
-            self._aways = (0.0, 0.0)
+            self._aways, self._surely_part = (0.0, 0.0), 0.0
         elif now_s - self._part_s < COUNT_S_PER_PROGRAM * COUNTED_AT_ONCE:
             return
         self._part_s = now_s
@@ -517,18 +543,21 @@ class LoadControl:
                 self._lapse(program)
                 continue
             there = presence(program, self.returns, now_s)
+            away_s, mean_s = now_s - program.ended_s, self.returns.gaps.mean_s
             if not program.calls:
                 number, seconds = self._aways
-                away_s, mean_s = now_s - program.ended_s, self.returns.gaps.mean_s
                 if self.returns.probability(program.turn(), program.tool) > USUAL:
                     self._aways = number + 1, seconds + (2 * away_s if away_s > OVERDUE * mean_s else mean_s)
             tokens = program.wants if program.calls else program.kept + growth
+            if program.calls or away_s <= OVERDUE * mean_s:
+                self._surely_part += there * (tokens + self._waste)
             key = program.named, program.turns + 1
             programs_of, sum_of = self._alike.get(key, (0.0, 0.0))
             self._alike[key] = programs_of + there, sum_of + there * (tokens + self._waste)
         if len(part) == COUNTED_AT_ONCE:
             return
         self._claims, self._round = self._came, None
+        self._surely = self._surely_part + self._came.now
         number, seconds = self._aways
         past = min(self.returns.gaps.samples, max(number, LEAST_PAST))
         self._gap_s = (past * self.returns.gaps.mean_s + seconds) / (past + number) if past else 0.0
@@ -548,6 +577,7 @@ class LoadControl:
         if now_s - self._decided_s < DECIDE_S:
             return
         self._decided_s = now_s
+        self._decided_on = self._claims.programs + len(self._firsts)
         everybody = self._claims
         for named in (True, False):
             prompts = [call.prompt_tokens for call in self._firsts if call.program.named is named]
@@ -555,7 +585,7 @@ class LoadControl:
                 everybody += self._newcomer(named, sum(prompts) / len(prompts), len(prompts))
         pool = self.pool_tokens * self._room
         if everybody.most <= FITS * self.pool_tokens:
-            self._limit, self._reason = inf, "fits"
+            self._limit, self._reason, self._better_if_more = inf, "fits", True
             return
         footprint = everybody.most / everybody.programs
         context = footprint * (self._parts.value or 1.0)
@@ -566,14 +596,20 @@ class LoadControl:
             again_s=context * self._read_s_per_token.value,
         )
         room = max(pool / context, 1.0)
-        without = turns_per_second(everybody.programs, turn, hit_ratio(everybody.most / pool), room)
-        rates = [
-            (turns_per_second(pressure * pool / footprint, turn, hit_ratio(pressure)), -pressure)
-            for pressure in PRESSURES
-            if footprint <= pressure * pool <= everybody.most
-        ]
-        best, pressure = max(rates, default=(0.0, 0.0))
-        if best and self._claims.now >= (1 + CLIFF) * pool:
+
+        def rates(times: float) -> tuple[float, float, float]:
+            """Turns per second without a limit and with the best one, and that in pools, if so many times as many came."""
+            programs, most = times * everybody.programs, times * everybody.most
+            tried = [
+                (turns_per_second(pressure * pool / footprint, turn, hit_ratio(pressure)), -pressure)
+                for pressure in PRESSURES
+                if footprint <= pressure * pool <= most
+            ]
+            best, pressure = max(tried, default=(0.0, 0.0))
+            return turns_per_second(programs, turn, hit_ratio(most / pool), room), best, -pressure
+
+        without, best, pressure = rates(1.0)
+        if best and self._surely >= (1 + CLIFF) * pool:
             # Those under way find nothing, whether others are held or not: a limit only helps those that wait, later on.
             under_way = self._claims.programs
             waiting = everybody.programs - under_way
@@ -581,9 +617,11 @@ class LoadControl:
             rate_later = turns_per_second(min(waiting, pool / footprint), turn, 1.0)
             best = min(best, everybody.programs / (under_way / rate_now + waiting / rate_later)) if waiting else 0.0
         if best > without * (COMES if self._limit == inf else GOES):
-            self._limit, self._reason = -pressure * pool, "model"
-        else:
-            self._limit, self._reason = inf, "faster without"
+            self._limit, self._reason = pressure * pool, "model"
+            return
+        self._limit, self._reason = inf, "faster without"
+        crowds = [rates(times) for times in CROWDS] if self._surely <= pool else []
+        self._better_if_more = any(best > without * COMES for without, best, _ in crowds)
 
     # What is seen.
 
