@@ -58,9 +58,8 @@ COMES, GOES = 0.9, 0.8
 """A limit comes when it gives so many times the turns per second of none, and goes when it gives no more than so many. With as
 many turns per second the last program ends when it would without, and the others earlier; the model says a tenth too little of
 limits, since contexts are seldom all at their largest."""
-OVERDUE, LEAST_PAST = 1.5, 2.0
-"""A program that has been away for more than so many mean gaps is expected to be away for as long again. Running gaps are
-averaged with as many of the gaps seen before, at least with so many."""
+OVERDUE = 1.5
+"""A program that has been away for more than so many mean gaps may be over: its context does not make a limit useless."""
 FIRST_ROOM, LEAST_ROOM, MOST_ROOM = 0.95, 0.85, 1.15
 """Share of the pool that contexts can fill before they push each other out: at first, and the bounds of what is measured."""
 ROOM_STEP = 0.02
@@ -68,8 +67,8 @@ ROOM_TOLERANCE = 0.1
 FITS = 1.1
 """Programs that will want so many pools at most are not held: they seldom want it all at once."""
 SETTLE_S, BURST = 0.3, 0.5
-"""Programs that come together are decided on together: the first that might not fit waits so long for the others, while this share
-of all programs came within that time."""
+"""Programs that come together are decided on together: the first that might not fit waits so long for the others, while this
+share of all programs came within that time."""
 CROWDS = (2.0, 4.0)
 """Where there is no limit, it is also asked whether there would be one for so many times as many programs."""
 GREW = 1.25
@@ -199,11 +198,6 @@ class LoadControl:
         """Of those that have been counted, by turn: how many, and the sum of their tokens."""
         self._came = Claims()
         """Of those that began since the count did."""
-        self._aways = (0.0, 0.0)
-        """Of those that have been counted, are away and usually return: how many, and the sum of their gaps, estimated in s."""
-        self._gap_s = 0.0
-        """The mean gap in s, with those that are still running: slower tools are noticed before they are done. 0 before a gap was
-        seen."""
         self._idle_since_s = inf
         """When a held call was first asked for while the engine had nothing else to do, since it last did something."""
         self._begun: Counter[Begins] = Counter()
@@ -530,7 +524,7 @@ class LoadControl:
             # Those that begin from now on are in `_came`.
             self._round = iter([program for program in self._live.values() if program.begun])
             self._alike, self._came = {}, Claims()
-            self._aways, self._surely_part = (0.0, 0.0), 0.0
+            self._surely_part = 0.0
         elif now_s - self._part_s < COUNT_S_PER_PROGRAM * COUNTED_AT_ONCE:
             return
         self._part_s = now_s
@@ -543,13 +537,8 @@ class LoadControl:
                 self._lapse(program)
                 continue
             there = presence(program, self.returns, now_s)
-            away_s, mean_s = now_s - program.ended_s, self.returns.gaps.mean_s
-            if not program.calls:
-                number, seconds = self._aways
-                if self.returns.probability(program.turn(), program.tool) > USUAL:
-                    self._aways = number + 1, seconds + (2 * away_s if away_s > OVERDUE * mean_s else mean_s)
             tokens = program.wants if program.calls else program.kept + growth
-            if program.calls or away_s <= OVERDUE * mean_s:
+            if program.calls or now_s - program.ended_s <= OVERDUE * self.returns.gaps.mean_s:
                 self._surely_part += there * (tokens + self._waste)
             key = program.named, program.turns + 1
             programs_of, sum_of = self._alike.get(key, (0.0, 0.0))
@@ -558,9 +547,6 @@ class LoadControl:
             return
         self._claims, self._round = self._came, None
         self._surely = self._surely_part + self._came.now
-        number, seconds = self._aways
-        past = min(self.returns.gaps.samples, max(number, LEAST_PAST))
-        self._gap_s = (past * self.returns.gaps.mean_s + seconds) / (past + number) if past else 0.0
         for (named, turn), (sharing, tokens) in self._alike.items():
             if sharing:
                 self._claims += claim(tokens / sharing, growth, stays(self.returns, named, turn), sharing)
@@ -590,7 +576,7 @@ class LoadControl:
         footprint = everybody.most / everybody.programs
         context = footprint * (self._parts.value or 1.0)
         turn = TurnCost(
-            gap_s=max(self._gap_s, self.returns.gaps.mean_s),
+            gap_s=self.returns.gaps.mean_s,
             decode_s=self._decode_s.value,
             read_s=self._new_tokens.value * self._read_s_per_token.value,
             again_s=context * self._read_s_per_token.value,
