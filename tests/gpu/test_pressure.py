@@ -180,6 +180,9 @@ class FakeTask:
             write_packed(Path(question["raw"]), {"records": own, "seconds": 4.0, "counters": {}})
         return {"seconds": 4.0, "load_held_requests": None, "load_hold_seconds": None}
 
+    def hang_up(self) -> None:
+        pass
+
     def close(self) -> None:
         self.closed.append(self.name)
 

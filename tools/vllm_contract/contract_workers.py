@@ -151,6 +151,10 @@ WORKERS = (
         "vllm.v1.engine.llm_engine:LLMEngine",
         "bench/closed_loop.py simulator/calibration.py gpucheck/scripted_requests.py",
         add_request="request_id prompt params session_id=",
+    ),
+    *calls(
+        "vllm.v1.engine.llm_engine:LLMEngine",
+        "bench/closed_loop.py simulator/calibration.py gpucheck/scripted_requests.py gpucheck/pressure_engine.py",
         step="",
     ),
     *calls(

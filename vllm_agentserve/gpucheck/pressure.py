@@ -166,6 +166,8 @@ class Pressure:
                 self.measure(cell)
         finally:
             for engine in self._engines.values():
+                engine.hang_up()
+            for engine in self._engines.values():
                 engine.close()
 
     def start(self) -> None:

@@ -16,6 +16,8 @@ from vllm_agentserve.gpucheck.engines import Setting, counters, make_engine
 from vllm_agentserve.gpucheck.pressure_cells import WARM_UP_AGENTS, Cell, sessions_of
 from vllm_agentserve.gpucheck.standing_task import Answering
 
+SETTLE_STEPS = 4
+"""More than an engine has under way at the same time."""
 SHOWN = ("load_held_requests", "load_hold_seconds")
 
 
@@ -53,6 +55,7 @@ def run(engine: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     suffix = f"@{cell.name}-{given['round']}"
     loop = ClosedLoop(engine, sessions, given["arm"], given["round"], told=True, live=given["live"], suffix=suffix)
     records = loop.run()
+    settle(engine)
     after = counters()
     result = {
         "records": msgspec.to_builtins(records),
@@ -62,6 +65,13 @@ def run(engine: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     if given["raw"] is not None:
         write_packed(Path(given["raw"]), result)
     return {"seconds": loop.seconds, **{name: result["counters"].get(name) for name in SHOWN}}
+
+
+def settle(engine: Any) -> None:
+    """Ends the steps that are still under way when the last answer is there: otherwise they would seem to last until the next
+    round begins."""
+    for _ in range(SETTLE_STEPS):
+        engine.step()
 
 
 def write_packed(path: Path, result: Mapping[str, Any]) -> None:

@@ -126,11 +126,15 @@ class StandingTask:
         code = self._child.wait(0.0)
         return code is not None and code < 0 and self._check.starter.distrust(self._child)
 
-    def close(self) -> None:
-        """Ends the child: closing the socket tells it to, and what does not end is killed."""
+    def hang_up(self) -> None:
+        """Closes the socket, which tells the child to end; does not wait for that."""
         for one in (self._line, self._listener):
             if one is not None:
                 one.close()
+
+    def close(self) -> None:
+        """Ends the child: what does not end by itself is killed."""
+        self.hang_up()
         if self._line is not None:
             self._child.wait(LEAVE_S)
         end_group(self._child)
