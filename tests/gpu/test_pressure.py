@@ -261,6 +261,7 @@ def test_a_round_that_the_time_cuts_off_does_not_count(
     assert one.measured.cells == {}
     found = one.finding()
     assert (found.status, found.line) == ("ran out of time", "no round came to its end")
+    assert list(one.measured.lost) == ["agentserve-no-load-control"], "the fourth arm was not asked any more"
     again = part(tmp_path, monkeypatch, 118.0)
     monkeypatch.setattr(pressure, "ENOUGH", 0.9)
     again.run()

@@ -69,7 +69,7 @@ PARTS = {
 }
 """The parts of a check, in the order in which they run: those that decide most come first, should the time run out."""
 ON_REQUEST = {
-    part.span.name: part for part in (Part("Agents under memory pressure", pressure.run, Span("pressure", 60, 600)),)
+    part.span.name: part for part in (Part("Agents under memory pressure", pressure.run, Span("pressure", 100, 600)),)
 }
 """Parts that run only where they are named, after the others."""
 

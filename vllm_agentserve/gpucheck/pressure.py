@@ -171,16 +171,16 @@ class Pressure:
                 engine.close()
 
     def start(self) -> None:
-        """All engines at the same time; waits for each. One whose process ended is started once more when the others have
-        started, in a new interpreter: they, or the fork, may have been in its way."""
-        for arm in self.arms:
-            self._engines[arm.name] = self._engine(arm)
-        for arm in [arm for arm in self.arms if self._ready(arm)]:
+        """All engines at the same time; waits for each. Those whose process ended are started once more when the others have
+        started, in new interpreters: the others, or the fork, may have been in their way."""
+        arms = list(self.arms)
+        for fresh in (False, True):
             if self.limit_s > 0:
-                self._engines[arm.name] = self._engine(arm, fresh=True)
-                self._ready(arm)
+                for arm in arms:
+                    self._engines[arm.name] = self._engine(arm, fresh)
+                arms = [arm for arm in arms if self._ready(arm)]
 
-    def _engine(self, arm: Arm, fresh: bool = False) -> StandingTask:
+    def _engine(self, arm: Arm, fresh: bool) -> StandingTask:
         given = asdict(setting(self.check, arm, self.shape, self.pool))
         return StandingTask(
             self.check,
@@ -257,6 +257,8 @@ class Pressure:
 
     def _ask(self, arm: Arm, cell: Cell, number: int) -> bool:
         """One arm of a round, or the warm-up; returns whether it came to its end."""
+        if self.check.left_s() <= 0:
+            return False
         warm_up = number == WARM_UP
         question = {
             "cell": asdict(cell),

@@ -122,9 +122,10 @@ class StandingTask:
         return json.loads(data)
 
     def crashed_after_fork(self) -> bool:
-        """Whether a signal ended it and it was forked, which may be why; no other child is forked then."""
+        """Whether it was forked, which may be why a signal ended it or it never began; no other child is forked then."""
         code = self._child.wait(0.0)
-        return code is not None and code < 0 and self._check.starter.distrust(self._child)
+        crashed = code is not None and (code < 0 or not self._log.exists())
+        return crashed and self._check.starter.distrust(self._child)
 
     def hang_up(self) -> None:
         """Closes the socket, which tells the child to end; does not wait for that."""
