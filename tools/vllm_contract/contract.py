@@ -249,7 +249,7 @@ CONTRACT = (
         "vllm.config", f"vllm_compat/__init__.py {LANES} {CUDA} {CPU} {METRICS} {SHARED}", "ModelConfig VllmConfig"
     ),
     *reads(CONFIG, f"{SCHED} {CONNECTOR} {HOOKS} {UPSTREAM}", "additional_config"),
-    *reads(CONFIG, f"{CONNECTOR} {SHARED}", "cache_config"),
+    *reads(CONFIG, f"{CONNECTOR} {SHARED} gpucheck/pressure_engine.py", "cache_config"),
     *reads(CONFIG, f"{SHARED} {CPU} {RUNNER}", "compilation_config"),
     *reads(CONFIG, f"vllm_compat/__init__.py {SCHED} {RUNNER}", "scheduler_config"),
     *reads(CONFIG, COMPAT, "device_config"),

@@ -139,12 +139,22 @@ WORKERS = (
     *exports("vllm", "simulator/agreement.py gpucheck/engines.py", "LLM"),
     *exports("vllm", "bench/closed_loop.py simulator/calibration.py gpucheck/scripted_requests.py", "SamplingParams"),
     *reads(SAMPLING, "gpucheck/scripted_requests.py", "detokenize ignore_eos logprobs max_tokens temperature"),
-    *reads("vllm.entrypoints.llm:LLM", "simulator/agreement.py gpucheck/faults.py", "llm_engine"),
+    *reads(
+        "vllm.entrypoints.llm:LLM",
+        "simulator/agreement.py gpucheck/faults.py gpucheck/pressure_engine.py",
+        "llm_engine",
+    ),
+    *reads("vllm.v1.engine.llm_engine:LLMEngine", "gpucheck/pressure_engine.py", "vllm_config"),
+    *reads("vllm.config:CacheConfig", "gpucheck/pressure_engine.py", "num_gpu_blocks"),
     *calls("vllm.entrypoints.llm:LLM", "gpucheck/faults.py", reset_prefix_cache=""),
     *calls(
         "vllm.v1.engine.llm_engine:LLMEngine",
         "bench/closed_loop.py simulator/calibration.py gpucheck/scripted_requests.py",
         add_request="request_id prompt params session_id=",
+    ),
+    *calls(
+        "vllm.v1.engine.llm_engine:LLMEngine",
+        "bench/closed_loop.py simulator/calibration.py gpucheck/scripted_requests.py gpucheck/pressure_engine.py",
         step="",
     ),
     *calls(

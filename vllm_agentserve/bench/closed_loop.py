@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from time import perf_counter, sleep
 from typing import Any
 
+from vllm_agentserve.bench.live import LiveSessions
 from vllm_agentserve.bench.recorder import Recorder
 from vllm_agentserve.bench.records import Record, digest
 from vllm_agentserve.bench.sessions import PARENT_HINT, Session, TurnKey, session_walk, spawning
@@ -36,17 +37,29 @@ class ClosedLoop:
         sessions: forked ones are started by those that spawn them.
         arm, round_number: what the records are to say.
         told: whether requests carry the id of their session and name the one that spawned it.
+        live, suffix: as for `replay.Replay`.
     """
 
     def __init__(
-        self, engine: Any, sessions: Sequence[Session], arm: str = "", round_number: int = 0, told: bool = False
+        self,
+        engine: Any,
+        sessions: Sequence[Session],
+        arm: str = "",
+        round_number: int = 0,
+        told: bool = False,
+        live: int | None = None,
+        suffix: str = "",
     ) -> None:
         self.engine = engine
         self.told = told
+        self.suffix = suffix
         self.seconds = 0.0
         self._recorder = Recorder(arm, round_number, "measured")
         self._sessions = {session.name: session for session in sessions}
         self._spawned_by = {name: key.session for name, key in spawning(sessions).items()}
+        self._live = LiveSessions(live, self._spawned_by)
+        self._late: dict[str, float] = {}
+        """When sessions were due that wait for another one to end."""
         self._walk = session_walk(sessions)
         self._numbers = itertools.count()
         self._due: list[tuple[float, int, TurnKey]] = []
@@ -67,7 +80,10 @@ class ClosedLoop:
             now = perf_counter()
             while self._due and self._due[0][0] <= now:
                 due, _, key = heapq.heappop(self._due)
-                self._send(key, due)
+                if key.number or self._live.begin(key.session):
+                    self._send(key, due)
+                else:
+                    self._late[key.session] = due
             if not self._running:
                 sleep(max(self._due[0][0] - perf_counter(), 0.0))
                 continue
@@ -92,9 +108,9 @@ class ClosedLoop:
         spawner = self._spawned_by.get(session.name)
         more: dict[str, Any] = {}
         if self.told:
-            more["session_id"] = session.name
+            more["session_id"] = session.name + self.suffix
             if spawner is not None:
-                parameters.extra_args = {PARENT_HINT: spawner}
+                parameters.extra_args = {PARENT_HINT: spawner + self.suffix}
         before = self._contexts.get(session.name if key.number or spawner is None else spawner, [])
         prompt = [*before, *turn.added] if turn.context is None else list(turn.context)
         name = f"{session.name}/{key.number}"
@@ -122,3 +138,7 @@ class ClosedLoop:
         )
         self._contexts[key.session] = prompt + list(tokens)
         self._plan(self._walk.end(key, now))
+        if key.number == len(self._sessions[key.session].turns) - 1:
+            following = self._live.end(key.session)
+            if following is not None:
+                self._plan([DueCall(TurnKey(following, 0), self._late.pop(following))])

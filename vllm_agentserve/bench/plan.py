@@ -12,6 +12,16 @@ from vllm_agentserve.bench.sessions import Session, longest_context, salted
 MARGIN_TOKENS = 64
 
 
+def in_turns(count: int, number: int) -> list[int]:
+    """The indices of `count` arms in the order of a round, in a Williams design: each round begins with another one, and after
+    as many rounds as there are arms (twice as many where their number is odd) every arm has stood at every place and followed
+    every other one equally often."""
+    places = [place // 2 + 1 if place % 2 else -(place // 2) for place in range(count)]
+    if number // count % 2 and count % 2:
+        places.reverse()
+    return [(place - places[0] + number) % count for place in places]
+
+
 @dataclass(frozen=True)
 class Cell:
     """One kind of traffic. A server of one arm and one round meets all cells of a plan, one after the other.
@@ -66,14 +76,8 @@ class Plan:
         return max(longest_context(cell.sessions(n)) for cell in self.cells for n in range(self.rounds)) + MARGIN_TOKENS
 
     def order(self, number: int) -> list[Arm]:
-        """The arms of a round, in a Williams design: each round begins with another one, and after as many rounds as there
-        are arms (twice as many where their number is odd) every arm has stood at every place and followed every other one
-        equally often."""
-        count = len(self.arms)
-        places = [place // 2 + 1 if place % 2 else -(place // 2) for place in range(count)]
-        if number // count % 2 and count % 2:
-            places.reverse()
-        return [self.arms[(place - places[0] + number) % count] for place in places]
+        """The arms of a round, see `in_turns`."""
+        return [self.arms[index] for index in in_turns(len(self.arms), number)]
 
     def cells_of(self, number: int) -> list[Cell]:
         """The cells in the order of a round; each round begins with another one."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from time import perf_counter
 
 from vllm_agentserve.bench.client import Stream, StreamError, StreamingClient
+from vllm_agentserve.bench.live import LiveSessions
 from vllm_agentserve.bench.prompt import GrowingPrompt
 from vllm_agentserve.bench.recorder import Recorder
 from vllm_agentserve.bench.records import Record
@@ -78,13 +79,13 @@ class Replay:
         self.on_turn = on_turn
         self.anonymous = anonymous
         self.suffix = suffix
-        self._limited = live is not None
-        self._live = asyncio.Semaphore(live or 1)
         self._tells_last = last
         self.lateness_ms: list[float] = []
         self._ended = 0.0
         self._walk = session_walk(sessions)
         self._spawned_by = {name: key.session for name, key in spawning(sessions).items()}
+        self._live = LiveSessions(live, self._spawned_by)
+        self._may_begin: dict[str, asyncio.Event] = {}
         self._contexts: dict[str, GrowingPrompt] = {}
         """By session: what was sent and answered."""
 
@@ -134,8 +135,9 @@ class Replay:
         await context.extend(turn.added if turn.context is None else turn.context)
         if (left := due.at_s - perf_counter()) > 0:
             await asyncio.sleep(left)
-        if self._counts(session) and not number:
-            await self._live.acquire()
+        if not number and not self._live.begin(session.name):
+            free = self._may_begin[session.name] = asyncio.Event()
+            await free.wait()
         last = number == len(session.turns) - 1
         stream, pinned = Stream(), pinned_token(session.name, number)
         try:
@@ -148,7 +150,7 @@ class Replay:
                 fixed=self.answers != "real",
                 pinned=pinned if self.answers == "pinned" else None,
                 parent=self._named(self._spawned_by.get(session.name)),
-                due=due.at_s if session.timed or (self._limited and not number) else None,
+                due=due.at_s if session.timed or (self._live.limited and not number) else None,
                 last=self._tells_last and last and not turn.spawns and session.name not in self._spawned_by,
             )
         except StreamError as error:
@@ -163,14 +165,10 @@ class Replay:
         await context.extend(stream.token_ids or [pinned] * len(stream.stamps))
         self._start(group, self._walk.end(due.name, perf_counter()))
 
-    def _counts(self, session: Session) -> bool:
-        """Whether a session takes one of the places there are for sessions under way."""
-        return self._limited and session.name not in self._spawned_by
-
     def _leave(self, session: Session) -> None:
         """A session is over."""
-        if self._counts(session):
-            self._live.release()
+        if (following := self._live.end(session.name)) is not None:
+            self._may_begin.pop(following).set()
 
     def _context(self, session: Session, number: int) -> GrowingPrompt:
         """The prompt that a turn goes on from; its own from now on."""

@@ -12,7 +12,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vllm_agentserve.bench.server import has_nvidia_driver, serving_environment
-from vllm_agentserve.gpucheck import agents_ab, environment, equality, faults, imports, probe, summary, throughput
+from vllm_agentserve.gpucheck import (
+    agents_ab,
+    environment,
+    equality,
+    faults,
+    imports,
+    pressure,
+    probe,
+    summary,
+    throughput,
+)
 from vllm_agentserve.gpucheck.archive import write_archive
 from vllm_agentserve.gpucheck.check_run import CheckRun, PartResult, child_environment, with_crashes
 from vllm_agentserve.gpucheck.schedule import Span, allowance
@@ -57,7 +67,16 @@ PARTS = {
         Part("Throughput against share of the device", throughput.run, Span("shares", 20, 60)),
     )
 }
-"""All parts, in the order in which they run: those that decide most come first, should the time run out."""
+"""The parts of a check, in the order in which they run: those that decide most come first, should the time run out."""
+ON_REQUEST = {
+    part.span.name: part for part in (Part("Agents under memory pressure", pressure.run, Span("pressure", 100, 600)),)
+}
+"""Parts that run only where they are named, after the others."""
+
+
+def part_of(name: str) -> Part:
+    """Raises `KeyError` for a name that no part has."""
+    return PARTS[name] if name in PARTS else ON_REQUEST[name]
 
 
 def chosen_device(wanted: str) -> str:
@@ -71,9 +90,9 @@ def run_parts(check: CheckRun, names: Sequence[str], budget_s: float, command: s
     end = time.monotonic() + budget_s
     done: list[Done] = []
     for index, name in enumerate(names):
-        part = PARTS[name]
+        part = part_of(name)
         began = time.monotonic()
-        later = [PARTS[other].span for other in names[index + 1 :]]
+        later = [part_of(other).span for other in names[index + 1 :]]
         # A longer check is longer in all its parts.
         span = replace(part.span, most_s=part.span.most_s * max(budget_s / BUDGET_S, 1.0))
         if check.device == "cpu":
@@ -118,7 +137,7 @@ def keep(folder: Path, done: list[Done], command: str) -> None:
 def exit_code(done: Sequence[Done]) -> int:
     """See `main`."""
     failed = [one.name for one in done if one.finding.status == "failed"]
-    if any(PARTS[name].needed for name in failed):
+    if any(part_of(name).needed for name in failed):
         return NO_IMPORT
     # The summary of a part holds everything before it, so only the last one has to have been written.
     if failed or (done and done[-1].unwritten):
@@ -140,7 +159,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds for all parts (default %(default)g)")
     parser.add_argument(
-        "--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="only these, in the usual order"
+        "--parts",
+        nargs="+",
+        choices=[*PARTS, *ON_REQUEST],
+        default=list(PARTS),
+        help="only these, in the usual order; pressure runs only if it is named",
     )
     given = parser.parse_args(arguments)
     if given.device == "cpu" and has_nvidia_driver():
@@ -149,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     device = chosen_device(given.device)
     check = CheckRun(given.output, device, given.small, child_environment(os.environ, serving_environment(base={})))
-    names = [name for name, part in PARTS.items() if name in given.parts or part.always]
+    names = [name for name, part in {**PARTS, **ON_REQUEST}.items() if name in given.parts or part.always]
     shown = " ".join(["python -m vllm_agentserve.gpucheck", *(sys.argv[1:] if arguments is None else arguments)])
     done = run_parts(check, names, given.budget_s, shown)
     print(f"summary: {given.output / 'summary.md'}")

@@ -1,7 +1,7 @@
 """The engines of the check: real vLLM in this process, stock or with our scheduler, over a model that needs no download."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ SHAPES = (
     ModelShape("qwen2.5-0.5b", 896, 4864, 24, 14, 2, 151936, 0.0),
 )
 """Sizes of the published models, the largest first."""
+UNTIED_HIDDEN = 3584
+"""From this hidden size on a model has two embedding matrices."""
 TOY = ModelShape("toy", 384, 1536, 6, 6, 2, 4096, 0.0)
 
 
@@ -62,10 +64,22 @@ def kv_cache_bytes(free_gib: float | None) -> int:
     return 2 << 30 if free_gib is None else int(min(max(free_gib / 5, 1.0), 8.0) * 2**30)
 
 
+def kv_block_bytes(shape: ModelShape, block: int) -> int:
+    """The size of a block of so many tokens in a KV cache in bfloat16."""
+    values = 2 * shape.layers * shape.kv_heads * shape.hidden // shape.heads
+    return 2 * values * block
+
+
 def kv_cache_blocks(shape: ModelShape, size: int, block: int) -> int:
     """How many blocks of so many tokens a KV cache of `size` bytes in bfloat16 has."""
-    values = 2 * shape.layers * shape.kv_heads * shape.hidden // shape.heads
-    return size // (2 * values * block)
+    return size // kv_block_bytes(shape, block)
+
+
+def weight_bytes(shape: ModelShape) -> int:
+    """The size of the weights in bfloat16; small models use one matrix for both embeddings."""
+    inside = 2 * shape.hidden + 2 * (shape.hidden // shape.heads) * shape.kv_heads
+    embeddings = (1 if shape.hidden < UNTIED_HIDDEN else 2) * shape.vocabulary * shape.hidden
+    return 2 * (embeddings + shape.layers * shape.hidden * (inside + 3 * shape.inner))
 
 
 @dataclass(frozen=True)
@@ -79,6 +93,7 @@ class Setting:
         graphs: whether decode steps are CUDA graphs.
         options: ours, for the arms that have them.
         engine: further arguments of `LLM`.
+        graph_sizes: decode batches that are CUDA graphs.
     """
 
     arm: str
@@ -89,6 +104,7 @@ class Setting:
     graphs: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     engine: Mapping[str, Any] = field(default_factory=dict)
+    graph_sizes: Sequence[int] = GRAPH_SIZES
 
 
 def write_config(shape: ModelShape, folder: Path) -> Path:
@@ -108,7 +124,7 @@ def write_config(shape: ModelShape, folder: Path) -> Path:
         "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1e6,
-        "tie_word_embeddings": shape.hidden < 3584,
+        "tie_word_embeddings": shape.hidden < UNTIED_HIDDEN,
         "torch_dtype": "bfloat16",
         "bos_token_id": 0,
         "eos_token_id": 2,
@@ -143,7 +159,7 @@ def engine_arguments(setting: Setting) -> dict[str, Any]:
         given["compilation_config"] = {
             "mode": 0,
             "cudagraph_mode": "FULL_DECODE_ONLY",
-            "cudagraph_capture_sizes": list(GRAPH_SIZES),
+            "cudagraph_capture_sizes": list(setting.graph_sizes),
         }
     else:
         given["enforce_eager"] = True
