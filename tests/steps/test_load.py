@@ -513,3 +513,33 @@ def test_sub_agents_are_not_counted_among_those_that_find_their_context(clock: C
         turn(scheduler, f"child{number}", 0, 150, agent_parent="warm")
         serve(scheduler, driver, clock)
     assert scheduler.report()["load_hit_ratio"] == before > 0.85
+
+
+class LaunchedModel(SlowModel):
+    """As slow, and a step with prompts takes 8 ms more, as on a GPU where its kernels are launched one by one."""
+
+    def chunk_ms(self, tokens: int, context: int, first: bool = True) -> float:
+        return super().chunk_ms(tokens, context, first) + (8.0 if first else 0.0)
+
+
+def test_reading_a_prompt_costs_what_its_steps_take_anyway() -> None:
+    """Otherwise an engine whose steps with prompts are slow is thought to read contexts again in half the time, and no limit is
+    worth it. Prompts in the same step share that."""
+    scheduler, driver, _ = started()
+    scheduler.engine_policy.controller.whole.model = LaunchedModel()
+    requests = [turn(scheduler, name, 0, 100) for name in ("one", "two")]
+    calls = [scheduler.calls[request.request_id] for request in requests]
+    driver.step()
+    assert [call.computed_tokens for call in calls] == [100, 100]
+    assert sum(call.computed_ms for call in calls) == 2 * 500.0 + 8.0
+    scheduler, driver, _ = started(first_chunk_tokens=64, tpot_slo_ms=330)
+    scheduler.engine_policy.controller.whole.model = LaunchedModel()
+    turn(scheduler, "decodes", 0, 8)
+    driver.step()
+    call = scheduler.calls[turn(scheduler, "long", 0, 150).request_id]
+    steps = 0
+    while call.computed_tokens < 150:
+        driver.step()
+        steps += 1
+    assert steps > 1
+    assert call.computed_ms == pytest.approx(150 * 5.0 + steps * 8.0)

@@ -119,7 +119,7 @@ class Call:
         load: what load control knows of it; None where that is off.
         cached_tokens: tokens of its prompt that the KV cache held when it was first admitted; None before that.
         computed_tokens: tokens of its prompt that were scheduled so far, those computed again after a preemption included.
-        computed_ms: what these take of the whole device.
+        computed_ms: what these take of the whole device, with what the steps in which it was the first prompt take anyway.
         lane: what the prefill lane has to do with it.
     """
 

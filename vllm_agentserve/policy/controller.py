@@ -214,6 +214,12 @@ class BudgetController:
         """What so many tokens of a prompt over `context` computed ones cost, in ms of the whole device."""
         return self.whole.model.chunk_ms(tokens, context, first=False)
 
+    def prompt_step_ms(self) -> float:
+        """What a step with prompts takes longer than one without, whatever their length; on a GPU its kernels are launched one by
+        one, while steps of decodes only are CUDA graphs."""
+        model = self.whole.model
+        return model.chunk_ms(0, 0, first=True) - model.chunk_ms(0, 0, first=False)
+
     def device_rate(self, tokens: int, before: int) -> float | None:
         """Prompt tokens per second that the whole device reads of such a prompt in chunks of 256, None before any was seen."""
         if not self.whole.model.knows_prefill:

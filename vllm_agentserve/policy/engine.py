@@ -129,6 +129,8 @@ class EnginePolicy:
         """Of the step that is being scheduled; None where nothing is cut."""
         self._cold_waited = False
         """Whether the last step had nothing for a cold prompt that was offered to it."""
+        self._has_prompt = False
+        """Whether a chunk of a prompt is in the step that is being scheduled."""
 
     # -- a call ---------------------------------------------------------------------------------------------------------
 
@@ -180,6 +182,7 @@ class EnginePolicy:
 
     def begin_step(self, step: int) -> None:
         """A step with waiting calls or prompts is about to be scheduled."""
+        self._has_prompt = False
         self._counts["overdue_requests"] += self.waiting.begin_step(step, self.programs.relevels)
 
     def plan(
@@ -283,6 +286,9 @@ class EnginePolicy:
         if first:
             self._runs(call, chunk.context)
         self._takes(call, chunk)
+        if not self._has_prompt:
+            self._has_prompt = True
+            call.computed_ms += self.controller.prompt_step_ms()
         if last:
             self.stops(call)
             self.programs.decodes(call)
