@@ -543,3 +543,25 @@ def test_reading_a_prompt_costs_what_its_steps_take_anyway() -> None:
         steps += 1
     assert steps > 1
     assert call.computed_ms == pytest.approx(150 * 5.0 + steps * 8.0)
+
+
+def test_decisions_are_logged_when_they_change(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(feature.logger, "info", lambda text, *values: said.append(text % values))
+    scheduler, driver, load = started()
+    learned(scheduler, driver, clock)
+    for index in range(12):
+        turn(scheduler, f"new-{index}", 0)
+    clock.now += 0.4
+    driver.step()
+    told = [line for line in said if "turns per second" in line]
+    assert len(told) == 1
+    weighed = load.control.weighed
+    assert weighed is not None
+    assert told[0].startswith(
+        f"agentserve: load control: a limit for {weighed.programs:.0f} programs. {weighed.limited:.2f} turns per second are "
+        f"expected with one, {weighed.without:.2f} without: tools take {weighed.turn.gap_s:.2f} s, "
+    )
+    clock.now += 20.0
+    driver.step()
+    assert len([line for line in said if "turns per second" in line]) == 1, "it has not changed"

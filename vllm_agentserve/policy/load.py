@@ -110,6 +110,22 @@ class Mean:
 
 
 @dataclass(frozen=True)
+class Weighed:
+    """What a decision on the limit was made from.
+
+    Args:
+        programs: those under way and those that wait.
+        limited, without: turns per second with the best limit, and without any.
+        turn: of the mean program.
+    """
+
+    programs: float
+    limited: float
+    without: float
+    turn: TurnCost
+
+
+@dataclass(frozen=True)
 class LoadReport:
     """What load control does.
 
@@ -181,6 +197,8 @@ class LoadControl:
         self._reason: Reason = "fits"
         self._decided_on = 0.0
         """How many programs that was decided on."""
+        self.weighed: Weighed | None = None
+        """Of the last decision for which it mattered."""
         self._better_if_more = True
         """Whether there would be a limit if many more came."""
         self._came_s: deque[float] = deque()
@@ -602,6 +620,7 @@ class LoadControl:
             rate_now = turns_per_second(under_way, turn, 0.0, room)
             rate_later = turns_per_second(min(waiting, pool / footprint), turn, 1.0)
             best = min(best, everybody.programs / (under_way / rate_now + waiting / rate_later)) if waiting else 0.0
+        self.weighed = Weighed(everybody.programs, best, without, turn)
         if best > without * (COMES if self._limit == inf else GOES):
             self._limit, self._reason = pressure * pool, "model"
             return
@@ -610,6 +629,11 @@ class LoadControl:
         self._better_if_more = any(best > without * COMES for without, best, _ in crowds)
 
     # What is seen.
+
+    @property
+    def reason(self) -> Reason:
+        """Of the limit, as it was last decided."""
+        return self._reason
 
     def report(self, now_s: float | None = None) -> LoadReport:
         """Claims as they are now; without a time, as they were when somebody was last asked for."""
