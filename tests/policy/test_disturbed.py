@@ -2,7 +2,7 @@
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given, settings
@@ -36,6 +36,8 @@ class Engine:
 
 
 GPU = Engine(8.0, 0.01, 0.001, 20.0, 0.2)
+LAUNCHED = Engine(5.0, 0.05, 0.0005, 12.0, 0.3, 22.0)
+"""A 7B model on a large GPU: decode steps are CUDA graphs, and a step with a chunk launches its kernels one by one."""
 ENGINES = {
     "tiny": Engine(0.45, 0.002, 0.0005, 8.0, 0.05, 0.05),
     "gpu": GPU,
@@ -244,3 +246,22 @@ def test_at_a_constant_number_of_streams_another_pace_is_learned(sequences: int,
     runner.quiet(60, sequences, factor)
     now = runner.controller.whole.model.decode_ms(sequences, sequences * 2000)
     assert now == pytest.approx(factor * runner.engine.ms(sequences, sequences * 2000, []), rel=0.1)
+
+
+@pytest.mark.parametrize("backlog", [Backlog(), Backlog(1, 1100), Backlog(3, 3300, 100.0)])
+@pytest.mark.parametrize("mixing", [15.0, 20.0, 25.0, 40.0])
+@pytest.mark.parametrize(("slo", "useful"), [(None, 0.35), (20.0, 0.15)])
+def test_chunks_are_long_enough_to_be_worth_their_step(
+    backlog: Backlog, mixing: float, slo: float | None, useful: float
+) -> None:
+    """Mixing alone takes nearly as long as the target, or longer. Short chunks make streams no faster, and prompts wait for ever:
+    they had shrunk to the floor, and the time given to prefill with them."""
+    limits = {} if slo is None else {"tpot_slo_ms": slo}
+    runner = Runner(replace(LAUNCHED, mixing=mixing), noise=0.05, **limits)
+    for _ in range(6):
+        runner.quiet(20, 8)
+        lengths = runner.mixed(100, 8, backlog=backlog)
+    tokens_ms = LAUNCHED.tokens * sum(lengths) / len(lengths) / 1000
+    assert tokens_ms > useful * (tokens_ms + mixing)
+    predicted = runner.controller.whole.model.step_ms(8, 16_000, [cold(1100, 0)])
+    assert predicted == pytest.approx(runner.engine.ms(8, 16_000, [(1100, 0)]), rel=0.2)

@@ -87,7 +87,7 @@ def test_the_first_step_with_chunks(decode_ms: float, ms: float, sequences: int)
     assert model.learn_prefill(sequences, 1000, [cold(100, 400), cold(300, 700)], ms) == decode_ms
     scale = decode_ms or ms
     features = [1.0, 0.5 + 1.0, 0.1 + 0.3, 0.1 * 0.45 + 0.3 * 0.85]
-    deviations = [0.3 * scale, 0.1 * scale, 20 * scale, 20 * scale]
+    deviations = [1.0 * scale, 0.1 * scale, 20 * scale, 20 * scale]
     noise = (0.1 if sequences else 1.0) * ms
     assert model._prefill.weights == pytest.approx(one_lesson(deviations, features, ms - decode_ms, noise, 0.999))
     assert model.knows_prefill

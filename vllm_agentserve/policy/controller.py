@@ -66,6 +66,10 @@ class BudgetController:
     """The resume budget at the start. One that a disturbance brought below half of it comes back while steps are in time."""
     FAR_BELOW = 0.7
     """Steps below this share of the target let the time given to prefill grow by a quarter at once."""
+    USEFUL, USEFUL_GIVEN = 0.5, 0.25
+    """Of what a step takes longer for its chunks, the share in which it computes their tokens, at least: the rest is what mixing
+    takes however short they are. Where that alone misses the target, short chunks make streams and prompts slower. The second
+    number holds for a target that was given."""
     PREFILL_SHARE = 0.25
     """Where decodes alone miss the target already, prefill still gets this share of the decodes' own time."""
 
@@ -214,12 +218,6 @@ class BudgetController:
         """What so many tokens of a prompt over `context` computed ones cost, in ms of the whole device."""
         return self.whole.model.chunk_ms(tokens, context, first=False)
 
-    def prompt_step_ms(self) -> float:
-        """What a step with prompts takes longer than one without, whatever their length; on a GPU its kernels are launched one by
-        one, while steps of decodes only are CUDA graphs."""
-        model = self.whole.model
-        return model.chunk_ms(0, 0, first=True) - model.chunk_ms(0, 0, first=False)
-
     def device_rate(self, tokens: int, before: int) -> float | None:
         """Prompt tokens per second that the whole device reads of such a prompt in chunks of 256, None before any was seen."""
         if not self.whole.model.knows_prefill:
@@ -229,22 +227,27 @@ class BudgetController:
 
     def _weighed(self, sequences: int, context: int, max_tokens: int, backlog: Backlog, regime: Regime) -> Target:
         """The target of a step with these decodes for which these prompts wait."""
-        if self.limits.tpot_slo_ms is not None or not sequences or not backlog.prompts:
+        if not sequences:
             return Target(self._target_ms)
-        model, rate = regime.model, self.device_rate(max(backlog.tokens // backlog.prompts, 1), 0)
+        model, given = regime.model, self.limits.tpot_slo_ms is not None
+        alone_ms, mixing_ms = model.decode_ms(sequences, context) * self._depth, model.mixing_ms() * self._depth
+        floor_ms = max(self._target_ms, alone_ms + mixing_ms / (1 - (self.USEFUL_GIVEN if given else self.USEFUL)))
+        if given or not backlog.prompts:
+            return Target(floor_ms)
+        rate = self.device_rate(max(backlog.tokens // backlog.prompts, 1), 0)
         if rate is None:
-            return Target(self._target_ms)
-        alone_ms = model.decode_ms(sequences, context) * self._depth
+            return Target(floor_ms)
         stock_ms = model.step_ms(sequences, context, [Chunk(Phase.COLD_PREFILL, max_tokens, 0)]) * self._depth
         read_ms = backlog.tokens / rate * 1000
-        target_ms = self.trade.target_ms(self._target_ms, alone_ms, sequences, backlog, read_ms, stock_ms)
+        target_ms = self.trade.target_ms(floor_ms, alone_ms + mixing_ms, sequences, backlog, read_ms, stock_ms)
         return Target(target_ms, self.trade.stretch_ms(target_ms, stock_ms))
 
     def _prefill_ms(self, regime: "Regime", sequences: int, context: int, target_ms: float | None = None) -> float:
         """The time left for prefill in a step with these decodes."""
         alone = regime.model.decode_ms(sequences, context)
         target_ms = self._target_ms if target_ms is None else target_ms
-        return max(target_ms * self.gain / self._depth - alone, self.PREFILL_SHARE * alone)
+        least_ms = max(self.PREFILL_SHARE * alone, regime.model.mixing_ms() / (1 - self.USEFUL_GIVEN))
+        return max(target_ms * self.gain / self._depth - alone, least_ms)
 
     def plan(
         self,

@@ -288,7 +288,7 @@ class EnginePolicy:
         self._takes(call, chunk)
         if not self._has_prompt:
             self._has_prompt = True
-            call.computed_ms += self.controller.prompt_step_ms()
+            call.computed_ms += self.controller.whole.model.mixing_ms()
         if last:
             self.stops(call)
             self.programs.decodes(call)

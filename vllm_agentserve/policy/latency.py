@@ -153,6 +153,11 @@ class StepModel:
         p, c = tokens / 1000, (context + tokens) / 1000
         return (a0 if first else 0.0) + a1 * c + a2 * p + a3 * p * (c - p / 2)
 
+    def mixing_ms(self) -> float:
+        """What a step with chunks takes longer than one without, whatever their length: on a GPU its kernels are launched one by
+        one, while steps of decodes only are CUDA graphs. 0 before any chunk has been seen."""
+        return self.chunk_ms(0, 0) - self.chunk_ms(0, 0, first=False)
+
     def step_ms(self, sequences: int, context: int, chunks: Sequence[Chunk]) -> float:
         """The predicted duration of a step with these decodes (their number and summed context) and chunks."""
         total = self.decode_ms(sequences, context)
@@ -234,7 +239,7 @@ class StepModel:
     @staticmethod
     def _prior(scale_ms: float) -> tuple[float, float, float, float]:
         """How large the coefficients of a chunk may be where a step without prefill takes `scale_ms`."""
-        return (0.3 * scale_ms, 0.1 * scale_ms, 20.0 * scale_ms, 20.0 * scale_ms)
+        return (scale_ms, 0.1 * scale_ms, 20.0 * scale_ms, 20.0 * scale_ms)
 
     def _coefficients(self) -> list[float]:
         weights, slowness = self._prefill.weights, self._slowness
