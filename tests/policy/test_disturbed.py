@@ -263,5 +263,7 @@ def test_chunks_are_long_enough_to_be_worth_their_step(
         lengths = runner.mixed(100, 8, backlog=backlog)
     tokens_ms = LAUNCHED.tokens * sum(lengths) / len(lengths) / 1000
     assert tokens_ms > useful * (tokens_ms + mixing)
+    # And so is a tool result: in a step that takes so long anyway, 32 tokens of it would be nothing.
+    assert runner.controller.resume_tokens >= 800
     predicted = runner.controller.whole.model.step_ms(8, 16_000, [cold(1100, 0)])
     assert predicted == pytest.approx(runner.engine.ms(8, 16_000, [(1100, 0)]), rel=0.2)

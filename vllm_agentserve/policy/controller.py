@@ -61,7 +61,7 @@ class BudgetController:
     GAIN_RANGE = (0.4, 1.15)
     """How far feedback may move the time given to prefill away from what the model says fits, as a factor of the target."""
     RESUME_FLOOR = 32
-    """The resume budget never shrinks below this many tokens."""
+    """The resume budget never shrinks below this many tokens, nor below what is computed in the time that mixing takes."""
     START_RESUME_TOKENS = 256
     """The resume budget at the start. One that a disturbance brought below half of it comes back while steps are in time."""
     FAR_BELOW = 0.7
@@ -192,9 +192,13 @@ class BudgetController:
             self.resume_tokens = min(self.resume_tokens * 5 // 4, self.limits.resume_budget_max_tokens)
         elif 2 * self.resume_tokens < min(self.START_RESUME_TOKENS, self.limits.resume_budget_max_tokens):
             self.resume_tokens = self.resume_tokens * 5 // 4
+        self.resume_tokens = max(self.resume_tokens, self._resume_floor())
 
     def _resume_floor(self) -> int:
-        return min(self.RESUME_FLOOR, self.limits.resume_budget_max_tokens)
+        """Fewer tokens than a step computes while mixing takes its time would make no step shorter that matters."""
+        model = self.whole.model
+        worth = model.tokens_within(model.mixing_ms(), 0, first=False)
+        return min(max(self.RESUME_FLOOR, worth), self.limits.resume_budget_max_tokens)
 
     def prefill_rate(self, sequences: int, context: int, tokens: int, before: int) -> float | None:
         """Prompt tokens per second that mixed steps within the target read of a prompt, None before any has been seen.
