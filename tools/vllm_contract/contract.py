@@ -66,6 +66,17 @@ CONTRACT = (
     *reads(SCHEDULER, f"{COMPAT} {BOOKS}", "kv_cache_manager"),
     *reads(SCHEDULER, COMPAT, "finished_recving_kv_req_ids"),
     *reads(SCHEDULER, COMPAT, "max_num_running_reqs need_mamba_block_aligned_split num_sampled_tokens_per_step"),
+    *reads(SCHEDULER, COMPAT, "max_num_active_reqs num_waiting_for_streaming_input pause_state"),
+    # How vLLM counts the places that are taken, see `free_places`; a further limit would stand here.
+    *says(
+        f"{SCHEDULER}.schedule",
+        COMPAT,
+        "self._pause_state == PauseState.UNPAUSED",
+        "num_running = len(self.running) + self.num_waiting_for_streaming_input\n",
+        "if num_running >= self.max_num_active_reqs:\n",
+    ),
+    *exports("vllm.v1.core.sched.interface", COMPAT, "PauseState"),
+    *reads("vllm.v1.core.sched.interface:PauseState", COMPAT, "UNPAUSED"),
     *reads(SCHEDULER, COMPAT, "requires_kv_delivery scheduler_config"),
     *calls(
         "vllm.v1.core.kv_cache_manager:KVCacheManager", COMPAT, free="request", prefix_cache_lookup_enabled="request"

@@ -135,7 +135,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         for before_plan in events.before_plan:
             before_plan()
         most = max(self.max_num_scheduled_tokens - decodes * self._decode_width, 1)
-        places = self.max_num_running_reqs - len(self.running)
+        places = compat.free_places(self)
         lane = self._lane
         budget = policy.plan(decodes, context, most, places, bool(self.waiting), lane.busy, lane.has_room)
         # vLLM asks the attribute of the instance: so the question costs nothing in steps without prefill.

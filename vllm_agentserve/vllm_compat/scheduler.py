@@ -148,13 +148,32 @@ def waits_elsewhere(scheduler: "Scheduler") -> bool:
     return any(one.status is not RequestStatus.WAITING_FOR_STREAMING_REQ for one in scheduler.kv_holding_waiting)
 
 
+def admits(scheduler: "Scheduler") -> bool:
+    """Whether vLLM takes up waiting requests at all; while it is paused it does not."""
+    from vllm.v1.core.sched.interface import PauseState
+
+    return bool(scheduler.pause_state is PauseState.UNPAUSED)
+
+
+def free_places(scheduler: "Scheduler") -> int:
+    """How many more requests may run, as vLLM counts it at admission; below 1: none.
+
+    Two limits hold: `max_num_running_reqs` is the number of slots of the model runner, and `max_num_active_reqs`, which is no
+    larger, that of requests that may run. A streamed session between two parts does not run, and keeps its place.
+    """
+    if not admits(scheduler):
+        return 0
+    taken = len(scheduler.running) + scheduler.num_waiting_for_streaming_input
+    return int(min(scheduler.max_num_active_reqs, scheduler.max_num_running_reqs)) - taken
+
+
 def finds_no_place(scheduler: "Scheduler", waiting: "Request") -> bool:
     """Whether a request that could run waits for a place: as many run as may, or its blocks are not there."""
     from vllm.v1.request import RequestStatus
 
-    if waiting.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
+    if waiting.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED) or not admits(scheduler):
         return False
-    if len(scheduler.running) >= scheduler.max_num_running_reqs:
+    if free_places(scheduler) < 1:
         return True
     uncached = waiting.num_tokens - cached_prefix_tokens(scheduler, waiting)
     return uncached > scheduler.kv_cache_manager.block_pool.get_num_free_blocks() * scheduler.block_size
