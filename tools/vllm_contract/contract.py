@@ -41,7 +41,10 @@ CONTRACT = (
         add_request="request",
         _preempt_request="request ...",
         _free_request="request ...",
+        _handle_stopped_request="request",
     ),
+    # A request that has stopped, and is no streamed session, has ended; a session is no longer in `running`.
+    *says(f"{SCHEDULER}._handle_stopped_request", SCHED, "if not request.resumable:", "return True"),
     *calls(
         SCHEDULER,
         COMPAT,
@@ -102,7 +105,7 @@ CONTRACT = (
     *exports("vllm.v1.request", f"{QUEUES} {SCHED}", "Request"),
     *reads(REQUEST, f"{SCHED} {COMPAT} {QUEUES} {DISPATCH} {BALANCE} policy/call.py", "request_id"),
     *reads(REQUEST, f"{SCHED} {COMPAT} policy/call.py policy/engine.py", "num_computed_tokens"),
-    *reads(REQUEST, f"{SCHED} {COMPAT}", "status"),
+    *reads(REQUEST, f"{SCHED} {COMPAT} {BALANCE}", "status"),
     *reads(
         REQUEST, f"{SCHED} {COMPAT} {DISPATCH} policy/call.py policy/engine.py policy/program_order.py", "num_tokens"
     ),
@@ -111,6 +114,7 @@ CONTRACT = (
     *calls(REQUEST, BALANCE, is_finished=""),
     *reads(REQUEST, f"{COMPAT} {DISPATCH} policy/attribution.py", "block_hashes"),
     *reads(REQUEST, f"{COMPAT} {LANES}", "has_encoder_inputs"),
+    *reads(REQUEST, COMPAT, "resumable"),
     *reads(REQUEST, COMPAT, "kv_transfer_params num_stale_output_tokens"),
     *reads(REQUEST, f"{COMPAT} policy/attribution.py", "num_output_tokens"),
     *reads(REQUEST, LANES, "lora_request prompt_embeds"),
@@ -124,10 +128,10 @@ CONTRACT = (
         DISPATCH,
         set="num_prompt_tokens num_local_cached_tokens num_external_cached_tokens",
     ),
-    *exports("vllm.v1.request", f"{SCHED} {COMPAT}", "RequestStatus"),
+    *exports("vllm.v1.request", f"{SCHED} {COMPAT} {BALANCE}", "RequestStatus"),
     *reads("vllm.v1.request:RequestStatus", SCHED, "RUNNING"),
-    *reads("vllm.v1.request:RequestStatus", f"{SCHED} {COMPAT}", "PREEMPTED"),
-    *reads("vllm.v1.request:RequestStatus", COMPAT, "WAITING"),
+    *reads("vllm.v1.request:RequestStatus", f"{SCHED} {COMPAT} {BALANCE}", "PREEMPTED"),
+    *reads("vllm.v1.request:RequestStatus", f"{SCHED} {COMPAT} {BALANCE}", "WAITING WAITING_FOR_STREAMING_REQ"),
     *implements(
         QUEUE,
         QUEUES,

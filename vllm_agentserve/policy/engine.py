@@ -71,6 +71,12 @@ class NoPrograms:
     def decodes(self, call: Call) -> None:
         """The call's prompt is computed."""
 
+    def suspends(self, call: Call, now: float) -> None:
+        """A streamed session has answered a part of its input, and waits for the next one."""
+
+    def continues(self, call: Call, now: float) -> None:
+        """The next part of its input is there."""
+
     def stepped(self, sequences: int, step_ms: float, chunks: Sequence[Chunk]) -> None:
         """A step with so many decodes and these chunks took so long."""
 
@@ -308,6 +314,16 @@ class EnginePolicy:
         if call.served_as is not None:
             call.served_as = None
             self.prefilling.remove(call)
+
+    def suspends(self, call: Call) -> None:
+        """A streamed session has answered a part of its input and waits for the next one; it does not run."""
+        self.stops(call)
+        self.programs.suspends(call, self._now())
+
+    def continues(self, call: Call) -> None:
+        """The next part of a streamed session is there: it waits for a step, with its KV."""
+        self.stops(call)
+        self.programs.continues(call, self._now())
 
     def retag(self) -> None:
         """A cold prompt has been computed: what others share with it may be cached now."""

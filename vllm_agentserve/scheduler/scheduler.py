@@ -252,7 +252,9 @@ class AgentScheduler(UpstreamHooks, Scheduler):
     # -- requests come and go -------------------------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
-        known = request.request_id in self.requests  # another part of a prompt that is streamed
+        session = self.requests.get(request.request_id)  # this is another part of its input
+        known = session is not None
+        awaited = session is not None and session.status is RequestStatus.WAITING_FOR_STREAMING_REQ
         if not known:
             self._arrives(request)
         self.engine_policy.waiting.step = self.current_step  # quiet steps do not tell it
@@ -262,6 +264,8 @@ class AgentScheduler(UpstreamHooks, Scheduler):
             if not known:
                 self.engine_policy.end(self.calls.pop(request.request_id))
             raise
+        if session is not None and awaited and session.status is RequestStatus.WAITING:
+            self.engine_policy.continues(self._call(session))
         if not known:
             call = self.calls[request.request_id]
             if call.key is not None:
@@ -290,6 +294,14 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         self.engine_policy.waiting.step = self.current_step
         self.engine_policy.stops(self._call(request))
         super()._preempt_request(request, *args, **kwargs)
+
+    def _handle_stopped_request(self, request: Request) -> bool:
+        ended = bool(super()._handle_stopped_request(request))
+        if not ended:
+            # It is a streamed session: its next part is there already, or it waits for that.
+            call, policy = self._call(request), self.engine_policy
+            (policy.continues if request.status is RequestStatus.WAITING else policy.suspends)(call)
+        return ended
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         call = self._call(request)

@@ -24,7 +24,10 @@ class AgentQueue(RequestQueue):
         self._calls = calls
 
     def add_request(self, request: Request) -> None:
-        self._waiting.add(self._calls[request.request_id])
+        call = self._calls[request.request_id]
+        # vLLM adds a streamed session twice whose last token comes after it was preempted, and takes it out again.
+        if call not in self._waiting:
+            self._waiting.add(call)
 
     def pop_request(self) -> Request:
         return self._waiting.pop().request

@@ -180,9 +180,13 @@ def finds_no_place(scheduler: "Scheduler", waiting: "Request") -> bool:
 
 
 def may_be_preempted(scheduler: "Scheduler", request: "Request") -> bool:
-    """Whether a running request can lose its place now: it has generated something, and no lane job writes its blocks."""
+    """Whether a running request can lose its place now: it has generated something, and no lane job writes its blocks.
+
+    vLLM loses a streamed session whose last token comes after it was preempted.
+    """
     return (
-        request.num_output_tokens > 0
+        not request.resumable
+        and request.num_output_tokens > 0
         and not request.num_stale_output_tokens
         and not scheduler.requires_kv_delivery
         and scheduler._request_blocks_can_be_freed(request)
