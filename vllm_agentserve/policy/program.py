@@ -12,7 +12,7 @@ THREADS = 64
 ENDS = 64
 """Ended calls remembered of a program, see `Program.path_from`."""
 SESSION = "session "
-"""How the key of a program with a session id begins."""
+"""How the key of a program with a session id begins, unless it has a tenant (`Call.tenant`), which then goes before it."""
 
 
 class Stage(enum.IntEnum):
