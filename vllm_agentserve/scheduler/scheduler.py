@@ -106,6 +106,9 @@ class AgentScheduler(UpstreamHooks, Scheduler):
     def cached_tokens(self, call: Call) -> int:
         return compat.cached_prefix_tokens(self, call.request)
 
+    def is_blocked(self, call: Call) -> bool:
+        return not compat.may_run(call.request)
+
     def is_preempted(self, call: Call) -> bool:
         return call.request.status is RequestStatus.PREEMPTED
 
@@ -131,7 +134,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         context = self._decode_context() if decodes else 0
         for before_step in events.before_step:
             before_step(decodes, context)
-        policy.begin_step(self.current_step)
+        policy.begin_step(self.current_step, compat.admits(self))
         for before_plan in events.before_plan:
             before_plan()
         most = max(self.max_num_scheduled_tokens - decodes * self._decode_width, 1)

@@ -167,11 +167,16 @@ def free_places(scheduler: "Scheduler") -> int:
     return int(min(scheduler.max_num_active_reqs, scheduler.max_num_running_reqs)) - taken
 
 
-def finds_no_place(scheduler: "Scheduler", waiting: "Request") -> bool:
-    """Whether a request that could run waits for a place: as many run as may, or its blocks are not there."""
+def may_run(waiting: "Request") -> bool:
+    """Whether a waiting request waits for steps only, and not for a grammar, for KV blocks from elsewhere or for its client."""
     from vllm.v1.request import RequestStatus
 
-    if waiting.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED) or not admits(scheduler):
+    return waiting.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+
+
+def finds_no_place(scheduler: "Scheduler", waiting: "Request") -> bool:
+    """Whether a request that could run waits for a place: as many run as may, or its blocks are not there."""
+    if not may_run(waiting) or not admits(scheduler):
         return False
     if free_places(scheduler) < 1:
         return True
