@@ -1,8 +1,9 @@
 """Whose a request is: the program it belongs to, named by its client or found by what its prompt begins with.
 
 A request with a session id belongs to the program of that name, or to that of the session that its client says started it
-(`agent_parent`). Session ids of another cache salt or adapter are other ones (`Call.tenant`). Without one it belongs to the program of the request whose prompt and answer its own prompt begins with
-(`Lineage`): an agent's next prompt begins with its last prompt and answer. Else it is the first of a new program.
+(`agent_parent`). Session ids of another cache salt or adapter are other ones (`Call.tenant`). Without a session id it belongs
+to the program of the request whose prompt and answer its own prompt begins with (`Lineage`): an agent's next prompt begins with
+its last prompt and answer. Else it is the first of a new program.
 """
 
 from array import array

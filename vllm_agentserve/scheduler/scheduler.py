@@ -27,9 +27,9 @@ from vllm_agentserve.scheduler.integrity import Integrity
 from vllm_agentserve.scheduler.log_messages import LogMessages
 from vllm_agentserve.scheduler.stats import StatsCollector
 from vllm_agentserve.scheduler.steps import Step, StepLog
-from vllm_agentserve.scheduler.upstream import UpstreamHooks
+from vllm_agentserve.scheduler.upstream import UpstreamHooks, require_hooks
 from vllm_agentserve.scheduler.waiting import AgentQueue
-from vllm_agentserve.vllm_compat import STATS_FIELD
+from vllm_agentserve.vllm_compat import STATS_FIELD, hooks
 from vllm_agentserve.vllm_compat import scheduler as compat
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
     """The scheduler to name in `--scheduler-cls`; it is asynchronous where vLLM's own would be.
 
     Raises:
-        OptionError: an option under `additional_config["agentserve"]` is wrong.
+        OptionError: an option under `additional_config["agentserve"]` is wrong, or needs the plugin, which is not loaded.
         UnsupportedVllmError: on import, when vLLM is outside the supported window.
     """
 
@@ -99,6 +99,11 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         checks = [self.engine_policy.faults, *(feature.faults for feature in self._events.features)]
         self.integrity = Integrity(self, self.calls, checks, options.integrity_check_interval_s)
         lanes, asynchronous = compat.has_lane_connector(self), isinstance(self, AsyncScheduler)
+        not_asked = hooks.not_asked()
+        if not_asked:
+            reason = hooks.plugin_obstacle() or f"the plugin {hooks.PLUGIN!r} is not loaded"
+            require_hooks(options, lanes, not_asked, reason)
+            self._said.without_plugin(not_asked, reason)
         self._said.startup(options, lanes, asynchronous, budget_obstacle, order_obstacle)
 
     # -- what the policy asks -------------------------------------------------------------------------------------------
