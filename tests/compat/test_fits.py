@@ -1,4 +1,4 @@
-"""What vLLM promises of prompts and the KV cache: a prompt that it takes fits, since an engine where one might not does not start."""
+"""What vLLM promises of prompts and the KV cache: each that it takes fits, since an engine where one might not does not start."""
 
 from typing import Any
 

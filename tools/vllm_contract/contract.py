@@ -21,6 +21,7 @@ REQUEST = "vllm.v1.request:Request"
 QUEUE = "vllm.v1.core.sched.request_queue:RequestQueue"
 OUTPUT = "vllm.v1.core.sched.output"
 CONNECTORS = "vllm.distributed.kv_transfer.kv_connector.v1.base"
+CONTROL = "vllm_compat/control.py"
 LAUNCH = "vllm_compat/cuda_launch.py"
 STATE = "vllm.distributed.kv_transfer.kv_transfer_state"
 LOGGERS = "vllm.v1.metrics.loggers"
@@ -230,6 +231,17 @@ CONTRACT = (
     *exports("vllm.forward_context", LAUNCH, "_forward_context"),
     *says("vllm.forward_context:get_forward_context", LAUNCH, "return _forward_context"),
     *calls("vllm.distributed.kv_transfer", LANES, get_kv_transfer_group="", has_kv_transfer_group=""),
+    # Control calls: `pause` and `sleep` change the engine's state before these are called, `sleep` pauses it first.
+    *exports("vllm.v1.engine.core", CONTROL, "EngineCore"),
+    *overrides(
+        "vllm.v1.engine.core:EngineCore",
+        CONTROL,
+        reset_prefix_cache="reset_running_requests reset_connector",
+        sleep="level mode",
+    ),
+    *reads("vllm.v1.engine.core:EngineCore", CONTROL, "model_executor"),
+    *says("vllm.v1.engine.core:EngineCore._reset_caches", CONTROL, "self.reset_prefix_cache("),
+    *calls("vllm.v1.executor.abstract:Executor", CONTROL, collective_rpc="method"),
     # What the plugin wraps in every process.
     *exports("vllm.engine.arg_utils", f"{HOOKS} doctor_engine.py", "EngineArgs"),
     *overrides(f"{ARGS}", HOOKS, create_engine_config="..."),

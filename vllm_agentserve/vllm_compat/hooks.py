@@ -10,7 +10,6 @@ from typing import Any, Protocol
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.vllm_compat import STATS_FIELD, chooses_our_scheduler, is_our_scheduler
 
-
 PLUGIN = "agentserve"
 """The plugin's name among vLLM's (`pyproject.toml`), by which `VLLM_PLUGINS` chooses."""
 
