@@ -35,12 +35,12 @@ def guard_control_calls() -> None:
         return stock_reset(self, reset_running_requests, reset_connector)
 
     def sleep(self: "EngineCore", level: int = 1, mode: Any = "abort") -> Any:
-        if level >= 1 and has_lane_connector(self.scheduler):
-            if any(self.model_executor.collective_rpc(worker_may_have_lane)):
-                raise LaneError(refusal("sleep"))
+        lanes = level >= 1 and has_lane_connector(self.scheduler)
+        if lanes and any(self.model_executor.collective_rpc(worker_may_have_lane)):
+            raise LaneError(refusal("sleep"))
         return stock_sleep(self, level, mode)
 
-    reset_prefix_cache.agentserve = True
+    reset_prefix_cache.agentserve = True  # type: ignore[attr-defined]
     EngineCore.reset_prefix_cache = reset_prefix_cache
     EngineCore.sleep = sleep
 
