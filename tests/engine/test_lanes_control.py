@@ -11,6 +11,7 @@ from tests.support.paths import ROOT
 
 CHECK = """
 import json, sys
+from pathlib import Path
 from vllm import LLM, SamplingParams
 
 def said(call, *given):
@@ -51,19 +52,19 @@ if __name__ == "__main__":
         steps()
         results[f"answers {interrupted}"], answers = answers, {}
         core.call_utility("reset_prefix_cache", False, False)
-    print(json.dumps(results))
+    Path(sys.argv[2]).write_text(json.dumps(results))
 """
 
 
 @lanes_run_here
 def test_a_pause_takes_the_prompt_back_and_sleep_is_refused_before_it_pauses(toy_model: Path, tmp_path: Path) -> None:
-    script = tmp_path / "check.py"
+    script, written = tmp_path / "check.py", tmp_path / "results.json"
     script.write_text(CHECK)
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(script), str(toy_model)]
+    command = [sys.executable, str(script), str(toy_model), str(written)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads(done.stdout.strip().splitlines()[-1])
+    results = json.loads(written.read_text())
     assert (results["early"], results["awake"], results["pause"], results["paused"]) == (False, True, None, True)
     assert "sleep is refused" in results["sleep"]
     assert results["answers True"] == results["answers False"]
