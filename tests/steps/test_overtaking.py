@@ -103,6 +103,9 @@ class Line:
     def cached_tokens(self, call: Call) -> int:
         return self.cached[call.name]
 
+    def is_blocked(self, call: Call) -> bool:
+        return False
+
     def is_preempted(self, call: Call) -> bool:
         return bool(call.request.status is RequestStatus.PREEMPTED)
 

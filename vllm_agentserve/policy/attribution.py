@@ -1,8 +1,9 @@
 """Whose a request is: the program it belongs to, named by its client or found by what its prompt begins with.
 
 A request with a session id belongs to the program of that name, or to that of the session that its client says started it
-(`agent_parent`). Without one it belongs to the program of the request whose prompt and answer its own prompt begins with
-(`Lineage`): an agent's next prompt begins with its last prompt and answer. Else it is the first of a new program.
+(`agent_parent`). Session ids of another cache salt or adapter are other ones (`Call.tenant`). Without a session id it belongs
+to the program of the request whose prompt and answer its own prompt begins with (`Lineage`): an agent's next prompt begins with
+its last prompt and answer. Else it is the first of a new program.
 """
 
 from array import array
@@ -165,9 +166,11 @@ class Attribution(NoAttribution):
         session = request.session_id if request.session_id is not None else hints.parent
         if session is not None:
             # Who only names its parent is one of its threads, like a sub-agent with a session of its own.
-            root = self._families.root(session, hints.parent)
-            thread = hints.thread or (session if root != session else None)
-            key, child = f"{SESSION}{root}", root != session or request.session_id is None
+            tenant = f"{call.tenant}{SESSION}"
+            own, parent = f"{tenant}{session}", None if hints.parent is None else f"{tenant}{hints.parent}"
+            key = self._families.root(own, parent)
+            thread = hints.thread or (session if key != own else None)
+            child = key != own or request.session_id is None
             if found is not None and found.program == key:
                 return Owner(key, found.path_ms, thread, found.end, sub_agent=child)
             return Owner(key, thread=thread, sub_agent=child)

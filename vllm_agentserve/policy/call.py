@@ -107,6 +107,7 @@ class Call:
         key: by which it is sorted while it waits; else None.
         parked: whether it waits without being offered.
         awaited: what a parked one waits for: the hash of a KV block that is being filled, or None for room in the lane.
+        blocked: whether the engine passed over it when it last looked at it: it waits for a grammar, an adapter or other data.
         overdue: whether it has been overtaken for too long.
         has_waited: whether it was parked for room in the lane for as long again after it was overdue.
 
@@ -133,6 +134,7 @@ class Call:
     key: "AdmissionKey | None" = None
     parked: bool = False
     awaited: Hashable | None = None
+    blocked: bool = False
     overdue: bool = False
     has_waited: bool = False
     phase: Phase | None = None
@@ -150,6 +152,19 @@ class Call:
     def name(self) -> str:
         """The id of the request."""
         return str(self.request.request_id)
+
+    @property
+    def tenant(self) -> str:
+        """Tells apart requests of one session id that cannot share KV: cache salt and adapter; empty without either."""
+        adapter = getattr(self.request, "lora_request", None)
+        salt, name = getattr(self.request, "cache_salt", None), adapter and adapter.lora_name
+        return f"tenant {(salt, name)!r} " if salt or name else ""
+
+    @property
+    def session(self) -> str | None:
+        """Its session id, which is another one for each tenant; None without one."""
+        session_id = self.request.session_id
+        return None if session_id is None else f"{self.tenant}{session_id}"
 
     @property
     def left(self) -> int:

@@ -14,6 +14,14 @@ MODES = {
 """By: is there a lane, are prefills cut, is the mode `auto`. Anything else is `stock`."""
 
 
+HOOKS = {
+    "check_engine_args": "the check of options before the model is loaded, and the prefill lane of mode 'auto'",
+    "check_request": "the check of requests where they come in",
+    "make_stat_loggers": "our series on /metrics",
+}
+"""What each hook is for."""
+
+
 class LogMessages:
     """Args: logger: vLLM's, so that our lines look like its own."""
 
@@ -42,6 +50,11 @@ class LogMessages:
             self._logger.warning("agentserve: prefills are not cut to the TPOT target: %s.", budget_obstacle)
         if order_obstacle is not None:
             self._logger.warning("agentserve: waiting requests are in vLLM's order: %s.", order_obstacle)
+
+    def without_plugin(self, not_asked: set[str], reason: str) -> None:
+        """Warns that parts of this package are not in use, because vLLM has not loaded its plugin."""
+        parts = ", ".join(text for name, text in HOOKS.items() if name in not_asked)
+        self._logger.warning("agentserve: %s, so these are missing: %s.", reason, parts)
 
     def prefill_not_cut(self, obstacle: str) -> None:
         """Warns, once per reason, that prompts are not cut to their budget."""

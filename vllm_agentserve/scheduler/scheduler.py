@@ -27,9 +27,9 @@ from vllm_agentserve.scheduler.integrity import Integrity
 from vllm_agentserve.scheduler.log_messages import LogMessages
 from vllm_agentserve.scheduler.stats import StatsCollector
 from vllm_agentserve.scheduler.steps import Step, StepLog
-from vllm_agentserve.scheduler.upstream import UpstreamHooks
+from vllm_agentserve.scheduler.upstream import UpstreamHooks, require_hooks
 from vllm_agentserve.scheduler.waiting import AgentQueue
-from vllm_agentserve.vllm_compat import STATS_FIELD
+from vllm_agentserve.vllm_compat import STATS_FIELD, hooks
 from vllm_agentserve.vllm_compat import scheduler as compat
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
     """The scheduler to name in `--scheduler-cls`; it is asynchronous where vLLM's own would be.
 
     Raises:
-        OptionError: an option under `additional_config["agentserve"]` is wrong.
+        OptionError: an option under `additional_config["agentserve"]` is wrong, or needs the plugin, which is not loaded.
         UnsupportedVllmError: on import, when vLLM is outside the supported window.
     """
 
@@ -99,12 +99,20 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         checks = [self.engine_policy.faults, *(feature.faults for feature in self._events.features)]
         self.integrity = Integrity(self, self.calls, checks, options.integrity_check_interval_s)
         lanes, asynchronous = compat.has_lane_connector(self), isinstance(self, AsyncScheduler)
+        not_asked = hooks.not_asked()
+        if not_asked:
+            reason = hooks.plugin_obstacle() or f"the plugin {hooks.PLUGIN!r} is not loaded"
+            require_hooks(options, lanes, not_asked, reason)
+            self._said.without_plugin(not_asked, reason)
         self._said.startup(options, lanes, asynchronous, budget_obstacle, order_obstacle)
 
     # -- what the policy asks -------------------------------------------------------------------------------------------
 
     def cached_tokens(self, call: Call) -> int:
         return compat.cached_prefix_tokens(self, call.request)
+
+    def is_blocked(self, call: Call) -> bool:
+        return not compat.may_run(call.request)
 
     def is_preempted(self, call: Call) -> bool:
         return call.request.status is RequestStatus.PREEMPTED
@@ -131,11 +139,11 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         context = self._decode_context() if decodes else 0
         for before_step in events.before_step:
             before_step(decodes, context)
-        policy.begin_step(self.current_step)
+        policy.begin_step(self.current_step, compat.admits(self))
         for before_plan in events.before_plan:
             before_plan()
         most = max(self.max_num_scheduled_tokens - decodes * self._decode_width, 1)
-        places = self.max_num_running_reqs - len(self.running)
+        places = compat.free_places(self)
         lane = self._lane
         budget = policy.plan(decodes, context, most, places, bool(self.waiting), lane.busy, lane.has_room)
         # vLLM asks the attribute of the instance: so the question costs nothing in steps without prefill.
@@ -252,7 +260,9 @@ class AgentScheduler(UpstreamHooks, Scheduler):
     # -- requests come and go -------------------------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
-        known = request.request_id in self.requests  # another part of a prompt that is streamed
+        session = self.requests.get(request.request_id)  # this is another part of its input
+        known = session is not None
+        awaited = session is not None and session.status is RequestStatus.WAITING_FOR_STREAMING_REQ
         if not known:
             self._arrives(request)
         self.engine_policy.waiting.step = self.current_step  # quiet steps do not tell it
@@ -262,6 +272,8 @@ class AgentScheduler(UpstreamHooks, Scheduler):
             if not known:
                 self.engine_policy.end(self.calls.pop(request.request_id))
             raise
+        if session is not None and awaited and session.status is RequestStatus.WAITING:
+            self.engine_policy.continues(self._call(session))
         if not known:
             call = self.calls[request.request_id]
             if call.key is not None:
@@ -290,6 +302,14 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         self.engine_policy.waiting.step = self.current_step
         self.engine_policy.stops(self._call(request))
         super()._preempt_request(request, *args, **kwargs)
+
+    def _handle_stopped_request(self, request: Request) -> bool:
+        ended = bool(super()._handle_stopped_request(request))
+        if not ended:
+            # It is a streamed session: its next part is there already, or it waits for that.
+            call, policy = self._call(request), self.engine_policy
+            (policy.continues if request.status is RequestStatus.WAITING else policy.suspends)(call)
+        return ended
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         call = self._call(request)

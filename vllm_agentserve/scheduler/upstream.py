@@ -3,7 +3,7 @@
 import logging
 from typing import TYPE_CHECKING, Any
 
-from vllm_agentserve.config import AgentServeConfig
+from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
 from vllm_agentserve.policy.hints import read_hints
 from vllm_agentserve.vllm_compat.lanes import choose_lanes
 
@@ -11,6 +11,29 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = logging.getLogger("vllm.agentserve")
+
+
+def require_hooks(options: AgentServeConfig, lanes: bool, not_asked: set[str], reason: str) -> None:
+    """Stops the start of an engine that was asked for what only the hooks do.
+
+    Args:
+        options: what was asked for.
+        lanes: whether the prefill lane's connector is there.
+        not_asked: the methods of `UpstreamHooks` that nobody calls.
+        reason: why.
+
+    Raises:
+        OptionError: an option cannot be fulfilled.
+    """
+    needs = []
+    if options.strict_hints and "check_request" in not_asked:
+        needs.append("'strict_hints' = true")
+    if options.mode == "lanes" and not lanes and "check_engine_args" in not_asked:
+        needs.append("'mode' = 'lanes'")
+    if needs:
+        raise OptionError(
+            f"{KEY} option {' and '.join(needs)} cannot be fulfilled: {reason}. Add it to VLLM_PLUGINS, or unset that variable."
+        )
 
 
 class UpstreamHooks:

@@ -4,10 +4,14 @@ Each does nothing where vLLM asks the scheduler class itself, as it does with ou
 """
 
 import dataclasses
+import os
 from typing import Any, Protocol
 
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.vllm_compat import STATS_FIELD, chooses_our_scheduler, is_our_scheduler
+
+PLUGIN = "agentserve"
+"""The plugin's name among vLLM's (`pyproject.toml`), by which `VLLM_PLUGINS` chooses."""
 
 
 class SchedulerHooks(Protocol):
@@ -25,6 +29,28 @@ def asked_upstream(name: str) -> bool:
     from vllm.v1.core.sched.interface import SchedulerInterface
 
     return hasattr(SchedulerInterface, name)
+
+
+def plugin_obstacle() -> str | None:
+    """Why vLLM does not load the plugin in processes with this environment, as far as `VLLM_PLUGINS` says; None if it may."""
+    named = os.environ.get("VLLM_PLUGINS")
+    if named is None or PLUGIN in named.split(","):
+        return None
+    return f"VLLM_PLUGINS={named!r} leaves out {PLUGIN!r}"
+
+
+def not_asked() -> set[str]:
+    """The class methods of our scheduler that nobody calls in this process, since vLLM has not loaded the plugin in it."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.metrics.loggers import StatLoggerManager
+
+    ours: dict[str, Any] = {
+        "check_engine_args": EngineArgs.create_engine_config,
+        "check_request": InputProcessor.process_inputs,
+        "make_stat_loggers": StatLoggerManager.__init__,
+    }
+    return {name for name, hook in ours.items() if not (getattr(hook, "agentserve", False) or asked_upstream(name))}
 
 
 def add_stats_field() -> None:
