@@ -2,7 +2,8 @@
 
 A request with a session id belongs to the program of that name, or to that of the session that its client says started it
 (`agent_parent`). Without one it belongs to the program of the request whose prompt and answer its own prompt begins with
-(`Lineage`): an agent's next prompt begins with its last prompt and answer. Else it is the first of a new program.
+(`Lineage`): an agent's next prompt begins with its last prompt and answer. Where the answer was rewritten meanwhile, it belongs
+to that of the request whose prompt it begins with (`RewrittenHistories`). Else it is the first of a new program.
 """
 
 from array import array
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from vllm_agentserve.policy.call import Call, Owner
 from vllm_agentserve.policy.engine import NoAttribution
 from vllm_agentserve.policy.program import SESSION
+from vllm_agentserve.policy.rewritten import Answered, RewrittenHistories
 
 WEAK_OUTPUT_TOKENS = 4
 """Tokens of the answer that a continuation must share at least: a client's template may write the rest with other tokens."""
@@ -28,6 +30,7 @@ class Remembered:
         tail: its tokens after its last full block.
         continued: how often a prompt went on from it.
         end: number of the end of the call it is from, see `ProgramTable`.
+        weak: whether it ends within the answer.
     """
 
     program: str
@@ -35,6 +38,7 @@ class Remembered:
     tail: "array[int]"
     continued: int = 0
     end: int = 0
+    weak: bool = False
 
 
 class Lineage:
@@ -90,7 +94,7 @@ class Lineage:
             # Four bytes a token: as a tuple the longest tails would keep ten times as much.
             tail = array("i", tokens[blocks * self._block_size : length])
             same = self._by_hash.setdefault(hashes[blocks - 1], [])
-            same.append(Remembered(program, path_ms, tail, end=end))
+            same.append(Remembered(program, path_ms, tail, end=end, weak=length < len(tokens)))
             self._by_hash.move_to_end(hashes[blocks - 1])
             self._count += 1
             if len(same) > self.ALIKE:
@@ -157,11 +161,12 @@ class Attribution(NoAttribution):
 
     def __init__(self, block_size: int) -> None:
         self._lineage = Lineage(block_size)
+        self._rewritten = RewrittenHistories(block_size)
         self._families = Families()
 
     def owner(self, call: Call) -> Owner:
         request, hints = call.request, call.hints
-        found = self._lineage.find(request.block_hashes, request.prompt_token_ids or ())
+        found = self._found(request.block_hashes, request.prompt_token_ids or ())
         session = request.session_id if request.session_id is not None else hints.parent
         if session is not None:
             # Who only names its parent is one of its threads, like a sub-agent with a session of its own.
@@ -179,4 +184,16 @@ class Attribution(NoAttribution):
         request = call.request
         if request.num_output_tokens and call.owner is not None:
             key, prompt_tokens = call.owner.key, request.num_prompt_tokens
-            self._lineage.remember(key, path_ms, request.block_hashes, request.all_token_ids, prompt_tokens, end)
+            hashes, tokens, deep = request.block_hashes, request.all_token_ids, call.owner.source == "inferred"
+            self._lineage.remember(key, path_ms, hashes, tokens, prompt_tokens, end)
+            self._rewritten.remember(key, path_ms, hashes, tokens, prompt_tokens, end, deep)
+
+    def _found(self, hashes: Sequence[Hashable], tokens: Sequence[int]) -> Remembered | Answered | None:
+        """The call whose answer a prompt goes on from: as it was, or else as it may have been rewritten.
+
+        Answers to the same prompt often begin alike. Where no more than the beginning is found, the rest decides.
+        """
+        found = self._lineage.find(hashes, tokens)
+        if found is None or found.weak:
+            return self._rewritten.find(hashes, tokens) or found
+        return found
