@@ -214,6 +214,7 @@ CONTRACT = (
     # What the plugin wraps in every process.
     *exports("vllm.engine.arg_utils", f"{HOOKS} doctor_engine.py", "EngineArgs"),
     *overrides(f"{ARGS}", HOOKS, create_engine_config="..."),
+    *overrides(f"{ARGS}", HOOKS, from_cli_args="args"),
     *reads(ARGS, HOOKS, "scheduler_cls"),
     *reads(ARGS, UPSTREAM, "additional_config"),
     *exports("vllm.v1.core.sched.interface", HOOKS, "SchedulerInterface"),

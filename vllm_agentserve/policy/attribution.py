@@ -6,6 +6,7 @@ A request with a session id belongs to the program of that name, or to that of t
 to that of the request whose prompt it begins with (`RewrittenHistories`). Else it is the first of a new program.
 """
 
+import re
 from array import array
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
@@ -16,6 +17,9 @@ from vllm_agentserve.policy.engine import NoAttribution
 from vllm_agentserve.policy.program import SESSION
 from vllm_agentserve.policy.rewritten import Answered, RewrittenHistories
 
+RESPONSE = re.compile(r"resp_[0-9a-zA-Z]{1,64}")
+"""How vLLM's ids of requests begin that came as `/v1/responses`."""
+MOST_RESPONSES = 16_384
 WEAK_OUTPUT_TOKENS = 4
 """Tokens of the answer that a continuation must share at least: a client's template may write the rest with other tokens."""
 
@@ -163,19 +167,25 @@ class Attribution(NoAttribution):
         self._lineage = Lineage(block_size)
         self._rewritten = RewrittenHistories(block_size)
         self._families = Families()
+        self._responses: OrderedDict[str, tuple[str, float, int]] = OrderedDict()
+        """(program, length of the path, number of the end) by the id of a response that a client may name."""
 
     def owner(self, call: Call) -> Owner:
         request, hints = call.request, call.hints
         found = self._found(request.block_hashes, request.prompt_token_ids or ())
-        session = request.session_id if request.session_id is not None else hints.parent
+        session = call.session if call.session is not None else hints.parent
         if session is not None:
             # Who only names its parent is one of its threads, like a sub-agent with a session of its own.
             root = self._families.root(session, hints.parent)
             thread = hints.thread or (session if root != session else None)
-            key, child = f"{SESSION}{root}", root != session or request.session_id is None
+            key, child = f"{SESSION}{root}", root != session or call.session is None
             if found is not None and found.program == key:
                 return Owner(key, found.path_ms, thread, found.end, sub_agent=child)
             return Owner(key, thread=thread, sub_agent=child)
+        answered = None if hints.previous is None else self._responses.get(hints.previous)
+        if answered is not None:
+            key, path_ms, end = answered
+            return Owner(key, path_ms, hints.thread, end)
         if found is not None:
             return Owner(found.program, found.path_ms, hints.thread, found.end, "inferred")
         return Owner(f"request {call.name}", 0.0, hints.thread, source="new")
@@ -187,6 +197,12 @@ class Attribution(NoAttribution):
             hashes, tokens, deep = request.block_hashes, request.all_token_ids, call.owner.source == "inferred"
             self._lineage.remember(key, path_ms, hashes, tokens, prompt_tokens, end)
             self._rewritten.remember(key, path_ms, hashes, tokens, prompt_tokens, end, deep)
+            response = RESPONSE.match(call.name)
+            if response is not None:
+                self._responses[response[0]] = key, path_ms, end
+                self._responses.move_to_end(response[0])
+                if len(self._responses) > MOST_RESPONSES:
+                    self._responses.popitem(last=False)
 
     def _found(self, hashes: Sequence[Hashable], tokens: Sequence[int]) -> Remembered | Answered | None:
         """The call whose answer a prompt goes on from: as it was, or else as it may have been rewritten.

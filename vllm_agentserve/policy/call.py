@@ -152,6 +152,12 @@ class Call:
         return str(self.request.request_id)
 
     @property
+    def session(self) -> str | None:
+        """The session that its client names."""
+        named: str | None = self.request.session_id
+        return named if self.hints.session is None else self.hints.session
+
+    @property
     def left(self) -> int:
         """Tokens that are still to be computed before it decodes."""
         return int(self.request.num_tokens - self.request.num_computed_tokens)

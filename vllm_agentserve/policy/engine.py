@@ -145,7 +145,7 @@ class EnginePolicy:
 
     def phase(self, call: Call, computed: int) -> Phase:
         """What a call is that has so many tokens computed or cached."""
-        known = call.request.session_id in self.sessions
+        known = call.session in self.sessions
         return classify(computed, call.request.num_tokens - computed, known_session=known)
 
     def key(self, call: Call) -> AdmissionKey:
@@ -171,7 +171,7 @@ class EnginePolicy:
     def end(self, call: Call) -> None:
         """The call is finished or aborted: nothing is known of it from now on."""
         if call.request.num_computed_tokens > 0:
-            self.sessions.touch(call.request.session_id)
+            self.sessions.touch(call.session)
         self._attribution.remember(call, *self.programs.ends(call, self._now()))
         self.waiting.forget(call)
         self.stops(call)

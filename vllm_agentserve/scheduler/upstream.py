@@ -3,7 +3,7 @@
 import logging
 from typing import TYPE_CHECKING, Any
 
-from vllm_agentserve.config import AgentServeConfig
+from vllm_agentserve.config import AgentServeConfig, OptionError
 from vllm_agentserve.policy.hints import read_hints
 from vllm_agentserve.vllm_compat.lanes import choose_lanes
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = logging.getLogger("vllm.agentserve")
+
+MIDDLEWARE = "vllm_agentserve.middleware.ClientNames"
 
 
 class UpstreamHooks:
@@ -42,6 +44,18 @@ class UpstreamHooks:
         _, errors = read_hints(getattr(params, "extra_args", None))
         if errors:
             raise VLLMValidationError(f"{errors[0]}.", parameter=f"vllm_xargs.{errors[0].name}")
+
+    @classmethod
+    def api_middleware(cls, additional_config: Any) -> list[str]:
+        """The ASGI middleware of an API server, by import path: none with option `client_names` off.
+
+        Wrong options are left to `check_engine_args`, which says so.
+        """
+        try:
+            wanted = AgentServeConfig.from_additional_config(additional_config).client_names
+        except OptionError:
+            return []
+        return [MIDDLEWARE] if wanted else []
 
     @classmethod
     def make_stat_loggers(cls, vllm_config: "VllmConfig", engine_indexes: list[int], log_lines: bool) -> list[Any]:
