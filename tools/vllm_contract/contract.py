@@ -106,7 +106,7 @@ CONTRACT = (
     *reads(REQUEST, f"{DISPATCH} policy/attribution.py", "all_token_ids"),
     *reads(REQUEST, f"{DISPATCH} policy/attribution.py policy/program_order.py", "num_prompt_tokens"),
     *reads(REQUEST, "policy/attribution.py", "prompt_token_ids"),
-    *reads(REQUEST, "policy/attribution.py policy/engine.py", "session_id"),
+    *reads(REQUEST, "policy/call.py", "session_id"),
     *reads(REQUEST, DISPATCH, "num_preemptions prefill_stats"),
     *calls(
         "vllm.v1.metrics.stats:PrefillStats",

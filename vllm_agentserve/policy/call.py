@@ -121,6 +121,10 @@ class Call:
         computed_tokens: tokens of its prompt that were scheduled so far, those computed again after a preemption included.
         computed_ms: what these take of the whole device.
         lane: what the prefill lane has to do with it.
+
+    Set by the metrics of classes (`scheduler/features/classes.py`):
+        arrived_s: when it came, in s; None before that.
+        admitted: whether a step has taken it up once.
     """
 
     request: Any
@@ -145,6 +149,8 @@ class Call:
     computed_tokens: int = 0
     computed_ms: float = 0.0
     lane: LaneState = field(default_factory=LaneState)
+    arrived_s: float | None = None
+    admitted: bool = False
 
     @property
     def name(self) -> str:
