@@ -5,6 +5,7 @@ which leaves out the reasoning of answers before the last question and opens the
 tool calls of Hermes, which a template writes with other spaces and keys in another order than the model did.
 """
 
+import argparse
 import json
 import random
 import tempfile
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer
 
 from vllm_agentserve.policy.attribution import Attribution
 from vllm_agentserve.policy.call import Call
+from vllm_agentserve.policy.rewritten import RewrittenHistories
 from vllm_agentserve.toy import write_tokenizer
 
 HEAD = """\
@@ -198,10 +200,14 @@ class Replay:
             agent.messages.append({"role": "user", "content": words(agent.rng, agent.rng.randint(3, 20))})
 
 
-def replay(tokenizer: Tokenizer, template: Template, mix: str, block: int = 16, seed: int = 1) -> Seen:
-    """Twenty-four agents with one system prompt, a call each in turns."""
+def replay(
+    tokenizer: Tokenizer, template: Template, mix: str, block: int = 16, seed: int = 1, exact: bool = False
+) -> Seen:
+    """Twenty-four agents with one system prompt, a call each in turns; `exact` leaves out what was written anew."""
     rng = random.Random(seed)
     system, serving = words(rng, 60), Replay(tokenizer, template, block)
+    if exact:
+        serving.attribution._rewritten = RewrittenHistories(block, capacity=0)
     going = []
     for number in range(24):
         task = number // 4 if mix == "identical prompts" else number
@@ -243,17 +249,26 @@ def toy_tokenizer() -> Tokenizer:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=5, help="how often agents are drawn")
+    parser.add_argument("--exact", action="store_true", help="without the rule for histories that were written anew")
+    given = parser.parse_args()
     tokenizer = toy_tokenizer()
     print("| template | prompts | block | calls | precision | recall | later calls found |")
     print("|---|---|---|---|---|---|---|")
     for name, template in TEMPLATES.items():
         for mix in MIXES:
             for block in (16, 128):
-                seens = [replay(tokenizer, template, mix, block, seed) for seed in range(1, 6)]
+                seens = [
+                    replay(tokenizer, template, mix, block, seed, given.exact) for seed in range(1, given.seeds + 1)
+                ]
                 pairs = [(f"{n} {a}", f"{n} {b}") for n, seen in enumerate(seens) for a, b in seen.pairs]
                 precision, recall = precision_and_recall(pairs)
                 found = sum(seen.found for seen in seens) / sum(seen.later for seen in seens)
-                print(f"| {name} | {mix} | {block} | {len(pairs)} | {precision:.3f} | {recall:.3f} | {found:.1%} |")
+                print(
+                    f"| {name} | {mix} | {block} | {len(pairs)} | {precision:.3f} | {recall:.3f} | {found:.1%} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
