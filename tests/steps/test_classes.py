@@ -102,7 +102,7 @@ def test_the_page_has_the_series_of_both_classes(monkeypatch: pytest.MonkeyPatch
     scheduler.add_request(make_request("r", 30, max_tokens=2, hints=BATCH | {"agent_deadline_ms": 86_400_000}))
     served(scheduler, driver)
     page = Page(monkeypatch)
-    page.record(scheduler.report())
+    page.record(dict(scheduler.counts))
     for name in (WAIT, FIRST_TOKEN):
         counted = [page.value(f"{name}_count", **{"class": kind}) for kind in CLASSES]
         assert counted == [0, 1]
