@@ -9,6 +9,7 @@ from tests.support.schedulers import make_scheduler
 from vllm_agentserve import doctor
 from vllm_agentserve.config import OptionError
 from vllm_agentserve.doctor_gpu import Level
+from vllm_agentserve.scheduler.log_messages import HOOKS
 from vllm_agentserve.vllm_compat import hooks
 
 OTHERS = "some,others"
@@ -22,7 +23,8 @@ def without(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.metrics.loggers import StatLoggerManager
 
     monkeypatch.setenv("VLLM_PLUGINS", OTHERS)
-    for owner, name in ((EngineArgs, "create_engine_config"), (InputProcessor, "process_inputs")):
+    replaced = ((EngineArgs, "create_engine_config"), (EngineArgs, "from_cli_args"), (InputProcessor, "process_inputs"))
+    for owner, name in replaced:
         monkeypatch.setattr(owner, name, lambda *args, **kwargs: None)
     monkeypatch.setattr(StatLoggerManager, "__init__", lambda *args, **kwargs: None)
     monkeypatch.setattr(hooks, "asked_upstream", lambda name: False)
@@ -41,6 +43,7 @@ def test_for_the_rest_there_is_a_warning(
     make_scheduler(options=options)
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert [OTHERS in line for line in said if "agentserve" in line] == [True]
+    assert all(any(text in line for line in said) for text in HOOKS.values())
 
 
 def test_a_lane_that_is_there_needs_no_plugin(without: None) -> None:

@@ -126,7 +126,7 @@ CONTRACT = (
     *reads(REQUEST, f"{DISPATCH} policy/attribution.py", "all_token_ids"),
     *reads(REQUEST, f"{DISPATCH} policy/attribution.py policy/program_order.py", "num_prompt_tokens"),
     *reads(REQUEST, "policy/attribution.py", "prompt_token_ids"),
-    *reads(REQUEST, "policy/attribution.py policy/call.py", "session_id"),
+    *reads(REQUEST, "policy/call.py", "session_id"),
     *reads(REQUEST, DISPATCH, "num_preemptions prefill_stats"),
     *calls(
         "vllm.v1.metrics.stats:PrefillStats",
@@ -245,6 +245,7 @@ CONTRACT = (
     # What the plugin wraps in every process.
     *exports("vllm.engine.arg_utils", f"{HOOKS} doctor_engine.py", "EngineArgs"),
     *overrides(f"{ARGS}", HOOKS, create_engine_config="..."),
+    *overrides(f"{ARGS}", HOOKS, from_cli_args="args"),
     *reads(ARGS, HOOKS, "scheduler_cls"),
     *reads(ARGS, UPSTREAM, "additional_config"),
     *exports("vllm.v1.core.sched.interface", HOOKS, "SchedulerInterface"),

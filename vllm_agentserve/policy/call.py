@@ -122,6 +122,11 @@ class Call:
         computed_tokens: tokens of its prompt that were scheduled so far, those computed again after a preemption included.
         computed_ms: what these take of the whole device.
         lane: what the prefill lane has to do with it.
+
+    Set by the metrics of classes (`scheduler/features/classes.py`):
+        arrived_s: when it came, in s; None before that.
+        admitted: whether a step has taken it up once.
+        answered: whether it has had its first token.
     """
 
     request: Any
@@ -147,6 +152,9 @@ class Call:
     computed_tokens: int = 0
     computed_ms: float = 0.0
     lane: LaneState = field(default_factory=LaneState)
+    arrived_s: float | None = None
+    admitted: bool = False
+    answered: bool = False
 
     @property
     def name(self) -> str:
@@ -161,10 +169,16 @@ class Call:
         return f"tenant {(salt, name)!r} " if salt or name else ""
 
     @property
+    def named_session(self) -> str | None:
+        """The session that its client names; None if it names none."""
+        named: str | None = self.request.session_id
+        return named if self.hints.session is None else self.hints.session
+
+    @property
     def session(self) -> str | None:
-        """Its session id, which is another one for each tenant; None without one."""
-        session_id = self.request.session_id
-        return None if session_id is None else f"{self.tenant}{session_id}"
+        """The session that its client names, which is another one for each tenant; None if it names none."""
+        named = self.named_session
+        return None if named is None else f"{self.tenant}{named}"
 
     @property
     def left(self) -> int:

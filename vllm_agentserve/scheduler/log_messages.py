@@ -3,7 +3,7 @@
 from logging import Logger
 
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.policy.hints import KNOWN, HintError
+from vllm_agentserve.policy.hints import LOGGED, HintError
 
 MODES = {
     (True, True, True): "auto (for each prompt the faster of lanes and steps)",
@@ -17,6 +17,7 @@ MODES = {
 HOOKS = {
     "check_engine_args": "the check of options before the model is loaded, and the prefill lane of mode 'auto'",
     "check_request": "the check of requests where they come in",
+    "api_middleware": "names of sessions in forms other than ours",
     "make_stat_loggers": "our series on /metrics",
 }
 """What each hook is for."""
@@ -64,7 +65,7 @@ class LogMessages:
 
     def invalid_hint(self, error: HintError) -> None:
         """Warns that a hint is ignored, once per hint name; all unknown names count as one. The client's value is not logged."""
-        kind = error.name if error.name in KNOWN else ""
+        kind = error.name if error.name in LOGGED else ""
         if kind not in self._invalid:
             self._invalid.add(kind)
             self._logger.warning(

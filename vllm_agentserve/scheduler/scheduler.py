@@ -70,6 +70,8 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         """What `/metrics` counts, since the start."""
         self.calls: dict[str, Call] = {}
         """All that is known of requests, by their ids, from arrival to end."""
+        self._unanswered: list[Call] = []
+        """Those whose prompt is scheduled to its end, and that have no token yet."""
         block_size = int(self.cache_config.block_size)
         attribution = attribution_of(options, orders, block_size)
         programs = program_order(options if orders else None, controller, self.counts, stages > 1)
@@ -211,6 +213,8 @@ class AgentScheduler(UpstreamHooks, Scheduler):
                 chunk = Chunk(call.chunk_phase, tokens, request.num_computed_tokens - tokens)
                 chunks.append(chunk)
                 policy.computes(call, chunk, first=admitted, last=not request.is_prefill_chunk)
+                if not (request.is_prefill_chunk or call.answered or call in self._unanswered):
+                    self._unanswered.append(call)
                 cold_ended |= chunk.phase is Phase.COLD_PREFILL and not request.is_prefill_chunk
             if admitted:
                 for event in self._events.admitted:
@@ -230,12 +234,22 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         now = perf_counter()
         self._log.finished(scheduler_output, now)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self._unanswered:
+            for call in list(self._unanswered):
+                self._notice_first_token(call)
         # An engine that becomes idle says how it ended. While calls wait its steps are empty, and a thousand a second.
         if now >= self._next_report or not (self.running or len(self.waiting)):
             self._report(outputs, now)
             if not self.requests:
                 self.integrity.when_idle(self._stats, logger)
         return outputs
+
+    def _notice_first_token(self, call: Call) -> None:
+        if call.request.num_output_tokens:
+            self._unanswered.remove(call)
+            call.answered = True
+            for answered in self._events.answered:
+                answered(call)
 
     def _report(self, outputs: dict[int, Any], now: float) -> None:
         """Lays our figures beside vLLM's own, which go to one of the API servers."""
@@ -304,10 +318,13 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         super()._preempt_request(request, *args, **kwargs)
 
     def _handle_stopped_request(self, request: Request) -> bool:
+        call, policy = self._call(request), self.engine_policy
+        if call in self._unanswered:
+            # What a streamed session has answered becomes part of its prompt.
+            self._notice_first_token(call)
         ended = bool(super()._handle_stopped_request(request))
         if not ended:
             # It is a streamed session: its next part is there already, or it waits for that.
-            call, policy = self._call(request), self.engine_policy
             (policy.continues if request.status is RequestStatus.WAITING else policy.suspends)(call)
         return ended
 
@@ -315,6 +332,9 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         call = self._call(request)
         del self.calls[request.request_id]
         self.engine_policy.end(call)
+        if call in self._unanswered:
+            self._notice_first_token(call)
+            self._unanswered = [other for other in self._unanswered if other is not call]
         for freed in self._events.freed:
             freed(call)
         return super()._free_request(request, *args, **kwargs)

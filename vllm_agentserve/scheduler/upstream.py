@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.agentserve")
 
+MIDDLEWARE = "vllm_agentserve.middleware.ClientNames"
+
 
 def require_hooks(options: AgentServeConfig, lanes: bool, not_asked: set[str], reason: str) -> None:
     """Stops the start of an engine that was asked for what only the hooks do.
@@ -65,6 +67,18 @@ class UpstreamHooks:
         _, errors = read_hints(getattr(params, "extra_args", None))
         if errors:
             raise VLLMValidationError(f"{errors[0]}.", parameter=f"vllm_xargs.{errors[0].name}")
+
+    @classmethod
+    def api_middleware(cls, additional_config: Any) -> list[str]:
+        """The ASGI middleware of an API server, by import path: none with option `client_names` off.
+
+        Wrong options are left to `check_engine_args`, which says so.
+        """
+        try:
+            wanted = AgentServeConfig.from_additional_config(additional_config).client_names
+        except OptionError:
+            return []
+        return [MIDDLEWARE] if wanted else []
 
     @classmethod
     def make_stat_loggers(cls, vllm_config: "VllmConfig", engine_indexes: list[int], log_lines: bool) -> list[Any]:

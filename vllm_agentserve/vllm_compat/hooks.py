@@ -1,4 +1,4 @@
-"""What the plugin sets in every process: a field for our figures, an early check of our options, our logger.
+"""What the plugin sets in every process: a field for our figures, an early check of our options, our logger, our middleware.
 
 Each does nothing where vLLM asks the scheduler class itself, as it does with our patches.
 """
@@ -20,6 +20,8 @@ class SchedulerHooks(Protocol):
     def check_engine_args(self, engine_args: Any) -> None: ...
 
     def check_request(self, params: Any, vllm_config: Any) -> None: ...
+
+    def api_middleware(self, additional_config: Any) -> list[str]: ...
 
     def make_stat_loggers(self, vllm_config: Any, engine_indexes: list[int], log_lines: bool) -> list[Any]: ...
 
@@ -48,6 +50,7 @@ def not_asked() -> set[str]:
     ours: dict[str, Any] = {
         "check_engine_args": EngineArgs.create_engine_config,
         "check_request": InputProcessor.process_inputs,
+        "api_middleware": EngineArgs.from_cli_args,
         "make_stat_loggers": StatLoggerManager.__init__,
     }
     return {name for name, hook in ours.items() if not (getattr(hook, "agentserve", False) or asked_upstream(name))}
@@ -123,6 +126,32 @@ def refuse_invalid_hints(asks: SchedulerHooks) -> None:
 
     process_inputs.agentserve = True  # type: ignore[attr-defined]
     InputProcessor.process_inputs = process_inputs
+
+
+def add_middleware(asks: SchedulerHooks) -> None:
+    """Makes `EngineArgs.from_cli_args` name our middleware among the server's, where our scheduler is chosen.
+
+    The API server builds its application from the same arguments afterwards. The entry point group `vllm.endpoint_plugins` is not
+    used: it loads only what `VLLM_PLUGINS` names, and warns of it in every other server.
+    Retired by: patches/*/scheduler-cls-api-middleware.patch.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    if asked_upstream("api_middleware"):
+        return
+    stock = EngineArgs.__dict__["from_cli_args"].__func__
+    if getattr(stock, "agentserve", False):
+        return
+
+    def from_cli_args(cls: Any, args: Any) -> Any:
+        middleware = getattr(args, "middleware", None)
+        if isinstance(middleware, list) and is_our_scheduler(getattr(args, "scheduler_cls", None)):
+            wanted = asks.api_middleware(getattr(args, "additional_config", None))
+            args.middleware = [*middleware, *(name for name in wanted if name not in middleware)]
+        return stock(cls, args)
+
+    from_cli_args.agentserve = True  # type: ignore[attr-defined]
+    EngineArgs.from_cli_args = classmethod(from_cli_args)
 
 
 def add_stat_logger(asks: SchedulerHooks) -> None:

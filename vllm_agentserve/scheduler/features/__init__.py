@@ -10,7 +10,7 @@ class Feature:
     """A part of the scheduler that can be absent. It gets all it needs in its constructor, and keeps what it knows of a request
     in that request's `Call`.
 
-    In a step without prompts and waiting requests only `finished` and `freed` happen.
+    In a step without prompts and waiting requests only `finished`, `answered` and `freed` happen.
     """
 
     def arrived(self, call: Call) -> None:
@@ -37,6 +37,9 @@ class Feature:
             chunks: of prompts; empty in a step of decodes only.
             beside_lane: whether a prefill lane had part of the device.
         """
+
+    def answered(self, call: Call) -> None:
+        """A request has its first token."""
 
     def freed(self, call: Call) -> None:
         """A request has ended, in whatever way."""
@@ -68,6 +71,7 @@ class Events:
         self.after_schedule = self._of("after_schedule")
         self.admitted = self._of("admitted")
         self.finished = self._of("finished")
+        self.answered = self._of("answered")
         self.freed = self._of("freed")
         self.before_reset = self._of("before_reset")
 

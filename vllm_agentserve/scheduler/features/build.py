@@ -15,6 +15,7 @@ from vllm_agentserve.policy.program_order import ProgramOrder
 from vllm_agentserve.policy.programs import ProgramTable
 from vllm_agentserve.policy.waiting import WaitingList
 from vllm_agentserve.scheduler.features import Feature
+from vllm_agentserve.scheduler.features.classes import ClassTimes
 from vllm_agentserve.scheduler.features.lane import LaneFeature, NoLaneFeature
 from vllm_agentserve.scheduler.features.load import Load
 from vllm_agentserve.scheduler.features.preemption import Preemption
@@ -88,6 +89,7 @@ def build_features(
     """All features but the lane, in the order in which their events are called."""
     features: list[Feature] = []
     programs, waiting = policy.programs, policy.waiting
+    features.append(ClassTimes(counts, perf_counter))
     if isinstance(programs, ProgramOrder):
         features.append(ProgramReport(programs.table, counts, perf_counter))
         if options.program_preempt_share > 0 and isinstance(waiting, WaitingList):
