@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from vllm_agentserve.bench.arms import GRAMMAR
-from vllm_agentserve.bench.trace import BLOCK_TOKENS
 
 
 def number_from(low: float, high: float, whole: bool = True) -> Callable[[str], Any]:
@@ -44,9 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     traffic.add_argument(
         "--workload", default="react", metavar="NAME", help="see `agentserve bench workloads` (default: %(default)s)"
     )
-    traffic.add_argument(
-        "--trace", metavar="FILE", help="replay a Mooncake JSONL trace instead; `sample` is a tiny one"
-    )
+    traffic.add_argument("--trace", metavar="FILE", help="replay a recorded trace instead; `sample` is a tiny one")
     traffic.add_argument("--agents", type=number_from(1, 1000), help="agents at work at once")
     traffic.add_argument("--sessions", type=number_from(1, 1000), help="runs of each agent, one after the other")
     traffic.add_argument("--turns", type=number_from(1, 1000), help="requests of each run")
@@ -109,8 +106,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     replayed.add_argument(
         "--block-tokens",
         type=number_from(1, 65536),
-        default=BLOCK_TOKENS,
-        help="tokens per hash id (default: %(default)s)",
+        help="tokens per hash id (default: what the trace says; 16 in Bailian's form, else 512)",
+    )
+    replayed.add_argument(
+        "--time-unit",
+        choices=("ms", "s"),
+        help="what timestamps and delays are in (default: the form's own: s in Bailian's, else ms)",
     )
     replayed.add_argument("--speed", type=number_from(0.001, 1000, whole=False), default=1.0, help="factor on the pace")
     replayed.add_argument("--limit", type=number_from(1, 10**9), help="only the first so many lines")

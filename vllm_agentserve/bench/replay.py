@@ -15,6 +15,8 @@ from vllm_agentserve.bench.sessions import Session, TurnKey, pinned_token, sessi
 from vllm_agentserve.bench.walk import DueCall
 
 LATENESS_PERIOD_S = 0.05
+PREPARE_AHEAD_S = 1.0
+"""So long before a turn is due its prompt is prepared; earlier, all prompts of a long workload would be in memory at once."""
 
 
 @contextmanager
@@ -85,8 +87,11 @@ class Replay:
         self._ended = 0.0
         self._walk = session_walk(sessions)
         self._spawned_by = {name: key.session for name, key in spawning(sessions).items()}
+        self._spawned_by |= {session.name: session.parent for session in sessions if session.parent is not None}
         self._contexts: dict[str, GrowingPrompt] = {}
-        """By session: what was sent and answered."""
+        """By session: what was sent and answered, while a later turn or another session goes on from it."""
+        self._forks = {session.name: len(session.turns[-1].spawns) for session in sessions}
+        """By session: how many have not begun yet that fork from its last turn."""
 
     @property
     def records(self) -> list[Record]:
@@ -129,14 +134,20 @@ class Replay:
     async def _run(self, group: asyncio.TaskGroup, due: DueCall[TurnKey]) -> None:
         """Runs one turn when it is due, and starts those that it was the last to be waited for by."""
         session, number = self.sessions[due.name.session], due.name.number
-        turn, context = session.turns[number], self._context(session, number)
+        turn, last = session.turns[number], number == len(session.turns) - 1
+        if session.forked and not number:
+            # Its parent's context may go on to grow.
+            context = self._context(session, number)
+            await self._wait_until(due.at_s - PREPARE_AHEAD_S)
+        else:
+            await self._wait_until(due.at_s - PREPARE_AHEAD_S)
+            if self._counts(session) and not number:
+                await self._wait_until(due.at_s)
+                await self._live.acquire()
+            context = self._context(session, number)
         # Prepared while the tool runs.
         await context.extend(turn.added if turn.context is None else turn.context)
-        if (left := due.at_s - perf_counter()) > 0:
-            await asyncio.sleep(left)
-        if self._counts(session) and not number:
-            await self._live.acquire()
-        last = number == len(session.turns) - 1
+        await self._wait_until(due.at_s)
         stream, pinned = Stream(), pinned_token(session.name, number)
         try:
             await self.client.generate(
@@ -154,14 +165,22 @@ class Replay:
         except StreamError as error:
             self._leave(session)
             self._keep(session, number, context, stream, str(error))
+            self._contexts.pop(session.name, None)
             self._start(group, self._walk.fail(due.name, perf_counter()))
             return
         if last:
             self._leave(session)
         self._keep(session, number, context, stream, None)
-        # A server that does not tell its tokens gets the planned ones back.
-        await context.extend(stream.token_ids or [pinned] * len(stream.stamps))
+        if turn.spawns or not (last or session.turns[number + 1].context is not None):
+            # A server that does not tell its tokens gets the planned ones back.
+            await context.extend(stream.token_ids or [pinned] * len(stream.stamps))
+        else:
+            del self._contexts[session.name]
         self._start(group, self._walk.end(due.name, perf_counter()))
+
+    async def _wait_until(self, at_s: float) -> None:
+        if (left := at_s - perf_counter()) > 0:
+            await asyncio.sleep(left)
 
     def _counts(self, session: Session) -> bool:
         """Whether a session takes one of the places there are for sessions under way."""
@@ -177,7 +196,12 @@ class Replay:
         if session.turns[number].context is not None or (number == 0 and not session.forked):
             self._contexts[session.name] = GrowingPrompt()
         elif number == 0:
-            self._contexts[session.name] = self._contexts[self._spawned_by[session.name]].copy()
+            parent = self._spawned_by[session.name]
+            self._contexts[session.name] = self._contexts[parent].copy()
+            if session.name in self.sessions[parent].turns[-1].spawns:
+                self._forks[parent] -= 1
+                if not self._forks[parent]:
+                    del self._contexts[parent]
         return self._contexts[session.name]
 
     def _named(self, session: str | None) -> str | None:
