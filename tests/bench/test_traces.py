@@ -11,7 +11,7 @@ from time import perf_counter
 import msgspec
 import pytest
 
-from vllm_agentserve.bench.client import Stream, StreamError
+from vllm_agentserve.bench.client import StreamError
 from vllm_agentserve.bench.replay import PREPARE_AHEAD_S, Replay
 from vllm_agentserve.bench.sessions import (
     Session,
@@ -528,7 +528,7 @@ def test_wrong_sessions_of_weka(tmp_path: Path, change: dict, words: str) -> Non
 def test_turns_that_wait_for_each_other_or_for_none_are_refused() -> None:
     a = Session("a", "a", (Turn((1,), 1, waits=(TurnKey("b", 0),)),))
     b = Session("b", "b", (Turn((1,), 1, waits=(TurnKey("a", 0),)),))
-    with pytest.raises(WorkloadError, match="waits = .* is not allowed, the sessions 'a', 'b' wait for each other"):
+    with pytest.raises(WorkloadError, match=r"waits = .* is not allowed, the sessions 'a', 'b' wait for each other"):
         session_walk([a, b])
     with pytest.raises(WorkloadError, match=r"waits = \('b', 0\) is not allowed, there is no such turn"):
         session_walk([a])

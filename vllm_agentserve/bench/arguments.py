@@ -120,6 +120,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arms.add_argument(
         "--url", action="append", default=[], metavar="NAME=URL", help="a server somebody else runs, as one more arm"
     )
+    arms.add_argument(
+        "--api-key", metavar="KEY", help="API key of the servers at --url (default: OPENAI_API_KEY, if it is set)"
+    )
     servers = run.add_argument_group("servers")
     servers.add_argument("--model", help="model folder or name (default: a toy model made here)")
     servers.add_argument("--serve", default="", metavar="OPTIONS", help="options of vllm serve for all arms, in quotes")
@@ -134,6 +137,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="KV cache of every arm in tokens, rounded up to whole blocks; instead of --kv-gib",
     )
     servers.add_argument("--port", type=port_argument, help="where servers listen (default: a free port)")
+    servers.add_argument(
+        "--start-timeout",
+        type=number_from(1, 86_400, whole=False),
+        default=300.0,
+        metavar="S",
+        help="how long a server may take to start (default: %(default)s)",
+    )
     measuring = run.add_argument_group("measuring")
     measuring.add_argument("--rounds", type=number_from(1, 1000), default=3, help="(default: %(default)s)")
     measuring.add_argument(

@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from vllm_agentserve.bench.endpoint import authorization
 from vllm_agentserve.bench.sessions import LAST_HINT, PARENT_HINT
 
 SILENCE_S = 600.0
@@ -119,16 +120,19 @@ class StreamingClient:
         url: the server, without a path.
         model: the name it serves.
         extensions: whether the server knows vLLM's own fields (`return_token_ids`, `session_id`, `vllm_xargs`).
+        key: API key, for servers that want one.
     """
 
-    def __init__(self, url: str, model: str = "model", extensions: bool = True) -> None:
+    def __init__(self, url: str, model: str = "model", extensions: bool = True, key: str | None = None) -> None:
         self.url = url.rstrip("/")
         self.model = model
+        self.key = key
         self.extensions = extensions
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> "StreamingClient":
         self._session = aiohttp.ClientSession(
+            headers=authorization(self.key),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=SILENCE_S),
             connector=aiohttp.TCPConnector(limit=0),
             read_bufsize=1 << 20,

@@ -1,6 +1,7 @@
 """What `agentserve bench` does: run, workloads, report."""
 
 import argparse
+import os
 import secrets
 import sys
 from collections.abc import Sequence
@@ -82,7 +83,9 @@ def execute(arguments: argparse.Namespace) -> int:
 def make_plan(arguments: argparse.Namespace, console: Console) -> Plan:
     """Checks everything that can be checked before a server is started; raises `WorkloadError`."""
     arms = parse_arms(
-        DEFAULT_ARMS if arguments.arms is None and not arguments.url else arguments.arms or (), arguments.url
+        DEFAULT_ARMS if arguments.arms is None and not arguments.url else arguments.arms or (),
+        arguments.url,
+        arguments.api_key or os.environ.get("OPENAI_API_KEY"),
     )
     model = arguments.model
     ours = any(arm.ours for arm in arms)
@@ -114,6 +117,7 @@ def make_plan(arguments: argparse.Namespace, console: Console) -> Plan:
         kv_bytes=kv_bytes(arguments.kv_gib, has_nvidia_driver()),
         kv_pool=kv_pool,
         port=arguments.port,
+        start_timeout_s=arguments.start_timeout,
         rounds=arguments.rounds,
         seed=arguments.seed,
         answers=arguments.answers,
