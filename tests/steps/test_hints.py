@@ -120,6 +120,20 @@ def test_invalid_hints_are_counted_and_said_once_per_kind(caplog: pytest.LogCapt
     assert not any("urgent" in line or "agent_4" in line for line in said)  # what clients send stays out of the log
 
 
+def test_a_misspelt_hint_is_named_in_its_warning(caplog: pytest.LogCaptureFixture) -> None:
+    scheduler, _ = started("fcfs")
+    for number, name in enumerate(("agent_clas", "agent_parents", "agent_\n" + "x" * 500)):
+        scheduler.add_request(make_request(f"r{number}", 30, max_tokens=2, hints={name: "batch"}))
+    (said,) = [record.getMessage() for record in caplog.records if "hint" in record.getMessage()]
+    assert "vllm_xargs['agent_clas'] must be named agent_" in said
+    caplog.clear()
+    scheduler, _ = started("fcfs")
+    scheduler.add_request(make_request("r", 30, max_tokens=2, hints={"agent_\n" + "x" * 500: "batch"}))
+    (said,) = [record.getMessage() for record in caplog.records if "hint" in record.getMessage()]
+    assert "\n" not in said
+    assert "x" * 40 not in said
+
+
 def test_nothing_is_kept_of_requests_that_are_gone() -> None:
     scheduler, driver = started("plas")
     hints = {"agent_parent": "p", "agent_thread": "t", "agent_deadline_ms": 5, "agent_class": "batch"}

@@ -50,12 +50,15 @@ class LogMessages:
             self._logger.warning("agentserve: a prompt is not cut to the TPOT target because %s.", obstacle)
 
     def invalid_hint(self, error: HintError) -> None:
-        """Warns that a hint is ignored, once per hint name; all unknown names count as one. The client's value is not logged."""
+        """Warns that a hint is ignored, once per hint name; all unknown names count as one, and the first is named.
+
+        The client's value is not logged. Of a name no more is than `HintError` keeps, without control characters.
+        """
         kind = error.name if error.name in KNOWN else ""
         if kind not in self._invalid:
             self._invalid.add(kind)
             self._logger.warning(
                 "agentserve: a hint is ignored: vllm_xargs[%s] must be %s. Further hints of this kind are only counted.",
-                repr(kind) if kind else "'agent_...'",
+                repr(error.name),
                 error.allowed,
             )
