@@ -1,25 +1,30 @@
 """Servers of the benchmark that do not start, or that want a key; no engine runs here."""
 
+import asyncio
 import http.server
 import json
 import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from aiohttp import web
 from rich.console import Console
 
 from vllm_agentserve import cli
 from vllm_agentserve.bench.arms import Arm, hidden, parse_arm, parse_arms, parse_url_arm
+from vllm_agentserve.bench.client import StreamingClient
 from vllm_agentserve.bench.command import make_plan
 from vllm_agentserve.bench.endpoint import EndpointError, find_endpoint, read_counters
 from vllm_agentserve.bench.experiment import Experiment
 from vllm_agentserve.bench.plan import Cell, Plan
 from vllm_agentserve.bench.records import Record, Results, RoundRecord
+from vllm_agentserve.bench.replay import Replay
 from vllm_agentserve.bench.server import (
     START_TIMEOUT_S,
     ServerError,
@@ -278,6 +283,55 @@ def test_top_takes_the_same_addresses_and_keys(
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     assert cli.main(given) == 0
     assert set(Guarded.seen) == {"/metrics"}
+
+
+def test_a_session_stays_on_one_engine_with_all_that_it_spawns() -> None:
+    """vLLM chooses an engine request by request, and a context is cached in one of them."""
+    seen: dict[str, set[int | None]] = {}
+
+    class Instant:
+        async def generate(self, kind, prompt, max_tokens, session_id=None, into=None, rank=None, **_):
+            seen.setdefault(session_id, set()).add(rank)
+            into.stamps = [time.perf_counter()] * max_tokens
+            into.sent = into.finished = into.stamps[0]
+            into.token_ids = [9] * max_tokens
+
+    sessions = [Session(f"s{number}", "a", (Turn((1,), 1), Turn((2,), 1))) for number in range(20)]
+    sessions.append(Session("p", "p", (Turn((1,), 1, spawns=("c",)), Turn((2,), 1))))
+    sessions.append(Session("c", "c", (Turn((3,), 1, spawns=("d",)),), forked=True))
+    sessions.append(Session("d", "d", (Turn((3,), 1),), forked=True))
+    sessions.append(Session("e", "e", (Turn((3,), 1),), parent="p"))
+    ranks = parse_arm("stock:client.ranks=3").client.ranks
+    asyncio.run(Replay(Instant(), sessions, ranks=ranks).run())  # type: ignore[arg-type]
+    assert all(len(one) == 1 for one in seen.values())
+    assert set.union(*seen.values()) == {0, 1, 2}
+    assert seen["p"] == seen["c"] == seen["d"] == seen["e"]
+    asyncio.run(Replay(Instant(), sessions[:1]).run())  # type: ignore[arg-type]
+    assert None in seen["s0"]
+
+
+def test_the_engine_of_a_request_is_said_as_vllm_reads_it() -> None:
+    headers: list[str | None] = []
+
+    async def answered(request: web.Request) -> web.Response:
+        headers.append(request.headers.get("X-data-parallel-rank"))
+        return web.Response(text='data: {"choices": [{"token_ids": [1]}]}\n')
+
+    async def sent() -> None:
+        app = web.Application()
+        app.router.add_post("/v1/completions", answered)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"  # type: ignore[union-attr]
+        for extensions, rank in ((True, 1), (True, None), (False, 1)):
+            async with StreamingClient(url, extensions=extensions) as client:
+                await client.generate("cold", [1], 1, rank=rank)
+        await runner.cleanup()
+
+    asyncio.run(sent())
+    assert headers == ["1", None, None]
 
 
 def test_help_of_the_benchmark_names_what_is_new() -> None:

@@ -17,7 +17,8 @@ GRAMMAR = (
     "an arm is stock, stock-chunk=N, stock-threshold=N, agentserve, agentserve-MODE, any of these followed by "
     ":KEY=VALUE,KEY=VALUE, or only KEY=VALUE,KEY=VALUE for stock with these options of vllm serve; "
     "after agentserve a KEY is one of its own options, and serve.KEY one of vllm serve; client.live=N lets N sessions at most be "
-    "under way, client.last=true says which call is a session's last, client.anonymous=true sends no session ids"
+    "under way, client.last=true says which call is a session's last, client.anonymous=true sends no session ids, "
+    "client.ranks=N keeps every session on one of N data-parallel engines"
 )
 SHORT = {"stock-chunk": "max-num-batched-tokens", "stock-threshold": "long-prefill-token-threshold"}
 TAKEN = {
@@ -38,11 +39,14 @@ class ClientOptions:
         live: sessions under way at most; the others wait their turn, which counts as their time. None for no limit.
         last: it says which call is the last one of its session.
         anonymous: requests say neither which session they belong to nor which one spawned it.
+        ranks: engines of a server with data parallelism among which sessions are shared out, each on one with all that it
+            spawns; None leaves the choice to the server, request by request.
     """
 
     live: int | None = None
     last: bool = False
     anonymous: bool = False
+    ranks: int | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def client_options(text: str, pairs: dict[str, str]) -> ClientOptions:
     found: dict[str, Any] = {}
     for key in [key for key in pairs if key.startswith("client.")]:
         name, value = key.removeprefix("client."), pairs.pop(key)
-        if name == "live" and re.fullmatch(r"[1-9]\d*", value):
+        if name in ("live", "ranks") and re.fullmatch(r"[1-9]\d*", value):
             found[name] = int(value)
         elif name in ("last", "anonymous") and value in ("true", "false"):
             found[name] = value == "true"

@@ -223,6 +223,7 @@ class Experiment:
                 suffix=f"-{mark}" if mark else "",
                 live=arm.client.live,
                 last=arm.client.last,
+                ranks=arm.client.ranks,
             )
             counted = read_counters(url, key)
             with Conditions(replay.lateness_ms) as conditions:

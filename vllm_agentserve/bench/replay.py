@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from time import perf_counter
+from zlib import crc32
 
 from vllm_agentserve.bench.client import Stream, StreamError, StreamingClient
 from vllm_agentserve.bench.prompt import GrowingPrompt
@@ -57,6 +58,8 @@ class Replay:
         live: sessions under way at most, those they spawn not counted. The others wait in order of their start; times are
             counted from then on.
         last: the last call of a session says so, unless another session spawned it, or it spawns others.
+        ranks: data-parallel engines among which sessions are shared out, those they spawn with them; None leaves it to the
+            server.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Replay:
         suffix: str = "",
         live: int | None = None,
         last: bool = False,
+        ranks: int | None = None,
     ) -> None:
         self.client = client
         self.sessions = {session.name: session for session in sessions}
@@ -83,6 +87,7 @@ class Replay:
         self._limited = live is not None
         self._live = asyncio.Semaphore(live or 1)
         self._tells_last = last
+        self._ranks = ranks
         self.lateness_ms: list[float] = []
         self._ended = 0.0
         self._walk = session_walk(sessions)
@@ -161,6 +166,7 @@ class Replay:
                 parent=self._named(self._spawned_by.get(session.name)),
                 due=due.at_s if session.timed or (self._limited and not number) else None,
                 last=self._tells_last and last and not turn.spawns and session.name not in self._spawned_by,
+                rank=self._rank(session.name),
             )
         except StreamError as error:
             self._leave(session)
@@ -177,6 +183,14 @@ class Replay:
         else:
             del self._contexts[session.name]
         self._start(group, self._walk.end(due.name, perf_counter()))
+
+    def _rank(self, session: str) -> int | None:
+        """The engine of a session and of all that it spawns, the same in every arm."""
+        if self._ranks is None:
+            return None
+        while session in self._spawned_by:
+            session = self._spawned_by[session]
+        return crc32(session.encode()) % self._ranks
 
     async def _wait_until(self, at_s: float) -> None:
         if (left := at_s - perf_counter()) > 0:
