@@ -388,20 +388,28 @@ AGENTIC = [
 def test_dynamos_waits_and_branches(tmp_path: Path) -> None:
     trace = Trace(written(tmp_path, *AGENTIC), TraceOptions(block_tokens=128))
     sessions = by_name(trace.sessions(0))
-    assert list(sessions) == ["main", "child", "other", "main.2"]
+    assert list(sessions) == ["main", "child", "other", "main#2"]
     assert waits(sessions["main"]) == [(), (TurnKey("child", 1), TurnKey("other", 0))]
     assert waits(sessions["child"]) == [(TurnKey("main", 0),), ()]
     assert [turn.tool_s for turn in sessions["child"].turns] == [0.01, pytest.approx(0.1)]
     assert {session.parent for session in sessions.values()} == {None, "main"}
-    assert sessions["main.2"].start_s == pytest.approx(0.05)
+    assert sessions["main#2"].start_s == pytest.approx(0.05)
     assert trace.summary()[1] == "Fields of the trace that a replay does not use: prefix_reset."
     server = replayed(list(sessions.values()))
     ended, sent = server.ended, server.sent
     assert sent["child/0"] >= ended["main/0"] + 0.01
     assert sent["child/1"] >= ended["child/0"] + 0.1
     assert sent["main/1"] >= max(ended["child/1"], ended["other/0"]) + 0.03
-    assert sent["main.2/0"] < ended["child/0"] + 0.1
-    assert server.parents == {"main": None, "main.2": None, "child": "main", "other": "main"}
+    assert sent["main#2/0"] < ended["child/0"] + 0.1
+    assert server.parents == {"main": None, "main#2": None, "child": "main", "other": "main"}
+
+
+def test_rows_replayed_by_the_clock_have_names_of_their_own(tmp_path: Path) -> None:
+    rows = [row | {"timestamp": 10 * number} for number, row in enumerate(AGENTIC)]
+    sessions = read_trace(written(tmp_path, *rows), TraceOptions(block_tokens=128, pace="open"), 0)
+    assert len({session.name for session in sessions}) == len(sessions) == 6
+    assert sorted(session.start_s for session in sessions) == pytest.approx([0, 0.01, 0.02, 0.03, 0.04, 0.05])
+    session_walk(sessions)
 
 
 def test_what_waits_for_a_request_that_failed_goes_on(tmp_path: Path) -> None:
@@ -412,7 +420,7 @@ def test_what_waits_for_a_request_that_failed_goes_on(tmp_path: Path) -> None:
         "child/0",
         "child/1",
         "other/0",
-        "main.2/0",
+        "main#2/0",
     }
 
 

@@ -1,5 +1,6 @@
 """Token ids of prompts: drawn at once, or made when they are read."""
 
+import hashlib
 import random
 from array import array
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,8 @@ TOKEN_IDS = (100, 4000)
 OWN_TOKENS = 512
 """Tokens beyond the named blocks of a recorded prompt are drawn this many at a time."""
 REMEMBERED_BLOCKS = 4096
+ID_OF_NUMBER = tuple(TOKEN_IDS[0] + number % (TOKEN_IDS[1] - TOKEN_IDS[0]) for number in range(1 << 16))
+"""Every number of two bytes as a token id."""
 
 
 def draw_tokens(rng: random.Random, count: int) -> tuple[int, ...]:
@@ -20,8 +23,13 @@ def draw_tokens(rng: random.Random, count: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=REMEMBERED_BLOCKS)
 def drawn_block(seed: str, count: int) -> "array[int]":
-    """The same ids for the same seed, two bytes each; the last few thousand blocks are remembered."""
-    return array("H", draw_tokens(random.Random(seed), count))
+    """The same ids for the same seed, two bytes each; the last few thousand blocks are remembered.
+
+    They are bytes of a hash, since prompts are made while other streams are timed: seeding a generator for every block of
+    sixteen tokens takes ten times as long.
+    """
+    numbers = array("H", hashlib.shake_128(seed.encode()).digest(2 * count))
+    return array("H", map(ID_OF_NUMBER.__getitem__, numbers))
 
 
 class RecordedTokens(Sequence[int]):

@@ -92,7 +92,7 @@ def in_sessions(
             name, number = label, 1
             while name in sessions:
                 number += 1
-                name = f"{label}.{number}"
+                name = f"{label}#{number}"
             parent = line.parent
             spawned_by = spawner.get(line.name or "")
             if parent is None and spawned_by is not None:
