@@ -3,7 +3,7 @@
 from logging import Logger
 
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.policy.hints import LOGGED, HintError
+from vllm_agentserve.policy.hints import HEADER, LOGGED, HintError
 
 MODES = {
     (True, True, True): "auto (for each prompt the faster of lanes and steps)",
@@ -64,12 +64,16 @@ class LogMessages:
             self._logger.warning("agentserve: a prompt is not cut to the TPOT target because %s.", obstacle)
 
     def invalid_hint(self, error: HintError) -> None:
-        """Warns that a hint is ignored, once per hint name; all unknown names count as one. The client's value is not logged."""
-        kind = error.name if error.name in LOGGED else ""
+        """Warns that a hint is ignored, once per hint name. All unknown names count as one, all headers too; the first is named.
+
+        The client's value is not logged. Of a name no more is than `HintError` keeps, without control characters.
+        """
+        header = error.name.startswith(HEADER)
+        kind = HEADER if header else error.name if error.name in LOGGED else ""
         if kind not in self._invalid:
             self._invalid.add(kind)
             self._logger.warning(
-                "agentserve: a hint is ignored: vllm_xargs[%s] must be %s. Further hints of this kind are only counted.",
-                repr(kind) if kind else "'agent_...'",
+                "agentserve: a hint is ignored: %s must be %s. Further hints of this kind are only counted.",
+                f"header {error.name.removeprefix(HEADER)!r}" if header else f"vllm_xargs[{error.name!r}]",
                 error.allowed,
             )
