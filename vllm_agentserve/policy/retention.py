@@ -180,7 +180,9 @@ class Retention:
     def _expect(self, program: Program, now_s: float, over: bool) -> None:
         """When it is expected back, if at all."""
         self._now_s = now_s
-        program.likely = 0.0 if over else self.returns.probability(program.turn(), program.tool)
+        likely = 0.0 if over else self.returns.probability(program.turn(), program.tool)
+        # Among prompts that nobody ever went on from, the first of a program is taken for one of them.
+        program.likely = min(likely, self.returns.begins(program.named)) if program.turns == 1 else likely
         program.due_s = now_s + self._within(program, 0.5)
         program.gone_s = now_s + GRACE * self._within(program, LAPSE)
 
