@@ -39,6 +39,11 @@ class KvBlocks:
         """Blocks that nobody uses, cached or not."""
         return len(self._free) + len(self._keeper)
 
+    @property
+    def ordinary(self) -> int:
+        """Those of them that are not kept for a program."""
+        return len(self._free)
+
     def hits(self, keys: Sequence[Hashable]) -> int:
         """How many blocks at the beginning of such a sequence are cached."""
         cached = self._cached

@@ -188,6 +188,8 @@ class PressureEngine:
         start_s: when the clock begins.
         resume_first: whether waiting calls whose contexts are cached go before the others, as in `policy/order.py`; in order of
             arrival otherwise, as in stock vLLM.
+        beside_kept: whether calls without a cached context wait while others run and only kept blocks are left, for up to
+            `BYPASS_STEPS` steps. The scheduler has no such rule.
     """
 
     def __init__(
@@ -200,6 +202,7 @@ class PressureEngine:
         ends: Ends = "told",
         start_s: float = 0.0,
         resume_first: bool = False,
+        beside_kept: bool = False,
     ) -> None:
         self._blocks = blocks
         self._retention = blocks.retention
@@ -209,6 +212,7 @@ class PressureEngine:
         self._step_tokens = step_tokens
         self._ends = ends
         self._resume_first = resume_first
+        self._beside_kept = beside_kept
         self.now_s = start_s
         self._numbers = count()
         self._events: list[tuple[float, int, Run]] = []
@@ -348,6 +352,9 @@ class PressureEngine:
         hits = self._blocks.hits(keys)
         if self._blocks.needed(keys, hits, length) > self._blocks.free:
             return 0
+        if self._beside_kept and self._running and request.waited < BYPASS_STEPS and 2 * hits < len(keys):
+            if self._blocks.needed(keys, hits, length) > self._blocks.ordinary:
+                return 0
         request.blocks = self._blocks.touch(keys[:hits])
         request.computed = hits * self._blocks.tokens
         request.filled = hits
