@@ -1,6 +1,5 @@
 """vLLM's block pool with our queue of free blocks: the same while nothing is kept, and nothing is lost or refused otherwise."""
 
-from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -171,23 +170,15 @@ def test_those_that_walk_the_free_blocks_see_all_of_them() -> None:
 TEXTS = st.text("ab", min_size=1, max_size=9)
 
 
-@dataclass
-class Sequences:
-    """Those that are computed, oldest first."""
-
-    running: list[tuple[str, str, list[KVCacheBlock]]] = field(default_factory=list)
-
-
 STEP = st.tuples(st.sampled_from("rrrfffFdpx"), st.sampled_from("ABCD"), TEXTS)
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(STEP, max_size=40), st.sampled_from([0.3, 0.75, 1.0]))
 def test_nothing_is_lost_and_nothing_refused(steps: list[tuple[str, str, str]], share: float) -> None:
-    """Stock and ours side by side: what can be allocated there can be allocated here, as both have as many free blocks if
-    they found as much."""
+    """Whatever fits into the free blocks is allocated, kept or not, and what is handed out is nobody else's."""
     ours = sure(Pool(24, retains=True, share=share))
-    state = Sequences()
+    running: list[tuple[str, list[KVCacheBlock]]] = []
     for kind, name, text in steps:
         if kind == "r":
             free = ours.pool.get_num_free_blocks()
@@ -197,17 +188,17 @@ def test_nothing_is_lost_and_nothing_refused(steps: list[tuple[str, str, str]], 
             assert (blocks is not None) == (needed <= free)
             if blocks is not None:
                 ours.retention.arrive(name, 0.0)
-                state.running.append((name, text, blocks))
+                running.append((name, blocks))
                 assert ours.pool.get_num_free_blocks() == free - needed
                 assert all(block.ref_cnt for block in blocks)
-        elif kind in "fF" and state.running:
-            name, text, blocks = state.running.pop(0 if kind == "f" else -1)
-            ours.keep(name, blocks)
+        elif kind in "fF" and running:
+            ended, blocks = running.pop(0 if kind == "f" else -1)
+            ours.keep(ended, blocks)
             ours.free(blocks)
-        elif kind == "d" and state.running:
+        elif kind == "d" and running:
             # Aborted or preempted.
-            name, text, blocks = state.running.pop()
-            ours.retention.abort(name, 0.0)
+            aborted, blocks = running.pop()
+            ours.retention.abort(aborted, 0.0)
             ours.free(blocks)
         elif kind == "p":
             for gone in ours.retention.expire(float(len(text))):
@@ -216,7 +207,7 @@ def test_nothing_is_lost_and_nothing_refused(steps: list[tuple[str, str, str]], 
             ours.retention.release(name)
             ours.ledger.give_up(name)
         assert ours.faults() == []
-    for _, _, blocks in state.running:
+    for _, blocks in running:
         ours.free(blocks)
     assert len(ours.pool.get_new_blocks(24)) == 24
     assert ours.ledger.segments == {}

@@ -81,7 +81,9 @@ def learned(scheduler: Any, driver: Driver, clock: Clock, turns: int = 4, **hint
 def one_shots(scheduler: Any, driver: Driver, clock: Clock, number: int = 20) -> None:
     """So many prompts that nobody goes on from, of a sixth of the cache each."""
     for index in range(number):
-        scheduler.add_request(make_request(f"one-shot-{clock.now}-{index}", prompt(f"{index} {clock.now}", 330), max_tokens=4))
+        scheduler.add_request(
+            make_request(f"one-shot-{clock.now}-{index}", prompt(f"{index} {clock.now}", 330), max_tokens=4)
+        )
         serve(scheduler, driver, clock)
 
 
@@ -252,9 +254,7 @@ def obstacle(caplog: pytest.LogCaptureFixture, **options: Any) -> list[str]:
     return [record.getMessage() for record in caplog.records if "are not kept" in record.getMessage()]
 
 
-def test_where_it_cannot_be_the_log_says_why(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_it_cannot_be_the_log_says_why(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("vllm", "vllm.agentserve"):
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
     (said,) = obstacle(caplog, prefix_caching=False)

@@ -76,7 +76,7 @@ class Segment:
 
     def pop(self, most: int) -> list[Block]:
         """Takes up to so many from the front."""
-        found = []
+        found: list[Block] = []
         block = self.head.next_free_block
         while len(found) < most and block is not self.tail:
             found.append(block)
@@ -302,5 +302,3 @@ class Ledger:
                 seen.add(block.block_id)
                 before = block
         return found
-
-

@@ -172,4 +172,5 @@ class KvBlocks:
 
 def common(blocks: Sequence[int], others: Sequence[int]) -> int:
     """How many blocks two contexts have in common."""
-    return next((index for index, (one, other) in enumerate(zip(blocks, others, strict=False)) if one != other), min(len(blocks), len(others)))
+    pairs = enumerate(zip(blocks, others, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(blocks), len(others)))

@@ -352,9 +352,9 @@ class PressureEngine:
         hits = self._blocks.hits(keys)
         if self._blocks.needed(keys, hits, length) > self._blocks.free:
             return 0
-        if self._beside_kept and self._running and request.waited < BYPASS_STEPS and 2 * hits < len(keys):
-            if self._blocks.needed(keys, hits, length) > self._blocks.ordinary:
-                return 0
+        waits = self._beside_kept and self._running and request.waited < BYPASS_STEPS and 2 * hits < len(keys)
+        if waits and self._blocks.needed(keys, hits, length) > self._blocks.ordinary:
+            return 0
         request.blocks = self._blocks.touch(keys[:hits])
         request.computed = hits * self._blocks.tokens
         request.filled = hits

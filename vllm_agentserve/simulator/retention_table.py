@@ -81,7 +81,10 @@ def tables(rows: list[dict[str, dict[str, float]]], names: list[tuple[str, str]]
             machine = of
             lines += ["", f"### {of}", "", "| live context, gap | " + " | ".join(ARMS) + " |"]
             lines.append("|---" * (len(ARMS) + 1) + "|")
-        cells = [f"{row[arm]['hit_ratio']:.2f} / {row[arm]['session_mean_s']:.1f} / {row[arm]['session_p95_s']:.1f}" for arm in ARMS]
+        cells = [
+            f"{row[arm]['hit_ratio']:.2f} / {row[arm]['session_mean_s']:.1f} / {row[arm]['session_p95_s']:.1f}"
+            for arm in ARMS
+        ]
         lines.append(f"| {cell} | " + " | ".join(cells) + " |")
     return "\n".join(lines).strip() + "\n"
 

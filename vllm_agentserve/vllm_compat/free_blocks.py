@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 class RetainingQueue(FreeKVCacheBlockQueue):
-    """vLLM's, and while nothing is kept exactly that. Kept blocks count as free: whatever can be allocated without them being kept
-    can be allocated.
+    """vLLM's, and while nothing is kept exactly that. Kept blocks count as free: what could be allocated if none was kept can be
+    allocated.
 
     Args:
         queue: whose place it takes, with the blocks that are in it.
