@@ -1,6 +1,8 @@
 """Retention on vLLM's real scheduler without a model: whose KV blocks stay, and that nobody is refused because of them."""
 
 import logging
+import random
+from itertools import count
 from typing import Any
 
 import pytest
@@ -282,3 +284,78 @@ def test_a_fault_is_seen(clock: Clock) -> None:
     faults = scheduler.integrity.faults()
     assert any("are said to be kept" in fault for fault in faults)
     assert any("'nobody'" in fault for fault in faults)
+
+
+class History:
+    """Random calls of programs, sub-agents and one-shot prompts in a small KV cache, with aborts, preemptions and resets."""
+
+    def __init__(self, seed: int, clock: Clock, asynchronous: bool) -> None:
+        self.rng = random.Random(seed)
+        self.clock = clock
+        self.scheduler, self.driver, self.retain = started(
+            num_blocks=self.rng.choice([40, 80, 160]), asynchronous=asynchronous, load_control=self.rng.random() < 0.3
+        )
+        self.contexts: dict[str, int] = {}
+        self.numbers = count()
+
+    def arrives(self) -> None:
+        rng, number = self.rng, next(self.numbers)
+        if rng.random() < 0.3:
+            text = prompt("system", 64) + prompt(f"one-shot {number}", rng.randrange(1, 200))
+            self.scheduler.add_request(make_request(f"one-shot-{number}", text, max_tokens=rng.randrange(1, 20)))
+            return
+        name = rng.choice("abcdefgh")
+        tokens = self.contexts.get(name, 0) + rng.randrange(1, 60)
+        if tokens > 400 or rng.random() < 0.05:
+            tokens = rng.randrange(20, 100)
+        self.contexts[name] = tokens
+        hints: dict[str, Any] = {"agent_last": True} if rng.random() < 0.1 else {}
+        if name in "gh":
+            hints["agent_parent"] = "a"
+        text = prompt("system", 64) + prompt(name, tokens)
+        request = make_request(
+            f"{name}-{number}", text, max_tokens=rng.randrange(1, 30), session=name, hints=hints or None
+        )
+        self.scheduler.add_request(request)
+
+    def disturbs(self) -> None:
+        scheduler, rng, kind = self.scheduler, self.rng, self.rng.random()
+        if kind < 0.04 and scheduler.requests:
+            name = rng.choice(sorted(scheduler.requests))
+            scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+        elif kind < 0.06:
+            able = [one for one in scheduler.running if compat.may_be_preempted(scheduler, one)]
+            if able and not self.driver.in_flight:
+                compat.preempt(scheduler, rng.choice(able))
+        elif kind < 0.07 and not self.driver.in_flight:
+            scheduler.reset_prefix_cache(reset_running_requests=rng.random() < 0.5)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_is_lost_whatever_happens(clock: Clock, seed: int, asynchronous: bool) -> None:
+    history = History(seed, clock, asynchronous)
+    scheduler, rng = history.scheduler, history.rng
+    kept = 0
+    for step in range(200):
+        clock.now += rng.choice([0.01, 0.02, 0.5])
+        if rng.random() < 0.4 and len(scheduler.requests) < 12:
+            history.arrives()
+        history.disturbs()
+        history.driver.step()
+        assert step % 3 or scheduler.integrity.faults() == []
+        kept = max(kept, len(history.retain.ledger.segments))
+    for _ in range(2000):
+        if not scheduler.requests:
+            break
+        clock.now += 0.02
+        history.driver.step()
+    while history.driver.in_flight:
+        history.driver.finish()
+    assert not scheduler.requests
+    pool = scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+    assert scheduler.integrity.faults() == []
+    assert kept
+    assert scheduler.reset_prefix_cache()
+    assert len(pool.free_block_queue.get_all_free_blocks()) == pool.num_gpu_blocks - 1

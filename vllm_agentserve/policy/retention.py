@@ -7,7 +7,7 @@ kept stays kept from call to call, as long as its context fits. Kept blocks are 
 - A program is kept when it is likely to come back, and when its blocks fit beside those of the others that are kept.
 - It takes the room of others only if these are expected back much later than it.
 - When kept programs outgrow the room, the one that was kept last goes.
-- It is kept no longer than programs stay away, with some grace, and not after a call that its client calls the last.
+- It is kept as long as it is likely to come back still, with some grace, and not after a call that its client calls the last.
 
 Everything is said with the time at which it happened, in seconds of any clock. After Continuum (arXiv 2511.02230), whose time to
 live this is without holding blocks that a request needs.
@@ -24,12 +24,12 @@ from vllm_agentserve.policy.gaps import MIDDLES_S, OwnGaps, Returns, Turn
 
 SHARE = 0.75
 """Of the pool, what kept programs may have, those that run included: the others need room as well."""
-LEAST = 0.3
-"""Programs that are less likely to come back are not kept."""
+LEAST = 0.5
+"""Programs that are less likely to come back are not kept, at the end of a call or later on."""
 SOONER = 2.0
 """A program takes the room of those that are expected back after so many times as long."""
 GRACE = 1.25
-"""Kept so many times as long as all but `LAPSE` of the gaps are."""
+"""Kept so many times as long as that takes, or as all but `LAPSE` of the gaps are."""
 LOOK_AHEAD = 4
 """Programs that are away and looked at again whenever a call comes."""
 PROGRAMS_KEPT = 65_536
@@ -184,7 +184,9 @@ class Retention:
         # Among prompts that nobody ever went on from, the first of a program is taken for one of them.
         program.likely = min(likely, self.returns.begins(program.named)) if program.turns == 1 else likely
         program.due_s = now_s + self._within(program, 0.5)
-        program.gone_s = now_s + GRACE * self._within(program, LAPSE)
+        # Of those that are still away when this share of the gaps is longer, as many come back as do not, if `LEAST` is a half.
+        odds = LEAST / (1 - LEAST) * (1 - program.likely) / max(program.likely, LEAST)
+        program.gone_s = now_s + GRACE * self._within(program, max(LAPSE, min(odds, LEAST)))
 
     def _within(self, program: Program, share: float) -> float:
         """The shortest time that no more than this share of its gaps exceed."""
