@@ -124,6 +124,12 @@ class AgentServeConfig:
         low=0.0,
         high=86_400.0,
     )
+    kv_retain: bool = option(
+        False,
+        "",
+        "Keep the KV blocks of programs that are expected back, up to three quarters of the KV cache: they are handed out only "
+        "when nothing else is left. Not with models whose layers differ in what they keep, nor without prefix caching.",
+    )
     strict_hints: bool = option(
         False,
         "",

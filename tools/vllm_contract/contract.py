@@ -22,6 +22,8 @@ QUEUE = "vllm.v1.core.sched.request_queue:RequestQueue"
 OUTPUT = "vllm.v1.core.sched.output"
 CONNECTORS = "vllm.distributed.kv_transfer.kv_connector.v1.base"
 CONTROL = "vllm_compat/control.py"
+FREE, LEDGER = "vllm_compat/free_blocks.py", "kv/ledger.py"
+FREE_QUEUE = "vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue"
 LAUNCH = "vllm_compat/cuda_launch.py"
 STATE = "vllm.distributed.kv_transfer.kv_transfer_state"
 LOGGERS = "vllm.v1.metrics.loggers"
@@ -93,7 +95,8 @@ CONTRACT = (
         find_longest_cache_hit="block_hashes max_cache_hit_length",
     ),
     *calls("vllm.v1.core.block_pool:BlockPool", f"{COMPAT} {BOOKS}", get_num_free_blocks=""),
-    *reads("vllm.v1.core.block_pool:BlockPool", BOOKS, "blocks cached_block_hash_to_block free_block_queue"),
+    *reads("vllm.v1.core.block_pool:BlockPool", BOOKS, "blocks cached_block_hash_to_block"),
+    *reads("vllm.v1.core.block_pool:BlockPool", f"{BOOKS} {FREE}", "free_block_queue"),
     *calls("vllm.v1.core.block_pool:BlockHashToBlockMap", BOOKS, contain="key block_id"),
     *calls(
         "vllm.v1.core.kv_cache_utils", COMPAT, get_max_concurrency_for_kv_cache_config="vllm_config kv_cache_config"
@@ -101,9 +104,37 @@ CONTRACT = (
     *reads("vllm.v1.kv_cache_interface:KVCacheConfig", COMPAT, "kv_cache_groups"),
     *reads(SCHEDULER, COMPAT, "kv_cache_config max_model_len"),
     *calls("vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue", BOOKS, get_all_free_blocks=""),
-    *reads("vllm.v1.core.kv_cache_utils:KVCacheBlock", BOOKS, "block_hash block_id is_null ref_cnt"),
-    *reads("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator", BOOKS, "single_type_managers"),
-    *reads("vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager", BOOKS, "req_to_blocks"),
+    *reads("vllm.v1.core.kv_cache_utils:KVCacheBlock", BOOKS, "is_null"),
+    *reads("vllm.v1.core.kv_cache_utils:KVCacheBlock", f"{BOOKS} {LEDGER}", "block_id ref_cnt"),
+    *reads("vllm.v1.core.kv_cache_utils:KVCacheBlock", f"{BOOKS} {FREE}", "block_hash"),
+    *exports("vllm.v1.core.kv_cache_utils", FREE, "FreeKVCacheBlockQueue KVCacheBlock"),
+    *overrides(
+        FREE_QUEUE,
+        FREE,
+        popleft="",
+        popleft_n="n",
+        append_n="blocks",
+        get_all_free_blocks="",
+        iter_blocks_after="cursor",
+    ),
+    # What is not overridden works on kept blocks as well: a block is taken out of whatever list it is in.
+    *says(f"{FREE_QUEUE}.remove", FREE, "prev_block.next_free_block = next_block", "self.num_free_blocks -= 1"),
+    *says(f"{FREE_QUEUE}.append_n", FREE, "self.fake_free_list_tail", "self.num_free_blocks += len(blocks)"),
+    *reads(FREE_QUEUE, FREE, "fake_free_list_head fake_free_list_tail num_free_blocks"),
+    *reads(
+        "vllm.v1.core.kv_cache_utils:KVCacheBlock",
+        f"{FREE} {LEDGER}",
+        "prev_free_block next_free_block",
+    ),
+    *reads("vllm.v1.core.kv_cache_utils:KVCacheBlock", LEDGER, "block_hash_num_tokens"),
+    # Blocks with contents are appended together when a request ends, the end of its context first.
+    *says(
+        "vllm.v1.core.block_pool:BlockPool.free_blocks", FREE, "self.free_block_queue.append_n(blocks_to_evict_last)"
+    ),
+    *reads("vllm.v1.core.block_pool:BlockPool", f"{COMPAT} {FREE}", "num_gpu_blocks"),
+    *reads("vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager", FREE, "block_size"),
+    *reads("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator", f"{BOOKS} {FREE}", "single_type_managers"),
+    *reads("vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager", f"{BOOKS} {FREE}", "req_to_blocks"),
     *exports("vllm.v1.request", f"{QUEUES} {SCHED}", "Request"),
     *reads(REQUEST, f"{SCHED} {COMPAT} {QUEUES} {DISPATCH} {BALANCE} policy/call.py", "request_id"),
     *reads(REQUEST, f"{SCHED} {COMPAT} policy/call.py policy/engine.py", "num_computed_tokens"),

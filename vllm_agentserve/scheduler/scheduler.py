@@ -269,7 +269,11 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         if reset_running_requests:
             for before_reset in self._events.before_reset:
                 before_reset()
-        return super().reset_prefix_cache(reset_running_requests, reset_connector)
+        done = super().reset_prefix_cache(reset_running_requests, reset_connector)
+        if done:
+            for after_reset in self._events.after_reset:
+                after_reset()
+        return done
 
     # -- requests come and go -------------------------------------------------------------------------------------------
 

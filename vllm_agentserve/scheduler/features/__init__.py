@@ -51,6 +51,9 @@ class Feature:
             RuntimeError: that is not possible now; the message says why, and what to do.
         """
 
+    def after_reset(self) -> None:
+        """The prefix cache was reset: no KV block can be found any more."""
+
     def report(self) -> dict[str, float]:
         """Gauges for `/metrics`; counters are brought up to date in the same call."""
         return {}
@@ -74,6 +77,7 @@ class Events:
         self.answered = self._of("answered")
         self.freed = self._of("freed")
         self.before_reset = self._of("before_reset")
+        self.after_reset = self._of("after_reset")
 
     def _of(self, event: str) -> tuple[Callable[..., Any], ...]:
         return tuple(
