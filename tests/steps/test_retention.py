@@ -360,3 +360,38 @@ def test_nothing_is_lost_whatever_happens(clock: Clock, seed: int, asynchronous:
     assert kept
     assert scheduler.reset_prefix_cache()
     assert len(pool.free_block_queue.get_all_free_blocks()) == pool.num_gpu_blocks - 1
+
+
+def test_a_session_of_another_tenant_has_blocks_of_its_own(clock: Clock) -> None:
+    scheduler, driver, retain = started()
+    for number in range(5):
+        for salt in ("one", "other"):
+            tokens = prompt("a", 400 + 16 * number)
+            request = make_request(f"{salt}-{number}", tokens, max_tokens=8, session="a", cache_salt=salt)
+            scheduler.add_request(request)
+            serve(scheduler, driver, clock)
+        clock.now += 0.5
+    assert len(retain.retention) == len(retain.ledger.segments) == 2
+    assert all(len(segment.context) == 29 for segment in retain.ledger.segments.values())
+    (first, other) = (segment.context for segment in retain.ledger.segments.values())
+    assert not {block.block_id for block in first} & {block.block_id for block in other}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_a_streamed_session_is_kept_like_any_other_when_it_has_ended(clock: Clock, asynchronous: bool) -> None:
+    scheduler, driver, retain = started(asynchronous=asynchronous, load_control=True)
+    learned(scheduler, driver, clock)
+    for _ in range(3):
+        for part in range(2):
+            tokens = prompt(f"s {part}", 200)
+            request = make_request("s", tokens, max_tokens=4, session="s", resumable=True)
+            scheduler.add_request(request)
+            for _ in range(12):
+                clock.now += 0.02
+                driver.step()
+            assert scheduler.num_waiting_for_streaming_input == 1
+            assert scheduler.integrity.faults() == []
+        scheduler.finish_requests("s", RequestStatus.FINISHED_ABORTED)
+        serve(scheduler, driver, clock)
+        clock.now += 0.5
+    assert "session s" in retain.retention
