@@ -14,14 +14,16 @@ test: setup
 
 # Everything that needs neither an engine nor more than a few seconds: under a minute, in two processes.
 test-fast: setup
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-fast-steps test-fast-others
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-fast-vllm test-fast-others
 
+# One process imports vLLM, the other one need not.
 FAST := $(RUN)/python -m pytest -q -m "not engine and not slow"
-test-fast-steps:
-	@$(FAST) tests/steps tests/torture tests/compat
+WITH_VLLM := steps lanes gpu compat torture docs package/test_bad_input.py
+test-fast-vllm:
+	@$(FAST) $(addprefix tests/,$(WITH_VLLM))
 
 test-fast-others:
-	@$(FAST) tests $(addprefix --ignore=tests/,steps torture compat engine)
+	@$(FAST) tests $(addprefix --ignore=tests/,$(WITH_VLLM) engine)
 
 test-engine: setup
 	@$(RUN)/python -m pytest -m engine tests

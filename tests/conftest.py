@@ -1,7 +1,9 @@
 """What all tests share: the environment, markers of folders, one toy model, and what stock vLLM answers."""
 
+import gc
 import importlib.util
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,22 @@ def pytest_report_header() -> str:
         return "no vLLM"
     written = re.search(r"version = '([^']+)'", Path(spec.origin).with_name("_version.py").read_text())
     return f"vLLM {installed_vllm()}, sources of {written[1] if written else 'an unknown version'}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What imports leave lives as long as the tests: the garbage collector does not look at it again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -59,6 +59,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="seconds between two looks (default: %(default)s)",
     )
     top.add_argument("--session", metavar="ID", help="the session id whose program is marked")
+    top.add_argument(
+        "--api-key", metavar="KEY", help="where the server wants one (default: OPENAI_API_KEY, if it is set)"
+    )
     top.add_argument("--once", action="store_true", help="print one table and end; so does output to a file or a pipe")
 
     bench = commands.add_parser("bench", help="measure stock vLLM, agentserve and other servers on agent traffic")

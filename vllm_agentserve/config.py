@@ -124,12 +124,24 @@ class AgentServeConfig:
         low=0.0,
         high=86_400.0,
     )
+    kv_retain: bool = option(
+        False,
+        "",
+        "Keep the KV blocks of programs that are expected back, up to three quarters of the KV cache: they are handed out only "
+        "when nothing else is left. Not with models whose layers differ in what they keep, nor without prefix caching.",
+    )
     strict_hints: bool = option(
         False,
         "",
         "Refuse a request with an invalid hint (`agent_parent`, `agent_thread`, `agent_deadline_ms`, "
-        "`agent_last`, `agent_tool`, `agent_class` in "
-        "`vllm_xargs`) with status 400. Off: the hint is ignored and counted.",
+        "`agent_last`, `agent_tool`, `agent_class`, `agent_session`, `agent_previous`, `agentic_context`, `agent_hint` in "
+        "`vllm_xargs`, and the headers of clients) with status 400. Off: the hint is ignored and counted.",
+    )
+    client_names: bool = option(
+        True,
+        "",
+        "Read the names of sessions and sub-agents that Claude Code, Codex, OpenCode, Dynamo and vLLM Router send, from headers "
+        "and bodies. Off: only `session_id`, `X-Session-ID` and `vllm_xargs`.",
     )
     policy: typing.Literal["fcfs", "plas", "atlas"] = option(
         "fcfs",

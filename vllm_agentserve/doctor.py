@@ -15,6 +15,7 @@ from vllm_agentserve.config import AgentServeConfig, OptionError
 from vllm_agentserve.doctor_engine import EngineArguments, check_engine, engine_arguments
 from vllm_agentserve.doctor_gpu import Finding, Level, asked_smi, check_mig, check_mps, gpu_findings, plan_text, planned
 from vllm_agentserve.options import read_json
+from vllm_agentserve.vllm_compat import hooks
 from vllm_agentserve.vllm_compat.cuda import driver_obstacle, environment_obstacle
 from vllm_agentserve.vllm_compat.lanes import no_gain
 
@@ -72,7 +73,11 @@ def check_torch() -> list[Finding]:
 
 def check_plugin() -> Finding:
     names = [entry.name for entry in entry_points(group="vllm.general_plugins")]
-    if "agentserve" in names:
+    if hooks.PLUGIN in names:
+        obstacle = hooks.plugin_obstacle()
+        if obstacle is not None:
+            remedy = f"add {hooks.PLUGIN!r} to VLLM_PLUGINS, or unset that variable"
+            return Finding("plugin", Level.PROBLEM, f"vLLM does not load it: {obstacle}", remedy)
         return Finding("plugin", Level.OK, f"vllm_agentserve {__version__}, entry point found")
     remedy = "install the package (`pip install .`): running from a source folder alone leaves vLLM without the plugin"
     return Finding("plugin", Level.PROBLEM, f"vllm_agentserve {__version__}, no entry point", remedy)

@@ -21,4 +21,5 @@ def register() -> None:
     hooks.add_stats_field()
     hooks.check_options_early(UpstreamHooks)
     hooks.refuse_invalid_hints(UpstreamHooks)
+    hooks.add_middleware(UpstreamHooks)
     hooks.add_stat_logger(UpstreamHooks)

@@ -1,6 +1,7 @@
 """`agentserve top`: the programs of a running server, live, from its public `/metrics` alone."""
 
 import argparse
+import os
 import sys
 import time
 from typing import NoReturn
@@ -23,40 +24,40 @@ def execute(arguments: argparse.Namespace) -> int:
     Returns the exit code: 0; 1 if it is to be shown once and the server does not answer; 130 if that was interrupted.
     """
     console = Console()
-    page = page_of(arguments.url)
+    page, key = page_of(arguments.url), arguments.api_key or os.environ.get("OPENAI_API_KEY")
     if arguments.once or not console.is_terminal:
         if not console.is_terminal:
             console = Console(width=PLAIN_WIDTH)
         try:
-            return show_once(page, arguments.interval, arguments.session, console)
+            return show_once(page, arguments.interval, arguments.session, console, key)
         except KeyboardInterrupt:
             return INTERRUPTED
     try:
-        watch(page, arguments.interval, arguments.session, console)
+        watch(page, arguments.interval, arguments.session, console, key)
     except KeyboardInterrupt:
         return 0
 
 
-def show_once(page: str, interval_s: float, session: str | None, console: Console) -> int:
+def show_once(page: str, interval_s: float, session: str | None, console: Console, key: str | None = None) -> int:
     """Scrapes twice, `interval_s` apart, and prints the table; returns the exit code."""
     try:
-        before = scrape(page)
+        before = scrape(page, key)
         time.sleep(interval_s)
-        console.print(picture(scrape(page), before, session))
+        console.print(picture(scrape(page, key), before, session))
     except ScrapeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def watch(page: str, interval_s: float, session: str | None, console: Console) -> NoReturn:
+def watch(page: str, interval_s: float, session: str | None, console: Console, key: str | None = None) -> NoReturn:
     """Shows the table, refreshed every `interval_s`. Shows errors and keeps trying. Never returns."""
     before: dict[str, EngineMetrics] | None = None
     shown: RenderableType = Text()
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
             try:
-                now = scrape(page)
+                now = scrape(page, key)
             except ScrapeError as error:
                 message = f"error: {error}\ntrying again every {interval_s:g} s; Ctrl-C ends."
                 live.update(Group(Text(message, style="red"), Text(), shown), refresh=True)

@@ -82,18 +82,27 @@ class EngineMetrics:
 
 
 def page_of(url: str) -> str:
-    """Returns the address of `/metrics` for a server given as `host:port`, `http://host:port` or the page itself."""
+    """Returns the address of `/metrics` for a server given as `host:port`, `http://host:port`, with `/v1` or the page itself."""
     url = url if "://" in url else f"http://{url}"
-    return url.rstrip("/").removesuffix("/metrics").rstrip("/") + "/metrics"
+    return url.rstrip("/").removesuffix("/metrics").rstrip("/").removesuffix("/v1").rstrip("/") + "/metrics"
 
 
-def scrape(page: str) -> dict[str, EngineMetrics]:
-    """Reads the page and returns the engines by label, in order. Raises `ScrapeError`."""
+def scrape(page: str, key: str | None = None) -> dict[str, EngineMetrics]:
+    """Reads the page and returns the engines by label, in order. Raises `ScrapeError`.
+
+    Args:
+        key: API key, for servers that want one.
+    """
     try:
-        with urllib.request.urlopen(page, timeout=TIMEOUT_S) as answer:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        with urllib.request.urlopen(urllib.request.Request(page, headers=headers), timeout=TIMEOUT_S) as answer:
             text = answer.read(MAX_BYTES).decode(errors="replace")
     except urllib.error.HTTPError as error:
         error.close()
+        if error.code in (401, 403):
+            raise ScrapeError(
+                f"{page} answers HTTP {error.code}: it wants an API key, give one with --api-key or in OPENAI_API_KEY"
+            ) from error
         raise ScrapeError(
             f"{page} answers HTTP {error.code}: give the address of a vLLM server, as in --url http://127.0.0.1:8000"
         ) from error

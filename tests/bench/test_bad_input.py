@@ -167,7 +167,7 @@ def pages(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, dict[str, byte
     served: dict[str, bytes] = {}
     monkeypatch.setattr(Pages, "pages", served)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}", served
         server.shutdown()
 

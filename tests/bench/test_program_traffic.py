@@ -8,17 +8,16 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from tests.support.bench_records import BY_KEY, record
+from tests.support.bench_records import BY_KEY, FORKING, record
 from vllm_agentserve.bench.calls import CallShape, ProgramShape, origin
 from vllm_agentserve.bench.client import StreamingClient
-from vllm_agentserve.bench.closed_loop import ClosedLoop
 from vllm_agentserve.bench.compare import compare
 from vllm_agentserve.bench.cost import TOY_CPU, read_cost, write_cost
 from vllm_agentserve.bench.measure import round_figures
 from vllm_agentserve.bench.program_traffic import PROGRAM_WORKLOADS, ProgramOptions, option_value, sessions_of
 from vllm_agentserve.bench.records import Results
 from vllm_agentserve.bench.replay import Replay
-from vllm_agentserve.bench.sessions import Session, Turn, WorkloadError, longest_context, warm_up_of
+from vllm_agentserve.bench.sessions import WorkloadError, longest_context, warm_up_of
 
 CHOSEN = ProgramOptions(number=12, load=0.9, scale=0.1, cost=TOY_CPU, slots=4, block=32)
 
@@ -78,12 +77,6 @@ def test_the_warm_up_of_programs_is_bounded() -> None:
 
 # On the wire
 
-FORKING = [
-    Session("p", "p", (Turn((1,) * 8, 2, spawns=("p.1", "p.2")), Turn((2,) * 4, 1)), program="p"),
-    Session("p.1", "p", (Turn((3,) * 4, 2), Turn((4,) * 4, 1)), forked=True, program="p"),
-    Session("p.2", "p", (Turn((5,) * 4, 1),), forked=True, program="p"),
-]
-
 
 class Listener:
     """A completions endpoint that keeps the bodies of all requests."""
@@ -140,43 +133,6 @@ def test_servers_without_the_extensions_get_no_hint() -> None:
     body = msgspec.json.decode(StreamingClient("http://x", extensions=False).body([1], 1, "s", True, None, "p"))
     assert "vllm_xargs" not in body
     assert "session_id" not in body
-
-
-class Echo:
-    """An engine that answers every request with one token a step, and keeps who asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, list[int], dict]] = []
-        self.left: dict[str, list[int]] = {}
-
-    def add_request(self, name: str, prompt: dict, parameters: object, **more) -> None:
-        self.asked.append((name, prompt["prompt_token_ids"], more | (parameters.extra_args or {})))
-        self.left[name] = [parameters.max_tokens, 0]
-
-    def step(self) -> list:
-        outputs = []
-        for name, state in list(self.left.items()):
-            state[1] += 1
-            answer = type("Answer", (), {"token_ids": [900] * state[1]})
-            fields = {"request_id": name, "outputs": [answer], "finished": state[0] == state[1], "num_cached_tokens": 0}
-            outputs.append(type("Output", (), fields))
-            if state[0] == state[1]:
-                del self.left[name]
-        return outputs
-
-
-@pytest.mark.parametrize("told", [True, False])
-def test_the_closed_loop_forks_and_joins(told: bool) -> None:
-    engine = Echo()
-    records = ClosedLoop(engine, FORKING, told=told).run()
-    assert [name for name, _, _ in engine.asked] == ["p/0", "p.1/0", "p.2/0", "p.1/1", "p/1"]
-    prompts = {name: prompt for name, prompt, _ in engine.asked}
-    assert prompts["p.1/1"] == [1] * 8 + [900] * 2 + [3] * 4 + [900] * 2 + [4] * 4
-    assert prompts["p/1"] == [1] * 8 + [900] * 2 + [2] * 4
-    hints = {name: more for name, _, more in engine.asked}
-    assert hints["p.2/0"] == ({"session_id": "p.2", "agent_parent": "p"} if told else {})
-    assert hints["p/0"] == ({"session_id": "p"} if told else {})
-    assert {one.program for one in records} == {"p"}
 
 
 # Figures

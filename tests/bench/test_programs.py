@@ -80,10 +80,11 @@ def test_critical_paths_let_the_wide_program_go_on() -> None:
     assert by_path["wide"] <= by_service["wide"]
 
 
+@pytest.mark.parametrize("count", [24, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("shape", list(KINDS))
-def test_every_program_ends_and_nothing_is_lost(order: Order, shape: str) -> None:
-    programs = draw_programs(shape, 60, 0.9, COST, 8, seed=1)
+def test_every_program_ends_and_nothing_is_lost(order: Order, shape: str, count: int) -> None:
+    programs = draw_programs(shape, count, 0.9, COST, 8, seed=1)
     ended = simulate(order, programs, COST, slots=8)
     assert sorted(one.name for one in ended) == sorted(one.name for one in programs)
     assert sum(one.tokens for one in ended) == sum(call.output for one in programs for call in one.calls)

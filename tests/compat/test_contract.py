@@ -3,7 +3,7 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 
 import pytest
 from vllm_contract.contract import CONTRACT
@@ -40,9 +40,10 @@ def test_the_newest_supported_vllm_keeps_the_contract() -> None:
 # -- the contract is complete ---------------------------------------------------------------------------------------------
 
 
-def our_modules() -> Iterator[tuple[str, ast.Module]]:
-    for path in sorted(PACKAGE.rglob("*.py")):
-        yield path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text())
+@cache
+def our_modules() -> list[tuple[str, ast.Module]]:
+    paths = sorted(PACKAGE.rglob("*.py"))
+    return [(path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text())) for path in paths]
 
 
 def own_names() -> set[str]:

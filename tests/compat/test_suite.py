@@ -1,4 +1,5 @@
-"""vLLM's own scheduler tests with our class: none that pass with stock's are lost.
+"""vLLM's own scheduler tests with our class, and those of its KV cache with our queue of free blocks: none that pass with
+stock's are lost.
 
 The tests come from vLLM's source distribution, fetched by name when this test runs; without an index it says skipped.
 """
@@ -17,6 +18,7 @@ from tests.support.paths import ROOT
 from vllm_agentserve.vllm_compat import installed_vllm
 
 CORE = ["tests/v1/core/test_scheduler.py", "tests/v1/core/test_async_scheduler.py"]
+CACHE = ["tests/v1/core/test_prefix_caching.py", "tests/v1/core/test_kv_cache_utils.py"]
 # The tests name this model of the hub and read its configuration only.
 OPT_125M = {
     "architectures": ["OPTForCausalLM"],
@@ -73,8 +75,8 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(folder.iterdir())
 
 
-def passed(suite: Path, arm: str) -> set[str]:
-    """The tests that pass with the given arm's scheduler classes."""
+def passed(suite: Path, arm: str, tests: list[str]) -> set[str]:
+    """Which of these tests pass with the given arm's classes."""
     model = suite / "opt-125m"
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text(json.dumps(OPT_125M))
@@ -82,12 +84,12 @@ def passed(suite: Path, arm: str) -> set[str]:
     redirect.write_text(json.dumps({"facebook/opt-125m": str(model)}))
     environment = os.environ | {
         "AGENTSERVE_SUITE": arm,
-        "PYTHONPATH": f"{suite}{os.pathsep}{ROOT / 'tests' / 'support'}",
+        "PYTHONPATH": os.pathsep.join(map(str, (suite, ROOT / "tests" / "support", ROOT))),
         "VLLM_MODEL_REDIRECT_PATH": str(redirect),
     }
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "--noconftest", "-p", "no:cacheprovider", "-o", "addopts="]
     done = subprocess.run(
-        [*command, "-p", "stock_suite_plugin", *CORE],
+        [*command, "-p", "stock_suite_plugin", *tests],
         cwd=suite,
         env=environment,
         text=True,
@@ -100,6 +102,14 @@ def passed(suite: Path, arm: str) -> set[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_none_of_vllms_own_scheduler_tests_is_lost(suite: Path) -> None:
-    stock, ours = passed(suite, "stock"), passed(suite, "ours")
+    stock, ours = passed(suite, "stock", CORE), passed(suite, "ours", CORE)
     assert len(stock) >= 170
+    assert stock - ours == set()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_none_of_vllms_own_cache_tests_is_lost(suite: Path) -> None:
+    stock, ours = passed(suite, "stock", CACHE), passed(suite, "retaining", CACHE)
+    assert len(stock) >= 100
     assert stock - ours == set()

@@ -12,12 +12,14 @@ import pytest
 
 from tests.support.paths import ROOT
 from vllm_agentserve.config import SERIES
+from vllm_agentserve.scheduler.class_stats import CLASS_COUNTERS, CLASS_HISTOGRAMS
 from vllm_agentserve.scheduler.load_stats import LOAD_COUNTERS, LOAD_GAUGES, LOAD_HISTOGRAMS
 from vllm_agentserve.scheduler.program_stats import LABELLED
 from vllm_agentserve.scheduler.stats import COUNTERS, GAUGES
 
-OWN_COUNTERS = {f"{SERIES}{name}_total" for name in (*COUNTERS, *LOAD_COUNTERS)}
+OWN_COUNTERS = {f"{SERIES}{name}_total" for name in (*COUNTERS, *LOAD_COUNTERS, *CLASS_COUNTERS)}
 OWN_COUNTERS |= {f"{SERIES}{name}_{part}" for name in LOAD_HISTOGRAMS for part in ("bucket", "count")}
+OWN_COUNTERS |= {f"{SERIES}{name}_bucket" for name in CLASS_HISTOGRAMS}
 """The sum of the histogram is also a counter of its own."""
 OWN_GAUGES = {SERIES + name for name in (*GAUGES, *LABELLED, *LOAD_GAUGES)}
 VLLM = {

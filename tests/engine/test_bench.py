@@ -19,7 +19,8 @@ from vllm_agentserve.bench.metrics import METRICS
 from vllm_agentserve.bench.records import Results
 from vllm_agentserve.bench.replay import Replay
 from vllm_agentserve.bench.server import VllmServer, serving_environment
-from vllm_agentserve.bench.sessions import Session, Turn, draw_tokens
+from vllm_agentserve.bench.sessions import Session, Turn
+from vllm_agentserve.bench.tokens import draw_tokens
 
 CONCURRENCY, REQUESTS, INPUT, OUTPUT = 4, 24, 256, 64
 OPTIONS = ["--dtype", "bfloat16", "--max-model-len", "4096", "--enforce-eager", "--kv-cache-memory-bytes", str(1 << 30)]

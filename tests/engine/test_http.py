@@ -131,6 +131,31 @@ def test_hostile_hints_harm_nobody(server: VllmServer) -> None:
     assert "x" * 100 not in log
 
 
+def test_names_of_clients_reach_the_programs(server: VllmServer) -> None:
+    """vLLM itself refuses an object in `vllm_xargs`; a sub-agent of Claude Code belongs to its session."""
+    before = settled(server)
+    plain = {"prompt": list(range(5, 60)), "max_tokens": 4, "temperature": 0}
+    expected = post(server, "/v1/completions", plain)["choices"][0]["text"]
+    gateway = {"vllm_xargs": {"agentic_context": {"program_id": "task-a:lead"}, "agent_class": "batch"}}
+    assert post(server, "/v1/completions", plain | gateway)["choices"][0]["text"] == expected
+    names = [{"X-Claude-Code-Session-Id": "s"}, {"X-Claude-Code-Session-Id": "s", "X-Claude-Code-Agent-Id": "a"}]
+    message = {"model": "model", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]}
+    for headers in names:
+        sent = {"Content-Type": "application/json"} | headers
+        request = urllib.request.Request(server.url + "/v1/messages", json.dumps(message).encode(), sent)
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            assert json.loads(answer.read())["type"] == "message"
+    after = settled(server)
+    assert after["program_explicit_requests_total"] - before.get("program_explicit_requests_total", 0) == 3
+    assert identifier("claude-code:s") in program_ids(server)
+
+
+def program_ids(server: VllmServer) -> set[float]:
+    with urllib.request.urlopen(server.url + "/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    return {float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:agentserve_program_row_id{")}
+
+
 def test_metrics_show_what_happened(server: VllmServer) -> None:
     before = metrics(server)
     prompt = [(i * 37) % 4000 for i in range(900)]

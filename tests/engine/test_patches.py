@@ -29,7 +29,8 @@ from vllm_agentserve.vllm_compat.scheduler import CHUNK_LIMIT
 
 said = {"field": STATS_FIELD in SchedulerStats.__dataclass_fields__}
 register()
-wrapped = (EngineArgs.create_engine_config, InputProcessor.process_inputs, StatLoggerManager.__init__)
+wrapped = (EngineArgs.create_engine_config, InputProcessor.process_inputs, StatLoggerManager.__init__,
+    EngineArgs.from_cli_args)
 said |= {"wrapped": sum(hasattr(one, "agentserve") for one in wrapped), "limit": CHUNK_LIMIT}
 
 def make(**options):
@@ -72,7 +73,7 @@ def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place, installed = tmp_path_factory.mktemp("patched"), Path(vllm.__file__).resolve().parent
     minor = ".".join(installed_vllm().split(".")[:2])
     patches = sorted((ROOT / "patches" / minor).glob("*.patch"))
-    assert len(patches) == 5
+    assert len(patches) == 6
     touched = {
         Path(line[6:]) for patch in patches for line in patch.read_text().splitlines() if line.startswith("+++ b/")
     }
@@ -107,7 +108,7 @@ def test_with_every_patch_in_every_shim_is_off_and_everything_works(patched: Pat
     theirs = said_by(patched, toy_model)
     ours = said_by(Path(vllm.__file__).resolve().parents[1], toy_model)
     assert (theirs["field"], theirs["wrapped"], theirs["limit"]) == (True, 0, "limit_prefill_chunk")
-    assert (ours["field"], ours["wrapped"], ours["limit"]) == (False, 3, "_reserve_prefill_lookahead")
+    assert (ours["field"], ours["wrapped"], ours["limit"]) == (False, 4, "_reserve_prefill_lookahead")
     assert theirs["stock_limit"] == "Scheduler.limit_prefill_chunk"
     for said in (theirs, ours):
         assert "'mode' = 'tme-sliced' is not allowed" in str(said["refused"])

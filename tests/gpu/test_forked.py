@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -48,7 +49,12 @@ def test_a_task_that_raises_ends_with_its_trace_in_the_log(tmp_path: Path, envir
 
 def test_a_task_that_hangs_can_be_ended_as_a_group(tmp_path: Path, environment: dict[str, str]) -> None:
     forked = child(tmp_path, environment, {"hang": True})
-    assert forked.wait(1.0) is None
+    given_up = monotonic() + 60
+    # It leads a group of its own only once it is at work, which takes long on a busy machine.
+    while not (tmp_path / "log").exists() or "at work" not in (tmp_path / "log").read_text():
+        assert monotonic() < given_up
+        assert forked.wait(0.1) is None
+    assert forked.wait(0.1) is None
     os.killpg(forked.pid, signal.SIGKILL)
     assert forked.wait(60) == -signal.SIGKILL
 

@@ -5,7 +5,8 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
@@ -36,8 +37,13 @@ def canonical(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement, maxsplit=1)[0]).lower()
 
 
-def third_party(path: Path) -> Iterator[str]:
+@cache
+def third_party(path: Path) -> frozenset[str]:
     """The modules of others that a file imports, also late."""
+    return frozenset(imported_from_others(path))
+
+
+def imported_from_others(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
@@ -51,8 +57,14 @@ def of_a_command_with_an_extra(path: Path) -> bool:
     return room in ("bench", "simulator", "cli.py") or room.startswith("top")
 
 
+@cache
+def providers() -> Mapping[str, list[str]]:
+    """By module: the distributions that bring it. All that is installed is read for this."""
+    return packages_distributions()
+
+
 def distributions(modules: set[str]) -> set[str]:
-    known = packages_distributions()
+    known = providers()
     return {canonical(name) for module in modules for name in known[module]}
 
 
@@ -61,7 +73,7 @@ def test_the_base_install_requires_nothing() -> None:
 
 
 def test_what_is_outside_of_the_commands_imports_only_what_vllm_requires() -> None:
-    vllm = {canonical(one) for name in packages_distributions()["vllm"] for one in requires(name) or ()}
+    vllm = {canonical(one) for name in providers()["vllm"] for one in requires(name) or ()}
     for path in PACKAGE.rglob("*.py"):
         if of_a_command_with_an_extra(path):
             continue

@@ -3,6 +3,7 @@
 import ast
 import re
 import tomllib
+from functools import cache
 from graphlib import TopologicalSorter
 
 import pytest
@@ -29,6 +30,7 @@ def room(module: str) -> str:
     return parts[1] if len(parts) > 1 else "__init__"
 
 
+@cache
 def imports(module: str) -> set[str]:
     """The modules of ours that it imports, wherever in the file."""
     found = set()

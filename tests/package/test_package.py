@@ -228,6 +228,7 @@ def test_toy_model_is_made_once(toy_model: Path) -> None:
 
 
 def test_the_operations_page_explains_every_series() -> None:
+    from vllm_agentserve.scheduler.class_stats import CLASS_COUNTERS, CLASS_HISTOGRAMS
     from vllm_agentserve.scheduler.load_stats import BEGINS, LOAD_COUNTERS, LOAD_GAUGES, LOAD_HISTOGRAMS, REASONS
     from vllm_agentserve.scheduler.program_stats import LABELLED
     from vllm_agentserve.scheduler.stats import COUNTERS, GAUGES
@@ -239,9 +240,9 @@ def test_the_operations_page_explains_every_series() -> None:
         assert f"| `vllm:agentserve_{name}` | gauge | {text} |" in page
     for name, (label, text) in (LABELLED | LOAD_GAUGES).items():
         assert f"| `vllm:agentserve_{name}{{{label}}}` | gauge | {text} |" in page
-    for name, (label, _, text) in LOAD_COUNTERS.items():
+    for name, (label, _, text) in (LOAD_COUNTERS | CLASS_COUNTERS).items():
         assert f"| `vllm:agentserve_{name}_total{{{label}}}` | counter | {text} |" in page
-    for name, (label, _, text) in LOAD_HISTOGRAMS.items():
+    for name, (label, _, text) in (LOAD_HISTOGRAMS | CLASS_HISTOGRAMS).items():
         assert f"| `vllm:agentserve_{name}{{{label}}}` | histogram | {text} |" in page
     section = page.partition("\n## Load control\n")[2].partition("\n## ")[0]
     lines = [line.split("`")[1] for line in section.splitlines() if line.startswith("| `") and "means" not in line]

@@ -13,7 +13,7 @@ def program(programs: NamedTable, key: str) -> Program:
 
 
 def stages(programs: NamedTable, key: str) -> list[int]:
-    return program(programs, key).in_stage[: Stage.DONE]
+    return program(programs, key).in_stage[: Stage.PAUSED]
 
 
 def test_a_call_passes_through_its_stages() -> None:

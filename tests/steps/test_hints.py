@@ -7,6 +7,7 @@ from vllm.v1.request import RequestStatus
 
 from tests.support.program_steps import have_run, served, started
 from tests.support.schedulers import Driver, make_request, make_scheduler
+from vllm_agentserve.policy.hints import INVALID_HEADER
 from vllm_agentserve.scheduler.upstream import UpstreamHooks
 from vllm_agentserve.vllm_compat import hooks
 
@@ -118,6 +119,32 @@ def test_invalid_hints_are_counted_and_said_once_per_kind(caplog: pytest.LogCapt
     assert len(said) == 3
     assert any("must be 'interactive' or 'batch'" in line for line in said)
     assert not any("urgent" in line or "agent_4" in line for line in said)  # what clients send stays out of the log
+
+
+def test_a_misspelt_hint_is_named_in_its_warning(caplog: pytest.LogCaptureFixture) -> None:
+    scheduler, _ = started("fcfs")
+    for number, name in enumerate(("agent_clas", "agent_parents", "agent_\n" + "x" * 500)):
+        scheduler.add_request(make_request(f"r{number}", 30, max_tokens=2, hints={name: "batch"}))
+    (said,) = [record.getMessage() for record in caplog.records if "hint" in record.getMessage()]
+    assert "vllm_xargs['agent_clas'] must be named agent_" in said
+    caplog.clear()
+    scheduler, _ = started("fcfs")
+    scheduler.add_request(make_request("r", 30, max_tokens=2, hints={"agent_\n" + "x" * 500: "batch"}))
+    (said,) = [record.getMessage() for record in caplog.records if "hint" in record.getMessage()]
+    assert "\n" not in said
+    assert "x" * 40 not in said
+
+
+def test_a_header_is_named_in_its_warning_and_hides_no_misspelt_hint(caplog: pytest.LogCaptureFixture) -> None:
+    scheduler, _ = started("fcfs")
+    invalid = "x-claude-code-session-id: " + "x" * 300
+    for number, hints in enumerate(({INVALID_HEADER: invalid}, {INVALID_HEADER: invalid}, {"agent_clas": "batch"})):
+        scheduler.add_request(make_request(f"r{number}", 30, max_tokens=2, hints=hints))
+    said = [record.getMessage() for record in caplog.records if "hint" in record.getMessage()]
+    assert len(said) == 2
+    assert "ignored: header 'x-claude-code-session-id' must be a string" in said[0]
+    assert "ignored: vllm_xargs['agent_clas'] must be named agent_" in said[1]
+    assert "xxx" not in said[0]
 
 
 def test_nothing_is_kept_of_requests_that_are_gone() -> None:

@@ -70,7 +70,7 @@ def test_a_job_reads_no_block_of_a_prompt_that_is_being_read_in_steps(asynchrono
 
 @both
 @pytest.mark.parametrize("chunk", [16, 100, 10**6])
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_random_prompts_that_share_beginnings(asynchronous: bool, chunk: int, seed: int) -> None:
     """Also with a cache that is too small, aborts at any time, and a lane that dies."""
     rng = random.Random(seed * 1000 + chunk)

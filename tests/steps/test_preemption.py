@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
 
 from tests.support.program_steps import served, started
@@ -119,3 +120,27 @@ def test_who_gave_up_its_place_has_one_again_within_the_bound(asynchronous: bool
     assert scheduler.counts["program_preemptions"] >= 2
     assert 40 <= longest <= 50
     assert scheduler.requests["long"].num_output_tokens > 25 * DECIDE_STEPS
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_a_place_is_taken_too_where_fewer_may_run_than_the_runner_has_slots(asynchronous: bool) -> None:
+    scheduler, driver = with_share(0.5, asynchronous, max_num_seqs=8, max_num_active_seqs=1)
+    run_long(scheduler, driver)
+    scheduler.add_request(make_request("new", 30, max_tokens=8, session="new"))
+    order = []
+    for _ in range(2 * DECIDE_STEPS):
+        order += [name for name in driver.step() if name not in order]
+    assert order == ["long", "new"]
+    assert scheduler.counts["program_preemptions"] == 1
+
+
+def test_nobody_gives_way_while_the_engine_is_paused_for_new_requests() -> None:
+    scheduler, driver = with_share(0.5)
+    run_long(scheduler, driver)
+    scheduler.add_request(make_request("new", 30, max_tokens=8, session="new"))
+    scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    for _ in range(2 * DECIDE_STEPS):
+        assert driver.step() == {"long": 1}
+    assert scheduler.counts["program_preemptions"] == 0
+    scheduler.set_pause_state(PauseState.UNPAUSED)
+    assert "new" in served(scheduler, driver)

@@ -6,6 +6,7 @@ import pytest
 
 from tests.support.metrics_page import Page
 from tests.support.schedulers import Driver, make_request, make_scheduler
+from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.policy.program import identifier
 from vllm_agentserve.scheduler import metrics
 from vllm_agentserve.scheduler.program_stats import BY_STREAM, LABELLED, ROW_KEYS, ROWS
@@ -195,3 +196,18 @@ def test_the_log_has_a_line_per_engine_that_did_something(page: Page, monkeypatc
     page.logger._log_lines = False
     page.logger.log()
     assert len(lines) == 1
+
+
+def test_a_session_id_with_another_salt_is_another_program_and_another_session() -> None:
+    """One that only knows the id of another tenant's session neither joins its program nor passes for one that goes on."""
+    scheduler: Any = make_scheduler(options={"policy": "plas"})
+    driver = Driver(scheduler)
+    context = list(range(64))
+    scheduler.add_request(make_request("warm", context, max_tokens=2, cache_salt="b", session="other"))
+    scheduler.add_request(make_request("a", 64, max_tokens=2, cache_salt="a", session="s"))
+    for _ in range(5):
+        driver.step()
+    scheduler.add_request(make_request("b", [*context[:32], *range(3000, 3100)], cache_salt="b", session="s"))
+    driver.step()
+    assert len(scheduler.engine_policy.programs.table) == 3
+    assert scheduler.calls["b"].phase is Phase.COLD_PREFILL

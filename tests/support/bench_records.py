@@ -5,8 +5,16 @@ import numpy as np
 from vllm_agentserve.bench.measure import RoundFigures, SessionFigures
 from vllm_agentserve.bench.metrics import METRICS
 from vllm_agentserve.bench.records import Record
+from vllm_agentserve.bench.sessions import Session, Turn
 
 BY_KEY = {metric.key: metric for metric in METRICS}
+
+FORKING = [
+    Session("p", "p", (Turn((1,) * 8, 2, spawns=("p.1", "p.2")), Turn((2,) * 4, 1)), program="p"),
+    Session("p.1", "p", (Turn((3,) * 4, 2), Turn((4,) * 4, 1)), forked=True, program="p"),
+    Session("p.2", "p", (Turn((5,) * 4, 1),), forked=True, program="p"),
+]
+"""A session that spawns two others, one of which has two turns."""
 
 
 def record(session: str = "a", turn: int = 0, sent: int = 0, stamps: tuple[int, ...] = (), **more) -> Record:

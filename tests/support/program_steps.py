@@ -7,7 +7,7 @@ from tests.support.schedulers import Driver, make_request, make_scheduler
 
 def started(policy: str, asynchronous: bool = False, **given: Any) -> tuple[Any, Driver]:
     options = {"policy": policy, "program_quantum_ms": 1.0} | given.pop("options", {})
-    scheduler: Any = make_scheduler(asynchronous=asynchronous, options=options, max_num_seqs=1, **given)
+    scheduler: Any = make_scheduler(asynchronous=asynchronous, options=options, **{"max_num_seqs": 1} | given)
     return scheduler, Driver(scheduler, depth=2 if asynchronous else 1)
 
 

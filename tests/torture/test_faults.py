@@ -30,10 +30,11 @@ def finish_all(driver: Driver, limit: int) -> int:
     raise AssertionError(f"{len(driver.scheduler.requests)} requests are left after {limit} steps")
 
 
+@pytest.mark.parametrize("requests", [1_500, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("policy", ["fcfs", "plas", "atlas"])
-def test_ten_thousand_queued_requests_are_all_served(policy: str) -> None:
+def test_thousands_of_queued_requests_are_all_served(policy: str, requests: int) -> None:
     engine = make_scheduler(options={"mode": "time-sliced", "tpot_slo_ms": 40, "policy": policy}, max_num_seqs=64)
-    for number in range(10_000):
+    for number in range(requests):
         engine.add_request(make_request(f"r{number}", 20 + number % 7, max_tokens=2, session=f"s{number % 900}"))
     assert engine.integrity.faults() == []
     driver = Driver(engine)

@@ -21,6 +21,9 @@ REQUEST = "vllm.v1.request:Request"
 QUEUE = "vllm.v1.core.sched.request_queue:RequestQueue"
 OUTPUT = "vllm.v1.core.sched.output"
 CONNECTORS = "vllm.distributed.kv_transfer.kv_connector.v1.base"
+CONTROL = "vllm_compat/control.py"
+FREE, LEDGER = "vllm_compat/free_blocks.py", "kv/ledger.py"
+FREE_QUEUE = "vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue"
 LAUNCH = "vllm_compat/cuda_launch.py"
 STATE = "vllm.distributed.kv_transfer.kv_transfer_state"
 LOGGERS = "vllm.v1.metrics.loggers"
@@ -41,7 +44,10 @@ CONTRACT = (
         add_request="request",
         _preempt_request="request ...",
         _free_request="request ...",
+        _handle_stopped_request="request",
     ),
+    # A request that has stopped, and is no streamed session, has ended; a session is no longer in `running`.
+    *says(f"{SCHEDULER}._handle_stopped_request", SCHED, "if not request.resumable:", "return True"),
     *calls(
         SCHEDULER,
         COMPAT,
@@ -54,6 +60,7 @@ CONTRACT = (
     *overrides(SCHEDULER, COMPAT, _reserve_prefill_lookahead="request num_computed_tokens num_new_tokens"),
     # The two seams: vLLM asks the attribute of the instance, and everything that waits is in `waiting`.
     *says(f"{SCHEDULER}.schedule", f"{SCHED} {COMPAT}", "self._reserve_prefill_lookahead(", "self.waiting"),
+    *says(f"{SCHEDULER}.schedule", QUEUES, "self.waiting.prepend_requests(step_skipped_waiting)"),
     *says(f"{SCHEDULER}._preempt_request", "scheduler/features/preemption.py", "self.waiting.prepend_request(request)"),
     *reads(SCHEDULER, SCHED, "cache_config kv_holding_waiting log_stats max_num_scheduled_tokens num_spec_tokens"),
     *reads(SCHEDULER, SCHED, "parallel_config vllm_config"),
@@ -66,6 +73,17 @@ CONTRACT = (
     *reads(SCHEDULER, f"{COMPAT} {BOOKS}", "kv_cache_manager"),
     *reads(SCHEDULER, COMPAT, "finished_recving_kv_req_ids"),
     *reads(SCHEDULER, COMPAT, "max_num_running_reqs need_mamba_block_aligned_split num_sampled_tokens_per_step"),
+    *reads(SCHEDULER, COMPAT, "max_num_active_reqs num_waiting_for_streaming_input pause_state"),
+    # How vLLM counts the places that are taken, see `free_places`; a further limit would stand here.
+    *says(
+        f"{SCHEDULER}.schedule",
+        COMPAT,
+        "self._pause_state == PauseState.UNPAUSED",
+        "num_running = len(self.running) + self.num_waiting_for_streaming_input\n",
+        "if num_running >= self.max_num_active_reqs:\n",
+    ),
+    *exports("vllm.v1.core.sched.interface", COMPAT, "PauseState"),
+    *reads("vllm.v1.core.sched.interface:PauseState", COMPAT, "UNPAUSED"),
     *reads(SCHEDULER, COMPAT, "requires_kv_delivery scheduler_config"),
     *calls(
         "vllm.v1.core.kv_cache_manager:KVCacheManager", COMPAT, free="request", prefix_cache_lookup_enabled="request"
@@ -77,7 +95,8 @@ CONTRACT = (
         find_longest_cache_hit="block_hashes max_cache_hit_length",
     ),
     *calls("vllm.v1.core.block_pool:BlockPool", f"{COMPAT} {BOOKS}", get_num_free_blocks=""),
-    *reads("vllm.v1.core.block_pool:BlockPool", BOOKS, "blocks cached_block_hash_to_block free_block_queue"),
+    *reads("vllm.v1.core.block_pool:BlockPool", BOOKS, "blocks cached_block_hash_to_block"),
+    *reads("vllm.v1.core.block_pool:BlockPool", f"{BOOKS} {FREE}", "free_block_queue"),
     *calls("vllm.v1.core.block_pool:BlockHashToBlockMap", BOOKS, contain="key block_id"),
     *calls(
         "vllm.v1.core.kv_cache_utils", COMPAT, get_max_concurrency_for_kv_cache_config="vllm_config kv_cache_config"
@@ -85,13 +104,41 @@ CONTRACT = (
     *reads("vllm.v1.kv_cache_interface:KVCacheConfig", COMPAT, "kv_cache_groups"),
     *reads(SCHEDULER, COMPAT, "kv_cache_config max_model_len"),
     *calls("vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue", BOOKS, get_all_free_blocks=""),
-    *reads("vllm.v1.core.kv_cache_utils:KVCacheBlock", BOOKS, "block_hash block_id is_null ref_cnt"),
-    *reads("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator", BOOKS, "single_type_managers"),
-    *reads("vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager", BOOKS, "req_to_blocks"),
+    *reads("vllm.v1.core.kv_cache_utils:KVCacheBlock", BOOKS, "is_null"),
+    *reads("vllm.v1.core.kv_cache_utils:KVCacheBlock", f"{BOOKS} {LEDGER}", "block_id ref_cnt"),
+    *reads("vllm.v1.core.kv_cache_utils:KVCacheBlock", f"{BOOKS} {FREE}", "block_hash"),
+    *exports("vllm.v1.core.kv_cache_utils", FREE, "FreeKVCacheBlockQueue KVCacheBlock"),
+    *overrides(
+        FREE_QUEUE,
+        FREE,
+        popleft="",
+        popleft_n="n",
+        append_n="blocks",
+        get_all_free_blocks="",
+        iter_blocks_after="cursor",
+    ),
+    # What is not overridden works on kept blocks as well: a block is taken out of whatever list it is in.
+    *says(f"{FREE_QUEUE}.remove", FREE, "prev_block.next_free_block = next_block", "self.num_free_blocks -= 1"),
+    *says(f"{FREE_QUEUE}.append_n", FREE, "self.fake_free_list_tail", "self.num_free_blocks += len(blocks)"),
+    *reads(FREE_QUEUE, FREE, "fake_free_list_head fake_free_list_tail num_free_blocks"),
+    *reads(
+        "vllm.v1.core.kv_cache_utils:KVCacheBlock",
+        f"{FREE} {LEDGER}",
+        "prev_free_block next_free_block",
+    ),
+    *reads("vllm.v1.core.kv_cache_utils:KVCacheBlock", LEDGER, "block_hash_num_tokens"),
+    # Blocks with contents are appended together when a request ends, the end of its context first.
+    *says(
+        "vllm.v1.core.block_pool:BlockPool.free_blocks", FREE, "self.free_block_queue.append_n(blocks_to_evict_last)"
+    ),
+    *reads("vllm.v1.core.block_pool:BlockPool", f"{COMPAT} {FREE}", "num_gpu_blocks"),
+    *reads("vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager", FREE, "block_size"),
+    *reads("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator", f"{BOOKS} {FREE}", "single_type_managers"),
+    *reads("vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager", f"{BOOKS} {FREE}", "req_to_blocks"),
     *exports("vllm.v1.request", f"{QUEUES} {SCHED}", "Request"),
     *reads(REQUEST, f"{SCHED} {COMPAT} {QUEUES} {DISPATCH} {BALANCE} policy/call.py", "request_id"),
     *reads(REQUEST, f"{SCHED} {COMPAT} policy/call.py policy/engine.py", "num_computed_tokens"),
-    *reads(REQUEST, f"{SCHED} {COMPAT}", "status"),
+    *reads(REQUEST, f"{SCHED} {COMPAT} {BALANCE}", "status"),
     *reads(
         REQUEST, f"{SCHED} {COMPAT} {DISPATCH} policy/call.py policy/engine.py policy/program_order.py", "num_tokens"
     ),
@@ -100,23 +147,27 @@ CONTRACT = (
     *calls(REQUEST, BALANCE, is_finished=""),
     *reads(REQUEST, f"{COMPAT} {DISPATCH} policy/attribution.py", "block_hashes"),
     *reads(REQUEST, f"{COMPAT} {LANES}", "has_encoder_inputs"),
+    *reads(REQUEST, COMPAT, "resumable"),
     *reads(REQUEST, COMPAT, "kv_transfer_params num_stale_output_tokens"),
     *reads(REQUEST, f"{COMPAT} policy/attribution.py", "num_output_tokens"),
-    *reads(REQUEST, LANES, "lora_request prompt_embeds"),
+    *reads(REQUEST, f"{LANES} policy/call.py", "lora_request"),
+    *reads(REQUEST, LANES, "prompt_embeds"),
+    *reads(REQUEST, "policy/call.py", "cache_salt"),
+    *reads("vllm.lora.request:LoRARequest", "policy/call.py", "lora_name"),
     *reads(REQUEST, f"{DISPATCH} policy/attribution.py", "all_token_ids"),
     *reads(REQUEST, f"{DISPATCH} policy/attribution.py policy/program_order.py", "num_prompt_tokens"),
     *reads(REQUEST, "policy/attribution.py", "prompt_token_ids"),
-    *reads(REQUEST, "policy/attribution.py policy/engine.py", "session_id"),
+    *reads(REQUEST, "policy/call.py", "session_id"),
     *reads(REQUEST, DISPATCH, "num_preemptions prefill_stats"),
     *calls(
         "vllm.v1.metrics.stats:PrefillStats",
         DISPATCH,
         set="num_prompt_tokens num_local_cached_tokens num_external_cached_tokens",
     ),
-    *exports("vllm.v1.request", f"{SCHED} {COMPAT}", "RequestStatus"),
+    *exports("vllm.v1.request", f"{SCHED} {COMPAT} {BALANCE}", "RequestStatus"),
     *reads("vllm.v1.request:RequestStatus", SCHED, "RUNNING"),
-    *reads("vllm.v1.request:RequestStatus", f"{SCHED} {COMPAT}", "PREEMPTED"),
-    *reads("vllm.v1.request:RequestStatus", COMPAT, "WAITING"),
+    *reads("vllm.v1.request:RequestStatus", f"{SCHED} {COMPAT} {BALANCE}", "PREEMPTED"),
+    *reads("vllm.v1.request:RequestStatus", f"{SCHED} {COMPAT} {BALANCE}", "WAITING WAITING_FOR_STREAMING_REQ"),
     *implements(
         QUEUE,
         QUEUES,
@@ -211,9 +262,21 @@ CONTRACT = (
     *exports("vllm.forward_context", LAUNCH, "_forward_context"),
     *says("vllm.forward_context:get_forward_context", LAUNCH, "return _forward_context"),
     *calls("vllm.distributed.kv_transfer", LANES, get_kv_transfer_group="", has_kv_transfer_group=""),
+    # Control calls: `pause` and `sleep` change the engine's state before these are called, `sleep` pauses it first.
+    *exports("vllm.v1.engine.core", CONTROL, "EngineCore"),
+    *overrides(
+        "vllm.v1.engine.core:EngineCore",
+        CONTROL,
+        reset_prefix_cache="reset_running_requests reset_connector",
+        sleep="level mode",
+    ),
+    *reads("vllm.v1.engine.core:EngineCore", CONTROL, "model_executor"),
+    *says("vllm.v1.engine.core:EngineCore._reset_caches", CONTROL, "self.reset_prefix_cache("),
+    *calls("vllm.v1.executor.abstract:Executor", CONTROL, collective_rpc="method"),
     # What the plugin wraps in every process.
     *exports("vllm.engine.arg_utils", f"{HOOKS} doctor_engine.py", "EngineArgs"),
     *overrides(f"{ARGS}", HOOKS, create_engine_config="..."),
+    *overrides(f"{ARGS}", HOOKS, from_cli_args="args"),
     *reads(ARGS, HOOKS, "scheduler_cls"),
     *reads(ARGS, UPSTREAM, "additional_config"),
     *exports("vllm.v1.core.sched.interface", HOOKS, "SchedulerInterface"),

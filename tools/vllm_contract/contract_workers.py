@@ -165,7 +165,7 @@ WORKERS = (
     *calls("vllm.v1.engine.llm_engine:LLMEngine", "simulator/calibration.py", has_unfinished_requests=""),
     *reads("vllm.v1.engine.llm_engine:LLMEngine", "simulator/agreement.py", "engine_core"),
     *reads("vllm.v1.engine.core_client:InprocClient", "simulator/agreement.py", "engine_core"),
-    *reads("vllm.v1.engine.core:EngineCore", "simulator/agreement.py", "scheduler"),
+    *reads("vllm.v1.engine.core:EngineCore", "simulator/agreement.py vllm_compat/control.py", "scheduler"),
     *reads("vllm.outputs:RequestOutput", "bench/closed_loop.py", "num_cached_tokens outputs request_id"),
     *reads("vllm.outputs:RequestOutput", "gpucheck/scripted_requests.py", "finished"),
     *reads("vllm.outputs:CompletionOutput", "bench/closed_loop.py gpucheck/scripted_requests.py", "token_ids"),

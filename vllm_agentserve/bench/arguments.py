@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from vllm_agentserve.bench.arms import GRAMMAR
-from vllm_agentserve.bench.trace import BLOCK_TOKENS
 
 
 def number_from(low: float, high: float, whole: bool = True) -> Callable[[str], Any]:
@@ -44,9 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     traffic.add_argument(
         "--workload", default="react", metavar="NAME", help="see `agentserve bench workloads` (default: %(default)s)"
     )
-    traffic.add_argument(
-        "--trace", metavar="FILE", help="replay a Mooncake JSONL trace instead; `sample` is a tiny one"
-    )
+    traffic.add_argument("--trace", metavar="FILE", help="replay a recorded trace instead; `sample` is a tiny one")
     traffic.add_argument("--agents", type=number_from(1, 1000), help="agents at work at once")
     traffic.add_argument("--sessions", type=number_from(1, 1000), help="runs of each agent, one after the other")
     traffic.add_argument("--turns", type=number_from(1, 1000), help="requests of each run")
@@ -109,8 +106,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     replayed.add_argument(
         "--block-tokens",
         type=number_from(1, 65536),
-        default=BLOCK_TOKENS,
-        help="tokens per hash id (default: %(default)s)",
+        help="tokens per hash id (default: what the trace says; 16 in Bailian's form, else 512)",
+    )
+    replayed.add_argument(
+        "--time-unit",
+        choices=("ms", "s"),
+        help="what timestamps and delays are in (default: the form's own: s in Bailian's, else ms)",
     )
     replayed.add_argument("--speed", type=number_from(0.001, 1000, whole=False), default=1.0, help="factor on the pace")
     replayed.add_argument("--limit", type=number_from(1, 10**9), help="only the first so many lines")
@@ -118,6 +119,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arms.add_argument("--arms", nargs="*", metavar="ARM", help="the first is the baseline (default: stock agentserve)")
     arms.add_argument(
         "--url", action="append", default=[], metavar="NAME=URL", help="a server somebody else runs, as one more arm"
+    )
+    arms.add_argument(
+        "--api-key", metavar="KEY", help="API key of the servers at --url (default: OPENAI_API_KEY, if it is set)"
     )
     servers = run.add_argument_group("servers")
     servers.add_argument("--model", help="model folder or name (default: a toy model made here)")
@@ -133,6 +137,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="KV cache of every arm in tokens, rounded up to whole blocks; instead of --kv-gib",
     )
     servers.add_argument("--port", type=port_argument, help="where servers listen (default: a free port)")
+    servers.add_argument(
+        "--start-timeout",
+        type=number_from(1, 86_400, whole=False),
+        default=300.0,
+        metavar="S",
+        help="how long a server may take to start (default: %(default)s)",
+    )
     measuring = run.add_argument_group("measuring")
     measuring.add_argument("--rounds", type=number_from(1, 1000), default=3, help="(default: %(default)s)")
     measuring.add_argument(

@@ -17,7 +17,8 @@ GRAMMAR = (
     "an arm is stock, stock-chunk=N, stock-threshold=N, agentserve, agentserve-MODE, any of these followed by "
     ":KEY=VALUE,KEY=VALUE, or only KEY=VALUE,KEY=VALUE for stock with these options of vllm serve; "
     "after agentserve a KEY is one of its own options, and serve.KEY one of vllm serve; client.live=N lets N sessions at most be "
-    "under way, client.last=true says which call is a session's last, client.anonymous=true sends no session ids"
+    "under way, client.last=true says which call is a session's last, client.anonymous=true sends no session ids, "
+    "client.ranks=N keeps every session on one of N data-parallel engines"
 )
 SHORT = {"stock-chunk": "max-num-batched-tokens", "stock-threshold": "long-prefill-token-threshold"}
 TAKEN = {
@@ -25,6 +26,8 @@ TAKEN = {
     "--uds": "servers listen on a port here",
 }
 """Options of `vllm serve` with which its server would not be found."""
+HIDDEN = "KEY"
+"""What stands where an API key was given."""
 MODES = get_args(get_type_hints(AgentServeConfig)["mode"])
 
 
@@ -36,11 +39,14 @@ class ClientOptions:
         live: sessions under way at most; the others wait their turn, which counts as their time. None for no limit.
         last: it says which call is the last one of its session.
         anonymous: requests say neither which session they belong to nor which one spawned it.
+        ranks: engines of a server with data parallelism among which sessions are shared out, each on one with all that it
+            spawns; None leaves the choice to the server, request by request.
     """
 
     live: int | None = None
     last: bool = False
     anonymous: bool = False
+    ranks: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,8 @@ class Arm:
     url: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     client: ClientOptions = ClientOptions()
+    key: str | None = field(default=None, repr=False)
+    """API key that its server wants."""
 
     @property
     def ours(self) -> bool:
@@ -70,6 +78,11 @@ def parse_arm(text: str) -> Arm:
         head, tail = "stock", text
     pairs = parse_pairs(text, tail)
     client = client_options(text, pairs)
+    if any(option_name(key.removeprefix("serve.")) == "api-key" for key in pairs):
+        where = "the environment, as VLLM_API_KEY, or in --serve"
+        raise WorkloadError(
+            f"an arm whose name holds an API key is not allowed, names are written down: give it in {where}"
+        )
     name, _, value = head.partition("=")
     if name in SHORT and re.fullmatch(r"[1-9]\d*", value):
         return Arm(text, serve_options({SHORT[name]: value} | pairs), client=client)
@@ -85,7 +98,7 @@ def client_options(text: str, pairs: dict[str, str]) -> ClientOptions:
     found: dict[str, Any] = {}
     for key in [key for key in pairs if key.startswith("client.")]:
         name, value = key.removeprefix("client."), pairs.pop(key)
-        if name == "live" and re.fullmatch(r"[1-9]\d*", value):
+        if name in ("live", "ranks") and re.fullmatch(r"[1-9]\d*", value):
             found[name] = int(value)
         elif name in ("last", "anonymous") and value in ("true", "false"):
             found[name] = value == "true"
@@ -146,9 +159,21 @@ def last_value(options: Sequence[str], name: str) -> str | None:
     """The value that counts of an option in a command line, the last one; None where the option is not there."""
     found = None
     for option, following in zip(options, (*options[1:], ""), strict=False):
-        if option.startswith("--") and option_name(option) == name:
+        if option.startswith("-") and option_name(option) == name:
             found = option.partition("=")[2] if "=" in option else following
     return found
+
+
+def hidden(command: Sequence[str]) -> list[str]:
+    """A command line in which API keys are replaced by a word, for what is written down and shown."""
+    shown: list[str] = []
+    before = ""
+    for word in command:
+        # One word of ours may hold several options of a server: `--serve "--api-key X"`.
+        one = re.sub(r"(--api[-_]key(?:\s+|=))\S+", rf"\g<1>{HIDDEN}", word)
+        shown.append(HIDDEN if option_name(before) == "--api-key" and "=" not in before else one)
+        before = word
+    return shown
 
 
 def refuse_taken(options: Sequence[str]) -> None:
@@ -170,10 +195,15 @@ def parse_url_arm(text: str) -> Arm:
     """Parses `NAME=URL` or a bare URL."""
     name, separator, url = text.partition("=")
     if not separator or name.startswith(("http:", "https:")):
-        name, url = re.sub(r"^https?://", "", text).rstrip("/"), text
+        name, url = server_address(re.sub(r"^https?://", "", text)), text
     if not name or not is_address(url):
         raise WorkloadError(f"--url {text!r} is not a server: give NAME=http://HOST:PORT")
-    return Arm(name, url=url.rstrip("/"))
+    return Arm(name, url=server_address(url))
+
+
+def server_address(url: str) -> str:
+    """The address of a server without the `/v1` under which clients of the OpenAI API are given it."""
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def is_address(url: str) -> bool:
@@ -192,13 +222,16 @@ def is_address(url: str) -> bool:
         return False
 
 
-def parse_arms(arms: Sequence[str], urls: Sequence[str]) -> list[Arm]:
+def parse_arms(arms: Sequence[str], urls: Sequence[str], key: str | None = None) -> list[Arm]:
     """Parses all arms; an arm written twice gets a second name, which makes an A/A test.
+
+    Args:
+        key: API key for the servers of `urls`.
 
     Raises:
         WorkloadError: an arm is wrong, there is none, or two arms are the same running server.
     """
-    parsed = [parse_arm(text) for text in arms] + [parse_url_arm(text) for text in urls]
+    parsed = [parse_arm(text) for text in arms] + [replace(parse_url_arm(text), key=key) for text in urls]
     if not parsed:
         raise WorkloadError(f"no arms to measure: {GRAMMAR}")
     named: list[Arm] = []

@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from vllm_agentserve.bench.endpoint import authorization
 from vllm_agentserve.bench.sessions import LAST_HINT, PARENT_HINT
 
 SILENCE_S = 600.0
@@ -19,6 +20,8 @@ SILENCE_S = 600.0
 
 
 LARGE_BODY = 1 << 18
+RANK_HEADER = "X-data-parallel-rank"
+"""With it a client of vLLM says which data-parallel engine is to serve its request."""
 
 
 class StreamError(RuntimeError):
@@ -119,16 +122,19 @@ class StreamingClient:
         url: the server, without a path.
         model: the name it serves.
         extensions: whether the server knows vLLM's own fields (`return_token_ids`, `session_id`, `vllm_xargs`).
+        key: API key, for servers that want one.
     """
 
-    def __init__(self, url: str, model: str = "model", extensions: bool = True) -> None:
+    def __init__(self, url: str, model: str = "model", extensions: bool = True, key: str | None = None) -> None:
         self.url = url.rstrip("/")
         self.model = model
+        self.key = key
         self.extensions = extensions
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> "StreamingClient":
         self._session = aiohttp.ClientSession(
+            headers=authorization(self.key),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=SILENCE_S),
             connector=aiohttp.TCPConnector(limit=0),
             read_bufsize=1 << 20,
@@ -182,6 +188,7 @@ class StreamingClient:
         parent: str | None = None,
         due: float | None = None,
         last: bool = False,
+        rank: int | None = None,
     ) -> Stream:
         """Streams greedy tokens.
 
@@ -194,6 +201,7 @@ class StreamingClient:
             parent: the session that spawned this one, where it knows vLLM's fields.
             due: when it should have been sent, in seconds of `perf_counter()`: times are counted from then on.
             last: whether the session ends with it, for servers that know vLLM's fields.
+            rank: the data-parallel engine that is to serve it, for vLLM; None leaves that to the server.
 
         Raises:
             StreamError: the server cannot be reached, refuses the request, or breaks the stream off.
@@ -204,11 +212,12 @@ class StreamingClient:
         stream = into or Stream()
         stream.kind, stream.sent = kind, perf_counter() if due is None else due
         # Bytes are written at once, files in pieces between which other streams are read.
+        headers = {"Content-Type": "application/json"}
+        if rank is not None and self.extensions:
+            headers[RANK_HEADER] = str(rank)
         payload = body if len(body) < LARGE_BODY else io.BytesIO(body)
         try:
-            async with self._session.post(
-                f"{self.url}/v1/completions", data=payload, headers={"Content-Type": "application/json"}
-            ) as answer:
+            async with self._session.post(f"{self.url}/v1/completions", data=payload, headers=headers) as answer:
                 if answer.status != 200:
                     raise StreamError(
                         f"{self.url} answered {answer.status}: {(await answer.text(errors='replace'))[:500]}"

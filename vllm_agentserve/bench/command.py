@@ -1,6 +1,7 @@
 """What `agentserve bench` does: run, workloads, report."""
 
 import argparse
+import os
 import secrets
 import sys
 from collections.abc import Sequence
@@ -26,8 +27,9 @@ from vllm_agentserve.bench.records import Results
 from vllm_agentserve.bench.report import write_report
 from vllm_agentserve.bench.run import new_folder, print_cells, run_plan, show
 from vllm_agentserve.bench.server import has_nvidia_driver
-from vllm_agentserve.bench.sessions import TOKEN_IDS, Session, WorkloadError
-from vllm_agentserve.bench.trace import BLOCK_TOKENS, TraceOptions, read_trace, trace_path
+from vllm_agentserve.bench.sessions import Session, WorkloadError
+from vllm_agentserve.bench.tokens import TOKEN_IDS
+from vllm_agentserve.bench.trace import Trace, TraceOptions, trace_path
 from vllm_agentserve.bench.workloads import WORKLOADS, Workload, around, explain, find_workload
 from vllm_agentserve.options import read_json
 
@@ -36,10 +38,11 @@ CPU_SERVE = ("--dtype", "bfloat16", "--max-num-seqs", "32", "--enforce-eager")
 ONLY_OF_PROGRAMS = ("programs", "load", "step_cost")
 NOT_OF_PROGRAMS = ("agents", "sessions", "turns", "shared", "gap_s")
 NOT_OF_TRACES = ("agents", "sessions", "turns", "shared")
-ONLY_OF_TRACES = {"pace": "closed", "trace_inputs": "auto", "block_tokens": BLOCK_TOKENS, "speed": 1.0, "limit": None}
+ONLY_OF_TRACES = {"pace": "closed", "trace_inputs": "auto", "block_tokens": None, "speed": 1.0}
+ONLY_OF_TRACES |= {"limit": None, "time_unit": None}
 """By option: its default, with which it is taken for not given."""
 TRACE_WORDS = """[bold]--trace FILE[/bold]
-  Recorded traffic in the Mooncake project's JSONL form, as aiperf reads and writes it; `--trace sample` ships with us.
+  Recorded traffic in the form of Mooncake, Dynamo's agentic rows, Bailian, Azure or Weka; `--trace sample` ships with us.
 
 Lengths in tokens, times in seconds. --agents, --sessions, --turns, --shared and --scale change them; --scale is a factor on \
 all lengths. Programs have --programs, --load and --step-cost instead of the first four."""
@@ -80,7 +83,9 @@ def execute(arguments: argparse.Namespace) -> int:
 def make_plan(arguments: argparse.Namespace, console: Console) -> Plan:
     """Checks everything that can be checked before a server is started; raises `WorkloadError`."""
     arms = parse_arms(
-        DEFAULT_ARMS if arguments.arms is None and not arguments.url else arguments.arms or (), arguments.url
+        DEFAULT_ARMS if arguments.arms is None and not arguments.url else arguments.arms or (),
+        arguments.url,
+        arguments.api_key or os.environ.get("OPENAI_API_KEY"),
     )
     model = arguments.model
     ours = any(arm.ours for arm in arms)
@@ -90,7 +95,7 @@ def make_plan(arguments: argparse.Namespace, console: Console) -> Plan:
         console.print("The model is a toy with random weights: its answers mean nothing, its timing does.")
         model = str(make_toy_model())
     serve = serve_options(arguments)
-    cells = traffic_cells(arguments, serve)
+    cells = traffic_cells(arguments, serve, console)
     kv_pool: KvPool | AnyPool = ANY_POOL
     salt = ""
     if not all(arm.ours for arm in arms):
@@ -112,6 +117,7 @@ def make_plan(arguments: argparse.Namespace, console: Console) -> Plan:
         kv_bytes=kv_bytes(arguments.kv_gib, has_nvidia_driver()),
         kv_pool=kv_pool,
         port=arguments.port,
+        start_timeout_s=arguments.start_timeout,
         rounds=arguments.rounds,
         seed=arguments.seed,
         answers=arguments.answers,
@@ -151,7 +157,7 @@ def scale_of(workload: Workload) -> float:
     return 1.0 if has_nvidia_driver() else workload.cpu_scale
 
 
-def traffic_cells(arguments: argparse.Namespace, serve: Sequence[str]) -> list[Cell]:
+def traffic_cells(arguments: argparse.Namespace, serve: Sequence[str], console: Console) -> list[Cell]:
     """The traffic: one cell, or one for every value of `--gap-s`."""
     gaps = arguments.gap_s or [None]
     if arguments.gap_s is not None and arguments.trace is not None:
@@ -163,10 +169,12 @@ def traffic_cells(arguments: argparse.Namespace, serve: Sequence[str]) -> list[C
         raise WorkloadError(
             f"--gap-s {' '.join(map(str, gaps))}: two of these are the same to six digits: leave one out"
         )
-    return [Cell(name, *traffic(arguments, serve, gap)) for name, gap in zip(names, gaps, strict=True)]
+    return [Cell(name, *traffic(arguments, serve, console, gap)) for name, gap in zip(names, gaps, strict=True)]
 
 
-def traffic(arguments: argparse.Namespace, serve: Sequence[str], gap_s: float | None = None) -> Traffic:
+def traffic(
+    arguments: argparse.Namespace, serve: Sequence[str], console: Console, gap_s: float | None = None
+) -> Traffic:
     """The sessions of every round, and their description; each round has a seed of its own, the same for all arms.
 
     Args:
@@ -180,21 +188,30 @@ def traffic(arguments: argparse.Namespace, serve: Sequence[str], gap_s: float | 
         refuse(arguments, [name for name, default in ONLY_OF_TRACES.items() if getattr(arguments, name) != default])
     if programs:
         return program_traffic(arguments, serve, has_nvidia_driver())
-    return trace_traffic(arguments) if arguments.trace is not None else agent_traffic(arguments, gap_s)
+    return trace_traffic(arguments, console) if arguments.trace is not None else agent_traffic(arguments, gap_s)
 
 
-def trace_traffic(arguments: argparse.Namespace) -> Traffic:
+def trace_traffic(arguments: argparse.Namespace, console: Console) -> Traffic:
     """The sessions of a recorded trace; raises `WorkloadError` where it cannot be read."""
     path, scale = trace_path(arguments.trace), arguments.scale or 1.0
     options = TraceOptions(
-        arguments.pace, arguments.trace_inputs, arguments.block_tokens, scale, arguments.speed, arguments.limit
+        arguments.pace,
+        arguments.trace_inputs,
+        arguments.block_tokens,
+        scale,
+        arguments.speed,
+        arguments.limit,
+        arguments.time_unit,
     )
+    console.print(f"Reading the trace {path.name} ...", markup=False, soft_wrap=True)
+    trace = Trace(path, options)
+    for words in trace.summary():
+        console.print(words, markup=False, highlight=False, soft_wrap=True)
 
     @cache
     def replayed(number: int) -> list[Session]:
-        return read_trace(path, options, arguments.seed * 1000 + number)
+        return trace.sessions(arguments.seed * 1000 + number)
 
-    replayed(0)
     return replayed, {"name": f"trace {path.name}", "scale": f"{scale:g}", "pace": options.pace}
 
 

@@ -4,7 +4,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vllm_agentserve.bench.sessions import Session, Turn, WorkloadError, draw_tokens
+from vllm_agentserve.bench.sessions import Session, Turn, WorkloadError
+from vllm_agentserve.bench.tokens import draw_tokens
 from vllm_agentserve.bench.workloads import BATCH_ANSWER, BATCH_AT_S, BATCH_PROMPT, CHAT, Distribution, Workload
 
 

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from typing import Any
@@ -34,25 +35,44 @@ class Endpoint:
     kind: str
 
 
-def get(url: str) -> bytes:
-    with urllib.request.urlopen(url, timeout=PATIENCE_S) as answer:
+def get(url: str, key: str | None = None) -> bytes:
+    """What is at an address; `key` is an API key, for servers that want one."""
+    request = urllib.request.Request(url, headers=authorization(key))
+    with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
         return bytes(answer.read())
 
 
-def get_json(url: str) -> Any:
+def authorization(key: str | None) -> dict[str, str]:
+    """The header with which clients of the OpenAI API send their key."""
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+
+def refused(url: str, code: int) -> str:
+    """What an HTTP status means that a server answers instead of what was asked for."""
+    if code in (401, 403):
+        return f"{url} answers HTTP {code}: it wants an API key, give one with --api-key or in OPENAI_API_KEY"
+    if code == 404:
+        return f"{url} does not answer but with HTTP 404: a server is there, and no such page; give its address alone"
+    return f"{url} answers HTTP {code}: a server is there, but it cannot serve this now; its log says why"
+
+
+def get_json(url: str, key: str | None = None) -> Any:
     try:
-        return json.loads(get(url))
+        return json.loads(get(url, key))
     except (*NO_ANSWER, ValueError, RecursionError):
         return None
 
 
-def find_endpoint(url: str) -> Endpoint:
-    """Asks a server what it is; raises `EndpointError` when it is not there or serves no model."""
+def find_endpoint(url: str, key: str | None = None) -> Endpoint:
+    """Asks a server what it is; raises `EndpointError` when it is not there, wants another key or serves no model."""
     try:
-        models = json.loads(get(f"{url}/v1/models"))["data"]
+        models = json.loads(get(f"{url}/v1/models", key))["data"]
         first = models[0]
         name = str(first["id"])
         room = first.get("max_model_len")
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise EndpointError(refused(f"{url}/v1/models", error.code)) from error
     except NO_ANSWER as error:
         raise EndpointError(
             f"{url} does not answer ({str(error).strip()}): is the server up, and is this its address?"
@@ -61,24 +81,24 @@ def find_endpoint(url: str) -> Endpoint:
         raise EndpointError(
             f"{url}/v1/models lists no model: it does not look like an OpenAI-compatible server"
         ) from error
-    version = get_json(f"{url}/version")
+    version = get_json(f"{url}/version", key)
     vllm = isinstance(version, dict) and "version" in version and first.get("owned_by") in ("vllm", None)
     kind = f"vLLM {version['version']}" if vllm else f"{first.get('owned_by') or 'another server'}"
     return Endpoint(url, name, vllm, room if isinstance(room, int) else None, kind)
 
 
-def metric_families(url: str) -> list[Any]:
+def metric_families(url: str, key: str | None = None) -> list[Any]:
     """Everything on `/metrics`; empty where there is no such page, or none that can be read."""
     try:
-        return list(text_string_to_metric_families(get(f"{url}/metrics").decode()))
+        return list(text_string_to_metric_families(get(f"{url}/metrics", key).decode()))
     except (*NO_ANSWER, ValueError, IndexError, KeyError):
         return []
 
 
-def read_counters(url: str) -> dict[str, float]:
+def read_counters(url: str, key: str | None = None) -> dict[str, float]:
     """The counters of `/metrics` that begin with `vllm:` or `sglang:`, summed over their labels; empty where there are none."""
     totals: dict[str, float] = {}
-    for family in metric_families(url):
+    for family in metric_families(url, key):
         if family.type != "counter" or not family.name.startswith(("vllm:", "sglang:")):
             continue
         for sample in family.samples:
@@ -93,9 +113,9 @@ def added(before: dict[str, float], after: dict[str, float]) -> dict[str, float]
     return {name: round(gain, 6) for name, gain in gains.items() if gain}
 
 
-def kv_blocks(url: str) -> tuple[int, int] | None:
+def kv_blocks(url: str, key: str | None = None) -> tuple[int, int] | None:
     """The KV cache as the server states it: (blocks, tokens per block), or None."""
-    for family in metric_families(url):
+    for family in metric_families(url, key):
         if family.name == "vllm:cache_config_info":
             labels = family.samples[0].labels
             blocks, size = labels.get("num_gpu_blocks", ""), labels.get("block_size", "")

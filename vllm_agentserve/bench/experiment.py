@@ -1,5 +1,6 @@
 """An experiment: arms in turns, round after round, one server at a time, everything written down as it happens."""
 
+import os
 import shlex
 import time
 from contextlib import ExitStack
@@ -9,7 +10,7 @@ from typing import Any
 
 import uvloop
 
-from vllm_agentserve.bench.arms import Arm, option_name
+from vllm_agentserve.bench.arms import Arm, hidden, last_value, option_name
 from vllm_agentserve.bench.client import StreamingClient
 from vllm_agentserve.bench.conditions import Conditions, pollution
 from vllm_agentserve.bench.endpoint import Endpoint, EndpointError, added, find_endpoint, kv_blocks, read_counters
@@ -64,7 +65,19 @@ class Experiment:
             return RunningServer(arm.url)
         if self.plan.model is None:
             raise WorkloadError(f"arm {arm.name!r} needs a server of ours, and so --model")
-        return VllmServer(self.plan.model, [*self.options, *arm.options], port=self.plan.port, log=log)
+        return VllmServer(
+            self.plan.model,
+            [*self.options, *arm.options],
+            port=self.plan.port,
+            log=log,
+            start_timeout_s=self.plan.start_timeout_s,
+        )
+
+    def key(self, arm: Arm) -> str | None:
+        """The API key that the server of an arm wants: ours want what their options or the environment give them."""
+        if not arm.ours:
+            return arm.key
+        return last_value((*self.options, *arm.options), "--api-key") or os.environ.get("VLLM_API_KEY")
 
     def description(self, cell: Cell) -> dict[str, Any]:
         plan = self.plan
@@ -73,11 +86,11 @@ class Experiment:
             command = None
             if arm.ours:
                 model = "MODEL" if plan.model is None else shown(plan.model)
-                command = shlex.join(["vllm", "serve", model, *map(shown, (*self.options, *arm.options))])
+                command = shlex.join(["vllm", "serve", model, *map(shown, hidden([*self.options, *arm.options]))])
             arms.append({"name": arm.name, "url": arm.url, "command": command, "settings": arm.settings})
         return {
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            "command": shlex.join(map(shown, plan.command)),
+            "command": shlex.join(map(shown, hidden(plan.command))),
             "machine": describe_machine(),
             "arms": arms,
             "workload": cell.workload,
@@ -104,7 +117,7 @@ class Experiment:
         for arm in plan.arms:
             if arm.url is not None:
                 # Before the first measurement, not after those of the arms before it.
-                self.check_room(arm, find_endpoint(arm.url))
+                self.check_room(arm, find_endpoint(arm.url, arm.key))
         names = [option_name(option) for option in self.options]
         if plan.kv_bytes is None and not any("kv-cache" in name or "gpu-blocks" in name for name in names):
             self.size_kv_cache()
@@ -123,7 +136,7 @@ class Experiment:
             return
         self.progress.say("finding a KV cache size that all arms can have")
         with self.server(arm, self.folder / "server-sizing.log") as server:
-            found = kv_blocks(server.url)
+            found = kv_blocks(server.url, self.key(arm))
         if found is None:
             raise ServerError("the server does not say how large its KV cache is: give the size with --kv-gib")
         self.options = (*self.options, "--num-gpu-blocks-override", str(int(found[0] * BLOCKS_KEPT)))
@@ -183,16 +196,16 @@ class Experiment:
         warm: bool,
     ) -> None:
         plan, url = self.plan, server.url
-        endpoint = find_endpoint(url)
+        endpoint, key = find_endpoint(url, self.key(arm)), self.key(arm)
         record.software = endpoint.kind
-        blocks = kv_blocks(url)
+        blocks = kv_blocks(url, key)
         record.kv_tokens = None if blocks is None else blocks[0] * blocks[1]
         if arm.ours and (wrong := plan.kv_pool.mismatch(record.kv_tokens)):
             raise ServerError(f"the server of arm {arm.name!r} states {wrong}")
         self.check_room(arm, endpoint)
         sessions, mark = plan.sessions(cell, number), plan.mark(cell, number)
         seed = " ".join(filter(None, (str(plan.seed), str(number), mark)))
-        client = StreamingClient(url, endpoint.model, endpoint.extensions)
+        client = StreamingClient(url, endpoint.model, endpoint.extensions, key)
         parts = {"measured": sessions} if warm else {"warm-up": warm_up_of(sessions, seed), "measured": sessions}
         if plan.slo_factor and arm is self.isolated:
             parts["alone"] = alone_of(sessions, seed)
@@ -210,8 +223,9 @@ class Experiment:
                 suffix=f"-{mark}" if mark else "",
                 live=arm.client.live,
                 last=arm.client.last,
+                ranks=arm.client.ranks,
             )
-            counted = read_counters(url)
+            counted = read_counters(url, key)
             with Conditions(replay.lateness_ms) as conditions:
                 try:
                     uvloop.run(in_session(replay))
@@ -221,7 +235,7 @@ class Experiment:
             record.seconds[part] = round(replay.seconds, 6)
             self.check(arm, server, replay)
             if part == "measured":
-                record.server = added(counted, read_counters(url))
+                record.server = added(counted, read_counters(url, key))
                 record.conditions = conditions.report()
                 record.gpu = conditions.gpu.report(sum(len(one.stamps_us) for one in replay.records))
                 record.polluted = pollution(record.conditions, local=arm.ours)
@@ -240,11 +254,9 @@ class Experiment:
         if not failed:
             return
         if not server.alive():
-            raise ServerError(
-                f"the server of arm {arm.name!r} died: {failed[0].error}\nits log ends with:\n{server.tail()}"
-            )
+            raise ServerError(f"the server of arm {arm.name!r} died: {failed[0].error}\n{server.last_words()}")
         try:
-            find_endpoint(server.url)
+            find_endpoint(server.url, self.key(arm))
         except EndpointError as error:
             raise EndpointError(f"the server of arm {arm.name!r} went away: {failed[0].error}; {error}") from error
         if len(failed) == len(replay.records):

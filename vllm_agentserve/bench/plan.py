@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_agentserve.bench.arms import Arm
 from vllm_agentserve.bench.kv_pool import ANY_POOL, AnyPool, KvPool
+from vllm_agentserve.bench.server import START_TIMEOUT_S
 from vllm_agentserve.bench.sessions import Session, longest_context, salted
 
 MARGIN_TOKENS = 64
@@ -47,6 +48,7 @@ class Plan:
         serve: options of `vllm serve` for all arms.
         kv_bytes: size of the KV cache of every arm; None lets a first start find it.
         kv_pool: the KV cache that every server of ours must have.
+        start_timeout_s: how long a server of ours may take to start.
         answers: see `Replay`.
         slo_factor: thresholds are the isolated run times this; 0 leaves the isolated run out.
         anonymous: see `Replay`.
@@ -61,6 +63,7 @@ class Plan:
     kv_bytes: int | None = None
     kv_pool: KvPool | AnyPool = ANY_POOL
     port: int | None = None
+    start_timeout_s: float = START_TIMEOUT_S
     rounds: int = 3
     seed: int = 0
     answers: str = "pinned"

@@ -11,7 +11,8 @@ from vllm_agentserve.bench.arms import last_value
 from vllm_agentserve.bench.calls import ProgramShape, forks, origin
 from vllm_agentserve.bench.cost import SERVER_GPU, TOY_CPU, StepCost, read_cost
 from vllm_agentserve.bench.programs import SLOTS, draw_programs
-from vllm_agentserve.bench.sessions import Session, Turn, WorkloadError, draw_tokens
+from vllm_agentserve.bench.sessions import Session, Turn, WorkloadError
+from vllm_agentserve.bench.tokens import draw_tokens
 
 Traffic = tuple[Callable[[int], list[Session]], dict[str, Any]]
 LOAD = 0.9

@@ -84,7 +84,7 @@ class Results:
     """A folder of results that is written while the experiment runs and read again for the report.
 
     Raises:
-        FileExistsError: on `create`, when the folder already holds results, or cannot be one.
+        FileExistsError: on `create`, when something was measured in the folder already, or it cannot be one.
         WorkloadError: on reading, when a file is damaged.
     """
 
@@ -105,7 +105,9 @@ class Results:
                 f"{folder} cannot be a folder, a file is in its way: name another one with --output"
             ) from error
         if (folder / cls.EXPERIMENT).exists():
-            raise FileExistsError(f"{folder} already holds results: name another folder with --output")
+            if results.measured():
+                raise FileExistsError(f"{folder} already holds results: name another folder with --output")
+            (folder / cls.ROUNDS).unlink(missing_ok=True)
         (folder / cls.EXPERIMENT).write_text(json.dumps(experiment, indent=1) + "\n")
         return results
 
@@ -119,6 +121,13 @@ class Results:
         with (self.folder / name).open("ab") as file:
             for item in items:
                 file.write(msgspec.json.encode(item) + b"\n")
+
+    def measured(self) -> bool:
+        """Whether anything was measured; rounds in which no server started are no results."""
+        plain = (self.folder / self.REQUESTS).exists() or (self.folder / f"{self.REQUESTS}.gz").exists()
+        if plain or not (self.folder / self.ROUNDS).exists():
+            return plain
+        return any(one.error is None for one in self.rounds())
 
     def experiment(self) -> dict[str, Any]:
         path = self.folder / self.EXPERIMENT

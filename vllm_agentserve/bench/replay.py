@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from time import perf_counter
+from zlib import crc32
 
 from vllm_agentserve.bench.client import Stream, StreamError, StreamingClient
 from vllm_agentserve.bench.live import LiveSessions
@@ -16,6 +17,8 @@ from vllm_agentserve.bench.sessions import Session, TurnKey, pinned_token, sessi
 from vllm_agentserve.bench.walk import DueCall
 
 LATENESS_PERIOD_S = 0.05
+PREPARE_AHEAD_S = 1.0
+"""So long before a turn is due its prompt is prepared; earlier, all prompts of a long workload would be in memory at once."""
 
 
 @contextmanager
@@ -56,6 +59,8 @@ class Replay:
         live: sessions under way at most, those they spawn not counted. The others wait in order of their start; times are
             counted from then on.
         last: the last call of a session says so, unless another session spawned it, or it spawns others.
+        ranks: data-parallel engines among which sessions are shared out, those they spawn with them; None leaves it to the
+            server.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class Replay:
         suffix: str = "",
         live: int | None = None,
         last: bool = False,
+        ranks: int | None = None,
     ) -> None:
         self.client = client
         self.sessions = {session.name: session for session in sessions}
@@ -80,14 +86,18 @@ class Replay:
         self.anonymous = anonymous
         self.suffix = suffix
         self._tells_last = last
+        self._ranks = ranks
         self.lateness_ms: list[float] = []
         self._ended = 0.0
         self._walk = session_walk(sessions)
         self._spawned_by = {name: key.session for name, key in spawning(sessions).items()}
+        self._spawned_by |= {session.name: session.parent for session in sessions if session.parent is not None}
         self._live = LiveSessions(live, self._spawned_by)
         self._may_begin: dict[str, asyncio.Event] = {}
         self._contexts: dict[str, GrowingPrompt] = {}
-        """By session: what was sent and answered."""
+        """By session: what was sent and answered, while a later turn or another session goes on from it."""
+        self._forks = {session.name: len(session.turns[-1].spawns) for session in sessions}
+        """By session: how many have not begun yet that fork from its last turn."""
 
     @property
     def records(self) -> list[Record]:
@@ -130,15 +140,20 @@ class Replay:
     async def _run(self, group: asyncio.TaskGroup, due: DueCall[TurnKey]) -> None:
         """Runs one turn when it is due, and starts those that it was the last to be waited for by."""
         session, number = self.sessions[due.name.session], due.name.number
-        turn, context = session.turns[number], self._context(session, number)
+        turn, last = session.turns[number], number == len(session.turns) - 1
+        if session.forked and not number:
+            # Its parent's context may go on to grow.
+            context = self._context(session, number)
+            await self._wait_until(due.at_s - PREPARE_AHEAD_S)
+        else:
+            await self._wait_until(due.at_s - PREPARE_AHEAD_S)
+            if self._takes_place(session) and not number:
+                await self._wait_until(due.at_s)
+                await self._wait_for_place(session)
+            context = self._context(session, number)
         # Prepared while the tool runs.
         await context.extend(turn.added if turn.context is None else turn.context)
-        if (left := due.at_s - perf_counter()) > 0:
-            await asyncio.sleep(left)
-        if not number and not self._live.begin(session.name):
-            free = self._may_begin[session.name] = asyncio.Event()
-            await free.wait()
-        last = number == len(session.turns) - 1
+        await self._wait_until(due.at_s)
         stream, pinned = Stream(), pinned_token(session.name, number)
         try:
             await self.client.generate(
@@ -152,18 +167,44 @@ class Replay:
                 parent=self._named(self._spawned_by.get(session.name)),
                 due=due.at_s if session.timed or (self._live.limited and not number) else None,
                 last=self._tells_last and last and not turn.spawns and session.name not in self._spawned_by,
+                rank=self._rank(session.name),
             )
         except StreamError as error:
             self._leave(session)
             self._keep(session, number, context, stream, str(error))
+            self._contexts.pop(session.name, None)
             self._start(group, self._walk.fail(due.name, perf_counter()))
             return
         if last:
             self._leave(session)
         self._keep(session, number, context, stream, None)
-        # A server that does not tell its tokens gets the planned ones back.
-        await context.extend(stream.token_ids or [pinned] * len(stream.stamps))
+        if turn.spawns or not (last or session.turns[number + 1].context is not None):
+            # A server that does not tell its tokens gets the planned ones back.
+            await context.extend(stream.token_ids or [pinned] * len(stream.stamps))
+        else:
+            del self._contexts[session.name]
         self._start(group, self._walk.end(due.name, perf_counter()))
+
+    def _rank(self, session: str) -> int | None:
+        """The engine of a session and of all that it spawns, the same in every arm."""
+        if self._ranks is None:
+            return None
+        while session in self._spawned_by:
+            session = self._spawned_by[session]
+        return crc32(session.encode()) % self._ranks
+
+    async def _wait_until(self, at_s: float) -> None:
+        if (left := at_s - perf_counter()) > 0:
+            await asyncio.sleep(left)
+
+    async def _wait_for_place(self, session: Session) -> None:
+        if not self._live.begin(session.name):
+            free = self._may_begin[session.name] = asyncio.Event()
+            await free.wait()
+
+    def _takes_place(self, session: Session) -> bool:
+        """Whether a session takes one of the places there are for sessions under way."""
+        return self._live.limited and session.name not in self._spawned_by
 
     def _leave(self, session: Session) -> None:
         """A session is over."""
@@ -175,7 +216,12 @@ class Replay:
         if session.turns[number].context is not None or (number == 0 and not session.forked):
             self._contexts[session.name] = GrowingPrompt()
         elif number == 0:
-            self._contexts[session.name] = self._contexts[self._spawned_by[session.name]].copy()
+            parent = self._spawned_by[session.name]
+            self._contexts[session.name] = self._contexts[parent].copy()
+            if session.name in self.sessions[parent].turns[-1].spawns:
+                self._forks[parent] -= 1
+                if not self._forks[parent]:
+                    del self._contexts[parent]
         return self._contexts[session.name]
 
     def _named(self, session: str | None) -> str | None:

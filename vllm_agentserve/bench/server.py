@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,8 +17,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from vllm_agentserve.bench.arms import last_value
+
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 30.0
+RANKS = (
+    ("--data-parallel-size-local", "-dpl", "--data-parallel-size", "-dp"),
+    ("--tensor-parallel-size", "-tp"),
+    ("--pipeline-parallel-size", "-pp"),
+)
+"""Options of `vllm serve` whose values, multiplied, are its processes on this machine; of a group the first that is given."""
+ERROR_LINE = re.compile(
+    r"^(?:\(.*?\)\s*)?(?:(?:ERROR|CRITICAL)\b|[\w. -]+: error: |Traceback \(most recent call last\))"
+)
+"""A line of a log with which an error begins; processes of vLLM write their names before it."""
+RAISED = re.compile(
+    r"^(?:\(.*?\)\s*)?(?:ERROR [^\]]*\] )?((?:[A-Za-z_][\w]*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt)\b.*)"
+)
+"""The line of a traceback that says what was raised."""
+FOLLOWING = ("EngineDeadError", "Engine core initialization failed", "KeyboardInterrupt", "CancelledError")
+"""What is raised because something else has failed before."""
 
 
 class ServerError(RuntimeError):
@@ -31,8 +50,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def serving_environment(base: Mapping[str, str] | None = None, offline: bool = True) -> dict[str, str]:
-    """The environment for vLLM, by default without a model hub; without an NVIDIA driver, on all cores of the CPU."""
+def serving_environment(
+    base: Mapping[str, str] | None = None, offline: bool = True, options: Sequence[str] = ()
+) -> dict[str, str]:
+    """The environment for vLLM, by default without a model hub; without an NVIDIA driver, on all cores of the CPU.
+
+    Args:
+        options: of `vllm serve`, which say how many processes share the cores.
+    """
     environment = dict(os.environ if base is None else base)
     if offline:
         environment.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,9 +65,44 @@ def serving_environment(base: Mapping[str, str] | None = None, offline: bool = T
     if not has_nvidia_driver():
         environment.setdefault("VLLM_TARGET_DEVICE", "cpu")
         # vLLM's own default leaves one core to the rest of the system, which on two cores is half of them.
-        last = (os.cpu_count() or 1) - 1
-        environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{last}")
+        environment.setdefault(
+            "VLLM_CPU_OMP_THREADS_BIND", bound_cores(sorted(os.sched_getaffinity(0)), ranks(options))
+        )
     return environment
+
+
+def ranks(options: Sequence[str]) -> int:
+    """How many processes of one server compute on this machine."""
+    product = 1
+    for names in RANKS:
+        given = next(filter(None, (last_value(options, name) for name in names)), "1")
+        product *= int(given) if re.fullmatch(r"[1-9]\d{0,3}", given) else 1
+    return product
+
+
+def bound_cores(cores: Sequence[int], count: int) -> str:
+    """The cores of every process as vLLM takes them, one list for each; with fewer cores than processes some share one."""
+    share = max(len(cores) // count, 1)
+    lists = [[cores[(rank * share + place) % len(cores)] for place in range(share)] for rank in range(count)]
+    return "|".join(",".join(map(str, one)) for one in lists)
+
+
+def first_cause(log: str) -> str:
+    """What went wrong first, from the log of a server that did not start; "" where it names nothing.
+
+    A server ends in many words: every process reports that another one has gone. The first error is the one to mend.
+    """
+    lines = log.splitlines()
+    raised = []
+    for line, following in zip(lines, [*lines[1:], ""], strict=False):
+        if found := RAISED.match(line):
+            # What a wrong option is said to be stands in the line below.
+            more = f" {following.strip()}" if following.startswith("  ") and not following.startswith("  File") else ""
+            raised.append(found.group(1).strip() + more)
+    own = [words for words in raised if not any(mark in words for mark in FOLLOWING)]
+    if own or raised:
+        return (own or raised)[0]
+    return next((line.strip() for line in lines if ERROR_LINE.match(line)), "")
 
 
 def has_nvidia_driver() -> bool:
@@ -70,7 +130,7 @@ class RunningServer:
         """Whether it is not known to have ended: whoever asks it will see."""
         return True
 
-    def tail(self) -> str:
+    def last_words(self) -> str:
         return ""
 
 
@@ -82,13 +142,19 @@ class VllmServer:
         options: further options of `vllm serve`.
         port: where it listens; None takes a free one.
         log: file for its output; None takes a temporary one.
+        start_timeout_s: how long it may take until it is healthy.
 
     Raises:
         ServerError: on entering, when the port is taken, the process ends, or it is not healthy in time.
     """
 
     def __init__(
-        self, model: str | Path, options: Sequence[str] = (), port: int | None = None, log: Path | None = None
+        self,
+        model: str | Path,
+        options: Sequence[str] = (),
+        port: int | None = None,
+        log: Path | None = None,
+        start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
         self.port = free_port() if port is None else port
         self.url = f"http://127.0.0.1:{self.port}"
@@ -98,6 +164,8 @@ class VllmServer:
             *("--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "model"),
             *options,
         ]
+        self._options = tuple(options)
+        self._start_timeout_s = start_timeout_s
         self.log = log or Path(tempfile.mkstemp(prefix="agentserve-", suffix=".log")[1])
         self._process: subprocess.Popen[bytes] | None = None
         self._output: IO[Any] | None = None
@@ -113,7 +181,7 @@ class VllmServer:
             stdout=self._output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=serving_environment(offline=self.local),
+            env=serving_environment(offline=self.local, options=self._options),
             start_new_session=True,
         )
         try:
@@ -139,14 +207,17 @@ class VllmServer:
         """The last lines of the server's log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
+    def last_words(self) -> str:
+        """Of a server that did not start or has died: what went wrong first, where its log lies, and the end of that."""
+        cause = first_cause(self.log.read_text(errors="replace"))
+        return f"{f'{cause}; ' if cause else ''}its log {self.log}\nits log ends with:\n{self.tail()}"
+
     def _wait_until_healthy(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
+        deadline = time.monotonic() + self._start_timeout_s
         while time.monotonic() < deadline:
             if not self.alive():
                 code = self._process.returncode if self._process is not None else None
-                raise ServerError(
-                    f"vllm serve ended with exit code {code} while starting; its log {self.log}:\n{self.tail()}"
-                )
+                raise ServerError(f"vllm serve ended with exit code {code} while starting: {self.last_words()}")
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:
                     if answer.status == 200:
@@ -155,7 +226,8 @@ class VllmServer:
                 pass
             time.sleep(0.25)
         raise ServerError(
-            f"vllm serve was not healthy within {START_TIMEOUT_S:.0f} s; its log {self.log}:\n{self.tail()}"
+            f"vllm serve was not healthy within {self._start_timeout_s:g} s (give it more with --start-timeout): "
+            f"{self.last_words()}"
         )
 
     def stop(self) -> None:

@@ -5,10 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from vllm_agentserve.bench.tokens import TOKEN_IDS, RecordedTokens, draw_tokens, renamed
 from vllm_agentserve.bench.walk import PlannedCall, Walk
-
-TOKEN_IDS = (100, 4000)
-"""Prompts are drawn from these ids, low included, high not: ordinary tokens of every vocabulary of 4096 and more."""
 
 PARENT_HINT = "agent_parent"
 """Key of vLLM's `vllm_xargs` under which a forked session names the session that spawned it; stock vLLM ignores it."""
@@ -33,13 +31,17 @@ class Turn:
         tool_s: seconds between the end of the previous answer and this request.
         spawns: names of sessions that fork from the context after this answer; the next turn waits for all of them.
         context: the whole prompt, when it does not grow from what came before (recorded traces); `added` is then empty.
+        waits: turns of other sessions that must be over as well.
+        at_s: seconds after the beginning of the workload before which it does not start.
     """
 
-    added: tuple[int, ...]
+    added: Sequence[int]
     answer: int
     tool_s: float = 0.0
     spawns: tuple[str, ...] = ()
-    context: tuple[int, ...] | None = None
+    context: Sequence[int] | None = None
+    waits: tuple["TurnKey", ...] = ()
+    at_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Session:
         cached: most of the first prompt has been sent by an earlier session.
         timed: requests are due by the clock, and what they take is counted from then on, not from when they were sent.
         program: name of the program it is part of, where the workload consists of programs.
+        parent: the session that it says has spawned it, where its context is its own; that one need not wait for it.
+        recorded: it is read from a trace.
     """
 
     name: str
@@ -69,15 +73,12 @@ class Session:
     cached: bool = False
     program: str = ""
     timed: bool = False
+    parent: str | None = None
+    recorded: bool = False
 
     def phase(self, turn: int) -> str:
         """ "cold" for a prompt without a cached context, otherwise "resume"."""
         return "resume" if turn or self.forked or self.cached else "cold"
-
-
-def draw_tokens(rng: random.Random, count: int) -> tuple[int, ...]:
-    """`count` token ids."""
-    return tuple(rng.choices(range(*TOKEN_IDS), k=count))
 
 
 def pinned_token(session: str, turn: int) -> int:
@@ -130,14 +131,17 @@ def session_walk(sessions: Iterable[Session]) -> Walk[TurnKey]:
         if session.forked and session.name not in spawned_at:
             continue
         for number, turn in enumerate(session.turns):
+            delay_s, origin = turn.tool_s, None
             if number:
-                call = PlannedCall(following(session, number - 1), turn.tool_s, TurnKey(session.name, number - 1))
+                after, origin = following(session, number - 1), TurnKey(session.name, number - 1)
             elif session.forked:
-                call = PlannedCall((spawned_at[session.name],), turn.tool_s, spawned_at[session.name])
+                after, origin = (spawned_at[session.name],), spawned_at[session.name]
             else:
-                after = () if session.after is None else ends(by_name[session.after])
-                call = PlannedCall(after, session.start_s + turn.tool_s)
-            calls[TurnKey(session.name, number)] = call
+                after, delay_s = (
+                    () if session.after is None else ends(by_name[session.after]),
+                    session.start_s + delay_s,
+                )
+            calls[TurnKey(session.name, number)] = PlannedCall((*after, *turn.waits), delay_s, origin, turn.at_s)
     check_order(calls, by_name)
     return Walk(calls)
 
@@ -165,6 +169,10 @@ def check_sessions(sessions: Sequence[Session]) -> None:
             if name in spawner:
                 raise wrong(session, "spawns", name, f"session {spawner[name]!r} spawns it already: name it once")
             spawner[name] = session.name
+    for session in sessions:
+        for key in (key for turn in session.turns for key in turn.waits):
+            if key.session not in by_name or not 0 <= key.number < len(by_name[key.session].turns):
+                raise wrong(session, "waits", tuple(key), "there is no such turn: name another one, or leave it out")
     started = {session.name for session in sessions if not session.forked}
     starting = list(started)
     for name in starting:
@@ -201,9 +209,15 @@ def check_order(calls: Mapping[TurnKey, PlannedCall[TurnKey]], sessions: Mapping
         chain.append(before)
     circle = {key.session for key in chain[chain.index(before) :]}
     names = [name for name in sessions if name in circle]
-    session = next(sessions[name] for name in names if sessions[name].after is not None)
+    session = next((sessions[name] for name in names if sessions[name].after is not None), sessions[names[0]])
     why = f"the sessions {', '.join(map(repr, names))} wait for each other" if len(names) > 1 else "it waits for itself"
-    raise wrong(session, "after", session.after, f"{why}: name another session, or leave it out")
+    field, value = ("after", session.after) if session.after is not None else ("waits", circle_waits(session))
+    raise wrong(session, field, value, f"{why}: name another session, or leave it out")
+
+
+def circle_waits(session: Session) -> tuple[TurnKey, ...]:
+    """What the turns of a session wait for in other sessions."""
+    return tuple(key for turn in session.turns for key in turn.waits)
 
 
 def wrong(session: Session, field: str, value: object, remedy: str) -> WorkloadError:
@@ -254,11 +268,11 @@ def salted(sessions: Sequence[Session], salt: str) -> list[Session]:
     if not salt:
         return list(sessions)
     ids = range(*TOKEN_IDS)
-    other = dict(zip(ids, random.Random(f"salt {salt}").sample(ids, len(ids)), strict=True))
+    other = tuple(random.Random(f"salt {salt}").sample(ids, len(ids)))
 
     def changed(turn: Turn) -> Turn:
-        context = None if turn.context is None else tuple(other[token] for token in turn.context)
-        return replace(turn, added=tuple(other[token] for token in turn.added), context=context)
+        context = None if turn.context is None else renamed(turn.context, other)
+        return replace(turn, added=renamed(turn.added, other), context=context)
 
     return [replace(session, turns=tuple(map(changed, session.turns))) for session in sessions]
 
@@ -269,14 +283,14 @@ def count_requests(sessions: Iterable[Session]) -> int:
 
 def warm_up_of(sessions: Sequence[Session], seed: str, turns: int = 2) -> list[Session]:
     """A short stand-in for the same work with other token ids: every agent's first session, `turns` turns, tools of up to
-    `WARM_UP_TOOL_S`; of programs only the first `WARM_UP_PROGRAMS`."""
+    `WARM_UP_TOOL_S`; of programs and of recorded sessions only the first `WARM_UP_PROGRAMS`."""
     rng = random.Random(f"warm-up {seed}")
     seen: set[str] = set()
     short: list[Session] = []
     for session in sessions:
         if session.agent in seen or session.forked or session.after is not None:
             continue
-        if session.program and len(short) == WARM_UP_PROGRAMS:
+        if (session.program or session.recorded) and len(short) == WARM_UP_PROGRAMS:
             break
         seen.add(session.agent)
         cut = tuple(
@@ -285,6 +299,10 @@ def warm_up_of(sessions: Sequence[Session], seed: str, turns: int = 2) -> list[S
         )
         short.append(Session(f"warm-up-{session.name}", session.agent, cut, session.kind, 0.2 * len(short)))
     return short
+
+
+OTHER = (*range(sum(TOKEN_IDS) // 2, TOKEN_IDS[1]), *range(TOKEN_IDS[0], sum(TOKEN_IDS) // 2))
+"""Another token id for each one, so that a prompt of the same shape is not found in the prefix cache."""
 
 
 def alone_of(sessions: Sequence[Session], seed: str) -> list[Session]:
@@ -305,7 +323,10 @@ def alone_of(sessions: Sequence[Session], seed: str) -> list[Session]:
             more = inherited.get(session.name, 0) if index == 0 else 0
             if turn.context is not None:
                 # Block contents decide what is cached: the same pattern of repetition under another alphabet.
-                turns.append(Turn((), turn.answer, context=tuple(_other(token) for token in turn.context)))
+                turns.append(Turn((), turn.answer, context=renamed(turn.context, OTHER)))
+            elif session.recorded:
+                seed_of_turn = f"alone {seed} {session.name} {index}"
+                turns.append(Turn(RecordedTokens("", (), 1, seed_of_turn, len(turn.added)), turn.answer))
             else:
                 turns.append(Turn(draw_tokens(rng, more + len(turn.added)), turn.answer))
         after = alone[-1].name if alone else None
@@ -315,9 +336,3 @@ def alone_of(sessions: Sequence[Session], seed: str) -> list[Session]:
 
 def _fresh(turn: Turn) -> int:
     return len(turn.added) if turn.context is None else len(turn.context)
-
-
-def _other(token: int) -> int:
-    """Another token id for the same one, so that a prompt of the same shape is not found in the prefix cache."""
-    low, high = TOKEN_IDS
-    return low + (token - low + (high - low) // 2) % (high - low)

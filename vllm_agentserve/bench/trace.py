@@ -1,38 +1,23 @@
-"""Recorded traffic in the Mooncake JSONL form, as the Mooncake project publishes it and aiperf reads and writes it.
+"""Recorded traffic as sessions; `trace_formats` says which dialects are read.
 
-One request a line: `timestamp` (ms), `input_length` and `output_length` (tokens), `hash_ids` (one per block of the prompt;
-equal ids mean equal tokens), and aiperf's `session_id` and `delay` (ms after the answer before). Prompts are made from the
-ids: the same id gives the same tokens, in every arm.
+Prompts are made from hash ids when they are sent: the same id gives the same tokens, in every arm.
 """
 
-import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
-from vllm_agentserve.bench.sessions import Session, Turn, WorkloadError, draw_tokens
-from vllm_agentserve.options import read_json
+from vllm_agentserve.bench.sessions import Session, Turn, TurnKey, WorkloadError
+from vllm_agentserve.bench.tokens import RecordedTokens
+from vllm_agentserve.bench.trace_checks import check_blocks, check_times, check_unit
+from vllm_agentserve.bench.trace_files import read_entries
+from vllm_agentserve.bench.trace_formats import Reader, TraceLine, TraceReading, reader_of
+from vllm_agentserve.bench.trace_links import Place, chained
 
 BLOCK_TOKENS = 512
-"""Tokens a hash id stands for, as in the published traces."""
+"""Tokens a hash id stands for where the trace does not say, as in the traces that the Mooncake project publishes."""
 SAMPLE = "sample"
-MOST = 1e12
-"""No number of a line is larger: tokens or ms."""
-
-
-@dataclass(frozen=True)
-class TraceLine:
-    """One checked line of a trace; times in seconds, `hash_ids` empty where none are given."""
-
-    number: int
-    input_length: int
-    output_length: int
-    timestamp_s: float | None
-    session_id: str | None
-    delay_s: float
-    hash_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -43,54 +28,27 @@ class TraceOptions:
         pace: "closed": a session's next turn starts `delay` after the answer before, as agents do; lines without session
             are sessions of one turn. "open": every line starts at its `timestamp`, whatever the server does.
         inputs: what `input_length` counts in a session: "whole" prompts, or only what a turn "added" to the context;
-            "auto" takes "whole" where the hash ids of a session's turns begin with the same block, else "added".
+            "auto" takes what the dialect says, or "whole" where the hash ids of a session's turns begin with the same block,
+            else "added".
+        block_tokens: tokens per hash id; None for what the trace says, or its dialect.
         scale: factor on all lengths; blocks shrink with them, so what is shared stays shared.
         speed: factor on the pace of timestamps and delays.
         limit: only the first so many lines.
+        unit: of times, "ms" or "s"; None for the dialect's own.
     """
 
     pace: str = "closed"
     inputs: str = "auto"
-    block_tokens: int = BLOCK_TOKENS
+    block_tokens: int | None = None
     scale: float = 1.0
     speed: float = 1.0
     limit: int | None = None
+    unit: str | None = None
 
 
 def read_trace(path: Path, options: TraceOptions, seed: int) -> list[Session]:
-    """Reads a trace and makes sessions of it.
-
-    Raises:
-        WorkloadError: the file cannot be read or a line is wrong; the message names the line, the field and the remedy.
-    """
-    lines = list(read_lines(path, options.limit))
-    if not lines:
-        raise WorkloadError(f"trace {path} holds no requests: give a JSONL file with one request a line")
-    if options.pace == "open":
-        missing = next((line for line in lines if line.timestamp_s is None), None)
-        if missing is not None:
-            raise WorkloadError(
-                f"trace {path}, line {missing.number}: no 'timestamp', which an open-loop replay goes by; replay it closed-loop"
-            )
-    begin = min((line.timestamp_s for line in lines if line.timestamp_s is not None), default=0.0)
-    groups: dict[str, list[TraceLine]] = {}
-    for line in lines:
-        name = line.session_id if line.session_id is not None else f"line-{line.number}"
-        groups.setdefault(name, []).append(line)
-    maker = PromptMaker(options, seed)
-    known = mostly_known(lines)
-    sessions = []
-    for name, group in groups.items():
-        turns = maker.turns(group, whole=options.pace == "open" or is_whole(group, options.inputs))
-        if options.pace == "open":
-            for index, (line, turn) in enumerate(zip(group, turns, strict=True)):
-                start = ((line.timestamp_s or 0.0) - begin) / options.speed
-                single = f"{name}.{index + 1}" if len(group) > 1 else name
-                sessions.append(Session(single, name, (turn,), start_s=start, cached=line.number in known, timed=True))
-            continue
-        start = ((group[0].timestamp_s or begin) - begin) / options.speed
-        sessions.append(Session(name, name, tuple(turns), start_s=start, cached=group[0].number in known))
-    return sessions
+    """Reads a trace and makes sessions of it; raises as `Trace` does."""
+    return Trace(path, options).sessions(seed)
 
 
 def trace_path(given: str) -> Path:
@@ -100,121 +58,179 @@ def trace_path(given: str) -> Path:
     return Path(given)
 
 
-def is_whole(group: list[TraceLine], inputs: str) -> bool:
+class Trace:
+    """The checked lines of a trace; prompts are not made yet.
+
+    Raises:
+        WorkloadError: the file cannot be read, or a line is wrong or contradicts itself; the message names the line, the
+            field and the remedy.
+    """
+
+    def __init__(self, path: Path, options: TraceOptions) -> None:
+        self.path = path
+        self.options = options
+        self._reading = TraceReading(options.unit)
+        self.lines = read_lines(path, self._reading, options.limit)
+        if not self.lines:
+            raise WorkloadError(f"trace {path} holds no requests: give a JSONL file with one request a line")
+        check_unit(path, self.lines, options.unit, self._reading.dialect)
+        check_blocks(self.lines, options.block_tokens, BLOCK_TOKENS)
+        if options.pace == "open":
+            missing = next((line for line in self.lines if line.timestamp_s is None), None)
+            if missing is not None:
+                raise WorkloadError(
+                    f"trace {missing.where}: no 'timestamp', which an open-loop replay goes by; replay it closed-loop"
+                )
+        else:
+            check_times(self.lines)
+        self._known = mostly_known(self.lines)
+        self._chains, self._reading.orphans = chained(self.lines, options.limit, self._reading.dialect == "Bailian")
+
+    def sessions(self, seed: int) -> list[Session]:
+        """The sessions, with the token ids of a seed."""
+        begin_s = min((line.timestamp_s for line in self.lines if line.timestamp_s is not None), default=0.0)
+        sessions: list[Session] = []
+        for name, places in self._chains.items():
+            group = [place.line for place in places]
+            whole = self.options.pace == "open" or is_whole(group, self.options.inputs)
+            prompts = [self.prompt(line, seed, name if whole and len(group) > 1 else "") for line in group]
+            if self.options.pace == "open":
+                sessions += self.timed(name, group, prompts, begin_s)
+            else:
+                sessions.append(self.session(name, places, prompts, whole, begin_s))
+        return sessions
+
+    def session(
+        self, name: str, places: Sequence[Place], prompts: Sequence[RecordedTokens], whole: bool, begin_s: float
+    ) -> Session:
+        """A session whose turns follow from answers."""
+        turns = []
+        speed = self.options.speed
+        for index, (place, prompt) in enumerate(zip(places, prompts, strict=True)):
+            line = place.line
+            follows = bool(index or place.waits)
+            pause_s = (line.delay_s or 0.0) / speed if follows else 0.0
+            # Where only the time of a later turn is known, it starts then, or when the answer before is complete.
+            timed = follows and line.delay_s is None and line.timestamp_s is not None
+            at_s = ((line.timestamp_s or 0.0) - begin_s) / speed if timed else 0.0
+            added, context = ((), prompt) if whole else (prompt, None)
+            waits = tuple(TurnKey(*key) for key in place.waits)
+            turns.append(Turn(added, self.answer(line), pause_s, context=context, waits=waits, at_s=at_s))
+        first = places[0]
+        start_s = 0.0 if first.waits else ((first.line.timestamp_s or begin_s) - begin_s) / speed
+        return Session(
+            name,
+            name,
+            tuple(turns),
+            start_s=start_s,
+            cached=first.line.number in self._known,
+            parent=first.parent,
+            recorded=True,
+        )
+
+    def timed(
+        self, name: str, group: Sequence[TraceLine], prompts: Sequence[RecordedTokens], begin_s: float
+    ) -> list[Session]:
+        """One session for every line, by the clock."""
+        sessions = []
+        for index, (line, prompt) in enumerate(zip(group, prompts, strict=True)):
+            start_s = ((line.timestamp_s or 0.0) - begin_s) / self.options.speed
+            single = f"{name}.{index + 1}" if len(group) > 1 else name
+            turn = Turn((), self.answer(line), context=prompt)
+            known = line.number in self._known
+            sessions.append(Session(single, name, (turn,), start_s=start_s, cached=known, timed=True, recorded=True))
+        return sessions
+
+    def answer(self, line: TraceLine) -> int:
+        return max(round(line.output_length * self.options.scale), 1)
+
+    def prompt(self, line: TraceLine, seed: int, session: str) -> RecordedTokens:
+        """The prompt of a line; tokens beyond the named blocks are its own.
+
+        Args:
+            session: whose whole prompts these are, or ""; where no blocks are named, each one begins with the one before.
+        """
+        block = self.block_of(line)
+        own = f"session {session}" if session and not line.hash_ids else f"line {line.number}"
+        scope = f"trace {seed} {line.scope}" if line.scope else f"trace {seed}"
+        return RecordedTokens(
+            scope,
+            line.hash_ids,
+            max(round(block * self.options.scale), 1),
+            f"trace {seed} {own}",
+            max(round(line.input_length * self.options.scale), 1),
+        )
+
+    def block_of(self, line: TraceLine) -> int:
+        return self.options.block_tokens or line.block or BLOCK_TOKENS
+
+    def summary(self) -> list[str]:
+        """What was read and what was not, a sentence each."""
+        tokens = sum(line.input_length for line in self.lines)
+        times = [line.timestamp_s for line in self.lines if line.timestamp_s is not None]
+        blocks = sorted({self.block_of(line) for line in self.lines if line.hash_ids})
+        said = [
+            f"Trace {self.path.name}, {self._reading.dialect}: {len(self.lines):,} requests in {len(self._chains):,} sessions, "
+            f"{tokens:,} tokens of prompts"
+            + (f", {' and '.join(map(str, blocks))} tokens per hash id" if blocks else "")
+            + (f", {max(times) - min(times):,.1f} s from the first to the last." if times else ", without times.")
+        ]
+        reading = self._reading
+        if reading.ignored:
+            said.append(f"Fields of the trace that a replay does not use: {', '.join(reading.ignored)}.")
+        if reading.empty_answers:
+            said.append(f"Requests without an answer, replayed with an answer of one token: {reading.empty_answers:,}.")
+        if reading.orphans:
+            said.append(
+                f"Chats that continue one that is not in the trace, and start by themselves: {reading.orphans:,}."
+            )
+        return said
+
+
+def read_lines(path: Path, reading: TraceReading, limit: int | None = None) -> list[TraceLine]:
+    """The checked lines of a trace; what is noticed goes into `reading`."""
+    lines: list[TraceLine] = []
+    reader: Reader | None = None
+    for entry in read_entries(path):
+        if limit is not None and len(lines) >= limit:
+            break
+        if reader is None:
+            reading.dialect, reader = reader_of(entry)
+        elif (other := reader_of(entry)[0]) != reading.dialect:
+            raise entry.wrong(
+                f"is {other}'s form, and the lines before are {reading.dialect}'s: give one form in a trace"
+            )
+        lines += reader(entry, reading)
+    # Places in the whole trace: numbers of lines are given once for every file of a folder.
+    return [replace(line, number=number) for number, line in enumerate(lines[:limit], start=1)]
+
+
+def is_whole(group: Sequence[TraceLine], inputs: str) -> bool:
     """Whether `input_length` counts whole prompts in this session."""
-    if inputs != "auto" or len(group) == 1:
-        return inputs != "added" or len(group) == 1
+    if len(group) == 1:
+        return True
+    if inputs != "auto":
+        return inputs == "whole"
+    if group[0].whole is not None:
+        return group[0].whole
     first = group[0].hash_ids[:1]
     return bool(first) and all(line.hash_ids[:1] == first for line in group)
 
 
-def mostly_known(lines: list[TraceLine]) -> set[int]:
+def mostly_known(lines: Iterable[TraceLine]) -> set[int]:
     """Numbers of the lines more than half of whose blocks stand at the same place in an earlier line."""
-    seen: set[tuple[int, ...]] = set()
+    seen: set[int] = set()
     known = set()
     for line in sorted(lines, key=lambda line: line.timestamp_s or 0.0):
-        prefixes = [line.hash_ids[:end] for end in range(1, len(line.hash_ids) + 1)]
-        if sum(prefix in seen for prefix in prefixes) * 2 > len(prefixes):
+        # Every prefix is known by the hash of the one before and its own last block.
+        prefix = hash(line.scope)
+        found = 0
+        prefixes = []
+        for number in line.hash_ids:
+            prefix = hash((prefix, number))
+            found += prefix in seen
+            prefixes.append(prefix)
+        if found * 2 > len(prefixes):
             known.add(line.number)
         seen.update(prefixes)
     return known
-
-
-class PromptMaker:
-    """Makes prompts from hash ids; tokens beyond the named blocks are the line's own."""
-
-    def __init__(self, options: TraceOptions, seed: int) -> None:
-        self.options = options
-        self.seed = seed
-        self.block = max(round(options.block_tokens * options.scale), 1)
-        self._blocks: dict[int, tuple[int, ...]] = {}
-
-    def turns(self, group: list[TraceLine], whole: bool) -> list[Turn]:
-        made = []
-        for index, line in enumerate(group):
-            prompt = self.prompt(line)
-            answer = max(round(line.output_length * self.options.scale), 1)
-            pause = line.delay_s / self.options.speed if index else 0.0
-            made.append(Turn((), answer, pause, context=prompt) if whole else Turn(prompt, answer, pause))
-        return made
-
-    def prompt(self, line: TraceLine) -> tuple[int, ...]:
-        length = max(round(line.input_length * self.options.scale), 1)
-        tokens: list[int] = []
-        for number in line.hash_ids:
-            tokens += self.tokens_of(number)
-        own = random.Random(f"trace {self.seed} line {line.number}")
-        if len(tokens) < length:
-            tokens += draw_tokens(own, length - len(tokens))
-        return tuple(tokens[:length])
-
-    def tokens_of(self, number: int) -> tuple[int, ...]:
-        if number not in self._blocks:
-            self._blocks[number] = draw_tokens(random.Random(f"trace {self.seed} block {number}"), self.block)
-        return self._blocks[number]
-
-
-def read_lines(path: Path, limit: int | None = None) -> Iterator[TraceLine]:
-    """Yields the checked lines of a trace file; empty lines are skipped."""
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise WorkloadError(f"trace {path} cannot be read: {error}") from error
-    found = 0
-    for number, words in enumerate(text.splitlines(), start=1):
-        if not words.strip():
-            continue
-        if limit is not None and found >= limit:
-            return
-        found += 1
-        yield check_line(path, number, words)
-
-
-def check_line(path: Path, number: int, words: str) -> TraceLine:
-    """Raises `WorkloadError` that names the line, the field and what is allowed."""
-
-    def wrong(what: str) -> WorkloadError:
-        return WorkloadError(f"trace {path}, line {number}: {what}")
-
-    try:
-        fields = read_json(words)
-    except ValueError as error:
-        raise wrong(f"not JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise wrong("not a JSON object")
-    if "input_length" not in fields:
-        other = next((name for name in ("text_input", "input_text", "messages") if name in fields), None)
-        if other:
-            raise wrong(f"holds {other!r}; only traces with 'input_length' are replayed, texts are not")
-        raise wrong("no 'input_length': give the prompt's length in tokens")
-
-    def a_number(name: str, default: float | None, low: float, whole: bool) -> Any:
-        value = fields.get(name, default)
-        if value is None:
-            return default
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not low <= value <= MOST
-            or (whole and value != int(value))
-        ):
-            kind = "whole number" if whole else "number"
-            raise wrong(
-                f"{name!r} = {value!r} is not allowed: it must be a {kind} of at least {low:g}, at most {MOST:g}"
-            )
-        return int(value) if whole else float(value)
-
-    ids = fields.get("hash_ids") or []
-    if not isinstance(ids, list) or not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
-        raise wrong(f"'hash_ids' = {ids!r} is not allowed: it must be a list of whole numbers")
-    session = fields.get("session_id")
-    timestamp = a_number("timestamp", None, 0, whole=False)
-    return TraceLine(
-        number=number,
-        input_length=a_number("input_length", None, 1, whole=True),
-        output_length=a_number("output_length", 1, 1, whole=True),
-        timestamp_s=None if timestamp is None else timestamp / 1000,
-        session_id=None if session is None else str(session),
-        delay_s=a_number("delay", 0.0, 0, whole=False) / 1000,
-        hash_ids=tuple(ids),
-    )

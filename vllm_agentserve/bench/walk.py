@@ -21,6 +21,7 @@ class PlannedCall(Generic[Name]):
     after: tuple[Name, ...] = ()
     delay_s: float = 0.0
     origin: Name | None = None
+    at_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Walk(Generic[Name]):
                 self._followers[before].append(name)
             if call.origin is not None:
                 self._continued[call.origin].append(name)
+        self._began_s = 0.0
         self._given_up: set[Name] = set()
         self._over: set[Name] = set()
 
@@ -58,7 +60,8 @@ class Walk(Generic[Name]):
 
     def begin(self, now_s: float) -> list[DueCall[Name]]:
         """The calls that wait for no other one."""
-        return [DueCall(name, now_s + call.delay_s) for name, call in self._calls.items() if not call.after]
+        self._began_s = now_s
+        return [self._due(name, now_s) for name, call in self._calls.items() if not call.after]
 
     def end(self, name: Name, now_s: float) -> list[DueCall[Name]]:
         """A call has ended well. Returns the calls that waited for it last."""
@@ -72,8 +75,13 @@ class Walk(Generic[Name]):
                 if follower in self._given_up:
                     over.append(follower)
                 else:
-                    due.append(DueCall(follower, now_s + self._calls[follower].delay_s))
+                    due.append(self._due(follower, now_s))
         return due
+
+    def _due(self, name: Name, now_s: float) -> DueCall[Name]:
+        """A call whose last wait is over now."""
+        call = self._calls[name]
+        return DueCall(name, max(now_s + call.delay_s, self._began_s + call.at_s))
 
     def fail(self, name: Name, now_s: float) -> list[DueCall[Name]]:
         """A call has failed: those that go on from its context are given up, the others go on.

@@ -83,6 +83,8 @@ class LaneConnectorScheduler:
         self._new: list[Job] = []
         self.in_flight: list[Call] = []
         """Calls whose prompts are on their way or under way, ended ones too until the worker says that their jobs have ended."""
+        self.drain_worker: Callable[[], set[str]] | None = None
+        """Takes back every job of a worker in another process, as `drain`; None where it cannot be asked."""
         self._held: dict[Call, Hashable | None] = {}
         self.filling: set[Hashable] = set()
         """Hashes of the blocks the lane is filling: who needs one of them waits, and then finds it in the prefix cache."""
@@ -165,9 +167,11 @@ class LaneConnectorScheduler:
         """Takes every job back; returns the requests whose blocks nobody writes any more, filled or not.
 
         Raises:
-            RuntimeError: the worker is in another process and cannot be waited for here.
+            RuntimeError: the worker is in another process and cannot be asked.
         """
         worker = local_worker_half()
+        if worker is None and self.drain_worker is not None:
+            return self.drain_worker()
         if worker is None:
             raise RuntimeError(
                 f"{len(self.in_flight)} prompts are in the prefill lane of a worker in another process: call again when they "

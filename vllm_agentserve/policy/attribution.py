@@ -1,10 +1,13 @@
 """Whose a request is: the program it belongs to, named by its client or found by what its prompt begins with.
 
 A request with a session id belongs to the program of that name, or to that of the session that its client says started it
-(`agent_parent`). Without one it belongs to the program of the request whose prompt and answer its own prompt begins with
-(`Lineage`): an agent's next prompt begins with its last prompt and answer. Else it is the first of a new program.
+(`agent_parent`). Session ids, and ids of responses, of another cache salt or adapter are other ones (`Call.tenant`). Without a
+session id it belongs to the program of the request whose prompt and answer its own prompt begins with (`Lineage`): an agent's
+next prompt begins with its last prompt and answer. Where the answer was rewritten meanwhile, it belongs to that of the request
+whose prompt it begins with (`RewrittenHistories`). Else it is the first of a new program.
 """
 
+import re
 from array import array
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
@@ -13,7 +16,11 @@ from dataclasses import dataclass
 from vllm_agentserve.policy.call import Call, Owner
 from vllm_agentserve.policy.engine import NoAttribution
 from vllm_agentserve.policy.program import SESSION
+from vllm_agentserve.policy.rewritten import Answered, RewrittenHistories
 
+RESPONSE = re.compile(r"resp_[0-9a-zA-Z]{1,64}")
+"""How vLLM's ids of requests begin that came as `/v1/responses`."""
+MOST_RESPONSES = 16_384
 WEAK_OUTPUT_TOKENS = 4
 """Tokens of the answer that a continuation must share at least: a client's template may write the rest with other tokens."""
 
@@ -28,6 +35,7 @@ class Remembered:
         tail: its tokens after its last full block.
         continued: how often a prompt went on from it.
         end: number of the end of the call it is from, see `ProgramTable`.
+        weak: whether it ends within the answer.
     """
 
     program: str
@@ -35,6 +43,7 @@ class Remembered:
     tail: "array[int]"
     continued: int = 0
     end: int = 0
+    weak: bool = False
 
 
 class Lineage:
@@ -90,7 +99,7 @@ class Lineage:
             # Four bytes a token: as a tuple the longest tails would keep ten times as much.
             tail = array("i", tokens[blocks * self._block_size : length])
             same = self._by_hash.setdefault(hashes[blocks - 1], [])
-            same.append(Remembered(program, path_ms, tail, end=end))
+            same.append(Remembered(program, path_ms, tail, end=end, weak=length < len(tokens)))
             self._by_hash.move_to_end(hashes[blocks - 1])
             self._count += 1
             if len(same) > self.ALIKE:
@@ -157,20 +166,29 @@ class Attribution(NoAttribution):
 
     def __init__(self, block_size: int) -> None:
         self._lineage = Lineage(block_size)
+        self._rewritten = RewrittenHistories(block_size)
         self._families = Families()
+        self._responses: OrderedDict[tuple[str, str], tuple[str, float, int]] = OrderedDict()
+        """(program, length of the path, number of the end) by tenant and by the id of a response that a client may name."""
 
     def owner(self, call: Call) -> Owner:
         request, hints = call.request, call.hints
-        found = self._lineage.find(request.block_hashes, request.prompt_token_ids or ())
-        session = request.session_id if request.session_id is not None else hints.parent
+        found = self._found(request.block_hashes, request.prompt_token_ids or ())
+        session = call.named_session if call.named_session is not None else hints.parent
         if session is not None:
             # Who only names its parent is one of its threads, like a sub-agent with a session of its own.
-            root = self._families.root(session, hints.parent)
-            thread = hints.thread or (session if root != session else None)
-            key, child = f"{SESSION}{root}", root != session or request.session_id is None
+            tenant = f"{call.tenant}{SESSION}"
+            own, parent = f"{tenant}{session}", None if hints.parent is None else f"{tenant}{hints.parent}"
+            key = self._families.root(own, parent)
+            thread = hints.thread or (session if key != own else None)
+            child = key != own or call.named_session is None
             if found is not None and found.program == key:
                 return Owner(key, found.path_ms, thread, found.end, sub_agent=child)
             return Owner(key, thread=thread, sub_agent=child)
+        answered = None if hints.previous is None else self._responses.get((call.tenant, hints.previous))
+        if answered is not None:
+            key, path_ms, end = answered
+            return Owner(key, path_ms, hints.thread, end)
         if found is not None:
             return Owner(found.program, found.path_ms, hints.thread, found.end, "inferred")
         return Owner(f"request {call.name}", 0.0, hints.thread, source="new")
@@ -179,4 +197,23 @@ class Attribution(NoAttribution):
         request = call.request
         if request.num_output_tokens and call.owner is not None:
             key, prompt_tokens = call.owner.key, request.num_prompt_tokens
-            self._lineage.remember(key, path_ms, request.block_hashes, request.all_token_ids, prompt_tokens, end)
+            hashes, tokens, deep = request.block_hashes, request.all_token_ids, call.owner.source == "inferred"
+            self._lineage.remember(key, path_ms, hashes, tokens, prompt_tokens, end)
+            self._rewritten.remember(key, path_ms, hashes, tokens, prompt_tokens, end, deep)
+            response = RESPONSE.match(call.name)
+            if response is not None:
+                named = call.tenant, response[0]
+                self._responses[named] = key, path_ms, end
+                self._responses.move_to_end(named)
+                if len(self._responses) > MOST_RESPONSES:
+                    self._responses.popitem(last=False)
+
+    def _found(self, hashes: Sequence[Hashable], tokens: Sequence[int]) -> Remembered | Answered | None:
+        """The call whose answer a prompt goes on from: as it was, or else as it may have been rewritten.
+
+        Answers to the same prompt often begin alike. Where no more than the beginning is found, the rest decides.
+        """
+        found = self._lineage.find(hashes, tokens)
+        if found is None or found.weak:
+            return self._rewritten.find(hashes, tokens) or found
+        return found

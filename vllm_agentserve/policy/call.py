@@ -107,6 +107,7 @@ class Call:
         key: by which it is sorted while it waits; else None.
         parked: whether it waits without being offered.
         awaited: what a parked one waits for: the hash of a KV block that is being filled, or None for room in the lane.
+        blocked: whether the engine passed over it when it last looked at it: it waits for a grammar, an adapter or other data.
         overdue: whether it has been overtaken for too long.
         has_waited: whether it was parked for room in the lane for as long again after it was overdue.
 
@@ -121,6 +122,11 @@ class Call:
         computed_tokens: tokens of its prompt that were scheduled so far, those computed again after a preemption included.
         computed_ms: what these take of the whole device, with what the steps in which it was the first prompt take anyway.
         lane: what the prefill lane has to do with it.
+
+    Set by the metrics of classes (`scheduler/features/classes.py`):
+        arrived_s: when it came, in s; None before that.
+        admitted: whether a step has taken it up once.
+        answered: whether it has had its first token.
     """
 
     request: Any
@@ -133,6 +139,7 @@ class Call:
     key: "AdmissionKey | None" = None
     parked: bool = False
     awaited: Hashable | None = None
+    blocked: bool = False
     overdue: bool = False
     has_waited: bool = False
     phase: Phase | None = None
@@ -145,11 +152,33 @@ class Call:
     computed_tokens: int = 0
     computed_ms: float = 0.0
     lane: LaneState = field(default_factory=LaneState)
+    arrived_s: float | None = None
+    admitted: bool = False
+    answered: bool = False
 
     @property
     def name(self) -> str:
         """The id of the request."""
         return str(self.request.request_id)
+
+    @property
+    def tenant(self) -> str:
+        """Tells apart requests of one session id that cannot share KV: cache salt and adapter; empty without either."""
+        adapter = getattr(self.request, "lora_request", None)
+        salt, name = getattr(self.request, "cache_salt", None), adapter and adapter.lora_name
+        return f"tenant {(salt, name)!r} " if salt or name else ""
+
+    @property
+    def named_session(self) -> str | None:
+        """The session that its client names; None if it names none."""
+        named: str | None = self.request.session_id
+        return named if self.hints.session is None else self.hints.session
+
+    @property
+    def session(self) -> str | None:
+        """The session that its client names, which is another one for each tenant; None if it names none."""
+        named = self.named_session
+        return None if named is None else f"{self.tenant}{named}"
 
     @property
     def left(self) -> int:

@@ -30,6 +30,10 @@ class Engine(Protocol):
         """Tokens of a waiting call whose KV is there already."""
         ...
 
+    def is_blocked(self, call: Call) -> bool:
+        """Whether a waiting call waits for something that no step brings it, such as its grammar."""
+        ...
+
     def is_preempted(self, call: Call) -> bool:
         """Whether the engine took a waiting call's KV blocks away after it had run."""
         ...
@@ -70,6 +74,12 @@ class NoPrograms:
 
     def decodes(self, call: Call) -> None:
         """The call's prompt is computed."""
+
+    def suspends(self, call: Call, now: float) -> None:
+        """A streamed session has answered a part of its input, and waits for the next one."""
+
+    def continues(self, call: Call, now: float) -> None:
+        """The next part of its input is there."""
 
     def stepped(self, sequences: int, step_ms: float, chunks: Sequence[Chunk]) -> None:
         """A step with so many decodes and these chunks took so long."""
@@ -122,7 +132,9 @@ class EnginePolicy:
         self.sessions = SessionTable()
         self.waiting: VllmOrder = VllmOrder()
         if orders:
-            self.waiting = WaitingList(self._key_of, bypass_steps, batch_bypass_steps, DECIDE_STEPS, clock)
+            self.waiting = WaitingList(
+                self._key_of, bypass_steps, batch_bypass_steps, DECIDE_STEPS, clock, engine.is_blocked
+            )
         self.prefilling: list[Call] = []
         """Calls whose prompts are being computed in steps, in order of admission."""
         self.budget: StepBudget | None = None
@@ -147,7 +159,7 @@ class EnginePolicy:
 
     def phase(self, call: Call, computed: int) -> Phase:
         """What a call is that has so many tokens computed or cached."""
-        known = call.request.session_id in self.sessions
+        known = call.session in self.sessions
         return classify(computed, call.request.num_tokens - computed, known_session=known)
 
     def key(self, call: Call) -> AdmissionKey:
@@ -173,17 +185,17 @@ class EnginePolicy:
     def end(self, call: Call) -> None:
         """The call is finished or aborted: nothing is known of it from now on."""
         if call.request.num_computed_tokens > 0:
-            self.sessions.touch(call.request.session_id)
+            self.sessions.touch(call.session)
         self._attribution.remember(call, *self.programs.ends(call, self._now()))
         self.waiting.forget(call)
         self.stops(call)
 
     # -- a step ---------------------------------------------------------------------------------------------------------
 
-    def begin_step(self, step: int) -> None:
-        """A step with waiting calls or prompts is about to be scheduled."""
+    def begin_step(self, step: int, admits: bool = True) -> None:
+        """A step with waiting calls or prompts is about to be scheduled; `admits`: whether the engine admits any call."""
         self._has_prompt = False
-        self._counts["overdue_requests"] += self.waiting.begin_step(step, self.programs.relevels)
+        self._counts["overdue_requests"] += self.waiting.begin_step(step, self.programs.relevels, admits)
 
     def plan(
         self,
@@ -314,6 +326,16 @@ class EnginePolicy:
         if call.served_as is not None:
             call.served_as = None
             self.prefilling.remove(call)
+
+    def suspends(self, call: Call) -> None:
+        """A streamed session has answered a part of its input and waits for the next one; it does not run."""
+        self.stops(call)
+        self.programs.suspends(call, self._now())
+
+    def continues(self, call: Call) -> None:
+        """The next part of a streamed session is there: it waits for a step, with its KV."""
+        self.stops(call)
+        self.programs.continues(call, self._now())
 
     def retag(self) -> None:
         """A cold prompt has been computed: what others share with it may be cached now."""

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-LONGEST_NAME = 256
-"""Characters of a name at most."""
+from vllm_agentserve.policy.gateway import FIELDS, FORMS, NAME, is_name, read_gateway
+
 LONGEST_DEADLINE_MS = 86_400_000.0
 """A day."""
 MOST_ERRORS = 8
@@ -31,6 +31,8 @@ class Hints:
         batch: whether nobody waits for the answer: every interactive call goes first.
         last: whether the program ends with the call.
         tool: what the program does after the call, until its next one.
+        session: the program, in place of the `session_id` that vLLM reads.
+        previous: id of the response that the request goes on from.
     """
 
     parent: str | None = None
@@ -39,6 +41,8 @@ class Hints:
     batch: bool = False
     last: bool = False
     tool: str | None = None
+    session: str | None = None
+    previous: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,12 @@ class HintError:
     allowed: str
 
     def __str__(self) -> str:
-        return f"vllm_xargs[{self.name!r}] = {self.given} is not allowed: it must be {self.allowed}"
+        place = self.name if self.name.startswith(HEADER) else f"vllm_xargs[{self.name!r}]"
+        return f"{place} = {self.given} is not allowed: it must be {self.allowed}"
 
 
 def name(value: Any) -> str | None:
-    fits = isinstance(value, str) and 0 < len(value) <= LONGEST_NAME and value.isprintable()
-    return value if fits else None
+    return value if is_name(value) else None
 
 
 def deadline(value: Any) -> float | None:
@@ -72,7 +76,6 @@ def truth(value: Any) -> bool | None:
     return bool(value) if isinstance(value, (bool, int)) and value in (0, 1) else None
 
 
-NAME = f"a string of 1 to {LONGEST_NAME} printable characters"
 KNOWN: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "agent_parent": ("parent", name, NAME),
     "agent_thread": ("thread", name, NAME),
@@ -80,14 +83,23 @@ KNOWN: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "agent_last": ("last", truth, "true or false"),
     "agent_tool": ("tool", name, NAME),
     "agent_class": ("batch", is_batch, " or ".join(repr(one) for one in CLASSES)),
+    "agent_session": ("session", name, NAME),
+    "agent_previous": ("previous", name, NAME),
 }
 """By name in `vllm_xargs`: the field, what reads it (None where it is wrong), and what is allowed."""
 PREFIX = "agent_"
+INVALID_HEADER = "agent_invalid_header"
+"""By this name the API server's middleware passes a header on that cannot be used, as `name: value`."""
+HEADER = "header "
+LOGGED = KNOWN.keys() | FORMS.keys() | FIELDS
+"""Names whose errors are logged each once."""
+IDENTITY = ("session", "parent", "thread", "previous")
+"""Fields that say whose a request is."""
 NONE = Hints()
 
 
 def read_hints(given: Mapping[str, Any] | None) -> tuple[Hints, list[HintError]]:
-    """The hints among a request's extra arguments, and what is wrong with the others.
+    """The hints among a request's extra arguments, a gateway's object included, and what is wrong with the others.
 
     A name that begins with `agent_` and is none of ours is wrong too: it is a misspelt hint. All other arguments are somebody
     else's.
@@ -97,10 +109,14 @@ def read_hints(given: Mapping[str, Any] | None) -> tuple[Hints, list[HintError]]
     found: dict[str, Any] = {}
     errors: list[HintError] = []
     for key, value in given.items():
-        if not isinstance(key, str) or not key.startswith(PREFIX):
+        if not isinstance(key, str) or not key.startswith(PREFIX) or key in FORMS:
             continue
         if len(errors) == MOST_ERRORS:
             break
+        if key == INVALID_HEADER:
+            header, _, content = str(value).partition(": ")
+            errors.append(HintError(HEADER + header[:LONGEST_SHOWN], shortened(content), NAME))
+            continue
         if key not in KNOWN:
             errors.append(HintError(key[:LONGEST_SHOWN], shortened(value), f"named {', '.join(KNOWN)}"))
             continue
@@ -110,7 +126,13 @@ def read_hints(given: Mapping[str, Any] | None) -> tuple[Hints, list[HintError]]
             errors.append(HintError(key, shortened(value), allowed))
         else:
             found[field] = right
-    return (Hints(**found) if found else NONE), errors
+    form = next((form for form in FORMS if given.get(form) is not None), None)
+    if form is not None:
+        # One form says whose a request is, and nothing is taken from another.
+        said, faults = read_gateway(form, given[form])
+        found = {key: value for key, value in found.items() if key not in IDENTITY} | said
+        errors += [HintError(name, shortened(value), allowed) for name, value, allowed in faults]
+    return (Hints(**found) if found else NONE), errors[:MOST_ERRORS]
 
 
 def shortened(value: Any) -> str:

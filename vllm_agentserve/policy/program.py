@@ -12,7 +12,7 @@ THREADS = 64
 ENDS = 64
 """Ended calls remembered of a program, see `Program.path_from`."""
 SESSION = "session "
-"""How the key of a program with a session id begins."""
+"""How the key of a program with a session id begins, unless it has a tenant (`Call.tenant`), which then goes before it."""
 
 
 class Stage(enum.IntEnum):
@@ -24,7 +24,9 @@ class Stage(enum.IntEnum):
     RESUME = 2
     """It computes its prompt, as a resume prefill."""
     DECODING = 3
-    DONE = 4
+    PAUSED = 4
+    """It is a streamed session between two parts of its input: it keeps its KV, and does nothing until its client goes on."""
+    DONE = 5
 
 
 @lru_cache(64)
@@ -71,7 +73,7 @@ class Program:
 
     @property
     def calls(self) -> int:
-        """Calls under way."""
+        """Calls that have not ended, paused ones too."""
         return sum(self.in_stage[: Stage.DONE])
 
     @property

@@ -61,6 +61,12 @@ class ProgramOrder(NoPrograms):
     def decodes(self, call: Call) -> None:
         self.table.decodes(call)
 
+    def suspends(self, call: Call, now: float) -> None:
+        self.table.suspends(call, now)
+
+    def continues(self, call: Call, now: float) -> None:
+        self.table.continues(call, now)
+
     def stepped(self, sequences: int, step_ms: float, chunks: Sequence[Chunk]) -> None:
         """What the chunks took of the step is charged to their calls already.
 

@@ -159,6 +159,19 @@ class ProgramTable:
             self._move(part, Stage.WAITING)
             self._let_go(part)
 
+    def suspends(self, call: Call, now: float) -> None:
+        """The call has answered a part of its input and waits for its client to send the next one; it keeps its KV."""
+        self._now = now
+        if call.program is not None:
+            self._move(call.program, Stage.PAUSED)
+
+    def continues(self, call: Call, now: float) -> None:
+        """The next part of its input is there: the call waits again, and has its KV."""
+        self._now = now
+        if call.program is not None:
+            call.program.since = now
+            self._move(call.program, Stage.WAITING)
+
     def update_level(self, call: Call, now: float) -> None:
         """Brings the level at which a waiting call waits up to date: its program received service, or it has waited too long."""
         self._now = now

@@ -53,8 +53,10 @@ class Line:
         self.entries: list[Entry] = []
         self.resumes: list[Entry] = []
         self._tokens = 0
+        self._blocked = self._blocked_colds = 0
+        """Calls that the engine passed over, which reserve nothing; how many of them are cold."""
         self._waited_for, self._waited_tokens, self._came_s = 0, 0, 0.0
-        """Of the calls that are not of class batch: how many, their tokens, and the sum of the times when their waits began."""
+        """Of the calls that can run and are not of class batch: how many, their tokens, and the sum of when their waits began."""
 
     def add(self, entry: Entry) -> None:
         for line in self._lines(entry):
@@ -69,7 +71,10 @@ class Line:
     def _count(self, entry: Entry, sign: int) -> None:
         key, _, call = entry
         self._tokens += sign * key.tokens
-        if not key.batch:
+        if call.blocked:
+            self._blocked += sign
+            self._blocked_colds += sign * key.cold
+        elif not key.batch:
             self._waited_for += sign
             self._waited_tokens += sign * key.tokens
             self._came_s = self._came_s + sign * call.wait_since_s if self._waited_for else 0.0
@@ -82,13 +87,19 @@ class Line:
         return self.resumes if colds_wait else self.entries
 
     def has_cold(self) -> bool:
-        return len(self.resumes) < len(self.entries)
+        """Whether a cold one waits that can run."""
+        return len(self.resumes) < len(self.entries) - self._blocked_colds
+
+    def can_run(self, line: list[Entry]) -> Iterable[Entry]:
+        """Those of a line that the engine did not pass over."""
+        return (entry for entry in line if not entry[2].blocked) if self._blocked else line
 
     def waiting_resume_tokens(self, places: int, colds_wait: bool) -> int:
         """Uncached tokens of the resume prefills that so many free places can take. A cold prefill before them in the order takes
         one place at most: the next one waits until it has been computed."""
-        cold_first = any(entry[0].cold for entry in self.offered(colds_wait)[: max(places, 0)])
-        return sum(key.uncached for key, _, _ in self.resumes[: max(places - cold_first, 0)])
+        offered = self.can_run(self.offered(colds_wait))
+        cold_first = any(entry[0].cold for entry in islice(offered, max(places, 0)))
+        return sum(key.uncached for key, _, _ in islice(self.can_run(self.resumes), max(places - cold_first, 0)))
 
     @property
     def tokens(self) -> int:
@@ -110,7 +121,10 @@ class Line:
         tokens = sum(key.tokens for key, _, _ in self.entries)
         if self._tokens != tokens:
             found.append(f"the queue counts {self._tokens} tokens that wait, and has {tokens}")
-        waited_for = [key.tokens for key, _, _ in self.entries if not key.batch]
+        blocked = [key.cold for key, _, call in self.entries if call.blocked]
+        if (self._blocked, self._blocked_colds) != (len(blocked), sum(blocked)):
+            found.append(f"the queue counts {self._blocked} requests that cannot run, and has {len(blocked)}")
+        waited_for = [key.tokens for key, _, call in self.entries if not key.batch and not call.blocked]
         if (self._waited_for, self._waited_tokens) != (len(waited_for), sum(waited_for)):
             found.append(
                 f"the queue counts {self._waited_for} prompts that clients wait for, and has {len(waited_for)}"
@@ -134,8 +148,14 @@ class VllmOrder:
         """Prompt tokens, not yet computed, of the calls that wait for steps."""
         return 0
 
-    def begin_step(self, step: int, relevels: bool) -> int:
-        """A step is about to be scheduled; returns how many calls were found overdue."""
+    def begin_step(self, step: int, relevels: bool, admits: bool = True) -> int:
+        """A step is about to be scheduled; returns how many calls were found overdue.
+
+        Args:
+            step: the engine's step counter.
+            relevels: whether the levels of calls change while they wait.
+            admits: whether the engine admits any call; the steps in which it does not count for no bound.
+        """
         return 0
 
     def end_step(self, tokens_left: bool) -> None:
@@ -194,6 +214,7 @@ class WaitingList(VllmOrder):
         batch_bypass_steps: the same for calls of class batch; None for the same.
         decide_steps: how often `relevels` does something, in steps.
         clock: seconds, by which waiting times are counted; without one nothing waits for any time.
+        is_blocked: whether a call cannot run whatever the step has room for.
 
     Calls held back for the prefill lane are parked: they count as waiting, but nobody looks at them until what they wait
     for has happened, since a look costs a search through the prefix cache per call and step.
@@ -212,8 +233,10 @@ class WaitingList(VllmOrder):
         batch_bypass_steps: float | None = None,
         decide_steps: int = 1,
         clock: Callable[[], float] = float,
+        is_blocked: Callable[[Call], bool] = lambda call: False,
     ) -> None:
         self._key_of = key_of
+        self._is_blocked = is_blocked
         self._patience: Patience[Call] = Patience(bypass_steps)
         self._batch_patience: Patience[Call] = Patience(batch_bypass_steps or bypass_steps)
         self._decide_steps = decide_steps
@@ -223,6 +246,8 @@ class WaitingList(VllmOrder):
         self._offered: Call | None = None
         """The call that the last look showed."""
         self._arrivals = 0
+        self._closed_steps = 0
+        """Steps in which the engine admitted nobody."""
         self._turn = 0
         """Where the next look at levels begins."""
         self._colds_wait = False
@@ -235,17 +260,24 @@ class WaitingList(VllmOrder):
 
     # -- calls come and go ----------------------------------------------------------------------------------------------
 
-    def add(self, call: Call) -> None:
+    def add(self, call: Call, passed_over: bool = False) -> None:
+        """Takes in a call that waits; `passed_over`: the engine took it out in this step, and it cannot run."""
         if call.number < 0:
             call.number = self._arrivals
         elif call.left_step == self.step:
+            call.blocked = passed_over
             self._insert(call)
             return
         call.overdue = call.has_waited = False
         call.wait_number, call.wait_since_s = self._arrivals, self._clock()
         self._arrivals += 1
+        call.blocked = self._is_blocked(call)
         self._insert(call)
-        self._bound(call).enter(call, self.step)
+        self._enter(call)
+
+    def _enter(self, call: Call) -> None:
+        """The bound on the call's wait begins."""
+        self._bound(call).enter(call, self._steps)
 
     def _bound(self, call: Call) -> Patience[Call]:
         return self._batch_patience if call.hints.batch else self._patience
@@ -255,6 +287,11 @@ class WaitingList(VllmOrder):
         line = self._line.offered(self._colds_wait)
         self._offered = line[0][2] if line else None
         return self._offered
+
+    def first_that_can_run(self) -> Call | None:
+        """The call that is offered next of those that the engine did not pass over, None if there is none."""
+        offered = self._line.can_run(self._line.offered(self._colds_wait))
+        return next((call for _, _, call in offered if not self._is_blocked(call)), None)
 
     def pop(self) -> Call:
         """Takes out the call that `first` showed, also when the order has changed since. Raises `IndexError` without one."""
@@ -304,6 +341,11 @@ class WaitingList(VllmOrder):
         return bool(line.resumes if self._colds_wait else line.entries) and not self.closed
 
     @property
+    def _steps(self) -> int:
+        """The steps so far in which calls could be admitted, by which the bounds count."""
+        return self.step - self._closed_steps
+
+    @property
     def bounded(self) -> int:
         """Calls whose wait is bounded and not over."""
         return len(self._patience) + len(self._batch_patience)
@@ -321,11 +363,12 @@ class WaitingList(VllmOrder):
                 if call.key.urgency <= Urgency.OVERDUE:
                     # Its bound was over while it was offered, or it had none there; parked it has one.
                     call.overdue = True
-                    self._bound(call).enter(call, self.step)
+                    self._enter(call)
 
     def _put_aside(self, call: Call, awaited: Hashable | None) -> None:
         entry = entry_of(call)
         self._line.remove(entry)
+        call.blocked = False
         call.parked, call.awaited = True, awaited
         insort(self._parked, entry)
 
@@ -333,7 +376,7 @@ class WaitingList(VllmOrder):
         for call in [call for _, _, call in self._parked if ready(call)]:
             if call.awaited is HELD:
                 # It begins to wait for a step: long ones do not make up for the time it was held.
-                self._bound(call).enter(call, self.step)
+                self._enter(call)
                 call.wait_since_s = self._clock()
             self._out(call)
             self._insert(call)
@@ -344,19 +387,21 @@ class WaitingList(VllmOrder):
         awaited = call.awaited
         if awaited is HELD:
             # It has not begun to wait for a step; what goes before it among the held is bounded by load control.
-            self._bound(call).enter(call, self.step)
+            self._enter(call)
             return
         call.has_waited = call.overdue and awaited is None
         self._out(call)
         call.overdue = True
         self._insert(call)
         if not call.has_waited:
-            self._bound(call).enter(call, self.step)
+            self._enter(call)
             self._put_aside(call, awaited)
 
     # -- steps ----------------------------------------------------------------------------------------------------------
 
-    def begin_step(self, step: int, relevels: bool) -> int:
+    def begin_step(self, step: int, relevels: bool, admits: bool = True) -> int:
+        if not admits:
+            self._closed_steps += max(step - self.step, 0)
         self.step = step
         promoted = self.promote_overdue()
         if relevels and step % self._decide_steps == 0:
@@ -366,8 +411,12 @@ class WaitingList(VllmOrder):
     def promote_overdue(self) -> int:
         """Moves calls that were overtaken for too long to the front; returns how many."""
         promoted = 0
-        for call in (*self._patience.overdue(self.step), *self._batch_patience.overdue(self.step)):
+        for call in (*self._patience.overdue(self._steps), *self._batch_patience.overdue(self._steps)):
             if call.key is None:
+                continue
+            if self._is_blocked(call):
+                # Nobody has overtaken it: it could not have run.
+                self._enter(call)
                 continue
             if call.parked:
                 self._overdue_while_parked(call)
@@ -448,7 +497,7 @@ class WaitingList(VllmOrder):
             del self._parked[bisect_left(self._parked, entry)]
         else:
             self._line.remove(entry)
-        call.key = None
+        call.key, call.blocked = None, False
 
     def faults(self, calls: Iterable[Call]) -> list[str]:
         entries = [*self._line.entries, *self._parked]

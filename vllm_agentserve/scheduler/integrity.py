@@ -9,7 +9,10 @@ from logging import Logger
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from vllm.v1.request import RequestStatus
+
 from vllm_agentserve.policy.call import Call
+from vllm_agentserve.policy.program import Stage
 from vllm_agentserve.scheduler.stats import StatsCollector
 from vllm_agentserve.vllm_compat.integrity import block_faults
 
@@ -18,6 +21,28 @@ if TYPE_CHECKING:
 
 SHOWN = 5
 """Of the faults of one check, how many the log names."""
+
+
+def stage_faults(scheduler: "Scheduler", calls: Iterable[Call]) -> list[str]:
+    """Which calls are not in the stage of their program that their request is in; O(n)."""
+    running = set(scheduler.running)
+    found = []
+    for call in calls:
+        request, part = call.request, call.program
+        if part is None:
+            continue
+        stages, does = tuple(Stage), ""
+        if request in running:
+            computes = call.served_as is not None
+            stages = (Stage.COLD, Stage.RESUME) if computes else (Stage.DECODING,)
+            does = "computes its prompt" if computes else "decodes"
+        elif request.status is RequestStatus.WAITING_FOR_STREAMING_REQ:
+            stages, does = (Stage.PAUSED,), "waits for input"
+        elif request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
+            stages, does = (Stage.WAITING, Stage.COLD, Stage.RESUME), "waits"
+        if part.stage not in stages:
+            found.append(f"{call.name!r} is in stage {part.stage.name} of its program, and {does}")
+    return found
 
 
 class Integrity:
@@ -65,6 +90,7 @@ class Integrity:
             for name, request in known.items()
             if name not in self._calls and not request.is_finished()
         ]
+        found += stage_faults(self._scheduler, self._calls.values())
         for check in self._checks:
             found += check(self._calls.values())
         return found

@@ -43,27 +43,29 @@ HOLD_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 3
 
 @dataclass(frozen=True)
 class Bucket:
-    """One bucket of the histogram, for one class.
+    """One bucket of a histogram, for one class.
 
     Args:
         kind: the class.
         above_s: calls in it were held for longer.
         bound_s: and no longer than this.
+        name: of the histogram.
     """
 
     kind: str
     above_s: float
     bound_s: float
+    name: str = HOLD_TIME
 
     @property
     def calls(self) -> str:
         """The key of its calls in a report."""
-        return f"{HOLD_TIME}:{self.kind}:{self.bound_s:g}"
+        return f"{self.name}:{self.kind}:{self.bound_s:g}"
 
     @property
     def seconds(self) -> str:
         """The key of the seconds these were held together."""
-        return f"{HOLD_TIME}_sum:{self.kind}:{self.bound_s:g}"
+        return f"{self.name}_sum:{self.kind}:{self.bound_s:g}"
 
     def mean_s(self, calls: float, seconds: float) -> float:
         """The mean of its calls, which rounding does not move into another bucket."""

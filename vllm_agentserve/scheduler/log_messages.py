@@ -3,7 +3,7 @@
 from logging import Logger
 
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.policy.hints import KNOWN, HintError
+from vllm_agentserve.policy.hints import HEADER, LOGGED, HintError
 
 MODES = {
     (True, True, True): "auto (for each prompt the faster of lanes and steps)",
@@ -12,6 +12,15 @@ MODES = {
     (False, True, False): "time-sliced",
 }
 """By: is there a lane, are prefills cut, is the mode `auto`. Anything else is `stock`."""
+
+
+HOOKS = {
+    "check_engine_args": "the check of options before the model is loaded, and the prefill lane of mode 'auto'",
+    "check_request": "the check of requests where they come in",
+    "api_middleware": "names of sessions in forms other than ours",
+    "make_stat_loggers": "our series on /metrics",
+}
+"""What each hook is for."""
 
 
 class LogMessages:
@@ -43,6 +52,11 @@ class LogMessages:
         if order_obstacle is not None:
             self._logger.warning("agentserve: waiting requests are in vLLM's order: %s.", order_obstacle)
 
+    def without_plugin(self, not_asked: set[str], reason: str) -> None:
+        """Warns that parts of this package are not in use, because vLLM has not loaded its plugin."""
+        parts = ", ".join(text for name, text in HOOKS.items() if name in not_asked)
+        self._logger.warning("agentserve: %s, so these are missing: %s.", reason, parts)
+
     def prefill_not_cut(self, obstacle: str) -> None:
         """Warns, once per reason, that prompts are not cut to their budget."""
         if obstacle not in self._not_cut:
@@ -50,12 +64,16 @@ class LogMessages:
             self._logger.warning("agentserve: a prompt is not cut to the TPOT target because %s.", obstacle)
 
     def invalid_hint(self, error: HintError) -> None:
-        """Warns that a hint is ignored, once per hint name; all unknown names count as one. The client's value is not logged."""
-        kind = error.name if error.name in KNOWN else ""
+        """Warns that a hint is ignored, once per hint name. All unknown names count as one, all headers too; the first is named.
+
+        The client's value is not logged. Of a name no more is than `HintError` keeps, without control characters.
+        """
+        header = error.name.startswith(HEADER)
+        kind = HEADER if header else error.name if error.name in LOGGED else ""
         if kind not in self._invalid:
             self._invalid.add(kind)
             self._logger.warning(
-                "agentserve: a hint is ignored: vllm_xargs[%s] must be %s. Further hints of this kind are only counted.",
-                repr(kind) if kind else "'agent_...'",
+                "agentserve: a hint is ignored: %s must be %s. Further hints of this kind are only counted.",
+                f"header {error.name.removeprefix(HEADER)!r}" if header else f"vllm_xargs[{error.name!r}]",
                 error.allowed,
             )

@@ -10,6 +10,13 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.utils import create_metric_per_engine
 
 from vllm_agentserve.config import SERIES
+from vllm_agentserve.scheduler.class_stats import (
+    CLASS_BOUNDS_S,
+    CLASS_COUNTERS,
+    CLASS_HISTOGRAMS,
+    CLASS_KEYS,
+    class_times,
+)
 from vllm_agentserve.scheduler.load_stats import (
     HOLD_BOUNDS_S,
     HOLD_KEYS,
@@ -64,13 +71,14 @@ class AgentStatLogger(AggregateStatLoggerBase):
             )
             for name, text in GAUGES.items()
         }
-        for name, (label, kinds, text) in LOAD_COUNTERS.items():
+        for name, (label, kinds, text) in (LOAD_COUNTERS | CLASS_COUNTERS).items():
             counter = Counter(SERIES + name, text, labelnames=[*names, label])
             for kind in kinds:
                 self._counters[f"{name}:{kind}"] = create_metric_per_engine(counter, with_label(values, kind))
         self._histograms: dict[str, Any] = {}
-        for name, (label, kinds, text) in LOAD_HISTOGRAMS.items():
-            histogram = Histogram(SERIES + name, text, labelnames=[*names, label], buckets=HOLD_BOUNDS_S)
+        for name, (label, kinds, text) in (LOAD_HISTOGRAMS | CLASS_HISTOGRAMS).items():
+            bounds = HOLD_BOUNDS_S if name in LOAD_HISTOGRAMS else CLASS_BOUNDS_S
+            histogram = Histogram(SERIES + name, text, labelnames=[*names, label], buckets=bounds)
             for kind in kinds:
                 self._histograms[f"{name}:{kind}"] = create_metric_per_engine(histogram, with_label(values, kind))
         self._engines = values
@@ -94,11 +102,11 @@ class AgentStatLogger(AggregateStatLoggerBase):
                 since[name] = since.get(name, 0.0) + value
             elif name in self._gauges:
                 self._gauges[name][engine_idx].set(value)
-            elif ":" in name and name not in HOLD_KEYS:
+            elif ":" in name and name not in HOLD_KEYS | CLASS_KEYS:
                 self._labelled_gauge(name, engine_idx).set(value)
-        for kind, seconds, calls in hold_times(report):
+        for name, kind, seconds, calls in (*((HOLD_TIME, *one) for one in hold_times(report)), *class_times(report)):
             for _ in range(calls):
-                self._histograms[f"{HOLD_TIME}:{kind}"][engine_idx].observe(seconds)
+                self._histograms[f"{name}:{kind}"][engine_idx].observe(seconds)
         if "programs_tracked" in report:
             self._clear_rows(report, engine_idx)
         self._latest[engine_idx] = report

@@ -76,7 +76,7 @@ def row_figures(table: ProgramTable, key: str, program: Program, now: float) -> 
     return (
         identifier(key),
         program.turns,
-        *program.in_stage[: Stage.DONE],
+        *program.in_stage[: Stage.PAUSED],
         table.next_level(program) if longest is None else longest.level,
         table.attained_ms(program) / 1000,
         0.0 if longest is None else now - longest.since,

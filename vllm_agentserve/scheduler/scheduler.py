@@ -27,9 +27,9 @@ from vllm_agentserve.scheduler.integrity import Integrity
 from vllm_agentserve.scheduler.log_messages import LogMessages
 from vllm_agentserve.scheduler.stats import StatsCollector
 from vllm_agentserve.scheduler.steps import Step, StepLog
-from vllm_agentserve.scheduler.upstream import UpstreamHooks
+from vllm_agentserve.scheduler.upstream import UpstreamHooks, require_hooks
 from vllm_agentserve.scheduler.waiting import AgentQueue
-from vllm_agentserve.vllm_compat import STATS_FIELD
+from vllm_agentserve.vllm_compat import STATS_FIELD, hooks
 from vllm_agentserve.vllm_compat import scheduler as compat
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
     """The scheduler to name in `--scheduler-cls`; it is asynchronous where vLLM's own would be.
 
     Raises:
-        OptionError: an option under `additional_config["agentserve"]` is wrong.
+        OptionError: an option under `additional_config["agentserve"]` is wrong, or needs the plugin, which is not loaded.
         UnsupportedVllmError: on import, when vLLM is outside the supported window.
     """
 
@@ -70,6 +70,8 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         """What `/metrics` counts, since the start."""
         self.calls: dict[str, Call] = {}
         """All that is known of requests, by their ids, from arrival to end."""
+        self._unanswered: list[Call] = []
+        """Those whose prompt is scheduled to its end, and that have no token yet."""
         block_size = int(self.cache_config.block_size)
         attribution = attribution_of(options, orders, block_size)
         programs = program_order(options if orders else None, controller, self.counts, stages > 1)
@@ -99,12 +101,20 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         checks = [self.engine_policy.faults, *(feature.faults for feature in self._events.features)]
         self.integrity = Integrity(self, self.calls, checks, options.integrity_check_interval_s)
         lanes, asynchronous = compat.has_lane_connector(self), isinstance(self, AsyncScheduler)
+        not_asked = hooks.not_asked()
+        if not_asked:
+            reason = hooks.plugin_obstacle() or f"the plugin {hooks.PLUGIN!r} is not loaded"
+            require_hooks(options, lanes, not_asked, reason)
+            self._said.without_plugin(not_asked, reason)
         self._said.startup(options, lanes, asynchronous, budget_obstacle, order_obstacle)
 
     # -- what the policy asks -------------------------------------------------------------------------------------------
 
     def cached_tokens(self, call: Call) -> int:
         return compat.cached_prefix_tokens(self, call.request)
+
+    def is_blocked(self, call: Call) -> bool:
+        return not compat.may_run(call.request)
 
     def is_preempted(self, call: Call) -> bool:
         return call.request.status is RequestStatus.PREEMPTED
@@ -131,11 +141,11 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         context = self._decode_context() if decodes else 0
         for before_step in events.before_step:
             before_step(decodes, context)
-        policy.begin_step(self.current_step)
+        policy.begin_step(self.current_step, compat.admits(self))
         for before_plan in events.before_plan:
             before_plan()
         most = max(self.max_num_scheduled_tokens - decodes * self._decode_width, 1)
-        places = self.max_num_running_reqs - len(self.running)
+        places = compat.free_places(self)
         lane = self._lane
         budget = policy.plan(decodes, context, most, places, bool(self.waiting), lane.busy, lane.has_room)
         # vLLM asks the attribute of the instance: so the question costs nothing in steps without prefill.
@@ -203,6 +213,8 @@ class AgentScheduler(UpstreamHooks, Scheduler):
                 chunk = Chunk(call.chunk_phase, tokens, request.num_computed_tokens - tokens)
                 chunks.append(chunk)
                 policy.computes(call, chunk, first=admitted, last=not request.is_prefill_chunk)
+                if not (request.is_prefill_chunk or call.answered or call in self._unanswered):
+                    self._unanswered.append(call)
                 cold_ended |= chunk.phase is Phase.COLD_PREFILL and not request.is_prefill_chunk
             if admitted:
                 for event in self._events.admitted:
@@ -222,12 +234,22 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         now = perf_counter()
         self._log.finished(scheduler_output, now)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self._unanswered:
+            for call in list(self._unanswered):
+                self._notice_first_token(call)
         # An engine that becomes idle says how it ended. While calls wait its steps are empty, and a thousand a second.
         if now >= self._next_report or not (self.running or len(self.waiting)):
             self._report(outputs, now)
             if not self.requests:
                 self.integrity.when_idle(self._stats, logger)
         return outputs
+
+    def _notice_first_token(self, call: Call) -> None:
+        if call.request.num_output_tokens:
+            self._unanswered.remove(call)
+            call.answered = True
+            for answered in self._events.answered:
+                answered(call)
 
     def _report(self, outputs: dict[int, Any], now: float) -> None:
         """Lays our figures beside vLLM's own, which go to one of the API servers."""
@@ -247,12 +269,18 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         if reset_running_requests:
             for before_reset in self._events.before_reset:
                 before_reset()
-        return super().reset_prefix_cache(reset_running_requests, reset_connector)
+        done = super().reset_prefix_cache(reset_running_requests, reset_connector)
+        if done:
+            for after_reset in self._events.after_reset:
+                after_reset()
+        return done
 
     # -- requests come and go -------------------------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
-        known = request.request_id in self.requests  # another part of a prompt that is streamed
+        session = self.requests.get(request.request_id)  # this is another part of its input
+        known = session is not None
+        awaited = session is not None and session.status is RequestStatus.WAITING_FOR_STREAMING_REQ
         if not known:
             self._arrives(request)
         self.engine_policy.waiting.step = self.current_step  # quiet steps do not tell it
@@ -262,6 +290,8 @@ class AgentScheduler(UpstreamHooks, Scheduler):
             if not known:
                 self.engine_policy.end(self.calls.pop(request.request_id))
             raise
+        if session is not None and awaited and session.status is RequestStatus.WAITING:
+            self.engine_policy.continues(self._call(session))
         if not known:
             call = self.calls[request.request_id]
             if call.key is not None:
@@ -291,10 +321,24 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         self.engine_policy.stops(self._call(request))
         super()._preempt_request(request, *args, **kwargs)
 
+    def _handle_stopped_request(self, request: Request) -> bool:
+        call, policy = self._call(request), self.engine_policy
+        if call in self._unanswered:
+            # What a streamed session has answered becomes part of its prompt.
+            self._notice_first_token(call)
+        ended = bool(super()._handle_stopped_request(request))
+        if not ended:
+            # It is a streamed session: its next part is there already, or it waits for that.
+            (policy.continues if request.status is RequestStatus.WAITING else policy.suspends)(call)
+        return ended
+
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         call = self._call(request)
         del self.calls[request.request_id]
         self.engine_policy.end(call)
+        if call in self._unanswered:
+            self._notice_first_token(call)
+            self._unanswered = [other for other in self._unanswered if other is not call]
         for freed in self._events.freed:
             freed(call)
         return super()._free_request(request, *args, **kwargs)

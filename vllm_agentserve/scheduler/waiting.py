@@ -24,7 +24,13 @@ class AgentQueue(RequestQueue):
         self._calls = calls
 
     def add_request(self, request: Request) -> None:
-        self._waiting.add(self._calls[request.request_id])
+        self._add(request)
+
+    def _add(self, request: Request, passed_over: bool = False) -> None:
+        call = self._calls[request.request_id]
+        # vLLM adds a streamed session twice whose last token comes after it was preempted, and takes it out again.
+        if call not in self._waiting:
+            self._waiting.add(call, passed_over)
 
     def pop_request(self) -> Request:
         return self._waiting.pop().request
@@ -39,8 +45,9 @@ class AgentQueue(RequestQueue):
         self.add_request(request)
 
     def prepend_requests(self, requests: Iterable[Request]) -> None:
+        """At the end of a step vLLM puts back those that it took out and that cannot run."""
         for request in requests:
-            self.add_request(request)
+            self._add(request, passed_over=True)
 
     def remove_request(self, request: Request) -> None:
         if request not in self:

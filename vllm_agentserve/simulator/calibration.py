@@ -12,7 +12,7 @@ import numpy as np
 from scipy import optimize
 
 from vllm_agentserve.bench.cost import StepCost
-from vllm_agentserve.bench.sessions import draw_tokens
+from vllm_agentserve.bench.tokens import draw_tokens
 
 DECODE_CONTEXTS = (64, 256, 1024)
 DECODE_STEPS = 24

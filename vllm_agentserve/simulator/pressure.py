@@ -18,6 +18,8 @@ from vllm_agentserve.policy.load import LoadControl
 from vllm_agentserve.simulator.kv_blocks import KvBlocks
 
 Ends = Literal["told", "untold", "untrue"]
+BYPASS_STEPS, RESUME_TOKENS = 64, 1024
+"""Of the order that has resume prefills first; the defaults of `config.py`."""
 POLL_S = 0.05
 """Longest time between two questions whether a held call may begin."""
 
@@ -138,6 +140,8 @@ class Request:
     decode_ms: float = 0.0
     began: bool = False
     came_s: float = 0.0
+    waited: int = 0
+    """Steps."""
 
     @property
     def needs(self) -> int:
@@ -182,6 +186,10 @@ class PressureEngine:
         step_tokens: tokens of a step at most.
         ends: whether the client says which call is a program's last; or says so of every call.
         start_s: when the clock begins.
+        resume_first: whether waiting calls whose contexts are cached go before the others, as in `policy/order.py`; in order of
+            arrival otherwise, as in stock vLLM.
+        beside_kept: whether calls without a cached context wait while others run and only kept blocks are left, for up to
+            `BYPASS_STEPS` steps. The scheduler has no such rule.
     """
 
     def __init__(
@@ -193,13 +201,18 @@ class PressureEngine:
         step_tokens: int = 2048,
         ends: Ends = "told",
         start_s: float = 0.0,
+        resume_first: bool = False,
+        beside_kept: bool = False,
     ) -> None:
         self._blocks = blocks
+        self._retention = blocks.retention
         self._cost = cost
         self._load = load
         self._slots = slots
         self._step_tokens = step_tokens
         self._ends = ends
+        self._resume_first = resume_first
+        self._beside_kept = beside_kept
         self.now_s = start_s
         self._numbers = count()
         self._events: list[tuple[float, int, Run]] = []
@@ -229,11 +242,16 @@ class PressureEngine:
         heapq.heappush(self._events, (when_s, next(self._numbers), run))
 
     def _arrivals(self) -> None:
+        if self._retention is not None:
+            for name in self._retention.expire(self.now_s):
+                self._blocks.give_up(name)
         while self._events and self._events[0][0] <= self.now_s:
             when, number, run = heapq.heappop(self._events)
             agent, turn = run.agent, run.agent.turns[run.turn]
             prompt = run.context + turn.added
             load = self._load.arrive(run.program, when, prompt, named=agent.told)
+            if self._retention is not None:
+                self._retention.arrive(agent.name, when, named=agent.told)
             request = Request(run, load, number, not run.turn, prompt, turn.answer)
             request.came_s = when
             self._waiting.append(request)
@@ -269,6 +287,8 @@ class PressureEngine:
         self._held = False
         if preempted:
             return chunks
+        if self._resume_first and len(self._waiting) > 1:
+            self._sort()
         skipped: list[Request] = []
         idle = not self._running
         closed = self._load.closed(self.now_s)
@@ -293,6 +313,24 @@ class PressureEngine:
         self._waiting.extendleft(reversed(skipped))
         return chunks
 
+    def _sort(self) -> None:
+        """Preempted calls, those that waited for too long, resume prefills with the shortest first, the others as they came."""
+        size = self._blocks.tokens
+
+        def key(request: Request) -> tuple[int, float]:
+            if request.began:
+                return 0, request.number
+            length = request.prompt + request.done
+            left = length - self._blocks.hits(self._keys(request, length - 1)) * size
+            if request.waited >= BYPASS_STEPS:
+                return 1, request.number
+            return (2, left) if left < length and left <= RESUME_TOKENS else (3, request.number)
+
+        ordered = sorted(self._waiting, key=key)
+        for request in ordered:
+            request.waited += 1
+        self._waiting = deque(ordered)
+
     def _grow(self, request: Request, tokens: int) -> bool:
         missing = -(-(request.computed + tokens) // self._blocks.tokens) - len(request.blocks)
         if missing > self._blocks.free:
@@ -313,6 +351,9 @@ class PressureEngine:
         keys = self._keys(request, length - 1)
         hits = self._blocks.hits(keys)
         if self._blocks.needed(keys, hits, length) > self._blocks.free:
+            return 0
+        waits = self._beside_kept and self._running and request.waited < BYPASS_STEPS and 2 * hits < len(keys)
+        if waits and self._blocks.needed(keys, hits, length) > self._blocks.ordinary:
             return 0
         request.blocks = self._blocks.touch(keys[:hits])
         request.computed = hits * self._blocks.tokens
@@ -389,12 +430,13 @@ class PressureEngine:
             request.filled = full
 
     def _end(self, request: Request) -> None:
-        self._blocks.release(request.blocks)
         run = request.run
         agent, turn = run.agent, run.agent.turns[run.turn]
         run.context = request.prompt + request.answer
         run.turn += 1
         last = run.turn == len(agent.turns)
+        self._retain(request, last)
+        self._blocks.release(request.blocks)
         self._load.end(
             request.load,
             self.now_s,
@@ -418,6 +460,20 @@ class PressureEngine:
                     self._next(run.parent)
         elif not run.pending:
             self._next(run)
+
+    def _retain(self, request: Request, last: bool) -> None:
+        """Whether the blocks of a call that ended are kept."""
+        if self._retention is None:
+            return
+        name, blocks = request.run.agent.name, self._blocks
+        told = last and self._ends == "told" if self._ends != "untrue" else True
+        keeps, gone = self._retention.end(name, self.now_s, blocks.own(name, request.blocks), last=told)
+        for other in gone:
+            blocks.give_up(other)
+        if keeps:
+            blocks.keep(name, request.blocks)
+        else:
+            blocks.give_up(name)
 
     def _next(self, run: Run) -> None:
         gap = run.agent.turns[run.turn].gap_s

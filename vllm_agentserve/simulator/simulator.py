@@ -93,6 +93,9 @@ class Simulator:
     def cached_tokens(self, call: Call) -> int:
         return int(call.request.shape.context)
 
+    def is_blocked(self, call: Call) -> bool:
+        return False
+
     def is_preempted(self, call: Call) -> bool:
         return False
 

@@ -1,13 +1,17 @@
-"""What the plugin sets in every process: a field for our figures, an early check of our options, our logger.
+"""What the plugin sets in every process: a field for our figures, an early check of our options, our logger, our middleware.
 
 Each does nothing where vLLM asks the scheduler class itself, as it does with our patches.
 """
 
 import dataclasses
+import os
 from typing import Any, Protocol
 
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.vllm_compat import STATS_FIELD, chooses_our_scheduler, is_our_scheduler
+
+PLUGIN = "agentserve"
+"""The plugin's name among vLLM's (`pyproject.toml`), by which `VLLM_PLUGINS` chooses."""
 
 
 class SchedulerHooks(Protocol):
@@ -17,6 +21,8 @@ class SchedulerHooks(Protocol):
 
     def check_request(self, params: Any, vllm_config: Any) -> None: ...
 
+    def api_middleware(self, additional_config: Any) -> list[str]: ...
+
     def make_stat_loggers(self, vllm_config: Any, engine_indexes: list[int], log_lines: bool) -> list[Any]: ...
 
 
@@ -25,6 +31,29 @@ def asked_upstream(name: str) -> bool:
     from vllm.v1.core.sched.interface import SchedulerInterface
 
     return hasattr(SchedulerInterface, name)
+
+
+def plugin_obstacle() -> str | None:
+    """Why vLLM does not load the plugin in processes with this environment, as far as `VLLM_PLUGINS` says; None if it may."""
+    named = os.environ.get("VLLM_PLUGINS")
+    if named is None or PLUGIN in named.split(","):
+        return None
+    return f"VLLM_PLUGINS={named!r} leaves out {PLUGIN!r}"
+
+
+def not_asked() -> set[str]:
+    """The class methods of our scheduler that nobody calls in this process, since vLLM has not loaded the plugin in it."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.metrics.loggers import StatLoggerManager
+
+    ours: dict[str, Any] = {
+        "check_engine_args": EngineArgs.create_engine_config,
+        "check_request": InputProcessor.process_inputs,
+        "api_middleware": EngineArgs.from_cli_args,
+        "make_stat_loggers": StatLoggerManager.__init__,
+    }
+    return {name for name, hook in ours.items() if not (getattr(hook, "agentserve", False) or asked_upstream(name))}
 
 
 def add_stats_field() -> None:
@@ -97,6 +126,32 @@ def refuse_invalid_hints(asks: SchedulerHooks) -> None:
 
     process_inputs.agentserve = True  # type: ignore[attr-defined]
     InputProcessor.process_inputs = process_inputs
+
+
+def add_middleware(asks: SchedulerHooks) -> None:
+    """Makes `EngineArgs.from_cli_args` name our middleware among the server's, where our scheduler is chosen.
+
+    The API server builds its application from the same arguments afterwards. The entry point group `vllm.endpoint_plugins` is not
+    used: it loads only what `VLLM_PLUGINS` names, and warns of it in every other server.
+    Retired by: patches/*/scheduler-cls-api-middleware.patch.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    if asked_upstream("api_middleware"):
+        return
+    stock = EngineArgs.__dict__["from_cli_args"].__func__
+    if getattr(stock, "agentserve", False):
+        return
+
+    def from_cli_args(cls: Any, args: Any) -> Any:
+        middleware = getattr(args, "middleware", None)
+        if isinstance(middleware, list) and is_our_scheduler(getattr(args, "scheduler_cls", None)):
+            wanted = asks.api_middleware(getattr(args, "additional_config", None))
+            args.middleware = [*middleware, *(name for name in wanted if name not in middleware)]
+        return stock(cls, args)
+
+    from_cli_args.agentserve = True  # type: ignore[attr-defined]
+    EngineArgs.from_cli_args = classmethod(from_cli_args)
 
 
 def add_stat_logger(asks: SchedulerHooks) -> None:

@@ -148,22 +148,50 @@ def waits_elsewhere(scheduler: "Scheduler") -> bool:
     return any(one.status is not RequestStatus.WAITING_FOR_STREAMING_REQ for one in scheduler.kv_holding_waiting)
 
 
-def finds_no_place(scheduler: "Scheduler", waiting: "Request") -> bool:
-    """Whether a request that could run waits for a place: as many run as may, or its blocks are not there."""
+def admits(scheduler: "Scheduler") -> bool:
+    """Whether vLLM takes up waiting requests at all; while it is paused it does not."""
+    from vllm.v1.core.sched.interface import PauseState
+
+    return bool(scheduler.pause_state is PauseState.UNPAUSED)
+
+
+def free_places(scheduler: "Scheduler") -> int:
+    """How many more requests may run, as vLLM counts it at admission; below 1: none.
+
+    Two limits hold: `max_num_running_reqs` is the number of slots of the model runner, and `max_num_active_reqs`, which is no
+    larger, that of requests that may run. A streamed session between two parts does not run, and keeps its place.
+    """
+    if not admits(scheduler):
+        return 0
+    taken = len(scheduler.running) + scheduler.num_waiting_for_streaming_input
+    return int(min(scheduler.max_num_active_reqs, scheduler.max_num_running_reqs)) - taken
+
+
+def may_run(waiting: "Request") -> bool:
+    """Whether a waiting request waits for steps only, and not for a grammar, for KV blocks from elsewhere or for its client."""
     from vllm.v1.request import RequestStatus
 
-    if waiting.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
+    return waiting.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+
+
+def finds_no_place(scheduler: "Scheduler", waiting: "Request") -> bool:
+    """Whether a request that could run waits for a place: as many run as may, or its blocks are not there."""
+    if not may_run(waiting) or not admits(scheduler):
         return False
-    if len(scheduler.running) >= scheduler.max_num_running_reqs:
+    if free_places(scheduler) < 1:
         return True
     uncached = waiting.num_tokens - cached_prefix_tokens(scheduler, waiting)
     return uncached > scheduler.kv_cache_manager.block_pool.get_num_free_blocks() * scheduler.block_size
 
 
 def may_be_preempted(scheduler: "Scheduler", request: "Request") -> bool:
-    """Whether a running request can lose its place now: it has generated something, and no lane job writes its blocks."""
+    """Whether a running request can lose its place now: it has generated something, and no lane job writes its blocks.
+
+    vLLM loses a streamed session whose last token comes after it was preempted.
+    """
     return (
-        request.num_output_tokens > 0
+        not request.resumable
+        and request.num_output_tokens > 0
         and not request.num_stale_output_tokens
         and not scheduler.requires_kv_delivery
         and scheduler._request_blocks_can_be_freed(request)

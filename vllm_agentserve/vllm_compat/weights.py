@@ -40,14 +40,19 @@ def refuse_weight_updates() -> None:
 def refusing(name: str, stock: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         if has_connector(self.vllm_config) and may_have_lane():
-            raise LaneError(
-                f"{name} is refused: the prefill lane may be computing with the weights, or has its own copy; "
-                "start the server with mode 'time-sliced' for it"
-            )
+            raise LaneError(refusal(name))
         return stock(self, *args, **kwargs)
 
     method.agentserve = True  # type: ignore[attr-defined]
     return method
+
+
+def refusal(name: str) -> str:
+    """Why a call of that name is refused."""
+    return (
+        f"{name} is refused: the prefill lane may be computing with the weights, or has its own copy; "
+        "start the server with mode 'time-sliced' for it"
+    )
 
 
 def may_have_lane() -> bool:

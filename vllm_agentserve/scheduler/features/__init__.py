@@ -10,7 +10,7 @@ class Feature:
     """A part of the scheduler that can be absent. It gets all it needs in its constructor, and keeps what it knows of a request
     in that request's `Call`.
 
-    In a step without prompts and waiting requests only `finished` and `freed` happen.
+    In a step without prompts and waiting requests only `finished`, `answered` and `freed` happen.
     """
 
     def arrived(self, call: Call) -> None:
@@ -38,6 +38,9 @@ class Feature:
             beside_lane: whether a prefill lane had part of the device.
         """
 
+    def answered(self, call: Call) -> None:
+        """A request has its first token."""
+
     def freed(self, call: Call) -> None:
         """A request has ended, in whatever way."""
 
@@ -47,6 +50,9 @@ class Feature:
         Raises:
             RuntimeError: that is not possible now; the message says why, and what to do.
         """
+
+    def after_reset(self) -> None:
+        """The prefix cache was reset: no KV block can be found any more."""
 
     def report(self) -> dict[str, float]:
         """Gauges for `/metrics`; counters are brought up to date in the same call."""
@@ -68,8 +74,10 @@ class Events:
         self.after_schedule = self._of("after_schedule")
         self.admitted = self._of("admitted")
         self.finished = self._of("finished")
+        self.answered = self._of("answered")
         self.freed = self._of("freed")
         self.before_reset = self._of("before_reset")
+        self.after_reset = self._of("after_reset")
 
     def _of(self, event: str) -> tuple[Callable[..., Any], ...]:
         return tuple(

@@ -1,8 +1,11 @@
 """Which features a scheduler has: made here, from the options and from what vLLM runs."""
 
 from collections.abc import Mapping, MutableMapping
+from logging import Logger
 from time import perf_counter
 from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
 
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.policy.attribution import Attribution
@@ -13,16 +16,22 @@ from vllm_agentserve.policy.load import LoadControl
 from vllm_agentserve.policy.preemption import PreemptionAccount
 from vllm_agentserve.policy.program_order import ProgramOrder
 from vllm_agentserve.policy.programs import ProgramTable
+from vllm_agentserve.policy.retention import Retention
 from vllm_agentserve.policy.waiting import WaitingList
 from vllm_agentserve.scheduler.features import Feature
+from vllm_agentserve.scheduler.features.classes import ClassTimes
 from vllm_agentserve.scheduler.features.lane import LaneFeature, NoLaneFeature
 from vllm_agentserve.scheduler.features.load import Load
 from vllm_agentserve.scheduler.features.preemption import Preemption
 from vllm_agentserve.scheduler.features.programs import ProgramReport
+from vllm_agentserve.scheduler.features.retention import Retain
 from vllm_agentserve.vllm_compat import scheduler as compat
+from vllm_agentserve.vllm_compat.free_blocks import pool_blocks, retain_blocks, retention_obstacle
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
+
+logger: Logger = init_logger("vllm.agentserve")
 
 Counts = MutableMapping[str, float]
 
@@ -31,11 +40,12 @@ def attribution_of(options: AgentServeConfig, orders: bool, block_size: int) -> 
     """Says whose a request is, where a part of the scheduler asks.
 
     Args:
-        options: order and load control.
+        options: order, load control and retention.
         orders: whether waiting requests are ordered here, and not by vLLM.
         block_size: tokens per KV block.
     """
-    return Attribution(block_size) if orders and (options.policy != "fcfs" or options.load_control) else NoAttribution()
+    asked = options.policy != "fcfs" or options.load_control or options.kv_retain
+    return Attribution(block_size) if orders and asked else NoAttribution()
 
 
 def program_order(
@@ -88,12 +98,24 @@ def build_features(
     """All features but the lane, in the order in which their events are called."""
     features: list[Feature] = []
     programs, waiting = policy.programs, policy.waiting
+    features.append(ClassTimes(counts, perf_counter))
     if isinstance(programs, ProgramOrder):
         features.append(ProgramReport(programs.table, counts, perf_counter))
         if options.program_preempt_share > 0 and isinstance(waiting, WaitingList):
             features.append(Preemption(scheduler, policy, waiting, programs, calls, counts))
+    returns = None
     if options.load_control and isinstance(waiting, WaitingList) and compat.keeps_prefixes(scheduler):
         pool = compat.pool_tokens(scheduler)
         control = LoadControl(pool, int(scheduler.cache_config.block_size), options.max_hold_s)
         features.append(Load(control, scheduler, policy, waiting, counts))
+        returns = control.returns
+    if options.kv_retain:
+        obstacle = retention_obstacle(scheduler)
+        if not isinstance(waiting, WaitingList):
+            obstacle = "waiting requests are in vLLM's order, and nobody knows their programs"
+        if obstacle is None:
+            retention = Retention(pool_blocks(scheduler), returns)
+            features.append(Retain(retention, retain_blocks(scheduler, retention), scheduler, counts))
+        else:
+            logger.warning("agentserve: KV blocks are not kept for programs that come back: %s.", obstacle)
     return features

@@ -10,6 +10,7 @@ from vllm_agentserve.policy.engine import EnginePolicy
 from vllm_agentserve.policy.waiting import lane_takes
 from vllm_agentserve.scheduler.features import Feature
 from vllm_agentserve.vllm_compat import scheduler as compat
+from vllm_agentserve.vllm_compat.control import guard_control_calls
 from vllm_agentserve.vllm_compat.integrity import writing_faults
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class LaneFeature(NoLaneFeature):
             options, block_size, calls, policy, policy.controller, self.dispatched, self.failed
         )
         compat.serve_lane_connector(scheduler, self.dispatch)
+        guard_control_calls()
         self._scheduler = scheduler
         self._policy = policy
         self._counts = counts

@@ -53,7 +53,7 @@ class Preemption(Feature):
         scheduler, waiting, policy = self._scheduler, self._waiting, self._policy
         if not waiting.open or scheduler.current_step % DECIDE_STEPS:
             return
-        first = waiting.first()
+        first = waiting.first_that_can_run()
         if first is None or first.key is None or first.key.urgency == Urgency.PREEMPTED:
             return
         if not compat.finds_no_place(scheduler, first.request):

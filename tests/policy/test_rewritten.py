@@ -1,0 +1,202 @@
+"""Prompts whose histories were rewritten: the rule on hand-made contexts, and what is remembered."""
+
+import random
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_agentserve.policy.attribution import Attribution
+from vllm_agentserve.policy.call import Call
+from vllm_agentserve.policy.rewritten import SLACK, RewrittenHistories
+
+BLOCK = 16
+EOS = 2
+OPENS = [3, 4, 5]
+
+
+def hashes(tokens: Sequence[int]) -> list[int]:
+    found: list[int] = []
+    for begin in range(0, len(tokens) - BLOCK + 1, BLOCK):
+        found.append(hash((found[-1] if found else None, tuple(tokens[begin : begin + BLOCK]))))
+    return found
+
+
+def tokens_of(name: str, count: int) -> list[int]:
+    return random.Random(name).choices(range(100, 4000), k=count)
+
+
+SYSTEM = tokens_of("system", 50)
+
+
+class Known:
+    """Attribution that is told of finished requests without hints."""
+
+    def __init__(self) -> None:
+        self.attribution, self.number = Attribution(BLOCK), 0
+
+    def asked(self, prompt: list[int]) -> Call:
+        self.number += 1
+        request = SimpleNamespace(
+            request_id=f"{self.number}", session_id=None, prompt_token_ids=prompt, block_hashes=hashes(prompt)
+        )
+        call = Call(request)
+        call.owner = self.attribution.owner(call)
+        return call
+
+    def finished(self, prompt: list[int], answer: list[int]) -> str:
+        """The program of a request, which is answered."""
+        call = self.asked(prompt)
+        request = call.request
+        request.all_token_ids, request.num_prompt_tokens = prompt + answer, len(prompt)
+        request.num_output_tokens, request.block_hashes = len(answer), hashes(prompt + answer)
+        self.attribution.remember(call, 1.0, self.number)
+        assert call.owner is not None
+        return call.owner.key
+
+    def program_of(self, prompt: list[int]) -> str | None:
+        """The program a prompt goes on from, None if it is the first of one."""
+        owner = self.asked(prompt).owner
+        assert owner is not None
+        return owner.key if owner.source == "inferred" else None
+
+
+@pytest.fixture
+def known() -> Known:
+    return Known()
+
+
+def test_reasoning_that_is_left_out_still_continues(known: Known) -> None:
+    prompt, content = SYSTEM + tokens_of("task", 40), [*tokens_of("content", 12), EOS]
+    program = known.finished(prompt, tokens_of("reasoning", 60) + content)
+    assert known.program_of(prompt + content + tokens_of("tool", 30)) == program
+
+
+def test_a_short_answer_after_reasoning_still_continues(known: Known) -> None:
+    prompt, content = SYSTEM + tokens_of("task", 40), [77, EOS]
+    program = known.finished(prompt, tokens_of("reasoning", 60) + content)
+    assert known.program_of(prompt + content + tokens_of("question", 30)) == program
+
+
+def test_a_tool_call_with_other_spaces_still_continues(known: Known) -> None:
+    prompt, call = SYSTEM + tokens_of("task", 40), tokens_of("call", 20)
+    program = known.finished(prompt, [9, *call[:10], 9, *call[10:], EOS])
+    assert known.program_of([*prompt, 8, *call[10:], 8, *call[:10], EOS, *tokens_of("tool", 30)]) == program
+
+
+def test_all_turns_of_an_agent_that_sends_no_reasoning_back_are_one_program(known: Known) -> None:
+    context, programs = SYSTEM + tokens_of("task", 40), set()
+    for turn in range(5):
+        content = [*tokens_of(f"content {turn}", 12), EOS]
+        programs.add(known.finished(context, tokens_of(f"reasoning {turn}", 60) + content))
+        context = context + content + tokens_of(f"tool {turn}", 25)
+    assert len(programs) == 1
+
+
+@pytest.mark.parametrize("length", [1, SLACK])
+def test_what_opens_an_answer_may_be_missing_in_the_history(known: Known, length: int) -> None:
+    prompt, content = SYSTEM + tokens_of("task", 40), [*tokens_of("content", 12), EOS]
+    program = known.finished(prompt + tokens_of("opens", length), tokens_of("reasoning", 60) + content)
+    assert known.program_of(prompt + content + tokens_of("tool", 30)) == program
+
+
+def test_more_than_what_opens_an_answer_must_not_be_missing(known: Known) -> None:
+    prompt, content = SYSTEM + tokens_of("task", 40), [*tokens_of("content", 12), EOS]
+    known.finished(prompt + tokens_of("opens", SLACK + 1), tokens_of("reasoning", 60) + content)
+    assert known.program_of(prompt + content + tokens_of("tool", 30)) is None
+
+
+def test_another_end_of_the_prompt_is_another_program(known: Known) -> None:
+    prompt, content = SYSTEM + tokens_of("task", 40), [*tokens_of("content", 12), EOS]
+    known.finished(prompt, content)
+    other = [*prompt[:-1], prompt[-1] + 1, *content, *tokens_of("tool", 30)]
+    assert known.program_of(other) is None
+
+
+def test_what_only_shares_the_first_prompt_is_another_program(known: Known) -> None:
+    """A first prompt may be a bare system prompt, that others begin with too."""
+    known.finished(SYSTEM, tokens_of("hello", 20))
+    assert known.program_of(SYSTEM + tokens_of("task", 60)) is None
+
+
+def test_a_later_prompt_is_nobody_elses_whatever_became_of_its_answer(known: Known) -> None:
+    first, answer = SYSTEM + tokens_of("task", 40), tokens_of("answer", 20)
+    program = known.finished(first, answer)
+    second = first + answer + tokens_of("tool", 30)
+    assert known.finished(second, tokens_of("answer 2", 20)) == program
+    assert known.program_of(second + tokens_of("summary", 40)) == program
+
+
+def test_the_same_prompt_again_continues_nothing(known: Known) -> None:
+    prompt = SYSTEM + tokens_of("task", 40)
+    known.finished(prompt, tokens_of("answer", 20))
+    assert known.program_of(prompt) is None
+
+
+def test_identical_prompts_are_told_apart_by_their_answers(known: Known) -> None:
+    prompt, called = SYSTEM + tokens_of("task", 40), tokens_of("call", 8)
+    answers = {n: [*called, *tokens_of(f"arguments {n}", 6), *called[:4], EOS] for n in range(6)}
+    programs = {n: known.finished(prompt, [*tokens_of("reasoning", 20 + n), *answers[n]]) for n in answers}
+    assert len(set(programs.values())) == 6
+    for n in (3, 1, 5, 0, 4, 2):
+        assert known.program_of(prompt + answers[n] + tokens_of("tool", 30)) == programs[n]
+
+
+def test_answers_that_begin_alike_do_not_join_programs(known: Known) -> None:
+    """Their first four tokens are the same, and the rest was written anew."""
+    prompt, begins = SYSTEM + tokens_of("task", 40), tokens_of("calls", 5)
+    programs = [known.finished(prompt, begins + tokens_of(f"arguments {n}", 12) + [EOS]) for n in range(4)]
+    for n in (2, 3, 0, 1):
+        arguments = tokens_of(f"arguments {n}", 12)
+        rewritten = [*begins, 9, *arguments[6:], 9, *arguments[:6], EOS]
+        assert known.program_of(prompt + rewritten + tokens_of("tool", 30)) == programs[n]
+
+
+def test_of_rewritten_prompts_the_longest_counts(known: Known) -> None:
+    first, content = SYSTEM + tokens_of("task", 40), [*tokens_of("content", 12), EOS]
+    known.finished(first, tokens_of("reasoning", 30) + content)
+    second, more = first + content + tokens_of("tool", 30), [*tokens_of("more", 12), EOS]
+    known.finished(second, tokens_of("reasoning 2", 30) + more)
+    owner = known.asked(second + more + tokens_of("tool 2", 30)).owner
+    assert owner is not None
+    assert owner.end == 2
+
+
+def remember(histories: RewrittenHistories, name: str, prompt: list[int], answer: list[int]) -> None:
+    every = prompt + answer
+    histories.remember(name, 0.0, hashes(every), every, len(prompt))
+
+
+def test_the_oldest_are_forgotten() -> None:
+    histories = RewrittenHistories(BLOCK, capacity=10)
+    for n in range(30):
+        remember(histories, f"p{n}", tokens_of(f"task {n}", 60), tokens_of(f"answer {n}", 20))
+    assert len(histories) == 10
+    kept = [tokens_of(f"task {n}", 60) + tokens_of(f"answer {n}", 20)[5:] + SYSTEM for n in (19, 20, 29)]
+    found = [histories.find(hashes(prompt), prompt) for prompt in kept]
+    assert [one and one.program for one in found] == [None, "p20", "p29"]
+
+
+def test_the_same_prompt_for_ever_is_remembered_so_often_and_no_more() -> None:
+    histories = RewrittenHistories(BLOCK)
+    for n in range(3 * histories.ALIKE):
+        remember(histories, f"p{n}", tokens_of("task", 60), tokens_of(f"answer {n}", 20))
+    assert len(histories) == histories.ALIKE
+
+
+def test_what_has_no_answer_or_no_block_is_not_remembered() -> None:
+    histories = RewrittenHistories(BLOCK)
+    remember(histories, "none", tokens_of("task", 60), [])
+    remember(histories, "short", tokens_of("task", BLOCK + SLACK - 1), tokens_of("answer", 20))
+    assert not len(histories)
+    remember(histories, "just long enough", tokens_of("task", BLOCK + SLACK), tokens_of("answer", 20))
+    assert len(histories) == 1
+
+
+def test_a_long_answer_takes_no_more_memory_than_its_end() -> None:
+    histories = RewrittenHistories(BLOCK)
+    prompt, content = tokens_of("task", 60), [*tokens_of("content", 40), EOS]
+    remember(histories, "p", prompt, tokens_of("reasoning", 20_000) + content)
+    found = histories.find(hashes(prompt + content + SYSTEM), prompt + content + SYSTEM)
+    assert found is not None
+    assert len(found.answer) <= 512

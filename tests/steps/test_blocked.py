@@ -1,0 +1,120 @@
+"""Waiting requests that cannot run yet, on vLLM's real scheduler without a model: they neither age nor reserve anything."""
+
+from typing import Any
+
+import pytest
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.request import RequestStatus
+
+from tests.support.program_steps import started as started_programs
+from tests.support.schedulers import Driver, make_request, make_scheduler
+from vllm_agentserve.policy.order import DECIDE_STEPS
+
+BOUND = 8
+both = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+
+
+def started(asynchronous: bool = False, **given: Any) -> tuple[Any, Driver]:
+    scheduler: Any = make_scheduler(asynchronous=asynchronous, options={"max_bypass_steps": BOUND}, **given)
+    return scheduler, Driver(scheduler, depth=2 if asynchronous else 1)
+
+
+def blocked(scheduler: Any, name: str, tokens: int, **options: Any) -> Any:
+    """A request whose grammar is being compiled."""
+    request = make_request(name, tokens, **options)
+    request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+    scheduler.add_request(request)
+    return request
+
+
+def steps(driver: Driver, count: int) -> None:
+    for _ in range(count):
+        driver.step()
+
+
+@both
+def test_one_that_waits_for_its_grammar_is_not_overdue(asynchronous: bool) -> None:
+    scheduler, driver = started(asynchronous)
+    scheduler.add_request(make_request("runs", 40))
+    request = blocked(scheduler, "blocked", 40)
+    steps(driver, 5 * BOUND)
+    assert scheduler.counts["overdue_requests"] == 0
+    assert scheduler.integrity.faults() == []
+    request.status = RequestStatus.WAITING
+    assert "blocked" in driver.step()
+
+
+@both
+def test_the_bound_holds_from_when_it_can_run(asynchronous: bool) -> None:
+    """There is one place, which others take before it: one with a cached context comes in every step."""
+    scheduler, driver = started(asynchronous, max_num_seqs=2)
+    context = list(range(160))
+    scheduler.add_request(make_request("context", context, max_tokens=1))
+    steps(driver, 3)
+    scheduler.add_request(make_request("runs", 40))
+    request = blocked(scheduler, "blocked", 40)
+    steps(driver, 3 * BOUND)
+    request.status = RequestStatus.WAITING
+    waited = 0
+    while "blocked" not in driver.step():
+        scheduler.add_request(make_request(f"resume {waited}", [*context, 3000 + waited], max_tokens=1))
+        scheduler.add_request(make_request(f"again {waited}", [*context, 3500 + waited], max_tokens=1))
+        waited += 1
+        assert waited <= BOUND + 4
+    assert scheduler.integrity.faults() == []
+
+
+def test_a_blocked_cold_prompt_leaves_the_step_to_the_resume_beside_it() -> None:
+    scheduler, driver = started()
+    context = list(range(1600))
+    scheduler.add_request(make_request("context", context, max_tokens=1))
+    while scheduler.requests:
+        driver.step()
+    blocked(scheduler, "blocked", 4000)
+    driver.step()
+    plans = []
+    plan = scheduler.engine_policy.controller.plan
+    scheduler.engine_policy.controller.plan = lambda *args, **given: plans.append(given) or plan(*args, **given)
+    scheduler.add_request(make_request("resume", [*context, *range(2000, 2200)], max_tokens=10))
+    driver.step()
+    assert not plans[0]["colds"]
+    assert (plans[-1]["backlog"].prompts, plans[-1]["backlog"].tokens) == (1, 200)
+
+
+@both
+def test_a_paused_engine_lets_nobody_age(asynchronous: bool) -> None:
+    scheduler, driver = started(asynchronous)
+    scheduler.add_request(make_request("runs", 40))
+    steps(driver, 2)
+    scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    scheduler.add_request(make_request("waits", 40))
+    steps(driver, 5 * BOUND)
+    assert scheduler.counts["overdue_requests"] == 0
+    scheduler.set_pause_state(PauseState.UNPAUSED)
+    assert "waits" in driver.step()
+
+
+def test_a_blocked_first_one_does_not_keep_others_from_a_place() -> None:
+    options = {"program_preempt_share": 0.5, "program_promote_ratio": 100_000}
+    scheduler, driver = started_programs("plas", options=options, max_num_seqs=2)
+    for name in ("long", "longer"):
+        scheduler.add_request(make_request(name, 64, max_tokens=1000, session=name))
+    steps(driver, 25 * DECIDE_STEPS)
+    blocked(scheduler, "blocked", 20, session="first")
+    scheduler.add_request(make_request("new", 30, max_tokens=8, session="new"))
+    order = []
+    for _ in range(3 * DECIDE_STEPS):
+        order += [name for name in driver.step() if name not in order]
+    assert "new" in order
+
+
+def test_one_that_is_never_looked_at_does_not_age() -> None:
+    """All places are taken, so vLLM looks at nobody."""
+    scheduler, driver = started(max_num_seqs=1)
+    scheduler.add_request(make_request("runs", 40))
+    request = blocked(scheduler, "blocked", 40)
+    steps(driver, 5 * BOUND)
+    assert scheduler.counts["overdue_requests"] == 0
+    request.status = RequestStatus.WAITING
+    steps(driver, 2 * BOUND)
+    assert scheduler.counts["overdue_requests"] == 1

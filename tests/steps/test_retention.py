@@ -1,0 +1,397 @@
+"""Retention on vLLM's real scheduler without a model: whose KV blocks stay, and that nobody is refused because of them."""
+
+import logging
+import random
+from itertools import count
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.request import RequestStatus
+
+from tests.support.schedulers import Driver, make_request, make_scheduler
+from vllm_agentserve.scheduler.features import load, retention
+from vllm_agentserve.scheduler.features.load import Load
+from vllm_agentserve.scheduler.features.retention import Retain
+from vllm_agentserve.vllm_compat import scheduler as compat
+from vllm_agentserve.vllm_compat.free_blocks import retention_obstacle
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(retention, "perf_counter", clock)
+    monkeypatch.setattr(load, "perf_counter", clock)
+    return clock
+
+
+def started(num_blocks: int = 129, asynchronous: bool = False, **options: Any) -> tuple[Any, Driver, Retain]:
+    """A KV cache of 2048 tokens."""
+    given = {"mode": "time-sliced", "kv_retain": True, "load_control": False, "tpot_slo_ms": 10_000, **options}
+    given.setdefault("first_chunk_tokens", 4096)
+    scheduler: Any = make_scheduler(options=given, num_blocks=num_blocks, asynchronous=asynchronous)
+    (retain,) = [one for one in scheduler._events.features if isinstance(one, Retain)]
+    return scheduler, Driver(scheduler, depth=2 if asynchronous else 1), retain
+
+
+def serve(scheduler: Any, driver: Driver, clock: Clock, limit: int = 400) -> None:
+    for _ in range(limit):
+        if not scheduler.requests:
+            break
+        clock.now += 0.02
+        driver.step()
+    else:
+        raise AssertionError(f"{list(scheduler.requests)} did not end")
+    while driver.in_flight:
+        driver.finish()
+    assert scheduler.integrity.faults() == []
+
+
+def prompt(name: str, tokens: int) -> list[int]:
+    return [(sum(map(ord, name)) * 131 + token) % 4000 for token in range(tokens)]
+
+
+def turn(scheduler: Any, name: str, number: int, tokens: int = 400, **hints: Any) -> Any:
+    """A call of the program `name`, whose context grows by 16 tokens a turn."""
+    request = make_request(
+        f"{name}-{number}", prompt(name, tokens + 16 * number), max_tokens=8, session=name, hints=hints or None
+    )
+    scheduler.add_request(request)
+    return request
+
+
+def learned(scheduler: Any, driver: Driver, clock: Clock, turns: int = 4, **hints: Any) -> None:
+    """The programs `a` and `b` have come back several times, half a second after each answer."""
+    for number in range(turns):
+        for name in "ab":
+            turn(scheduler, name, number, **(hints if number == turns - 1 else {}))
+        serve(scheduler, driver, clock)
+        clock.now += 0.5
+
+
+def one_shots(scheduler: Any, driver: Driver, clock: Clock, number: int = 20) -> None:
+    """So many prompts that nobody goes on from, of a sixth of the cache each; all in a tenth of a second."""
+    began = clock.now
+    for index in range(number):
+        name = f"one-shot {began} {index}"
+        scheduler.add_request(make_request(name, prompt(name, 330), max_tokens=4))
+        serve(scheduler, driver, clock)
+        clock.now = began + 0.1 * index / number
+
+
+def cached(scheduler: Any, name: str, tokens: int = 400) -> int:
+    return compat.cached_prefix_tokens(scheduler, make_request("look", prompt(name, tokens), session=name))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_a_program_keeps_its_blocks_while_others_flow_through(clock: Clock, asynchronous: bool) -> None:
+    scheduler, driver, retain = started(asynchronous=asynchronous)
+    learned(scheduler, driver, clock)
+    kept = cached(scheduler, "a"), cached(scheduler, "b")
+    assert kept == (384, 384)
+    one_shots(scheduler, driver, clock, 10)
+    assert (cached(scheduler, "a"), cached(scheduler, "b")) == kept
+    report = scheduler.report()
+    assert report["retention_programs"] == 2
+    assert report["retention_blocks"] == retain.retention.blocks >= 2 * 28
+    assert "retention_broken_blocks" not in report
+    turn(scheduler, "a", 4)
+    driver.step()
+    assert scheduler.calls["a-4"].cached_tokens == 400 + 16 * 3
+
+
+def test_without_the_option_the_same_one_shots_push_them_out(clock: Clock) -> None:
+    scheduler: Any = make_scheduler(options={"mode": "time-sliced", "load_control": False}, num_blocks=129)
+    driver = Driver(scheduler)
+    learned(scheduler, driver, clock)
+    assert type(scheduler.kv_cache_manager.block_pool.free_block_queue) is FreeKVCacheBlockQueue
+    one_shots(scheduler, driver, clock, 10)
+    assert (cached(scheduler, "a"), cached(scheduler, "b")) == (0, 0)
+
+
+def test_a_call_that_is_said_to_be_the_last_lets_go(clock: Clock) -> None:
+    scheduler, driver, retain = started()
+    learned(scheduler, driver, clock)
+    turn(scheduler, "a", 4, agent_last=True)
+    serve(scheduler, driver, clock)
+    assert [*retain.ledger.segments] == ["session b"]
+    one_shots(scheduler, driver, clock, 10)
+    assert cached(scheduler, "a") == 0
+    assert cached(scheduler, "b") == 384
+
+
+def test_one_shot_prompts_are_not_kept(clock: Clock) -> None:
+    scheduler, driver, retain = started()
+    one_shots(scheduler, driver, clock, 30)
+    assert not retain.ledger.segments
+    assert retain.retention.blocks == 0
+
+
+def test_who_stays_away_is_kept_no_longer(clock: Clock) -> None:
+    scheduler, driver, retain = started()
+    learned(scheduler, driver, clock, turns=12)
+    assert len(retain.retention) == 2
+    clock.now += 600.0
+    one_shots(scheduler, driver, clock, 1)
+    assert not retain.ledger.segments
+
+
+def test_a_prompt_of_the_whole_cache_gets_the_kept_blocks(clock: Clock) -> None:
+    scheduler, driver, retain = started()
+    learned(scheduler, driver, clock)
+    assert retain.retention.blocks > 50
+    scheduler.add_request(make_request("large", prompt("large", 2000), max_tokens=4))
+    assert driver.step() == {"large": 2000}
+    assert scheduler.report()["retention_broken_blocks"] >= 50
+    serve(scheduler, driver, clock)
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 128
+
+
+def test_a_running_request_that_grows_is_not_preempted_because_of_kept_blocks(clock: Clock) -> None:
+    scheduler, driver, retain = started()
+    learned(scheduler, driver, clock)
+    scheduler.add_request(make_request("grows", prompt("grows", 1000), max_tokens=900))
+    while scheduler.requests:
+        clock.now += 0.001
+        driver.step()
+        if scheduler.requests:
+            assert scheduler.requests["grows"].num_preemptions == 0
+    assert retain.ledger.broken > 0
+    assert scheduler.integrity.faults() == []
+
+
+def test_the_prefix_cache_can_be_reset(clock: Clock) -> None:
+    scheduler, driver, retain = started()
+    learned(scheduler, driver, clock)
+    assert scheduler.reset_prefix_cache()
+    assert not retain.ledger.segments
+    assert retain.retention.blocks == 0
+    assert cached(scheduler, "a") == 0
+    assert scheduler.integrity.faults() == []
+    learned(scheduler, driver, clock)
+    assert len(retain.ledger.segments) == 2
+
+
+def test_a_reset_that_fails_keeps_what_is_kept(clock: Clock) -> None:
+    scheduler, driver, retain = started()
+    learned(scheduler, driver, clock)
+    scheduler.add_request(make_request("runs", 100))
+    driver.step()
+    assert not scheduler.reset_prefix_cache()
+    assert len(retain.ledger.segments) == 2
+    assert scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert not retain.ledger.segments
+    assert scheduler.integrity.faults() == []
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_a_preempted_call_of_a_kept_program(clock: Clock, asynchronous: bool) -> None:
+    """Its old context is kept again, and it goes on from there."""
+    scheduler, driver, retain = started(asynchronous=asynchronous)
+    learned(scheduler, driver, clock)
+    turn(scheduler, "a", 4)
+    driver.step()
+    driver.step()
+    compat.preempt(scheduler, scheduler.requests["a-4"])
+    assert scheduler.integrity.faults() == []
+    serve(scheduler, driver, clock)
+    assert cached(scheduler, "a") == 384
+    assert "session a" in retain.ledger.segments
+
+
+def test_aborted_calls_leave_the_program_kept(clock: Clock) -> None:
+    scheduler, driver, retain = started()
+    learned(scheduler, driver, clock)
+    turn(scheduler, "a", 4)
+    scheduler.finish_requests("a-4", RequestStatus.FINISHED_ABORTED)
+    assert "session a" in retain.ledger.segments
+    turn(scheduler, "a", 5)
+    driver.step()
+    scheduler.finish_requests("a-5", RequestStatus.FINISHED_ABORTED)
+    while driver.in_flight:
+        driver.finish()
+    assert scheduler.integrity.faults() == []
+    one_shots(scheduler, driver, clock, 1)
+    assert cached(scheduler, "a") == 384
+
+
+def test_sub_agents_have_contexts_of_their_own(clock: Clock) -> None:
+    scheduler, driver, retain = started(num_blocks=257)
+    learned(scheduler, driver, clock)
+    for number in range(2):
+        turn(scheduler, "child", number, 200, agent_parent="a")
+        serve(scheduler, driver, clock)
+    assert "session a" in retain.ledger.segments
+    assert "session a thread child" in retain.ledger.segments
+    turn(scheduler, "child", 2, 200, agent_parent="a", agent_last=True)
+    serve(scheduler, driver, clock)
+    assert "session a" in retain.ledger.segments
+    assert "session a thread child" not in retain.ledger.segments
+
+
+def test_with_load_control_there_is_one_record_of_returns(clock: Clock) -> None:
+    scheduler, driver, retain = started(load_control=True)
+    (control,) = [one for one in scheduler._events.features if isinstance(one, Load)]
+    learned(scheduler, driver, clock)
+    assert retain.retention.returns is control.control.returns
+    assert retain.retention.returns.gaps.samples == pytest.approx(6.0, abs=0.5)
+    assert len(retain.retention) == 2
+
+
+def obstacle(caplog: pytest.LogCaptureFixture, **options: Any) -> list[str]:
+    with caplog.at_level(logging.WARNING, "vllm.agentserve"):
+        scheduler: Any = make_scheduler(options={"mode": "time-sliced", "kv_retain": True}, **options)
+    assert not [one for one in scheduler._events.features if isinstance(one, Retain)]
+    assert type(scheduler.kv_cache_manager.block_pool.free_block_queue) is FreeKVCacheBlockQueue
+    return [record.getMessage() for record in caplog.records if "are not kept" in record.getMessage()]
+
+
+def test_where_it_cannot_be_the_log_says_why(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("vllm", "vllm.agentserve"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    (said,) = obstacle(caplog, prefix_caching=False)
+    assert said.endswith("prefix caching is off.")
+    caplog.clear()
+    (said,) = obstacle(caplog, policy="priority")
+    assert "vLLM's order" in said
+
+
+def test_layers_that_differ_are_an_obstacle() -> None:
+    scheduler, *_ = started()
+    assert retention_obstacle(scheduler) == "another part has replaced vLLM's queue of free KV blocks"
+    full = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    window = SlidingWindowSpec(block_size=16, num_kv_heads=1, head_size=1, dtype=torch.float32, sliding_window=64)
+    groups = [KVCacheGroupSpec(["full"], full), KVCacheGroupSpec(["window"], window)]
+    scheduler.kv_cache_config = KVCacheConfig(129, [], groups)
+    assert retention_obstacle(scheduler) == "the layers of this model differ in what they keep in the KV cache"
+
+
+def test_a_fault_is_seen(clock: Clock) -> None:
+    scheduler, driver, retain = started()
+    learned(scheduler, driver, clock)
+    retain.retention.blocks += 1
+    retain.ledger.segments["nobody"] = retain.ledger.segments["session a"]
+    faults = scheduler.integrity.faults()
+    assert any("are said to be kept" in fault for fault in faults)
+    assert any("'nobody'" in fault for fault in faults)
+
+
+class History:
+    """Random calls of programs, sub-agents and one-shot prompts in a small KV cache, with aborts, preemptions and resets."""
+
+    def __init__(self, seed: int, clock: Clock, asynchronous: bool) -> None:
+        self.rng = random.Random(seed)
+        self.clock = clock
+        self.scheduler, self.driver, self.retain = started(
+            num_blocks=self.rng.choice([40, 80, 160]), asynchronous=asynchronous, load_control=self.rng.random() < 0.3
+        )
+        self.contexts: dict[str, int] = {}
+        self.numbers = count()
+
+    def arrives(self) -> None:
+        rng, number = self.rng, next(self.numbers)
+        if rng.random() < 0.3:
+            text = prompt("system", 64) + prompt(f"one-shot {number}", rng.randrange(1, 200))
+            self.scheduler.add_request(make_request(f"one-shot-{number}", text, max_tokens=rng.randrange(1, 20)))
+            return
+        name = rng.choice("abcdefgh")
+        tokens = self.contexts.get(name, 0) + rng.randrange(1, 60)
+        if tokens > 400 or rng.random() < 0.05:
+            tokens = rng.randrange(20, 100)
+        self.contexts[name] = tokens
+        hints: dict[str, Any] = {"agent_last": True} if rng.random() < 0.1 else {}
+        if name in "gh":
+            hints["agent_parent"] = "a"
+        text = prompt("system", 64) + prompt(name, tokens)
+        request = make_request(
+            f"{name}-{number}", text, max_tokens=rng.randrange(1, 30), session=name, hints=hints or None
+        )
+        self.scheduler.add_request(request)
+
+    def disturbs(self) -> None:
+        scheduler, rng, kind = self.scheduler, self.rng, self.rng.random()
+        if kind < 0.04 and scheduler.requests:
+            name = rng.choice(sorted(scheduler.requests))
+            scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+        elif kind < 0.06:
+            able = [one for one in scheduler.running if compat.may_be_preempted(scheduler, one)]
+            if able and not self.driver.in_flight:
+                compat.preempt(scheduler, rng.choice(able))
+        elif kind < 0.07 and not self.driver.in_flight:
+            scheduler.reset_prefix_cache(reset_running_requests=rng.random() < 0.5)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_is_lost_whatever_happens(clock: Clock, seed: int, asynchronous: bool) -> None:
+    history = History(seed, clock, asynchronous)
+    scheduler, rng = history.scheduler, history.rng
+    kept = 0
+    for step in range(200):
+        clock.now += rng.choice([0.01, 0.02, 0.5])
+        if rng.random() < 0.4 and len(scheduler.requests) < 12:
+            history.arrives()
+        history.disturbs()
+        history.driver.step()
+        assert step % 3 or scheduler.integrity.faults() == []
+        kept = max(kept, len(history.retain.ledger.segments))
+    for _ in range(2000):
+        if not scheduler.requests:
+            break
+        clock.now += 0.02
+        history.driver.step()
+    while history.driver.in_flight:
+        history.driver.finish()
+    assert not scheduler.requests
+    pool = scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+    assert scheduler.integrity.faults() == []
+    assert kept
+    assert scheduler.reset_prefix_cache()
+    assert len(pool.free_block_queue.get_all_free_blocks()) == pool.num_gpu_blocks - 1
+
+
+def test_a_session_of_another_tenant_has_blocks_of_its_own(clock: Clock) -> None:
+    scheduler, driver, retain = started()
+    for number in range(5):
+        for salt in ("one", "other"):
+            tokens = prompt("a", 400 + 16 * number)
+            request = make_request(f"{salt}-{number}", tokens, max_tokens=8, session="a", cache_salt=salt)
+            scheduler.add_request(request)
+            serve(scheduler, driver, clock)
+        clock.now += 0.5
+    assert len(retain.retention) == len(retain.ledger.segments) == 2
+    assert all(len(segment.context) == 29 for segment in retain.ledger.segments.values())
+    (first, other) = (segment.context for segment in retain.ledger.segments.values())
+    assert not {block.block_id for block in first} & {block.block_id for block in other}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_a_streamed_session_is_kept_like_any_other_when_it_has_ended(clock: Clock, asynchronous: bool) -> None:
+    scheduler, driver, retain = started(asynchronous=asynchronous, load_control=True)
+    learned(scheduler, driver, clock)
+    for _ in range(3):
+        for part in range(2):
+            tokens = prompt(f"s {part}", 200)
+            request = make_request("s", tokens, max_tokens=4, session="s", resumable=True)
+            scheduler.add_request(request)
+            for _ in range(12):
+                clock.now += 0.02
+                driver.step()
+            assert scheduler.num_waiting_for_streaming_input == 1
+            assert scheduler.integrity.faults() == []
+        scheduler.finish_requests("s", RequestStatus.FINISHED_ABORTED)
+        serve(scheduler, driver, clock)
+        clock.now += 0.5
+    assert "session s" in retain.retention

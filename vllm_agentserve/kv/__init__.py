@@ -1,0 +1,1 @@
+"""KV blocks of programs whose calls have ended."""

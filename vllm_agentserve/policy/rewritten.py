@@ -1,0 +1,196 @@
+"""Which program a prompt goes on from when its history was rewritten: it begins with an earlier prompt, but not with its answer.
+
+Chat templates leave the reasoning of earlier answers out, and write tool calls anew. The next prompt of an agent then begins
+with a whole earlier prompt, and has something else where the answer was. `Lineage` does not find it.
+
+The rule. A prompt P goes on from an earlier prompt E when
+
+- P begins with all of E, and shares with E's answer four tokens in a row, or a whole end of at least two tokens right after E,
+- or P begins with all of E, and E itself went on from another call,
+- or P leaves E within its last `SLACK` tokens, and goes on right there with four tokens in a row of E's answer. So it is where
+  the template opens the reasoning itself, and leaves the opening out later.
+
+Of several such prompts the longest counts, then the one whose answer shares most with P, then the one gone on from less often.
+An earlier prompt that is identical to P is none: P must be longer. So a shared system prompt, a fork of another context and the
+same task given to several agents join nobody: what their prompts share is no whole prompt, or none of its answer is there.
+"""
+
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+SLACK = 16
+"""Tokens at the end of a prompt that open an answer: they may be missing when the answer is written into a history."""
+GRAM = 4
+"""Tokens in a row that an answer and a later prompt must share."""
+KEPT = 512
+"""Tokens that are kept of the end of an answer."""
+COMPARED = 128
+"""Of these, the last ones that are looked for anywhere in what follows the prompt."""
+LONGEST_ANSWER = 8192
+"""In so many tokens after the prompt its answer is looked for, at most."""
+
+
+@dataclass(slots=True)
+class Answered:
+    """A prompt whose answer is known.
+
+    Args:
+        program: whose it is.
+        path_ms: length of the path to the end of its answer, see `ProgramTable`.
+        end: number of that end.
+        tail: tokens of the prompt after the block that it is found by.
+        answer: the last tokens of its answer.
+        length: tokens of the whole answer.
+        deep: whether the prompt itself went on from another call.
+        continued: how often a prompt went on from it.
+    """
+
+    program: str
+    path_ms: float
+    end: int
+    tail: "array[int]"
+    answer: "array[int]"
+    length: int
+    deep: bool
+    continued: int = 0
+
+
+class RewrittenHistories:
+    """Remembers prompts that were answered, by the hash of a block near their end.
+
+    Args:
+        block_size: tokens per block.
+        capacity: prompts remembered, the oldest are forgotten first. Each takes about two kilobytes at most.
+    """
+
+    ALIKE = 64
+    """Prompts remembered with the same hash."""
+
+    def __init__(self, block_size: int, capacity: int = 8192) -> None:
+        self._block_size = block_size
+        self._capacity = capacity
+        self._by_hash: OrderedDict[Hashable, list[Answered]] = OrderedDict()
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def remember(
+        self,
+        program: str,
+        path_ms: float,
+        hashes: Sequence[Hashable],
+        tokens: Sequence[int],
+        prompt_tokens: int,
+        end: int = 0,
+        deep: bool = False,
+    ) -> None:
+        """Takes in a finished request; arguments as in `Lineage.remember`, `deep` as in `Answered`."""
+        length, size = len(tokens) - prompt_tokens, self._block_size
+        blocks = min(len(hashes), (prompt_tokens - SLACK) // size)
+        # A longer tail would mean that hashes are missing.
+        if length < 1 or blocks < 1 or prompt_tokens - blocks * size >= 2 * size + SLACK:
+            return
+        tail = array("i", tokens[blocks * size : prompt_tokens])
+        answer = array("i", tokens[max(prompt_tokens, len(tokens) - KEPT) :])
+        same = self._by_hash.setdefault(hashes[blocks - 1], [])
+        same.append(Answered(program, path_ms, end, tail, answer, length, deep))
+        self._by_hash.move_to_end(hashes[blocks - 1])
+        self._count += 1
+        if len(same) > self.ALIKE:
+            del same[0]
+            self._count -= 1
+        while self._count > self._capacity:
+            _, forgotten = self._by_hash.popitem(last=False)
+            self._count -= len(forgotten)
+
+    def find(self, hashes: Sequence[Hashable], tokens: Sequence[int]) -> Answered | None:
+        """The prompt this one goes on from, None if there is none."""
+        for blocks in range(len(hashes), 0, -1):
+            found = self._by_hash.get(hashes[blocks - 1])
+            if found is None:
+                continue
+            begin = blocks * self._block_size
+            most = max(len(one.tail) + min(one.length, LONGEST_ANSWER) for one in found) + KEPT
+            best = best_of(found, array("i", tokens[begin : begin + most]))
+            if best is not None:
+                best.continued += 1
+                return best
+        return None
+
+
+def best_of(found: Sequence[Answered], rest: "array[int]") -> Answered | None:
+    """Of prompts found by the same block the one that goes on with `rest`, None if none does.
+
+    What the answers of several have in common, such as the words around a tool call, says little: tokens in a row count the
+    less, the more of the answers have them.
+    """
+    whole, opened = [], []
+    for one in found:
+        common, length = shared_tokens(one.tail, rest), len(one.tail)
+        if common == length < len(rest):
+            whole.append(one)
+        elif length - SLACK <= common < length and holds(one.answer, rest[common : common + GRAM]):
+            opened.append((one, common))
+    longest = max((len(one.tail) for one in (*whole, *(one for one, _ in opened))), default=0)
+    places = {id(one): len(one.tail) for one in whole} | {id(one): common for one, common in opened}
+    candidates = [one for one in found if id(one) in places and len(one.tail) == longest]
+    written = [as_written(one, rest[places[id(one)] :]) for one in candidates]
+    having = Counter(run for answer, _ in written for run in answer)
+    best: tuple[float, int] | None = None
+    chosen = None
+    for one, (answer, now) in zip(candidates, written, strict=True):
+        shared = answer & now
+        if one.deep or any(len(run) == GRAM for run in shared) or shared_end(one.answer, rest[places[id(one)] :]):
+            likeness = sum(1 / having[run] for run in shared) / sum(1 / having[run] for run in answer)
+            rank = (likeness, -one.continued)
+            if best is None or rank > best:
+                best, chosen = rank, one
+    return chosen
+
+
+def as_written(one: Answered, rest: "array[int]") -> tuple[set[tuple[int, ...]], set[tuple[int, ...]]]:
+    """Runs of tokens of an answer, and those of what stands in its place now.
+
+    The last token of an answer ends it in the history too. As long as what is before it there is the end of the answer that is
+    compared: reasoning comes first, and is left out. An answer that was cut off is compared with all that it may have become.
+    """
+    length = min(one.length, LONGEST_ANSWER)
+    for place, token in enumerate(rest[: length + KEPT]):
+        if token == one.answer[-1] and place + 1 >= min(GRAM, length):
+            now = runs_of(rest[max(place + 1 - COMPARED, 0) : place + 1])
+            answer = runs_of(one.answer[-min(place + 1 + GRAM, COMPARED) :])
+            if any(len(run) == GRAM for run in answer & now):
+                return answer, now
+            break
+    return runs_of(one.answer[-COMPARED:]), runs_of(rest[: length + SLACK])
+
+
+def shared_tokens(one: "array[int]", other: "array[int]") -> int:
+    """How many tokens both begin with."""
+    most = min(len(one), len(other))
+    if one[:most] == other[:most]:
+        return most
+    return next(place for place in range(most) if one[place] != other[place])
+
+
+def runs_of(tokens: "array[int]") -> set[tuple[int, ...]]:
+    """All runs of one to four tokens in a row."""
+    return {run for size in range(1, GRAM + 1) for run in zip(*(tokens[place:] for place in range(size)), strict=False)}
+
+
+def shared_end(answer: "array[int]", rest: "array[int]") -> int:
+    """How many tokens at the end of an answer are what follows its prompt now; 0 if it is one or none."""
+    most = min(len(answer), len(rest), GRAM)
+    return next((size for size in range(most, 1, -1) if answer[-size:] == rest[:size]), 0)
+
+
+def holds(answer: "array[int]", part: "array[int]") -> bool:
+    """Whether an answer has these tokens in a row."""
+    if len(part) < GRAM:
+        return False
+    return any(
+        answer[place : place + GRAM] == part for place in range(len(answer) - GRAM + 1) if answer[place] == part[0]
+    )

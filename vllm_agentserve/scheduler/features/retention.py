@@ -1,0 +1,89 @@
+"""Retention: KV blocks of programs that come back are handed out last."""
+
+from collections.abc import Iterable, MutableMapping
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from vllm_agentserve.kv.ledger import Ledger
+from vllm_agentserve.policy.call import Call
+from vllm_agentserve.policy.retention import Retention
+from vllm_agentserve.scheduler.features import Feature
+from vllm_agentserve.vllm_compat import scheduler as compat
+from vllm_agentserve.vllm_compat.free_blocks import cached_blocks
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+
+class Retain(Feature):
+    """Args:
+    retention: decides which programs are kept.
+    ledger: has their blocks.
+    scheduler: whose requests.
+    counts: gets `retention_broken_blocks`.
+    """
+
+    def __init__(
+        self, retention: Retention, ledger: Ledger, scheduler: "Scheduler", counts: MutableMapping[str, float]
+    ) -> None:
+        self.retention = retention
+        self.ledger = ledger
+        self._scheduler = scheduler
+        self._counts = counts
+
+    @staticmethod
+    def _name(call: Call) -> str | None:
+        """A thread of a program has a context of its own, so it comes back by itself."""
+        owner = call.owner
+        if owner is None:
+            return None
+        return owner.key if owner.thread is None else f"{owner.key} thread {owner.thread}"
+
+    def arrived(self, call: Call) -> None:
+        name = self._name(call)
+        if name is not None and call.owner is not None:
+            self.retention.arrive(name, perf_counter(), named=call.owner.source == "explicit")
+
+    def before_step(self, decodes: int, context: int) -> None:
+        for name in self.retention.expire(perf_counter()):
+            self.ledger.give_up(name)
+
+    def freed(self, call: Call) -> None:
+        now, request, name = perf_counter(), call.request, self._name(call)
+        if name is None:
+            return
+        if call.cached_tokens is None or not request.num_output_tokens:
+            self.retention.abort(name, now)
+            return
+        blocks = cached_blocks(self._scheduler, request)
+        keeps, gone = self.retention.end(
+            name,
+            now,
+            self.ledger.own(name, blocks),
+            last=call.hints.last,
+            tool=call.hints.tool,
+            can_return=compat.can_return(self._scheduler, request),
+        )
+        for other in gone:
+            self.ledger.give_up(other)
+        if keeps and blocks:
+            # vLLM gives them back when this is over, or later: then they are recognized.
+            self.ledger.keep(name, blocks)
+        else:
+            self.ledger.give_up(name)
+            self.retention.release(name)
+
+    def after_reset(self) -> None:
+        self.ledger.clear()
+
+    def report(self) -> dict[str, float]:
+        self._counts["retention_broken_blocks"] = self.ledger.broken
+        return {"retention_blocks": float(self.retention.blocks), "retention_programs": float(len(self.retention))}
+
+    def faults(self, calls: Iterable[Call]) -> list[str]:
+        found = self.retention.faults() + self.ledger.faults()
+        kept = {name for name in self.ledger.segments if name not in self.retention}
+        found += [f"blocks of {name!r} are kept, and it is not" for name in sorted(kept)]
+        if len(self.ledger.segments) != len(self.retention):
+            found.append(f"{len(self.retention)} programs are kept, and {len(self.ledger.segments)} have blocks")
+        return found
