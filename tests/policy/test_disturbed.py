@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass, replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.support.calls import cold
@@ -128,6 +128,7 @@ def test_one_step_of_another_length_costs_little(name: str, sequences: int, fact
     backlog=st.builds(Backlog, st.integers(0, 64), st.integers(0, 200_000), st.floats(0.0, 1e5)),
     seed=st.integers(0, 1000),
 )
+@example("cpu", None, 512, [(0.0, 1), (0.0, 54), (0.0, 57)], Backlog(), 0)
 def test_whatever_steps_take_the_budget_comes_back(
     name: str,
     slo: float | None,

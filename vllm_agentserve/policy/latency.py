@@ -156,7 +156,7 @@ class StepModel:
     def mixing_ms(self) -> float:
         """What a step with chunks takes longer than one without, whatever their length: on a GPU its kernels are launched one by
         one, while steps of decodes only are CUDA graphs. 0 before any chunk has been seen."""
-        return self.chunk_ms(0, 0) - self.chunk_ms(0, 0, first=False)
+        return max(self.chunk_ms(0, 0) - self.chunk_ms(0, 0, first=False), 0.0)
 
     def step_ms(self, sequences: int, context: int, chunks: Sequence[Chunk]) -> float:
         """The predicted duration of a step with these decodes (their number and summed context) and chunks."""
