@@ -3,7 +3,7 @@
 import pytest
 
 from tests.support.program_tables import NamedTable, table
-from vllm_agentserve.policy.program import THREADS
+from vllm_agentserve.policy.program import THREADS, Stage
 
 
 def received(programs: NamedTable, key: str, ms: float, thread: str | None = None) -> None:
@@ -160,6 +160,24 @@ def test_books_that_balance_have_no_faults() -> None:
     programs.pauses("a")
     for call in "abcd":
         programs.finish(call, 1.0)
+    assert programs.faults() == []
+
+
+def test_a_session_that_waits_for_its_client_goes_on_doing_so_when_it_is_queued() -> None:
+    """It has lost its KV by then: only such sessions wait in the queue."""
+    programs = table()
+    programs.arrive("a", "p", None, 0.0)
+    programs.prefills("a", False, 100, 0, 100)
+    programs.decodes("a")
+    call = programs.call("a")
+    programs.table.suspends(call, 1.0)
+    programs.pauses("a", 2.0)
+    assert call.program is not None
+    assert call.program.stage is Stage.PAUSED
+    assert programs.table.clock.kv_tokens(call.program.program) == 0
+    assert programs.faults() == []
+    programs.table.continues(call, 3.0)
+    assert call.program.stage is Stage.WAITING
     assert programs.faults() == []
 
 

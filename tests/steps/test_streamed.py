@@ -10,6 +10,7 @@ from tests.support.schedulers import Driver, make_request, make_scheduler
 from vllm_agentserve.policy.program import Stage
 from vllm_agentserve.scheduler.program_stats import program_report
 from vllm_agentserve.top_table import STAGES
+from vllm_agentserve.vllm_compat import installed_vllm
 
 both = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 
@@ -98,7 +99,8 @@ def test_the_check_notices_one_that_is_counted_as_decoding_and_does_not_run() ->
 
 
 def test_a_streamed_session_that_loses_its_place_with_its_last_token_under_way() -> None:
-    """vLLM puts it into the queue that it is in already, and takes it out again."""
+    """vLLM 0.32 puts it into the queue that it is in already, and takes it out again: its next part is lost. 0.33 keeps it."""
+    keeps = not str(installed_vllm()).startswith("0.32.")
     scheduler, driver = started(asynchronous=True)
     scheduler.add_request(part("streamed", 40, max_tokens=2))
     driver.step()
@@ -110,5 +112,10 @@ def test_a_streamed_session_that_loses_its_place_with_its_last_token_under_way()
     token = ModelRunnerOutput(["streamed"], {"streamed": 0}, sampled_token_ids=[[17]])
     scheduler.update_from_output(output, token)
     assert request.status is RequestStatus.WAITING_FOR_STREAMING_REQ
-    assert len(scheduler.waiting) == 0
+    assert len(scheduler.waiting) == (1 if keeps else 0)
     assert scheduler.integrity.faults() == []
+    if keeps:
+        scheduler.add_request(part("streamed", 20, last=True))
+        until(driver, lambda: not scheduler.requests)
+        assert len(scheduler.waiting) == 0
+        assert scheduler.integrity.faults() == []

@@ -151,12 +151,16 @@ class ProgramTable:
             self._move(part, Stage.DECODING)
 
     def pauses(self, call: Call, now: float | None = None) -> None:
-        """The call lost its place and its KV and waits again, unless it waits already; `now` as for `prefills`."""
+        """The call lost its place and its KV and waits again, unless it waits already; `now` as for `prefills`.
+
+        A streamed session between two parts of its input goes on waiting for its client.
+        """
         self._now = self._now if now is None else now
         part = call.program
         if part is not None and part.stage is not Stage.WAITING:
-            part.since = self._now
-            self._move(part, Stage.WAITING)
+            if part.stage is not Stage.PAUSED:
+                part.since = self._now
+                self._move(part, Stage.WAITING)
             self._let_go(part)
 
     def suspends(self, call: Call, now: float) -> None:

@@ -28,7 +28,7 @@ class AgentQueue(RequestQueue):
 
     def _add(self, request: Request, passed_over: bool = False) -> None:
         call = self._calls[request.request_id]
-        # vLLM adds a streamed session twice whose last token comes after it was preempted, and takes it out again.
+        # vLLM 0.32 adds a streamed session twice whose last token comes after it was preempted, and takes it out again.
         if call not in self._waiting:
             self._waiting.add(call, passed_over)
 

@@ -187,7 +187,7 @@ def finds_no_place(scheduler: "Scheduler", waiting: "Request") -> bool:
 def may_be_preempted(scheduler: "Scheduler", request: "Request") -> bool:
     """Whether a running request can lose its place now: it has generated something, and no lane job writes its blocks.
 
-    vLLM loses a streamed session whose last token comes after it was preempted.
+    vLLM 0.32 loses a streamed session whose last token comes after it was preempted.
     """
     return (
         not request.resumable
