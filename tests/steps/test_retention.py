@@ -171,6 +171,83 @@ def test_a_running_request_that_grows_is_not_preempted_because_of_kept_blocks(cl
     assert scheduler.integrity.faults() == []
 
 
+def crowded(clock: Clock, **options: Any) -> tuple[Any, Driver, Retain]:
+    """Two programs are kept, with 57 of 128 blocks; a call with 49 blocks decodes."""
+    scheduler, driver, retain = started(**options)
+    learned(scheduler, driver, clock)
+    scheduler.add_request(make_request("decodes", prompt("other", 600), max_tokens=180))
+    for _ in range(4):
+        driver.step()
+    assert len(scheduler.running) == 1
+    assert retain.retention.blocks == 57
+    return scheduler, driver, retain
+
+
+def steps_until_admitted(scheduler: Any, driver: Driver, clock: Clock, name: str, limit: int = 300) -> int:
+    for step in range(limit):
+        if scheduler.calls[name].cached_tokens is not None:
+            return step
+        clock.now += 0.001
+        driver.step()
+    raise AssertionError(f"{name} was not admitted")
+
+
+def test_who_has_no_context_waits_for_blocks_that_are_not_kept(clock: Clock) -> None:
+    scheduler, driver, retain = crowded(clock)
+    scheduler.add_request(make_request("new", prompt("new", 500), max_tokens=4))
+    for _ in range(20):
+        clock.now += 0.001
+        driver.step()
+    assert scheduler.calls["new"].cached_tokens is None
+    assert retain.ledger.broken == 0
+    # Who comes back to its context does not.
+    turn(scheduler, "a", 4)
+    assert steps_until_admitted(scheduler, driver, clock, "a-4") <= 2
+    assert scheduler.calls["a-4"].cached_tokens == 400 + 16 * 3
+    # Nor who needs no more than there is.
+    scheduler.add_request(make_request("short", prompt("short", 100), max_tokens=4))
+    scheduler.finish_requests(["new"], RequestStatus.FINISHED_ABORTED)
+    assert steps_until_admitted(scheduler, driver, clock, "short") <= 2
+    serve(scheduler, driver, clock)
+    assert scheduler.kv_cache_manager.watermark_blocks == 0
+
+
+def test_nobody_waits_for_longer_than_the_bound(clock: Clock) -> None:
+    scheduler, driver, retain = crowded(clock, max_bypass_steps=30)
+    scheduler.add_request(make_request("new", prompt("new", 500), max_tokens=4))
+    assert 25 <= steps_until_admitted(scheduler, driver, clock, "new") <= 35
+    assert "decodes" in scheduler.calls
+    assert retain.ledger.broken > 0
+
+
+def test_nobody_waits_where_nothing_runs(clock: Clock) -> None:
+    scheduler, driver, _ = crowded(clock)
+    scheduler.add_request(make_request("new", prompt("new", 500), max_tokens=4))
+    driver.step()
+    assert scheduler.calls["new"].cached_tokens is None
+    scheduler.finish_requests(["decodes"], RequestStatus.FINISHED_ABORTED)
+    assert steps_until_admitted(scheduler, driver, clock, "new") <= 2
+
+
+def test_headroom_that_is_configured_stays(clock: Clock) -> None:
+    scheduler, driver, _ = started()
+    compat.keep_headroom(scheduler, 7)
+    (retain,) = [one for one in scheduler._events.features if isinstance(one, Retain)]
+    retain._headroom = compat.headroom_blocks(scheduler)
+    learned(scheduler, driver, clock)
+    assert scheduler.kv_cache_manager.watermark_blocks == 7
+
+
+def test_without_the_option_nobody_waits(clock: Clock) -> None:
+    scheduler: Any = make_scheduler(options={"mode": "time-sliced", "load_control": False}, num_blocks=129)
+    driver = Driver(scheduler)
+    learned(scheduler, driver, clock)
+    scheduler.add_request(make_request("decodes", prompt("other", 600), max_tokens=180))
+    driver.step()
+    scheduler.add_request(make_request("new", prompt("new", 500), max_tokens=4))
+    assert steps_until_admitted(scheduler, driver, clock, "new") <= 2
+
+
 def test_the_prefix_cache_can_be_reset(clock: Clock) -> None:
     scheduler, driver, retain = started()
     learned(scheduler, driver, clock)

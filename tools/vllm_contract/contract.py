@@ -89,6 +89,14 @@ CONTRACT = (
         "vllm.v1.core.kv_cache_manager:KVCacheManager", COMPAT, free="request", prefix_cache_lookup_enabled="request"
     ),
     *reads("vllm.v1.core.kv_cache_manager:KVCacheManager", f"{COMPAT} {BOOKS}", "block_pool coordinator"),
+    *reads("vllm.v1.core.kv_cache_manager:KVCacheManager", COMPAT, "watermark_blocks"),
+    # For waiting requests only, and only while others run.
+    *says(
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
+        COMPAT,
+        "if has_scheduled_reqs and request.status in (",
+        "watermark_blocks = self.watermark_blocks",
+    ),
     *calls(
         "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator",
         COMPAT,

@@ -151,6 +151,7 @@ class Call:
     cached_tokens: int | None = None
     computed_tokens: int = 0
     computed_ms: float = 0.0
+    holds: bool = False
     lane: LaneState = field(default_factory=LaneState)
     arrived_s: float | None = None
     admitted: bool = False

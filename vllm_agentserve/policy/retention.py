@@ -4,6 +4,8 @@ With an LRU order and contexts of more than the pool, the blocks that are handed
 finds anything. Here some programs are kept whole and the others not at all, so that a share of all turns finds everything. Who is
 kept stays kept from call to call, as long as its context fits. Kept blocks are handed out only when nothing else is left.
 
+- A call that found less than half of its context waits while others run and only kept blocks are left: what it would push out
+  is needed before it ends. It does not wait for longer than `max_bypass_steps`.
 - A program is kept when it is likely to come back, and when its blocks fit beside those of the others that are kept.
 - It takes the room of others only if these are expected back much later than it.
 - When kept programs outgrow the room, the one that was kept last goes.
@@ -14,7 +16,7 @@ live this is without holding blocks that a request needs.
 """
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from math import inf
@@ -280,6 +282,10 @@ class Retention:
             more = max(blocks, -program.blocks)
             program.blocks += more
             self.blocks += more
+
+    def away_blocks(self, running: Container[str]) -> int:
+        """Blocks of kept programs that are free: those that do not run have none in use."""
+        return sum(program.blocks for name, program in self._kept.items() if name not in running)
 
     def first_out(self, names: Collection[str]) -> str:
         """Whose blocks go first when nothing else is left: those of the one that is expected back last, none of which waits."""

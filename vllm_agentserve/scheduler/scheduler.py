@@ -194,6 +194,9 @@ class AgentScheduler(UpstreamHooks, Scheduler):
             else:
                 self._said.prefill_not_cut(obstacle)
                 self.engine_policy.charge(call, num_new_tokens, num_computed_tokens)
+        if not running:
+            for asked in self._events.asked:
+                asked(call, num_computed_tokens)
         return self._stock_limit(request, num_computed_tokens, num_new_tokens)
 
     def _take_chunks(self, output: "SchedulerOutput") -> tuple[list[Chunk], bool]:

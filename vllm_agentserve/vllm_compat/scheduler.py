@@ -130,6 +130,16 @@ def pool_tokens(scheduler: "Scheduler") -> int:
     return min(tokens, int(requests * scheduler.max_model_len))
 
 
+def headroom_blocks(scheduler: "Scheduler") -> int:
+    """KV blocks that have to stay free when a request is admitted beside others."""
+    return int(scheduler.kv_cache_manager.watermark_blocks)
+
+
+def keep_headroom(scheduler: "Scheduler", blocks: int) -> None:
+    """Sets that; vLLM asks before each allocation for a waiting request."""
+    scheduler.kv_cache_manager.watermark_blocks = blocks
+
+
 def can_return(scheduler: "Scheduler", request: "Request") -> bool:
     """Whether a later request can go on from the answer of this one."""
     return request.pooling_params is None and bool(scheduler.kv_cache_manager.prefix_cache_lookup_enabled(request))

@@ -25,6 +25,9 @@ class Feature:
     def after_schedule(self) -> None:
         """vLLM has scheduled the step, or failed to."""
 
+    def asked(self, call: Call, computed: int) -> None:
+        """vLLM is about to look for KV blocks for a waiting request, of which so many tokens are computed or cached."""
+
     def admitted(self, call: Call) -> None:
         """A step takes up the prompt of a request; what it found in the KV cache is known by now."""
 
@@ -72,6 +75,7 @@ class Events:
         self.before_step = self._of("before_step")
         self.before_plan = self._of("before_plan")
         self.after_schedule = self._of("after_schedule")
+        self.asked = self._of("asked")
         self.admitted = self._of("admitted")
         self.finished = self._of("finished")
         self.answered = self._of("answered")

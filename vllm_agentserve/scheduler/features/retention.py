@@ -1,5 +1,6 @@
 """Retention: KV blocks of programs that come back are handed out last."""
 
+from collections import Counter
 from collections.abc import Iterable, MutableMapping
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -30,6 +31,10 @@ class Retain(Feature):
         self.ledger = ledger
         self._scheduler = scheduler
         self._counts = counts
+        self._headroom = compat.headroom_blocks(scheduler)
+        """KV blocks that vLLM keeps free when it admits a request, as configured."""
+        self._running: Counter[str] = Counter()
+        """Calls that have been admitted and have not ended, by program."""
 
     @staticmethod
     def _name(call: Call) -> str | None:
@@ -48,10 +53,30 @@ class Retain(Feature):
         for name in self.retention.expire(perf_counter()):
             self.ledger.give_up(name)
 
+    def asked(self, call: Call, computed: int) -> None:
+        # While nothing runs vLLM keeps no headroom.
+        waits = not call.overdue and 2 * computed < call.request.num_tokens
+        kept = self.retention.away_blocks(self._running) if waits else 0
+        compat.keep_headroom(self._scheduler, self._headroom + kept)
+
+    def after_schedule(self) -> None:
+        compat.keep_headroom(self._scheduler, self._headroom)
+
+    def admitted(self, call: Call) -> None:
+        name = self._name(call)
+        # One that was preempted is admitted again.
+        if name is not None and not call.holds:
+            call.holds = True
+            self._running[name] += 1
+
     def freed(self, call: Call) -> None:
         now, request, name = perf_counter(), call.request, self._name(call)
         if name is None:
             return
+        if call.holds:
+            self._running[name] -= 1
+            if not self._running[name]:
+                del self._running[name]
         if call.cached_tokens is None or not request.num_output_tokens:
             self.retention.abort(name, now)
             return
