@@ -19,7 +19,7 @@ Everything is said with the time at which it happened, in seconds of any clock.
 """
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from math import exp, inf
@@ -191,8 +191,8 @@ class LoadControl:
         self._new_tokens = Mean()
         self._room = FIRST_ROOM
         self._claims = Claims()
-        self._sure = Claims()
-        """Of those under way that have calls, or have not been away for longer than usual."""
+        self._surely = 0.0
+        """Tokens of the contexts of those under way that have calls, or have not been away for longer than usual."""
         self._limit = inf
         self._reason: Reason = "fits"
         self._decided_on = 0.0
@@ -203,8 +203,8 @@ class LoadControl:
         """Whether there would be a limit if many more came."""
         self._came_s: deque[float] = deque()
         """When the first calls came that came within `SETTLE_S`."""
-        self._alike_sure: dict[tuple[bool, int], tuple[float, float]] = {}
-        """As `_alike`, of those."""
+        self._surely_part = 0.0
+        """The same of those that have been counted."""
         self._counted_s = self._part_s = self._decided_s = -inf
         self._closed_until_s = self._large_closed_until_s = -inf
         """For those that others do not pass, and for those that they do."""
@@ -302,7 +302,7 @@ class LoadControl:
                 newcomer = self._newcomer(program.named, call.prompt_tokens)
                 self._claims += newcomer
                 self._came += newcomer
-                self._sure += newcomer
+                self._surely += newcomer.now
             program.begun = True
 
     def _resumed(self, program: Program, now_s: float, prompt_tokens: int, cached_tokens: int | None) -> None:
@@ -542,7 +542,7 @@ class LoadControl:
             # Those that begin from now on are in `_came`.
             self._round = iter([program for program in self._live.values() if program.begun])
             self._alike, self._came = {}, Claims()
-            self._alike_sure = {}
+            self._surely_part = 0.0
         elif now_s - self._part_s < COUNT_S_PER_PROGRAM * COUNTED_AT_ONCE:
             return
         self._part_s = now_s
@@ -556,26 +556,18 @@ class LoadControl:
                 continue
             there = presence(program, self.returns, now_s)
             tokens = program.wants if program.calls else program.kept + growth
-            tables = [self._alike]
             if program.calls or now_s - program.ended_s <= OVERDUE * self.returns.gaps.mean_s:
-                tables.append(self._alike_sure)
+                self._surely_part += there * (tokens + self._waste)
             key = program.named, program.turns + 1
-            for table in tables:
-                programs_of, sum_of = table.get(key, (0.0, 0.0))
-                table[key] = programs_of + there, sum_of + there * (tokens + self._waste)
+            programs_of, sum_of = self._alike.get(key, (0.0, 0.0))
+            self._alike[key] = programs_of + there, sum_of + there * (tokens + self._waste)
         if len(part) == COUNTED_AT_ONCE:
             return
-        self._round = None
-        self._claims = self._came + self._sum(self._alike)
-        self._sure = self._came + self._sum(self._alike_sure)
-
-    def _sum(self, alike: Mapping[tuple[bool, int], tuple[float, float]]) -> Claims:
-        """What so many programs want, by turn, with so many tokens together."""
-        found = Claims()
-        for (named, turn), (sharing, tokens) in alike.items():
+        self._claims, self._round = self._came, None
+        self._surely = self._surely_part + self._came.now
+        for (named, turn), (sharing, tokens) in self._alike.items():
             if sharing:
-                found += claim(tokens / sharing, self._growth.value, stays(self.returns, named, turn), sharing)
-        return found
+                self._claims += claim(tokens / sharing, growth, stays(self.returns, named, turn), sharing)
 
     def _lapse(self, program: Program) -> None:
         self._gone[program.name] = self._live.pop(program.name)
@@ -590,15 +582,13 @@ class LoadControl:
             return
         self._decided_s = now_s
         self._decided_on = self._claims.programs + len(self._firsts)
-        waiting = Claims()
+        everybody = self._claims
         for named in (True, False):
             prompts = [call.prompt_tokens for call in self._firsts if call.program.named is named]
             if prompts:
-                waiting += self._newcomer(named, sum(prompts) / len(prompts), len(prompts))
+                everybody += self._newcomer(named, sum(prompts) / len(prompts), len(prompts))
         pool = self.pool_tokens * self._room
-        # Who may be over takes room until its claim lapses, but takes no turns.
-        under_way, everybody = self._sure, self._sure + waiting
-        if (self._claims + waiting).most <= FITS * self.pool_tokens or not everybody.programs:
+        if everybody.most <= FITS * self.pool_tokens:
             self._limit, self._reason, self._better_if_more = inf, "fits", True
             return
         footprint = everybody.most / everybody.programs
@@ -623,18 +613,19 @@ class LoadControl:
             return turns_per_second(programs, turn, hit_ratio(most / pool), room), best, -pressure
 
         without, best, pressure = rates(1.0)
-        if best and under_way.now >= (1 + CLIFF) * pool:
+        if best and self._surely >= (1 + CLIFF) * pool:
             # Those under way find nothing, whether others are held or not: a limit only helps those that wait, later on.
-            now, later = under_way.programs, waiting.programs
-            rate_now = turns_per_second(now, turn, 0.0, room)
-            rate_later = turns_per_second(min(later, pool / footprint), turn, 1.0)
-            best = min(best, everybody.programs / (now / rate_now + later / rate_later)) if later else 0.0
+            under_way = self._claims.programs
+            waiting = everybody.programs - under_way
+            rate_now = turns_per_second(under_way, turn, 0.0, room)
+            rate_later = turns_per_second(min(waiting, pool / footprint), turn, 1.0)
+            best = min(best, everybody.programs / (under_way / rate_now + waiting / rate_later)) if waiting else 0.0
         self.weighed = Weighed(everybody.programs, best, without, turn)
         if best > without * (COMES if self._limit == inf else GOES):
             self._limit, self._reason = pressure * pool, "model"
             return
         self._limit, self._reason = inf, "faster without"
-        crowds = [rates(times) for times in CROWDS] if under_way.now <= pool else []
+        crowds = [rates(times) for times in CROWDS] if self._surely <= pool else []
         self._better_if_more = any(best > without * COMES for without, best, _ in crowds)
 
     # What is seen.
