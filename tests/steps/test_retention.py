@@ -172,14 +172,14 @@ def test_a_running_request_that_grows_is_not_preempted_because_of_kept_blocks(cl
 
 
 def crowded(clock: Clock, **options: Any) -> tuple[Any, Driver, Retain]:
-    """Two programs are kept, with 57 of 128 blocks; a call with 49 blocks decodes."""
+    """Two programs are kept, with 56 of 128 blocks; a call with 38 blocks and more decodes."""
     scheduler, driver, retain = started(**options)
     learned(scheduler, driver, clock)
     scheduler.add_request(make_request("decodes", prompt("other", 600), max_tokens=180))
     for _ in range(4):
         driver.step()
     assert len(scheduler.running) == 1
-    assert retain.retention.blocks == 57
+    assert retain.retention.blocks == 56
     return scheduler, driver, retain
 
 
@@ -194,7 +194,7 @@ def steps_until_admitted(scheduler: Any, driver: Driver, clock: Clock, name: str
 
 def test_who_has_no_context_waits_for_blocks_that_are_not_kept(clock: Clock) -> None:
     scheduler, driver, retain = crowded(clock)
-    scheduler.add_request(make_request("new", prompt("new", 500), max_tokens=4))
+    scheduler.add_request(make_request("new", prompt("new", 700), max_tokens=4))
     for _ in range(20):
         clock.now += 0.001
         driver.step()
@@ -214,7 +214,7 @@ def test_who_has_no_context_waits_for_blocks_that_are_not_kept(clock: Clock) -> 
 
 def test_nobody_waits_for_longer_than_the_bound(clock: Clock) -> None:
     scheduler, driver, retain = crowded(clock, max_bypass_steps=30)
-    scheduler.add_request(make_request("new", prompt("new", 500), max_tokens=4))
+    scheduler.add_request(make_request("new", prompt("new", 700), max_tokens=4))
     assert 25 <= steps_until_admitted(scheduler, driver, clock, "new") <= 35
     assert "decodes" in scheduler.calls
     assert retain.ledger.broken > 0
@@ -222,7 +222,7 @@ def test_nobody_waits_for_longer_than_the_bound(clock: Clock) -> None:
 
 def test_nobody_waits_where_nothing_runs(clock: Clock) -> None:
     scheduler, driver, _ = crowded(clock)
-    scheduler.add_request(make_request("new", prompt("new", 500), max_tokens=4))
+    scheduler.add_request(make_request("new", prompt("new", 700), max_tokens=4))
     driver.step()
     assert scheduler.calls["new"].cached_tokens is None
     scheduler.finish_requests(["decodes"], RequestStatus.FINISHED_ABORTED)
@@ -244,7 +244,7 @@ def test_without_the_option_nobody_waits(clock: Clock) -> None:
     learned(scheduler, driver, clock)
     scheduler.add_request(make_request("decodes", prompt("other", 600), max_tokens=180))
     driver.step()
-    scheduler.add_request(make_request("new", prompt("new", 500), max_tokens=4))
+    scheduler.add_request(make_request("new", prompt("new", 700), max_tokens=4))
     assert steps_until_admitted(scheduler, driver, clock, "new") <= 2
 
 
