@@ -30,14 +30,14 @@ GAPS_S = (0.2, 1.0, 5.0)
 SEEDS = range(3)
 MACHINES = {"measured": MEASURED, "engine": ENGINE, "server": SERVER}
 STOCK, CONTROL, RETENTION, BOTH = "stock", "load control", "retention", "both"
-ORDER, TRIED = "order only", "retention, others wait"
+ORDER, NOBODY_WAITS = "order only", "both, nobody waits"
 ARMS = {
     STOCK: (False, False, False, False),
     ORDER: (True, False, False, False),
     CONTROL: (True, True, False, False),
-    RETENTION: (True, False, True, False),
-    BOTH: (True, True, True, False),
-    TRIED: (True, False, True, True),
+    RETENTION: (True, False, True, True),
+    BOTH: (True, True, True, True),
+    NOBODY_WAITS: (True, True, True, False),
 }
 """By name: resume prefills first, load control, retention, whether calls wait for blocks that are not kept."""
 
