@@ -35,6 +35,15 @@ def test_the_trade_to_the_digit(streams: int, backlog: Backlog, read_ms: float, 
     assert TRADE.target_ms(45.0, 9.0, streams, backlog, read_ms, 400.0) == pytest.approx(expected)
 
 
+def test_what_mixing_takes_is_on_top_of_the_limit_and_counts_with_the_decodes() -> None:
+    # Ten prompts: 0.4 of the other 380 ms, and the 20 ms.
+    assert TRADE.target_ms(45.0, 9.0, 3, Backlog(10, 20_000), 4000.0, 400.0, 20.0) == pytest.approx(172.0)
+    # One beside one stream: 29 + sqrt(300 x 29)
+    assert TRADE.target_ms(45.0, 9.0, 1, Backlog(1, 1500), 300.0, 400.0, 20.0) == pytest.approx(29.0 + 93.2738)
+    assert TRADE.stretch_ms(170.0, 400.0, 20.0) == pytest.approx(2.0)
+    assert TRADE.stretch_ms(170.0, 400.0) == 0.0
+
+
 amount = st.floats(0.0, 1e5)
 
 

@@ -39,6 +39,7 @@ class TargetTrade:
 
         T = d + sqrt(k m (R + w) d / n)
 
+    What a step takes longer because it has a prompt at all counts with d, and on top of the limit: it is paid anyway.
     So one prompt beside many streams gets the floor, many prompts beside few streams get the limit, a share of the step that
     stock vLLM would run: a shorter one costs prompts more, a longer one streams. T follows from the moment alone and has no
     memory, so that it cannot oscillate by itself.
@@ -47,13 +48,19 @@ class TargetTrade:
     weight: float = 5.0
     """What a ms of waiting for a prompt counts against a ms between two tokens."""
     stock_share: float = 0.55
-    """The limit, as a share of the duration of a step with as many prompt tokens as the engine takes."""
-
+    """The limit, as a share of the duration of a step with as many prompt tokens as the engine takes; mixing counts in full."""
     stretch: float = 0.5
     """Share of the target by which a step may be longer that ends a prompt."""
 
     def target_ms(
-        self, floor_ms: float, decodes_ms: float, streams: int, backlog: Backlog, read_ms: float, stock_ms: float
+        self,
+        floor_ms: float,
+        decodes_ms: float,
+        streams: int,
+        backlog: Backlog,
+        read_ms: float,
+        stock_ms: float,
+        mixing_ms: float = 0.0,
     ) -> float:
         """The target of the next step.
 
@@ -64,14 +71,18 @@ class TargetTrade:
             backlog: the prompts that wait or are being read.
             read_ms: what the whole device takes to read them all.
             stock_ms: what a step with as many prompt tokens as the engine takes would last.
+            mixing_ms: what a step takes longer because it has a prompt at all.
         """
-        waits = backlog.prompts * (read_ms + backlog.waited_ms)
-        wanted = decodes_ms + sqrt(self.weight * waits * decodes_ms / max(streams, 1))
-        return max(floor_ms, min(wanted, self.stock_share * stock_ms))
+        waits, step_ms = backlog.prompts * (read_ms + backlog.waited_ms), decodes_ms + mixing_ms
+        wanted = step_ms + sqrt(self.weight * waits * step_ms / max(streams, 1))
+        return max(floor_ms, min(wanted, self._limit_ms(stock_ms, mixing_ms)))
 
-    def stretch_ms(self, target_ms: float, stock_ms: float) -> float:
+    def _limit_ms(self, stock_ms: float, mixing_ms: float) -> float:
+        return mixing_ms + self.stock_share * max(stock_ms - mixing_ms, 0.0)
+
+    def stretch_ms(self, target_ms: float, stock_ms: float, mixing_ms: float = 0.0) -> float:
         """How much longer a step may take that ends a prompt, within the same limit: the step that is saved is worth it."""
-        return max(min(self.stretch * target_ms, self.stock_share * stock_ms - target_ms), 0.0)
+        return max(min(self.stretch * target_ms, self._limit_ms(stock_ms, mixing_ms) - target_ms), 0.0)
 
 
 class TrustRegion:

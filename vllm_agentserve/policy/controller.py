@@ -243,8 +243,8 @@ class BudgetController:
             return Target(floor_ms)
         stock_ms = model.step_ms(sequences, context, [Chunk(Phase.COLD_PREFILL, max_tokens, 0)]) * self._depth
         read_ms = backlog.tokens / rate * 1000
-        target_ms = self.trade.target_ms(floor_ms, alone_ms + mixing_ms, sequences, backlog, read_ms, stock_ms)
-        return Target(target_ms, self.trade.stretch_ms(target_ms, stock_ms))
+        target_ms = self.trade.target_ms(floor_ms, alone_ms, sequences, backlog, read_ms, stock_ms, mixing_ms)
+        return Target(target_ms, self.trade.stretch_ms(target_ms, stock_ms, mixing_ms))
 
     def _prefill_ms(self, regime: "Regime", sequences: int, context: int, target_ms: float | None = None) -> float:
         """The time left for prefill in a step with these decodes."""
