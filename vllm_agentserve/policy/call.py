@@ -110,6 +110,7 @@ class Call:
         blocked: whether the engine passed over it when it last looked at it: it waits for a grammar, an adapter or other data.
         overdue: whether it has been overtaken for too long.
         has_waited: whether it was parked for room in the lane for as long again after it was overdue.
+        waits_for_unkept: whether it waits for KV blocks that are not kept for programs; others go before it.
 
     Set by the policy (`policy/engine.py`):
         phase: of its prompt, decided when a step first computes part of it.
@@ -142,6 +143,7 @@ class Call:
     blocked: bool = False
     overdue: bool = False
     has_waited: bool = False
+    waits_for_unkept: bool = False
     phase: Phase | None = None
     served_as: Phase | None = None
     lost_ms: float | None = None

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from vllm_agentserve.kv.ledger import Ledger
 from vllm_agentserve.policy.call import Call
+from vllm_agentserve.policy.order import Urgency
 from vllm_agentserve.policy.retention import Retention
+from vllm_agentserve.policy.waiting import WaitingList
 from vllm_agentserve.scheduler.features import Feature
 from vllm_agentserve.vllm_compat import scheduler as compat
 from vllm_agentserve.vllm_compat.free_blocks import cached_blocks
@@ -21,20 +23,29 @@ class Retain(Feature):
     retention: decides which programs are kept.
     ledger: has their blocks.
     scheduler: whose requests.
+    waiting: the calls that wait.
     counts: gets `retention_broken_blocks`.
     """
 
     def __init__(
-        self, retention: Retention, ledger: Ledger, scheduler: "Scheduler", counts: MutableMapping[str, float]
+        self,
+        retention: Retention,
+        ledger: Ledger,
+        scheduler: "Scheduler",
+        waiting: WaitingList,
+        counts: MutableMapping[str, float],
     ) -> None:
         self.retention = retention
         self.ledger = ledger
         self._scheduler = scheduler
+        self._waiting = waiting
         self._counts = counts
         self._headroom = compat.headroom_blocks(scheduler)
         """KV blocks that vLLM keeps free when it admits a request, as configured."""
         self._running: Counter[str] = Counter()
         """Calls that have been admitted and have not ended, by program."""
+        self._asked: tuple[Call, bool] | None = None
+        """The call that vLLM looked for blocks for last in this step, and whether it must not have kept ones."""
 
     @staticmethod
     def _name(call: Call) -> str | None:
@@ -54,13 +65,18 @@ class Retain(Feature):
             self.ledger.give_up(name)
 
     def asked(self, call: Call, computed: int) -> None:
-        # While nothing runs vLLM keeps no headroom.
-        waits = not call.overdue and 2 * computed < call.request.num_tokens
-        kept = self.retention.away_blocks(self._running) if waits else 0
+        # While nothing runs vLLM keeps no headroom. Who is overdue or was preempted waits no longer, and all others wait behind it.
+        waits = call.key is not None and call.key.urgency > Urgency.OVERDUE and 2 * computed < call.request.num_tokens
+        kept = self.retention.away_blocks(self._running, self._name(call)) if waits else 0
         compat.keep_headroom(self._scheduler, self._headroom + kept)
+        self._asked = call, kept > 0
 
     def after_schedule(self) -> None:
         compat.keep_headroom(self._scheduler, self._headroom)
+        if self._asked is not None:
+            # One that was admitted waits no more, and is passed by nobody.
+            self._waiting.let_pass(*self._asked)
+            self._asked = None
 
     def admitted(self, call: Call) -> None:
         name = self._name(call)
