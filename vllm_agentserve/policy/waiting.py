@@ -194,6 +194,9 @@ class VllmOrder:
     def release(self, ready: Callable[[Call], bool]) -> None:
         """Puts those parked calls back that are `ready`, which is asked of all, in their order."""
 
+    def let_pass(self, call: Call, pass_it: bool) -> None:
+        """Whether a call waits for KV blocks that are not kept for programs: others, who may need none of these, go before it."""
+
     def retag(self, limit: int) -> None:
         """Asks again for the keys of the first `limit` cold calls: what they share may be cached by now."""
 
@@ -451,7 +454,6 @@ class WaitingList(VllmOrder):
         self.closed = self._colds_wait = False
 
     def let_pass(self, call: Call, pass_it: bool) -> None:
-        """Whether a call waits for KV blocks that are not kept for programs: others, who may need none of these, go before it."""
         if call.key is not None and not call.parked and call.waits_for_unkept is not pass_it:
             call.waits_for_unkept = pass_it
             self._rekey([call])

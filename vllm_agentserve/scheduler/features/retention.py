@@ -9,7 +9,7 @@ from vllm_agentserve.kv.ledger import Ledger
 from vllm_agentserve.policy.call import Call
 from vllm_agentserve.policy.order import Urgency
 from vllm_agentserve.policy.retention import Retention
-from vllm_agentserve.policy.waiting import WaitingList
+from vllm_agentserve.policy.waiting import VllmOrder
 from vllm_agentserve.scheduler.features import Feature
 from vllm_agentserve.vllm_compat import scheduler as compat
 from vllm_agentserve.vllm_compat.free_blocks import cached_blocks
@@ -32,7 +32,7 @@ class Retain(Feature):
         retention: Retention,
         ledger: Ledger,
         scheduler: "Scheduler",
-        waiting: WaitingList,
+        waiting: VllmOrder,
         counts: MutableMapping[str, float],
     ) -> None:
         self.retention = retention
@@ -65,7 +65,7 @@ class Retain(Feature):
             self.ledger.give_up(name)
 
     def asked(self, call: Call, computed: int) -> None:
-        # While nothing runs vLLM keeps no headroom. Who is overdue or was preempted waits no longer, and all others wait behind it.
+        # While nothing runs vLLM keeps no headroom. All others wait behind who is overdue or was preempted.
         waits = call.key is not None and call.key.urgency > Urgency.OVERDUE and 2 * computed < call.request.num_tokens
         kept = self.retention.away_blocks(self._running, self._name(call)) if waits else 0
         compat.keep_headroom(self._scheduler, self._headroom + kept)
