@@ -277,6 +277,27 @@ def test_who_was_preempted_does_not_wait_for_blocks_that_are_not_kept(clock: Clo
     serve(scheduler, driver, clock)
 
 
+def test_who_is_kept_as_another_leaves_counts_the_blocks_they_share(clock: Clock) -> None:
+    scheduler, driver, retain = started()
+    shared = prompt("system", 64)
+    for number in range(4):
+        for name in "ab":
+            tokens = shared + prompt(name, 100 + 16 * number)
+            scheduler.add_request(make_request(f"{name}-{number}", tokens, max_tokens=8, session=name))
+        serve(scheduler, driver, clock)
+        clock.now += 0.5
+    assert len(retain.retention) == 2
+    scheduler.add_request(make_request("c-0", shared + prompt("c", 100), max_tokens=20, session="c"))
+    driver.step()
+    # In steps of decodes only nobody asks who has stayed away for too long.
+    clock.now += 600.0
+    while scheduler.requests:
+        driver.step()
+    assert [*retain.ledger.segments] == ["session c"]
+    (context,) = [segment.context for segment in retain.ledger.segments.values()]
+    assert retain.retention.blocks == len(context)
+
+
 def test_headroom_that_is_configured_stays(clock: Clock) -> None:
     scheduler, driver, _ = started()
     compat.keep_headroom(scheduler, 7)

@@ -105,14 +105,15 @@ class Retain(Feature):
             tool=call.hints.tool,
             can_return=compat.can_return(self._scheduler, request),
         )
-        for other in gone:
-            self.ledger.give_up(other)
         if keeps and blocks:
             # vLLM gives them back when this is over, or later: then they are recognized.
             self.ledger.keep(name, blocks)
         else:
             self.ledger.give_up(name)
             self.retention.release(name)
+        # What they share with this one is counted as its own only if its blocks are known.
+        for other in gone:
+            self.ledger.give_up(other)
 
     def after_reset(self) -> None:
         self.ledger.clear()
