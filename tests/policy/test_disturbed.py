@@ -272,8 +272,8 @@ def test_chunks_are_long_enough_to_be_worth_their_step(
 
 @pytest.mark.parametrize("slo", [40.0, None])
 def test_what_mixing_takes_is_not_learned_from_a_machine_that_is_slow_now_and_then(slo: float | None) -> None:
-    """Chunks of long prompts are all as long as each other, and what a slow machine took for them looked like mixing. So steps were
-    made longer, to be worth that, and stayed so for ever: 68 ms where 40 ms were asked for."""
+    """Chunks of long prompts are all as long as each other, and what a slow machine took for them looked like mixing. So steps
+    were made longer, to be worth that, and stayed so for ever: 68 ms where 40 ms were asked for."""
     engine = Engine(18.0, 0.2, 0.0, 50.0, 2.0, 5.0)
     limits = {} if slo is None else {"tpot_slo_ms": slo}
     runner = Runner(engine, noise=0.05, prompt=4000, **limits)

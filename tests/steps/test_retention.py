@@ -298,6 +298,21 @@ def test_who_is_kept_as_another_leaves_counts_the_blocks_they_share(clock: Clock
     assert retain.retention.blocks == len(context)
 
 
+@pytest.mark.parametrize("policy", ["fcfs", "plas"])
+def test_nobody_waits_for_more_than_64_steps_whatever_the_order(clock: Clock, policy: str) -> None:
+    """With levels of programs `max_bypass_steps` is 4096, and steps take some 20 ms."""
+    scheduler, driver, retain = crowded(clock, policy=policy)
+    scheduler.add_request(make_request("batch", prompt("batch", 900), max_tokens=4, hints={"agent_class": "batch"}))
+    driver.step()
+    scheduler.add_request(make_request("new", prompt("new", 700), max_tokens=4))
+    assert 60 <= steps_until_admitted(scheduler, driver, clock, "new") <= 68
+    assert "decodes" in scheduler.calls
+    assert scheduler.calls["batch"].cached_tokens is None
+    assert retain._passed.keys() <= {scheduler.calls["batch"]}
+    serve(scheduler, driver, clock)
+    assert not retain._passed
+
+
 def test_headroom_that_is_configured_stays(clock: Clock) -> None:
     scheduler, driver, _ = started()
     compat.keep_headroom(scheduler, 7)

@@ -124,6 +124,9 @@ class Call:
         computed_ms: what these take of the whole device, with what the steps in which it was the first prompt take anyway.
         lane: what the prefill lane has to do with it.
 
+    Set by retention (`scheduler/features/retention.py`):
+        holds: whether it is counted as one that runs: it was admitted, and has not ended.
+
     Set by the metrics of classes (`scheduler/features/classes.py`):
         arrived_s: when it came, in s; None before that.
         admitted: whether a step has taken it up once.

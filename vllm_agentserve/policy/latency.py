@@ -111,8 +111,8 @@ class StepModel:
     MAX_ERROR = 10.0
     """Most that one step may count in the mean error: a step of no time would make it infinite."""
     SHORT_TOKENS, SHORT_STEPS = 32, 4
-    """Mixing takes no longer than all but the slowest of the last so many steps with so few prompt tokens took for them. Where all
-    chunks are as long as each other, the coefficients alone cannot tell mixing from computing."""
+    """Mixing takes no longer than all but the slowest of the last so many steps with so few prompt tokens took for them. Where
+    all chunks are as long as each other, the coefficients alone cannot tell mixing from computing."""
     CERTAIN = 8
     """Samples before a step can be told from a hiccup."""
 

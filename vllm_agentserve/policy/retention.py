@@ -5,8 +5,8 @@ finds anything. Here some programs are kept whole and the others not at all, so 
 kept stays kept from call to call, as long as its context fits. Kept blocks are handed out only when nothing else is left.
 
 - A call that found less than half of its context waits while others run and only kept blocks of other programs are left: what it
-  would push out is needed before it ends. Others go before it meanwhile. It does not wait for longer than `max_bypass_steps`, and
-  not at all if it had a place before.
+  would push out is needed before it ends. Others go before it meanwhile. It does not wait for longer than 64 steps (of
+  class batch: `max_bypass_steps`), and not at all if it had a place before.
 - A program is kept when it is likely to come back, and when its blocks fit beside those of the others that are kept.
 - It takes the room of others only if these are expected back much later than it.
 - When kept programs outgrow the room, the one that was kept last goes.

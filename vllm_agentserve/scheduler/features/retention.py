@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vllm_agentserve.kv.ledger import Ledger
 from vllm_agentserve.policy.call import Call
-from vllm_agentserve.policy.order import Urgency
+from vllm_agentserve.policy.order import BYPASS_STEPS, Urgency
 from vllm_agentserve.policy.retention import Retention
 from vllm_agentserve.policy.waiting import VllmOrder
 from vllm_agentserve.scheduler.features import Feature
@@ -44,6 +44,8 @@ class Retain(Feature):
         """KV blocks that vLLM keeps free when it admits a request, as configured."""
         self._running: Counter[str] = Counter()
         """Calls that have been admitted and have not ended, by program."""
+        self._passed: dict[Call, int] = {}
+        """Waiting calls that were refused kept blocks, and the steps in which that happened first."""
         self._asked: tuple[Call, bool] | None = None
         """The call that vLLM looked for blocks for last in this step, and whether it must not have kept ones."""
 
@@ -63,10 +65,19 @@ class Retain(Feature):
     def before_step(self, decodes: int, context: int) -> None:
         for name in self.retention.expire(perf_counter()):
             self.ledger.give_up(name)
+        for call in [*self._passed]:
+            if self._over(call):
+                self._waiting.let_pass(call, False)
+
+    def _over(self, call: Call) -> bool:
+        """Whether it has waited for long enough; those of class batch until they are overdue."""
+        since = self._passed.get(call)
+        return since is not None and not call.hints.batch and self._scheduler.current_step - since >= BYPASS_STEPS
 
     def asked(self, call: Call, computed: int) -> None:
         # While nothing runs vLLM keeps no headroom. All others wait behind who is overdue or was preempted.
-        waits = call.key is not None and call.key.urgency > Urgency.OVERDUE and 2 * computed < call.request.num_tokens
+        waits = call.key is not None and call.key.urgency > Urgency.OVERDUE and not self._over(call)
+        waits = waits and 2 * computed < call.request.num_tokens
         kept = self.retention.away_blocks(self._running, self._name(call)) if waits else 0
         compat.keep_headroom(self._scheduler, self._headroom + kept)
         self._asked = call, kept > 0
@@ -74,12 +85,16 @@ class Retain(Feature):
     def after_schedule(self) -> None:
         compat.keep_headroom(self._scheduler, self._headroom)
         if self._asked is not None:
+            call, kept = self._asked
+            if kept and call.key is not None:
+                self._passed.setdefault(call, self._scheduler.current_step)
             # One that was admitted waits no more, and is passed by nobody.
-            self._waiting.let_pass(*self._asked)
+            self._waiting.let_pass(call, kept)
             self._asked = None
 
     def admitted(self, call: Call) -> None:
         name = self._name(call)
+        self._passed.pop(call, None)
         # One that was preempted is admitted again.
         if name is not None and not call.holds:
             call.holds = True
@@ -87,6 +102,7 @@ class Retain(Feature):
 
     def freed(self, call: Call) -> None:
         now, request, name = perf_counter(), call.request, self._name(call)
+        self._passed.pop(call, None)
         if name is None:
             return
         if call.holds:
