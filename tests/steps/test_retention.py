@@ -446,6 +446,8 @@ def test_a_fault_is_seen(clock: Clock) -> None:
     faults = scheduler.integrity.faults()
     assert any("are said to be kept" in fault for fault in faults)
     assert any("'nobody'" in fault for fault in faults)
+    retain._running["nobody"] += 1
+    assert any("counted, by program" in fault for fault in scheduler.integrity.faults())
 
 
 class History:

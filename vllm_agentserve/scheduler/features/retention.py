@@ -144,4 +144,8 @@ class Retain(Feature):
         found += [f"blocks of {name!r} are kept, and it is not" for name in sorted(kept)]
         if len(self.ledger.segments) != len(self.retention):
             found.append(f"{len(self.retention)} programs are kept, and {len(self.ledger.segments)} have blocks")
+        known = set(calls)
+        if Counter(self._name(call) for call in known if call.holds) != self._running:
+            found.append("the calls that run are not those that are counted, by program")
+        found += [f"{call.name!r} is passed by others, and is gone" for call in self._passed if call not in known]
         return found
