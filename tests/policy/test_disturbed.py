@@ -268,3 +268,28 @@ def test_chunks_are_long_enough_to_be_worth_their_step(
     assert runner.controller.resume_tokens >= 800
     predicted = runner.controller.whole.model.step_ms(8, 16_000, [cold(1100, 0)])
     assert predicted == pytest.approx(runner.engine.ms(8, 16_000, [(1100, 0)]), rel=0.2)
+
+
+@pytest.mark.parametrize("slo", [40.0, None])
+def test_what_mixing_takes_is_not_learned_from_a_machine_that_is_slow_now_and_then(slo: float | None) -> None:
+    """Chunks of long prompts are all as long as each other, and what a slow machine took for them looked like mixing. So steps
+    were made longer, to be worth that, and stayed so for ever: 68 ms where 40 ms were asked for."""
+    engine = Engine(18.0, 0.2, 0.0, 50.0, 2.0, 5.0)
+    limits = {} if slo is None else {"tpot_slo_ms": slo}
+    runner = Runner(engine, noise=0.05, prompt=4000, **limits)
+    runner.quiet(50, 10)
+    for _ in range(25):
+        lengths = runner.mixed(90, 10)
+        runner.mixed(10, 10, 4.0)
+    usual = sorted(lengths)[len(lengths) // 2]
+    assert engine.ms(10, 20_000, [(usual, 2000)]) < 1.15 * (slo or 100.0)
+    assert usual > 100
+
+
+def test_of_many_steps_that_are_worth_mixing_one_shows_what_that_takes() -> None:
+    runner = Runner(LAUNCHED, tpot_slo_ms=20.0)
+    runner.quiet(50, 8)
+    runner.mixed(200, 8)
+    lengths = runner.mixed(10 * BudgetController.PROBE_STEPS, 8)
+    assert 9 <= sum(tokens <= StepModel.SHORT_TOKENS for tokens in lengths) <= 11
+    assert runner.controller.whole.model.mixing_ms() == pytest.approx(22.0, rel=0.15)

@@ -787,6 +787,18 @@ def test_only_so_many_programs_are_remembered(monkeypatch: pytest.MonkeyPatch) -
     assert list(server.load._gone) == ["b", "c"]
 
 
+def test_when_calls_came_is_not_remembered_for_long() -> None:
+    """Where programs do not come back, and while there is a limit, nobody asks how many came just now."""
+    server = Server()
+    for number in range(2000):
+        server.now += 0.01
+        server.arrive(f"{number}", f"one-shot {number}")
+        assert server.may(f"{number}")
+        server.begin(f"{number}")
+        server.end(f"{number}")
+    assert len(server.load._came_s) <= 40
+
+
 def test_a_program_that_is_remembered_is_small() -> None:
     """A client that sends a new session id with every call makes it remember 65 536 of them."""
     tracemalloc.start()

@@ -72,6 +72,7 @@ def test_the_order_of_keys() -> None:
         admission_key(COLD, 9, 3, 256),
         admission_key(RESUME, 1, 0, 256, level=1, due=0.0),
         admission_key(RESUME, 1, 0, 256, batch=True, due=0.0),
+        admission_key(RESUME, 1, 0, 256, due=0.0)._replace(urgency=Urgency.UNKEPT),
     ]
     assert sorted(reversed(rising)) == rising
 

@@ -229,6 +229,90 @@ def test_nobody_waits_where_nothing_runs(clock: Clock) -> None:
     assert steps_until_admitted(scheduler, driver, clock, "new") <= 2
 
 
+def test_others_go_before_who_waits_for_blocks_that_are_not_kept(clock: Clock) -> None:
+    """Also a program that comes back with a prompt too long for a resume prefill, and so stands in line with the cold ones."""
+    scheduler, driver, retain = crowded(clock)
+    scheduler.add_request(make_request("new", prompt("new", 700), max_tokens=4))
+    driver.step()
+    scheduler.engine_policy.controller.resume_tokens = 32
+    scheduler.add_request(make_request("a-4", prompt("a", 560), max_tokens=8, session="a"))
+    assert steps_until_admitted(scheduler, driver, clock, "a-4") <= 3
+    scheduler.add_request(make_request("short", prompt("short", 100), max_tokens=4))
+    assert steps_until_admitted(scheduler, driver, clock, "short") <= 3
+    assert scheduler.calls["new"].cached_tokens is None
+    assert retain.ledger.broken == 0
+    assert steps_until_admitted(scheduler, driver, clock, "new") <= 64
+    serve(scheduler, driver, clock)
+
+
+def test_blocks_of_its_own_program_keep_nobody_waiting(clock: Clock) -> None:
+    """Its client has written the history anew."""
+    scheduler, driver, _ = crowded(clock)
+    scheduler.add_request(make_request("a-4", prompt("anew", 700), max_tokens=8, session="a"))
+    assert steps_until_admitted(scheduler, driver, clock, "a-4") <= 2
+    serve(scheduler, driver, clock)
+
+
+def test_who_was_preempted_does_not_wait_for_blocks_that_are_not_kept(clock: Clock) -> None:
+    """It goes first, so all others would wait behind it; and no bound ends its wait."""
+    scheduler, driver, retain = crowded(clock)
+    for name in "ab":
+        scheduler.add_request(make_request(f"{name}-4", prompt(name, 464), max_tokens=60, session=name))
+    driver.step()
+    scheduler.add_request(make_request("preempted", prompt("preempted", 420), max_tokens=200))
+    preempted = scheduler.requests["preempted"]
+    while not preempted.num_preemptions:
+        clock.now += 0.001
+        driver.step()
+    pool = scheduler.kv_cache_manager.block_pool
+    pool.evict_blocks({block.block_id for block in pool.free_block_queue.get_all_free_blocks()})
+    while "a-4" in scheduler.requests or "b-4" in scheduler.requests:
+        clock.now += 0.001
+        driver.step()
+    assert len(retain.retention) == 2
+    clock.now += 0.001
+    driver.step()
+    assert preempted.status is RequestStatus.RUNNING
+    assert "decodes" in scheduler.requests
+    serve(scheduler, driver, clock)
+
+
+def test_who_is_kept_as_another_leaves_counts_the_blocks_they_share(clock: Clock) -> None:
+    scheduler, driver, retain = started()
+    shared = prompt("system", 64)
+    for number in range(4):
+        for name in "ab":
+            tokens = shared + prompt(name, 100 + 16 * number)
+            scheduler.add_request(make_request(f"{name}-{number}", tokens, max_tokens=8, session=name))
+        serve(scheduler, driver, clock)
+        clock.now += 0.5
+    assert len(retain.retention) == 2
+    scheduler.add_request(make_request("c-0", shared + prompt("c", 100), max_tokens=20, session="c"))
+    driver.step()
+    # In steps of decodes only nobody asks who has stayed away for too long.
+    clock.now += 600.0
+    while scheduler.requests:
+        driver.step()
+    assert [*retain.ledger.segments] == ["session c"]
+    (context,) = [segment.context for segment in retain.ledger.segments.values()]
+    assert retain.retention.blocks == len(context)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "plas"])
+def test_nobody_waits_for_more_than_64_steps_whatever_the_order(clock: Clock, policy: str) -> None:
+    """With levels of programs `max_bypass_steps` is 4096, and steps take some 20 ms."""
+    scheduler, driver, retain = crowded(clock, policy=policy)
+    scheduler.add_request(make_request("batch", prompt("batch", 900), max_tokens=4, hints={"agent_class": "batch"}))
+    driver.step()
+    scheduler.add_request(make_request("new", prompt("new", 700), max_tokens=4))
+    assert 60 <= steps_until_admitted(scheduler, driver, clock, "new") <= 68
+    assert "decodes" in scheduler.calls
+    assert scheduler.calls["batch"].cached_tokens is None
+    assert retain._passed.keys() <= {scheduler.calls["batch"]}
+    serve(scheduler, driver, clock)
+    assert not retain._passed
+
+
 def test_headroom_that_is_configured_stays(clock: Clock) -> None:
     scheduler, driver, _ = started()
     compat.keep_headroom(scheduler, 7)
@@ -362,6 +446,8 @@ def test_a_fault_is_seen(clock: Clock) -> None:
     faults = scheduler.integrity.faults()
     assert any("are said to be kept" in fault for fault in faults)
     assert any("'nobody'" in fault for fault in faults)
+    retain._running["nobody"] += 1
+    assert any("counted, by program" in fault for fault in scheduler.integrity.faults())
 
 
 class History:

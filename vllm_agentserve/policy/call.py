@@ -110,6 +110,7 @@ class Call:
         blocked: whether the engine passed over it when it last looked at it: it waits for a grammar, an adapter or other data.
         overdue: whether it has been overtaken for too long.
         has_waited: whether it was parked for room in the lane for as long again after it was overdue.
+        waits_for_unkept: whether it waits for KV blocks that are not kept for programs; others go before it.
 
     Set by the policy (`policy/engine.py`):
         phase: of its prompt, decided when a step first computes part of it.
@@ -122,6 +123,9 @@ class Call:
         computed_tokens: tokens of its prompt that were scheduled so far, those computed again after a preemption included.
         computed_ms: what these take of the whole device, with what the steps in which it was the first prompt take anyway.
         lane: what the prefill lane has to do with it.
+
+    Set by retention (`scheduler/features/retention.py`):
+        holds: whether it is counted as one that runs: it was admitted, and has not ended.
 
     Set by the metrics of classes (`scheduler/features/classes.py`):
         arrived_s: when it came, in s; None before that.
@@ -142,6 +146,7 @@ class Call:
     blocked: bool = False
     overdue: bool = False
     has_waited: bool = False
+    waits_for_unkept: bool = False
     phase: Phase | None = None
     served_as: Phase | None = None
     lost_ms: float | None = None

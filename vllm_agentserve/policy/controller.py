@@ -70,6 +70,9 @@ class BudgetController:
     """Of what a step takes longer for its chunks, the share in which it computes their tokens, at least: the rest is what mixing
     takes however short they are. Where that alone misses the target, short chunks make streams and prompts slower. The second
     number holds for a target that was given."""
+    PROBE_STEPS = 32
+    """Of so many mixed steps that are longer than the target for what mixing takes, one is not: its short chunks show what mixing
+    really takes. Long ones only show what both take together, so that a wrong value would last."""
     PREFILL_SHARE = 0.25
     """Where decodes alone miss the target already, prefill still gets this share of the decodes' own time."""
 
@@ -96,6 +99,8 @@ class BudgetController:
         self.slow_steps = 0
         """Decode steps above the upper threshold since the start."""
         self._set_target(limits.tpot_slo_ms or limits.tpot_uncalibrated_ms)
+        self._unprobed = 0
+        """Mixed steps since the last one that was not made longer for what mixing takes."""
         self._step_tokens = 2048
         self.step_target_ms = self._target_ms
         """What the latest step with prefill beside decodes was planned for."""
@@ -163,6 +168,7 @@ class BudgetController:
                 regime.model.learn_prefill(sequences, context, chunks, step_ms)
                 regime.trust.tried_alone(chunks, step_ms * self._depth / target_ms)
             return
+        self._unprobed += 1
         predicted = regime.model.learn_prefill(sequences, context, chunks, interval_ms)
         if admitted:
             excess_ms = min(interval_ms - predicted, 0.5 * target_ms / self._depth)
@@ -235,7 +241,7 @@ class BudgetController:
             return Target(self._target_ms)
         model, given = regime.model, self.limits.tpot_slo_ms is not None
         alone_ms, mixing_ms = model.decode_ms(sequences, context) * self._depth, model.mixing_ms() * self._depth
-        floor_ms = max(self._target_ms, alone_ms + mixing_ms / (1 - (self.USEFUL_GIVEN if given else self.USEFUL)))
+        floor_ms = max(self._target_ms, alone_ms + mixing_ms / (1 - self._useful))
         if given or not backlog.prompts:
             return Target(floor_ms)
         rate = self.device_rate(max(backlog.tokens // backlog.prompts, 1), 0)
@@ -246,11 +252,28 @@ class BudgetController:
         target_ms = self.trade.target_ms(floor_ms, alone_ms, sequences, backlog, read_ms, stock_ms, mixing_ms)
         return Target(target_ms, self.trade.stretch_ms(target_ms, stock_ms, mixing_ms))
 
-    def _prefill_ms(self, regime: "Regime", sequences: int, context: int, target_ms: float | None = None) -> float:
-        """The time left for prefill in a step with these decodes."""
+    def _probes(self, regime: "Regime", sequences: int, context: int) -> bool:
+        """Whether a step is one that shows what mixing takes."""
+        if not sequences or self._unprobed < self.PROBE_STEPS:
+            return False
+        alone_ms = regime.model.decode_ms(sequences, context) * self._depth
+        if alone_ms + regime.model.mixing_ms() * self._depth / (1 - self._useful) <= self._target_ms:
+            return False
+        self._unprobed = 0
+        return True
+
+    @property
+    def _useful(self) -> float:
+        return self.USEFUL if self.limits.tpot_slo_ms is None else self.USEFUL_GIVEN
+
+    def _prefill_ms(
+        self, regime: "Regime", sequences: int, context: int, target_ms: float, worth_it: bool = True
+    ) -> float:
+        """The time left for prefill in a step with these decodes; `worth_it`: at least so much that mixing is worth it."""
         alone = regime.model.decode_ms(sequences, context)
-        target_ms = self._target_ms if target_ms is None else target_ms
-        least_ms = max(self.PREFILL_SHARE * alone, regime.model.mixing_ms() / (1 - self.USEFUL_GIVEN))
+        least_ms = self.PREFILL_SHARE * alone
+        if worth_it:
+            least_ms = max(least_ms, regime.model.mixing_ms() / (1 - self.USEFUL_GIVEN))
         return max(target_ms * self.gain / self._depth - alone, least_ms)
 
     def plan(
@@ -285,13 +308,16 @@ class BudgetController:
             return StepBudget(regime.model, self._rules_alone, UNLIMITED, max_tokens, max_tokens, 0)
         tokens = self._step_tokens = max_tokens
         target = self._weighed(sequences, context, max_tokens, backlog, regime)
+        probes = self._probes(regime, sequences, context)
+        if probes:
+            target = Target(self._target_ms)
         if sequences:
             self.step_target_ms = target.ms
         # With a longer step the share of resume prefills grows as the step does.
         share = min(int(self.resume_tokens * target.ms / self._target_ms), self.limits.resume_budget_max_tokens)
         resume_tokens = share if colds else tokens
         reserved = min(waiting_resume_tokens, resume_tokens, tokens // 2)
-        prefill_ms = self._prefill_ms(regime, sequences, context, target.ms)
+        prefill_ms = self._prefill_ms(regime, sequences, context, target.ms, worth_it=not probes)
         prefill_ms -= regime.admission_ms if admits else 0.0
         return StepBudget(
             regime.model,

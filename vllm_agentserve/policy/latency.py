@@ -13,7 +13,7 @@ about the next prompt's first ones. What changes quickly, how fast the machine i
 
 from collections import deque
 from collections.abc import Sequence
-from math import sqrt
+from math import inf, sqrt
 
 from vllm_agentserve.policy.call import Chunk
 
@@ -110,6 +110,9 @@ class StepModel:
     """Of a new step of decodes in how slow decodes are just now."""
     MAX_ERROR = 10.0
     """Most that one step may count in the mean error: a step of no time would make it infinite."""
+    SHORT_TOKENS, SHORT_STEPS = 32, 4
+    """Mixing takes no longer than all but the slowest of the last so many steps with so few prompt tokens took for them. Where
+    all chunks are as long as each other, the coefficients alone cannot tell mixing from computing."""
     CERTAIN = 8
     """Samples before a step can be told from a hiccup."""
 
@@ -125,6 +128,9 @@ class StepModel:
         """Mixed steps in a row that took less than the prediction divided by `OUTLIER`, or more than it times that."""
         self._constrained: tuple[int, list[float]] = (-1, [])
         """The coefficients of chunks after so many samples, none below zero."""
+        self._short_ms: deque[float] = deque(maxlen=self.SHORT_STEPS)
+        """What the last mixed steps with few prompt tokens took for them."""
+        self._most_mixing_ms = inf
         self._shortest_ms = 0.0
         """The shortest step of decodes seen: no step takes less, however few decodes it has."""
         self.error = 0.0
@@ -156,7 +162,7 @@ class StepModel:
     def mixing_ms(self) -> float:
         """What a step with chunks takes longer than one without, whatever their length: on a GPU its kernels are launched one by
         one, while steps of decodes only are CUDA graphs. 0 before any chunk has been seen."""
-        return max(self.chunk_ms(0, 0) - self.chunk_ms(0, 0, first=False), 0.0)
+        return min(max(self.chunk_ms(0, 0) - self.chunk_ms(0, 0, first=False), 0.0), self._most_mixing_ms)
 
     def step_ms(self, sequences: int, context: int, chunks: Sequence[Chunk]) -> float:
         """The predicted duration of a step with these decodes (their number and summed context) and chunks."""
@@ -213,6 +219,10 @@ class StepModel:
         base = self.decode_ms(sequences, context)
         predicted = self.step_ms(sequences, context, chunks)
         noise_ms = duration_ms
+        if sequences and sum(tokens for _, tokens, _ in chunks) <= self.SHORT_TOKENS:
+            self._short_ms.append(max(duration_ms - base, 0.0))
+            if len(self._short_ms) == self.SHORT_STEPS:
+                self._most_mixing_ms = sorted(self._short_ms)[-2]
         if self._prefill.samples > self.CERTAIN:
             if sequences:
                 error = min(abs(predicted - duration_ms) / max(duration_ms, 0.1), self.MAX_ERROR)

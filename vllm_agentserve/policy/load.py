@@ -248,6 +248,7 @@ class LoadControl:
             call.why = "one-shot"
         else:
             self._firsts[call] = None
+            self._lately(now_s)
             self._came_s.append(now_s)
         program.calls[call] = None
         return call

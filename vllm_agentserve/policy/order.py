@@ -1,6 +1,7 @@
 """Who is admitted first: the key by which waiting requests are sorted, and the bound on being overtaken.
 
-First preempted requests (they had a place already), then overdue ones, then all others: interactive ones before batch, by the
+First preempted requests (they had a place already), then overdue ones, then all others but those that wait for KV blocks that are
+not kept for programs, and these last. Within each of these: interactive ones before batch, by the
 level of their program (one level for all where programs are not told apart), by deadline where a client named one. Among
 equals come resume prefills, the shortest first, then cold prefills by arrival. Shortest first minimises the mean time to the
 next token of agents that wait for a tool result to be read; the overdue class keeps it, the levels and the hints of clients
@@ -28,6 +29,8 @@ class Urgency(enum.IntEnum):
     PREEMPTED = 0
     OVERDUE = 1
     NORMAL = 2
+    UNKEPT = 3
+    """It waits for KV blocks that are not kept for programs; who needs none of these goes before it."""
 
 
 class AdmissionKey(NamedTuple):

@@ -4,8 +4,9 @@ With an LRU order and contexts of more than the pool, the blocks that are handed
 finds anything. Here some programs are kept whole and the others not at all, so that a share of all turns finds everything. Who is
 kept stays kept from call to call, as long as its context fits. Kept blocks are handed out only when nothing else is left.
 
-- A call that found less than half of its context waits while others run and only kept blocks are left: what it would push out
-  is needed before it ends. It does not wait for longer than `max_bypass_steps`.
+- A call that found less than half of its context waits while others run and only kept blocks of other programs are left: what it
+  would push out is needed before it ends. Others go before it meanwhile. It does not wait for longer than 64 steps (of
+  class batch: `max_bypass_steps`), and not at all if it had a place before.
 - A program is kept when it is likely to come back, and when its blocks fit beside those of the others that are kept.
 - It takes the room of others only if these are expected back much later than it.
 - When kept programs outgrow the room, the one that was kept last goes.
@@ -283,9 +284,9 @@ class Retention:
             program.blocks += more
             self.blocks += more
 
-    def away_blocks(self, running: Container[str]) -> int:
-        """Blocks of kept programs that are free: those that do not run have none in use."""
-        return sum(program.blocks for name, program in self._kept.items() if name not in running)
+    def away_blocks(self, running: Container[str], but: str | None) -> int:
+        """Blocks of kept programs that are free, but for one program: those that do not run have none in use."""
+        return sum(program.blocks for name, program in self._kept.items() if name not in running and name != but)
 
     def first_out(self, names: Collection[str]) -> str:
         """Whose blocks go first when nothing else is left: those of the one that is expected back last, none of which waits."""

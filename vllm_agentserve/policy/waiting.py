@@ -194,6 +194,9 @@ class VllmOrder:
     def release(self, ready: Callable[[Call], bool]) -> None:
         """Puts those parked calls back that are `ready`, which is asked of all, in their order."""
 
+    def let_pass(self, call: Call, pass_it: bool) -> None:
+        """Whether a call waits for KV blocks that are not kept for programs: others, who may need none of these, go before it."""
+
     def retag(self, limit: int) -> None:
         """Asks again for the keys of the first `limit` cold calls: what they share may be cached by now."""
 
@@ -268,7 +271,7 @@ class WaitingList(VllmOrder):
             call.blocked = passed_over
             self._insert(call)
             return
-        call.overdue = call.has_waited = False
+        call.overdue = call.has_waited = call.waits_for_unkept = False
         call.wait_number, call.wait_since_s = self._arrivals, self._clock()
         self._arrivals += 1
         call.blocked = self._is_blocked(call)
@@ -450,6 +453,11 @@ class WaitingList(VllmOrder):
     def reopen(self) -> None:
         self.closed = self._colds_wait = False
 
+    def let_pass(self, call: Call, pass_it: bool) -> None:
+        if call.key is not None and not call.parked and call.waits_for_unkept is not pass_it:
+            call.waits_for_unkept = pass_it
+            self._rekey([call])
+
     def retag(self, limit: int) -> None:
         self._rekey([call for _, _, call in islice((one for one in self._line.entries if one[0].cold), limit)])
 
@@ -486,6 +494,8 @@ class WaitingList(VllmOrder):
         key = self._key_of(call)
         if call.overdue and key.urgency > Urgency.OVERDUE:
             key = ahead(key, Urgency.OVERDUE, call.wait_number)
+        elif call.waits_for_unkept and key.urgency is Urgency.NORMAL:
+            key = key._replace(urgency=Urgency.UNKEPT)
         call.key = key
         self._line.add(entry_of(call))
 

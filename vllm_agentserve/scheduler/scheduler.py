@@ -194,7 +194,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
             else:
                 self._said.prefill_not_cut(obstacle)
                 self.engine_policy.charge(call, num_new_tokens, num_computed_tokens)
-        if not running:
+        if not running and num_new_tokens:
             for asked in self._events.asked:
                 asked(call, num_computed_tokens)
         return self._stock_limit(request, num_computed_tokens, num_new_tokens)

@@ -115,7 +115,7 @@ def build_features(
             obstacle = "waiting requests are in vLLM's order, and nobody knows their programs"
         if obstacle is None:
             retention = Retention(pool_blocks(scheduler), returns)
-            features.append(Retain(retention, retain_blocks(scheduler, retention), scheduler, counts))
+            features.append(Retain(retention, retain_blocks(scheduler, retention), scheduler, waiting, counts))
         else:
             logger.warning("agentserve: KV blocks are not kept for programs that come back: %s.", obstacle)
     return features

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from vllm_agentserve.kv.ledger import Ledger
 from vllm_agentserve.policy.call import Call
+from vllm_agentserve.policy.order import BYPASS_STEPS, Urgency
 from vllm_agentserve.policy.retention import Retention
+from vllm_agentserve.policy.waiting import VllmOrder
 from vllm_agentserve.scheduler.features import Feature
 from vllm_agentserve.vllm_compat import scheduler as compat
 from vllm_agentserve.vllm_compat.free_blocks import cached_blocks
@@ -21,20 +23,31 @@ class Retain(Feature):
     retention: decides which programs are kept.
     ledger: has their blocks.
     scheduler: whose requests.
+    waiting: the calls that wait.
     counts: gets `retention_broken_blocks`.
     """
 
     def __init__(
-        self, retention: Retention, ledger: Ledger, scheduler: "Scheduler", counts: MutableMapping[str, float]
+        self,
+        retention: Retention,
+        ledger: Ledger,
+        scheduler: "Scheduler",
+        waiting: VllmOrder,
+        counts: MutableMapping[str, float],
     ) -> None:
         self.retention = retention
         self.ledger = ledger
         self._scheduler = scheduler
+        self._waiting = waiting
         self._counts = counts
         self._headroom = compat.headroom_blocks(scheduler)
         """KV blocks that vLLM keeps free when it admits a request, as configured."""
         self._running: Counter[str] = Counter()
         """Calls that have been admitted and have not ended, by program."""
+        self._passed: dict[Call, int] = {}
+        """Waiting calls that were refused kept blocks, and the steps in which that happened first."""
+        self._asked: tuple[Call, bool] | None = None
+        """The call that vLLM looked for blocks for last in this step, and whether it must not have kept ones."""
 
     @staticmethod
     def _name(call: Call) -> str | None:
@@ -52,18 +65,36 @@ class Retain(Feature):
     def before_step(self, decodes: int, context: int) -> None:
         for name in self.retention.expire(perf_counter()):
             self.ledger.give_up(name)
+        for call in [*self._passed]:
+            if self._over(call):
+                self._waiting.let_pass(call, False)
+
+    def _over(self, call: Call) -> bool:
+        """Whether it has waited for long enough; those of class batch until they are overdue."""
+        since = self._passed.get(call)
+        return since is not None and not call.hints.batch and self._scheduler.current_step - since >= BYPASS_STEPS
 
     def asked(self, call: Call, computed: int) -> None:
-        # While nothing runs vLLM keeps no headroom.
-        waits = not call.overdue and 2 * computed < call.request.num_tokens
-        kept = self.retention.away_blocks(self._running) if waits else 0
+        # While nothing runs vLLM keeps no headroom. All others wait behind who is overdue or was preempted.
+        waits = call.key is not None and call.key.urgency > Urgency.OVERDUE and not self._over(call)
+        waits = waits and 2 * computed < call.request.num_tokens
+        kept = self.retention.away_blocks(self._running, self._name(call)) if waits else 0
         compat.keep_headroom(self._scheduler, self._headroom + kept)
+        self._asked = call, kept > 0
 
     def after_schedule(self) -> None:
         compat.keep_headroom(self._scheduler, self._headroom)
+        if self._asked is not None:
+            call, kept = self._asked
+            if kept and call.key is not None:
+                self._passed.setdefault(call, self._scheduler.current_step)
+            # One that was admitted waits no more, and is passed by nobody.
+            self._waiting.let_pass(call, kept)
+            self._asked = None
 
     def admitted(self, call: Call) -> None:
         name = self._name(call)
+        self._passed.pop(call, None)
         # One that was preempted is admitted again.
         if name is not None and not call.holds:
             call.holds = True
@@ -71,6 +102,7 @@ class Retain(Feature):
 
     def freed(self, call: Call) -> None:
         now, request, name = perf_counter(), call.request, self._name(call)
+        self._passed.pop(call, None)
         if name is None:
             return
         if call.holds:
@@ -89,14 +121,15 @@ class Retain(Feature):
             tool=call.hints.tool,
             can_return=compat.can_return(self._scheduler, request),
         )
-        for other in gone:
-            self.ledger.give_up(other)
         if keeps and blocks:
             # vLLM gives them back when this is over, or later: then they are recognized.
             self.ledger.keep(name, blocks)
         else:
             self.ledger.give_up(name)
             self.retention.release(name)
+        # What they share with this one is counted as its own only if its blocks are known.
+        for other in gone:
+            self.ledger.give_up(other)
 
     def after_reset(self) -> None:
         self.ledger.clear()
@@ -111,4 +144,8 @@ class Retain(Feature):
         found += [f"blocks of {name!r} are kept, and it is not" for name in sorted(kept)]
         if len(self.ledger.segments) != len(self.retention):
             found.append(f"{len(self.retention)} programs are kept, and {len(self.ledger.segments)} have blocks")
+        known = set(calls)
+        if Counter(self._name(call) for call in known if call.holds) != self._running:
+            found.append("the calls that run are not those that are counted, by program")
+        found += [f"{call.name!r} is passed by others, and is gone" for call in self._passed if call not in known]
         return found
