@@ -136,6 +136,8 @@ class Trace:
         for index, (line, prompt) in enumerate(zip(group, prompts, strict=True)):
             start_s = ((line.timestamp_s or 0.0) - begin_s) / self.options.speed
             single = f"{name}.{index + 1}" if len(group) > 1 else name
+            while single != name and single in self._chains:
+                single += "."  # Another session of the trace has that name.
             turn = Turn((), self.answer(line), context=prompt)
             known = line.number in self._known
             sessions.append(Session(single, name, (turn,), start_s=start_s, cached=known, timed=True, recorded=True))
