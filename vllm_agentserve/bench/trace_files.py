@@ -103,7 +103,7 @@ def entries_of_csv(path: Path, text: str) -> Iterator[Entry]:
                 )
             yield Entry(rows.line_num, f"{path}, line {rows.line_num}", row, csv=True)
     except csv.Error as error:
-        raise WorkloadError(f"trace {path}, line {rows.line_num}: not CSV ({error})") from error
+        raise WorkloadError(f"trace {path}, line {rows.line_num + 1}: not CSV ({error})") from error
 
 
 def looks_like_csv(text: str) -> bool:
