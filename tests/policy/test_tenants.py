@@ -119,7 +119,7 @@ LONG = "x" * 100_000
     ids=["session", "salt", "adapter", "request"],
 )
 def test_what_is_kept_of_a_long_name_is_short(given: dict[str, Any]) -> None:
-    """vLLM bounds none of these, and a program is kept for an hour after its last call."""
+    """A program is kept for an hour after its last call. vLLM itself bounds cache salts only."""
     attribution = Attribution(16)
     assert len(key(attribution, **given)) < 1000
     assert len(call(**given).session or "") < 1000

@@ -34,7 +34,7 @@ class Stage(enum.IntEnum):
 def bounded(name: str) -> str:
     """A name that is kept after its call: itself, or a hash of it where it is longer than names of ours may be.
 
-    vLLM bounds neither session ids, nor cache salts, nor ids of requests. Clients give all three.
+    vLLM bounds neither session ids nor ids of requests, and clients give both. Of cache salts it takes 128 characters.
     """
     if len(name) <= LONGEST_NAME:
         return name
