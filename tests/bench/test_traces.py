@@ -211,6 +211,12 @@ def test_a_later_turn_with_a_time_and_no_delay_starts_then_or_after_the_answer(t
 # Files
 
 
+def test_a_name_that_cannot_be_sent_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, LINE | {"session_id": "é"}, LINE | {"session_id": "a\ud800"})
+    with pytest.raises(WorkloadError, match=r"line 2: the name 'a\\ud800' is no text"):
+        read_trace(path, TraceOptions(), 0)
+
+
 def test_an_open_replay_loses_no_session_whose_name_looks_like_that_of_a_line(tmp_path: Path) -> None:
     names = ["a", "a", "a.1", "a.2", "a.2", "a.1."]
     lines = [LINE | {"timestamp": number, "session_id": name} for number, name in enumerate(names)]

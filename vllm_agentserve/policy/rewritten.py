@@ -32,7 +32,8 @@ COMPARED = 128
 LONGEST_ANSWER = 8192
 """In so many tokens after the prompt its answer is looked for, at most."""
 MOST_COMPARED = 32
-"""Earlier prompts whose answers a prompt is compared with, the longest first: a look-up holds up the whole engine."""
+"""After so many earlier prompts, the longest first, a look-up ends: it holds up the whole engine. Those of one block are all
+compared, `ALIKE` at most."""
 
 
 @dataclass(slots=True)
