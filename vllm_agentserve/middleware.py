@@ -21,6 +21,8 @@ LONGEST_BODY = 64 << 20
 MARKS = tuple(field.encode() for field in BODY_FIELDS)
 FIELDS = ("agent_hint", "metadata", "previous_response_id", "prompt_cache_key", "session_id", "vllm_xargs")
 """Of a body; all others pass as the bytes they are."""
+LONGEST_FIELD = 1 << 20
+"""Bytes of the JSON of one of these; a body with a longer one passes as it is."""
 
 
 class ClientNames:
@@ -35,7 +37,9 @@ class ClientNames:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope.get("method") == "POST" and scope["path"].endswith(PATHS):
-            headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+            # Of a header that is there twice the first counts, as for vLLM.
+            given = reversed(list(scope["headers"]))
+            headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in given}
             if headers.get("content-encoding", "identity") == "identity":
                 receive = RewrittenBody(headers, receive).receive
         await self._app(scope, receive, send)
@@ -81,7 +85,11 @@ def with_names(headers: dict[str, str], body: bytes) -> bytes:
 
     try:
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-        known = {name: msgspec.json.decode(fields[name]) for name in FIELDS if name in fields}
+        raw = {name: fields[name] for name in FIELDS if name in fields}
+        if any(memoryview(content).nbytes > LONGEST_FIELD for content in raw.values()):
+            # Millions of values in an object of a client would hold up every other request.
+            return body
+        known = {name: msgspec.json.decode(content) for name, content in raw.items()}
         arguments = known.get("vllm_xargs")
         if not isinstance(arguments, (dict, type(None))):
             return body

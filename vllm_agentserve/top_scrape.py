@@ -3,13 +3,13 @@
 import http.client
 import math
 import urllib.error
-import urllib.request
 from dataclasses import dataclass, field
 from time import monotonic
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_agentserve.config import SERIES
+from vllm_agentserve.pages import open_page
 
 TIMEOUT_S = 10.0
 MAX_BYTES = 1 << 26
@@ -94,8 +94,7 @@ def scrape(page: str, key: str | None = None) -> dict[str, EngineMetrics]:
         key: API key, for servers that want one.
     """
     try:
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        with urllib.request.urlopen(urllib.request.Request(page, headers=headers), timeout=TIMEOUT_S) as answer:
+        with open_page(page, key, TIMEOUT_S) as answer:
             text = answer.read(MAX_BYTES).decode(errors="replace")
     except urllib.error.HTTPError as error:
         error.close()

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vllm_agentserve.policy.program import identifier
+from vllm_agentserve.policy.program import bounded, identifier
 from vllm_agentserve.top_scrape import EngineMetrics
 
 STAGES = {"decoding": "decoding", "resume_prefill": "resume", "cold_prefill": "cold", "waiting": "waiting"}
@@ -104,7 +104,7 @@ def programs(reading: EngineMetrics, before: EngineMetrics | None, session: str 
     if reading.missing is not None:
         return [Text(reading.missing, style="yellow")]
     rows, earlier = reading.rows(), before.rows() if before is not None else {}
-    marked = None if session is None else identifier(session)
+    marked = None if session is None else identifier(bounded(session))
     target_s = reading.figures.get("tpot_target_seconds") or None
     table = Table(box=None, pad_edge=False)
     for title in ("id", "calls", "phase", "level", "TPOT", "cached", "waiting", "service", "KV tokens"):

@@ -211,6 +211,19 @@ def test_a_later_turn_with_a_time_and_no_delay_starts_then_or_after_the_answer(t
 # Files
 
 
+def test_a_name_that_cannot_be_sent_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, LINE | {"session_id": "é"}, LINE | {"session_id": "a\ud800"})
+    with pytest.raises(WorkloadError, match=r"line 2: the name 'a\\ud800' is no text"):
+        read_trace(path, TraceOptions(), 0)
+
+
+def test_an_open_replay_loses_no_session_whose_name_looks_like_that_of_a_line(tmp_path: Path) -> None:
+    names = ["a", "a", "a.1", "a.2", "a.2", "a.1."]
+    lines = [LINE | {"timestamp": number, "session_id": name} for number, name in enumerate(names)]
+    sessions = read_trace(written(tmp_path, *lines), TraceOptions(pace="open"), 0)
+    assert len(by_name(sessions)) == len(lines)
+
+
 def test_ignored_fields_are_named_once(tmp_path: Path) -> None:
     path = written(tmp_path, LINE | {"priority": 3, "tool_events": []}, LINE | {"priority": 4, "model": "m"})
     said = Trace(path, TraceOptions()).summary()
@@ -238,6 +251,10 @@ def test_forms_of_files_that_hold_the_same(tmp_path: Path, form: str) -> None:
     ("content", "words"),
     [
         (b"a,b\n1,2\n", "line 2: CSV with the columns a, b is not read, only Azure's TIMESTAMP, ContextTokens"),
+        (
+            b"TIMESTAMP,ContextTokens,GeneratedTokens\n" + b"x" * 200_000 + b",1,2\n",
+            "line 2: not CSV .field larger than",
+        ),
         (b'[{"input_length": 3}', "line 1: not JSON"),
         (b"[1]", "entry 1: not a JSON object"),
         (b'[{"input_length": 3}, {"input_length": 0}]', "entry 2: 'input_length' = 0 is not allowed"),

@@ -88,6 +88,23 @@ def test_a_body_that_is_no_request_is_left_to_vllm(body: bytes) -> None:
     assert with_names({"x-claude-code-session-id": "s"}, body) == body
 
 
+@pytest.mark.parametrize(("length", "same"), [(middleware.LONGEST_FIELD, False), (middleware.LONGEST_FIELD + 1, True)])
+@pytest.mark.parametrize("field", ["agent_hint", "metadata", "vllm_xargs"])
+def test_a_field_that_is_too_large_is_not_parsed(field: str, length: int, same: bool) -> None:
+    """A hint of 45 MB took nine seconds, in which the server answered nobody."""
+    empty = '{"user_id":""}'
+    content = empty.replace('""', '"' + "x" * (length - len(empty)) + '"')
+    assert len(content) == length
+    body = b'{"%s":%s}' % (field.encode(), content.encode())
+    assert (with_names({"x-claude-code-session-id": "s"}, body) is body) == same
+
+
+def test_of_a_header_that_is_there_twice_the_first_counts(client: TestClient) -> None:
+    """So it is for vLLM, which reads the session itself: its own parent is no parent."""
+    found = post(client, headers=[("X-Session-ID", "a"), ("X-Session-ID", "b"), ("X-Parent-Session-ID", "b")])
+    assert (found["session"], found["xargs"]) == ("a", {"agent_parent": "b"})
+
+
 def test_a_body_that_names_nothing_is_not_parsed() -> None:
     body = b'{"model":  "m"}'
     assert with_names({}, body) is body

@@ -1,14 +1,16 @@
 """Prompts whose histories were rewritten: the rule on hand-made contexts, and what is remembered."""
 
 import random
+from array import array
 from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
 
+from vllm_agentserve.policy import rewritten
 from vllm_agentserve.policy.attribution import Attribution
 from vllm_agentserve.policy.call import Call
-from vllm_agentserve.policy.rewritten import SLACK, RewrittenHistories
+from vllm_agentserve.policy.rewritten import COMPARED, MOST_COMPARED, SLACK, RewrittenHistories, runs_of
 
 BLOCK = 16
 EOS = 2
@@ -200,3 +202,36 @@ def test_a_long_answer_takes_no_more_memory_than_its_end() -> None:
     found = histories.find(hashes(prompt + content + SYSTEM), prompt + content + SYSTEM)
     assert found is not None
     assert len(found.answer) <= 512
+
+
+def test_many_answers_to_one_prompt_do_not_make_a_look_up_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine waits for a look-up: what follows the prompt is read once, not once for each answer."""
+    histories = RewrittenHistories(BLOCK)
+    prompt, follows = tokens_of("task", 60), tokens_of("content", 60) + tokens_of("result", 9000)
+    for n in range(histories.ALIKE):
+        remember(histories, f"p{n}", prompt, tokens_of(f"reasoning {n}", 8000) + (follows[:60] if n == 7 else []))
+    read = []
+
+    def counted(tokens: "array[int]") -> set[tuple[int, ...]]:
+        read.append(len(tokens))
+        return runs_of(tokens)
+
+    monkeypatch.setattr(rewritten, "runs_of", counted)
+    found = histories.find(hashes(prompt + follows), prompt + follows)
+    assert found is not None
+    assert found.program == "p7"
+    assert sum(read) <= 4 * histories.ALIKE * COMPARED
+
+
+@pytest.mark.parametrize(("between", "expected"), [(MOST_COMPARED - 1, "first"), (MOST_COMPARED, None)])
+def test_many_turns_whose_answers_are_gone_do_not_make_a_look_up_long(between: int, expected: str | None) -> None:
+    histories = RewrittenHistories(BLOCK)
+    prompt, answer = tokens_of("task", 60), tokens_of("answer", 20)
+    remember(histories, "first", prompt, answer)
+    later = prompt + answer
+    for n in range(between):
+        later += tokens_of(f"turn {n}", 40)
+        remember(histories, f"turn {n}", later, tokens_of(f"gone {n}", 20))
+    later += tokens_of("last turn", 40)
+    found = histories.find(hashes(later), later)
+    assert (found and found.program) == expected

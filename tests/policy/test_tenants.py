@@ -9,7 +9,7 @@ from vllm_agentserve.policy.attribution import Attribution
 from vllm_agentserve.policy.call import Call
 from vllm_agentserve.policy.clients import client_hints
 from vllm_agentserve.policy.hints import Hints, read_hints
-from vllm_agentserve.policy.program import identifier
+from vllm_agentserve.policy.program import bounded, identifier
 
 
 def call(
@@ -108,3 +108,27 @@ def test_sessions_are_known_by_tenant() -> None:
     assert call("s").session == "s"
     assert call(None, "salt").session is None
     assert len({call("s", salt, adapter).session for salt, adapter in TENANTS}) == len(TENANTS)
+
+
+LONG = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"session_id": LONG}, {"salt": LONG}, {"adapter": LONG}, {"session_id": None, "name": LONG}],
+    ids=["session", "salt", "adapter", "request"],
+)
+def test_what_is_kept_of_a_long_name_is_short(given: dict[str, Any]) -> None:
+    """A program is kept for an hour after its last call. vLLM itself bounds cache salts only."""
+    attribution = Attribution(16)
+    assert len(key(attribution, **given)) < 1000
+    assert len(call(**given).session or "") < 1000
+    assert key(attribution, **given) == key(attribution, **given)
+    assert key(attribution, **{name: value and value + "y" for name, value in given.items()}) != key(
+        attribution, **given
+    )
+
+
+def test_the_number_of_a_program_with_a_long_name_can_be_found_by_that_name() -> None:
+    assert identifier(key(Attribution(16), LONG)) == identifier(bounded(LONG))
+    assert bounded("x" * 256) == "x" * 256

@@ -12,8 +12,8 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from vllm_agentserve.bench.endpoint import authorization
 from vllm_agentserve.bench.sessions import LAST_HINT, PARENT_HINT
+from vllm_agentserve.pages import authorization
 
 SILENCE_S = 600.0
 """A stream that says nothing for so long is given up, as by clients of the OpenAI API: load control holds calls for less."""

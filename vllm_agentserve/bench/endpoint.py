@@ -3,11 +3,12 @@
 import http.client
 import json
 import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
+
+from vllm_agentserve.pages import open_page
 
 PATIENCE_S = 10.0
 NO_ANSWER = (OSError, http.client.HTTPException, OverflowError)
@@ -37,14 +38,8 @@ class Endpoint:
 
 def get(url: str, key: str | None = None) -> bytes:
     """What is at an address; `key` is an API key, for servers that want one."""
-    request = urllib.request.Request(url, headers=authorization(key))
-    with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
+    with open_page(url, key, PATIENCE_S) as answer:
         return bytes(answer.read())
-
-
-def authorization(key: str | None) -> dict[str, str]:
-    """The header with which clients of the OpenAI API send their key."""
-    return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 def refused(url: str, code: int) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vllm_agentserve.bench.sessions import Session, Turn, TurnKey, WorkloadError
 from vllm_agentserve.bench.tokens import RecordedTokens
-from vllm_agentserve.bench.trace_checks import check_blocks, check_times, check_unit
+from vllm_agentserve.bench.trace_checks import check_blocks, check_names, check_times, check_unit
 from vllm_agentserve.bench.trace_files import read_entries
 from vllm_agentserve.bench.trace_formats import Reader, TraceLine, TraceReading, reader_of
 from vllm_agentserve.bench.trace_links import Place, chained
@@ -73,6 +73,7 @@ class Trace:
         self.lines = read_lines(path, self._reading, options.limit)
         if not self.lines:
             raise WorkloadError(f"trace {path} holds no requests: give a JSONL file with one request a line")
+        check_names(self.lines)
         check_unit(path, self.lines, options.unit, self._reading.dialect)
         check_blocks(self.lines, options.block_tokens, BLOCK_TOKENS)
         if options.pace == "open":
@@ -136,6 +137,8 @@ class Trace:
         for index, (line, prompt) in enumerate(zip(group, prompts, strict=True)):
             start_s = ((line.timestamp_s or 0.0) - begin_s) / self.options.speed
             single = f"{name}.{index + 1}" if len(group) > 1 else name
+            while single != name and single in self._chains:
+                single += "."  # Another session of the trace has that name.
             turn = Turn((), self.answer(line), context=prompt)
             known = line.number in self._known
             sessions.append(Session(single, name, (turn,), start_s=start_s, cached=known, timed=True, recorded=True))

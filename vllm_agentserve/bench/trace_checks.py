@@ -66,6 +66,17 @@ def check_unit(path: Path, lines: Sequence[TraceLine], given: str | None, dialec
         )
 
 
+def check_names(lines: Iterable[TraceLine]) -> None:
+    """Raises `WorkloadError` for a name that cannot be sent or written: half of a surrogate pair is in it."""
+    for line in lines:
+        for name in (line.session_id, line.name, line.parent):
+            if name is not None and not name.isascii():
+                try:
+                    name.encode()
+                except UnicodeEncodeError as error:
+                    raise WorkloadError(f"trace {line.where}: the name {name!r} is no text ({error.reason})") from error
+
+
 def check_times(lines: Iterable[TraceLine]) -> None:
     """Raises `WorkloadError` for a line that is earlier than the one before in its session."""
     latest: dict[str, TraceLine] = {}

@@ -90,13 +90,20 @@ def entries_of_file(path: Path) -> Iterator[Entry]:
     elif not begin or begin.startswith("{") or not looks_like_csv(begin):
         yield from entries_of_lines(path, text)
     else:
-        rows = csv.DictReader(io.StringIO(begin, newline=""))
+        yield from entries_of_csv(path, begin)
+
+
+def entries_of_csv(path: Path, text: str) -> Iterator[Entry]:
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    try:
         for row in rows:
             if None in row or None in row.values():
                 raise WorkloadError(
                     f"trace {path}, line {rows.line_num}: the number of values is not that of the header's"
                 )
             yield Entry(rows.line_num, f"{path}, line {rows.line_num}", row, csv=True)
+    except csv.Error as error:
+        raise WorkloadError(f"trace {path}, line {rows.line_num + 1}: not CSV ({error})") from error
 
 
 def looks_like_csv(text: str) -> bool:

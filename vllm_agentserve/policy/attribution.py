@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from vllm_agentserve.policy.call import Call, Owner
 from vllm_agentserve.policy.engine import NoAttribution
-from vllm_agentserve.policy.program import SESSION
+from vllm_agentserve.policy.program import SESSION, bounded
 from vllm_agentserve.policy.rewritten import Answered, RewrittenHistories
 
 RESPONSE = re.compile(r"resp_[0-9a-zA-Z]{1,64}")
@@ -191,7 +191,7 @@ class Attribution(NoAttribution):
             return Owner(key, path_ms, hints.thread, end)
         if found is not None:
             return Owner(found.program, found.path_ms, hints.thread, found.end, "inferred")
-        return Owner(f"request {call.name}", 0.0, hints.thread, source="new")
+        return Owner(f"request {bounded(call.name)}", 0.0, hints.thread, source="new")
 
     def remember(self, call: Call, path_ms: float, end: int) -> None:
         request = call.request

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from vllm_agentserve.policy.gateway import LONGEST_NAME
 from vllm_agentserve.policy.hints import NONE, Hints
 from vllm_agentserve.policy.phase import Phase
+from vllm_agentserve.policy.program import bounded
 
 if TYPE_CHECKING:
     from vllm_agentserve.policy.claims import LoadCall
@@ -161,6 +163,9 @@ class Call:
     arrived_s: float | None = None
     admitted: bool = False
     answered: bool = False
+    _tenant: str | None = field(default=None, init=False, repr=False)
+    _bounded_session: str | None = field(default=None, init=False, repr=False)
+    """Of a session id that is too long; its hash is made once."""
 
     @property
     def name(self) -> str:
@@ -170,15 +175,22 @@ class Call:
     @property
     def tenant(self) -> str:
         """Tells apart requests of one session id that cannot share KV: cache salt and adapter; empty without either."""
-        adapter = getattr(self.request, "lora_request", None)
-        salt, name = getattr(self.request, "cache_salt", None), adapter and adapter.lora_name
-        return f"tenant {(salt, name)!r} " if salt or name else ""
+        if self._tenant is None:
+            adapter = getattr(self.request, "lora_request", None)
+            salt, name = getattr(self.request, "cache_salt", None), adapter and adapter.lora_name
+            names = (salt and bounded(salt), name and bounded(name))
+            self._tenant = f"tenant {names!r} " if salt or name else ""
+        return self._tenant
 
     @property
     def named_session(self) -> str | None:
-        """The session that its client names; None if it names none."""
-        named: str | None = self.request.session_id
-        return named if self.hints.session is None else self.hints.session
+        """The session that its client names, a hash of it where it is too long; None if it names none."""
+        named: str | None = self.request.session_id if self.hints.session is None else self.hints.session
+        if named is None or len(named) <= LONGEST_NAME:
+            return named
+        if self._bounded_session is None:
+            self._bounded_session = bounded(named)
+        return self._bounded_session
 
     @property
     def session(self) -> str | None:

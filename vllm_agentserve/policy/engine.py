@@ -20,6 +20,7 @@ from vllm_agentserve.policy.order import (
 )
 from vllm_agentserve.policy.phase import Phase, SessionTable, classify
 from vllm_agentserve.policy.preemption import Rank
+from vllm_agentserve.policy.program import bounded
 from vllm_agentserve.policy.waiting import VllmOrder, WaitingList
 
 
@@ -44,7 +45,7 @@ class NoAttribution:
 
     def owner(self, call: Call) -> Owner:
         """Whose a request is."""
-        return Owner(f"request {call.name}", 0.0, source="new")
+        return Owner(f"request {bounded(call.name)}", 0.0, source="new")
 
     def remember(self, call: Call, path_ms: float, end: int) -> None:
         """The call has ended, with a path of this length to its end, which has this number; others may go on from its answer."""

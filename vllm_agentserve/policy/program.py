@@ -7,6 +7,8 @@ from functools import lru_cache
 from hashlib import sha256
 from math import inf
 
+from vllm_agentserve.policy.gateway import LONGEST_NAME
+
 THREADS = 64
 """Named threads remembered of a program."""
 ENDS = 64
@@ -29,9 +31,22 @@ class Stage(enum.IntEnum):
     DONE = 5
 
 
+def bounded(name: str) -> str:
+    """A name that is kept after its call: itself, or a hash of it where it is longer than names of ours may be.
+
+    vLLM bounds neither session ids nor ids of requests, and clients give both. Of cache salts it takes 128 characters.
+    """
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"sha256 {sha256(name.encode(errors='backslashreplace')).hexdigest()}"
+
+
 @lru_cache(64)
 def identifier(key: str) -> int:
-    """A program's number in `/metrics`: the first 24 bits of the SHA-256 of its key, or of its session id where it has one."""
+    """A program's number in `/metrics`: the first 24 bits of the SHA-256 of its key, or of its session id where it has one.
+
+    A session id is given as `bounded` returns it.
+    """
     return int.from_bytes(sha256(key.removeprefix(SESSION).encode(errors="backslashreplace")).digest()[:3])
 
 

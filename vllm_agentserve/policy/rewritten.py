@@ -18,6 +18,7 @@ same task given to several agents join nobody: what their prompts share is no wh
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 SLACK = 16
@@ -30,6 +31,9 @@ COMPARED = 128
 """Of these, the last ones that are looked for anywhere in what follows the prompt."""
 LONGEST_ANSWER = 8192
 """In so many tokens after the prompt its answer is looked for, at most."""
+MOST_COMPARED = 32
+"""After so many earlier prompts, the longest first, a look-up ends: it holds up the whole engine. Those of one block are all
+compared, `ALIKE` at most."""
 
 
 @dataclass(slots=True)
@@ -107,65 +111,97 @@ class RewrittenHistories:
             self._count -= len(forgotten)
 
     def find(self, hashes: Sequence[Hashable], tokens: Sequence[int]) -> Answered | None:
-        """The prompt this one goes on from, None if there is none."""
+        """The prompt this one goes on from, None if there is none, or none among the first `MOST_COMPARED` it begins with."""
+        compared = 0
         for blocks in range(len(hashes), 0, -1):
             found = self._by_hash.get(hashes[blocks - 1])
             if found is None:
                 continue
-            begin = blocks * self._block_size
-            most = max(len(one.tail) + min(one.length, LONGEST_ANSWER) for one in found) + KEPT
-            best = best_of(found, array("i", tokens[begin : begin + most]))
+            best, more = best_of(found, tokens, blocks * self._block_size)
             if best is not None:
                 best.continued += 1
                 return best
+            compared += more
+            if compared >= MOST_COMPARED:
+                return None
         return None
 
 
-def best_of(found: Sequence[Answered], rest: "array[int]") -> Answered | None:
-    """Of prompts found by the same block the one that goes on with `rest`, None if none does.
+def best_of(found: Sequence[Answered], tokens: Sequence[int], begin: int) -> tuple[Answered | None, int]:
+    """Of prompts found by the same block the one that a prompt goes on from, None if there is none; how many were compared.
 
     What the answers of several have in common, such as the words around a tool call, says little: tokens in a row count the
     less, the more of the answers have them.
+
+    Args:
+        found: the prompts.
+        tokens: of the prompt that goes on.
+        begin: where its tokens after the block begin.
     """
-    whole, opened = [], []
+    head = array("i", tokens[begin : begin + max(len(one.tail) for one in found) + GRAM])
+    places: list[tuple[Answered, int]] = []
     for one in found:
-        common, length = shared_tokens(one.tail, rest), len(one.tail)
-        if common == length < len(rest):
-            whole.append(one)
-        elif length - SLACK <= common < length and holds(one.answer, rest[common : common + GRAM]):
-            opened.append((one, common))
-    longest = max((len(one.tail) for one in (*whole, *(one for one, _ in opened))), default=0)
-    places = {id(one): len(one.tail) for one in whole} | {id(one): common for one, common in opened}
-    candidates = [one for one in found if id(one) in places and len(one.tail) == longest]
-    written = [as_written(one, rest[places[id(one)] :]) for one in candidates]
+        common, length = shared_tokens(one.tail, head), len(one.tail)
+        whole = common == length < len(head)
+        if whole or (length - SLACK <= common < length and holds(one.answer, head[common : common + GRAM])):
+            places.append((one, common))
+    longest = max((len(one.tail) for one, _ in places), default=0)
+    places = [(one, place) for one, place in places if len(one.tail) == longest]
+    rests = {
+        place: Rest(tokens, begin + place, [one for one, at in places if at == place])
+        for place in {place for _, place in places}
+    }
+    written = [rests[place].compared(one) for one, place in places]
     having = Counter(run for answer, _ in written for run in answer)
     best: tuple[float, int] | None = None
     chosen = None
-    for one, (answer, now) in zip(candidates, written, strict=True):
-        shared = answer & now
-        if one.deep or any(len(run) == GRAM for run in shared) or shared_end(one.answer, rest[places[id(one)] :]):
+    for (one, place), (answer, shared) in zip(places, written, strict=True):
+        if one.deep or any(len(run) == GRAM for run in shared) or shared_end(one.answer, rests[place].tokens):
             likeness = sum(1 / having[run] for run in shared) / sum(1 / having[run] for run in answer)
             rank = (likeness, -one.continued)
             if best is None or rank > best:
                 best, chosen = rank, one
-    return chosen
+    return chosen, len(places)
 
 
-def as_written(one: Answered, rest: "array[int]") -> tuple[set[tuple[int, ...]], set[tuple[int, ...]]]:
-    """Runs of tokens of an answer, and those of what stands in its place now.
+class Rest:
+    """What follows one or more earlier prompts in a later one: read once, however many there are.
 
-    The last token of an answer ends it in the history too. As long as what is before it there is the end of the answer that is
-    compared: reasoning comes first, and is left out. An answer that was cut off is compared with all that it may have become.
+    Args:
+        tokens: of the later prompt.
+        begin: where the rest begins.
+        answered: the earlier prompts.
     """
-    length = min(one.length, LONGEST_ANSWER)
-    for place, token in enumerate(rest[: length + KEPT]):
-        if token == one.answer[-1] and place + 1 >= min(GRAM, length):
-            now = runs_of(rest[max(place + 1 - COMPARED, 0) : place + 1])
+
+    def __init__(self, tokens: Sequence[int], begin: int, answered: Sequence[Answered]) -> None:
+        most = max(min(one.length, LONGEST_ANSWER) for one in answered) + KEPT
+        self.tokens = array("i", tokens[begin : begin + most])
+        wanted = set[tuple[int, ...]]().union(*(runs_of(one.answer[-COMPARED:]) for one in answered))
+        self._ends: dict[tuple[int, ...], int] = {}
+        """By runs of tokens of the answers: where the first one here ends."""
+        for size in range(1, GRAM + 1):
+            for place, run in enumerate(zip(*(self.tokens[skip:] for skip in range(size)), strict=False)):
+                if run in wanted and run not in self._ends:
+                    self._ends[run] = place + size
+
+    def compared(self, one: Answered) -> tuple[set[tuple[int, ...]], set[tuple[int, ...]]]:
+        """Runs of tokens of an answer, and those of them that stand in its place now.
+
+        The last token of an answer ends it in the history too. As long as what is before it there is the end of the answer that
+        is compared: reasoning comes first, and is left out. An answer that was cut off is compared with all that it may have
+        become.
+        """
+        length = min(one.length, LONGEST_ANSWER)
+        least = max(min(GRAM, length) - 1, 0)
+        with suppress(ValueError):
+            place = self.tokens.index(one.answer[-1], least, length + KEPT)
+            now = runs_of(self.tokens[max(place + 1 - COMPARED, 0) : place + 1])
             answer = runs_of(one.answer[-min(place + 1 + GRAM, COMPARED) :])
-            if any(len(run) == GRAM for run in answer & now):
-                return answer, now
-            break
-    return runs_of(one.answer[-COMPARED:]), runs_of(rest[: length + SLACK])
+            shared = answer & now
+            if any(len(run) == GRAM for run in shared):
+                return answer, shared
+        answer, most = runs_of(one.answer[-COMPARED:]), length + SLACK
+        return answer, {run for run in answer if self._ends.get(run, most + 1) <= most}
 
 
 def shared_tokens(one: "array[int]", other: "array[int]") -> int:
