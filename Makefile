@@ -12,7 +12,7 @@ demo: setup
 test: setup
 	@$(RUN)/python -m pytest tests
 
-# Everything that needs neither an engine nor more than a few seconds: under a minute, in two processes.
+# Everything that needs neither an engine nor more than a few seconds: about two minutes, in two processes.
 test-fast: setup
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-fast-vllm test-fast-others
 
