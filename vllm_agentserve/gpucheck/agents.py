@@ -56,7 +56,7 @@ def replay(options: Mapping[str, Any]) -> dict[str, Any]:
         "records": msgspec.to_builtins(records),
         "seconds": loop.seconds,
         "start_s": started_s,
-        "counters": {name: value - before[name] for name, value in counters().items()},
+        "counters": {name: value - before.get(name, 0) for name, value in counters().items()},
         "lane": None
         if log is None
         else {"slots": log.slots, "chunks": by_slot(log.launched()), "slices": slices(log.slices)},
