@@ -9,19 +9,10 @@ from vllm.v1.request import RequestStatus
 
 from tests.support.metrics_page import Page
 from tests.support.pinned import PinnedController, PinnedModel
-from tests.support.schedulers import Driver, make_request, make_scheduler
+from tests.support.schedulers import Clock, Driver, make_request, make_scheduler
 from vllm_agentserve.scheduler.features import load as feature
 from vllm_agentserve.scheduler.features.load import Load
 from vllm_agentserve.vllm_compat import scheduler as compat
-
-
-class Clock:
-    """Seconds that pass when the test says so."""
-
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

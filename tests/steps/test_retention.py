@@ -11,21 +11,12 @@ from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.request import RequestStatus
 
-from tests.support.schedulers import Driver, make_request, make_scheduler
+from tests.support.schedulers import Clock, Driver, make_request, make_scheduler
 from vllm_agentserve.scheduler.features import load, retention
 from vllm_agentserve.scheduler.features.load import Load
 from vllm_agentserve.scheduler.features.retention import Retain
 from vllm_agentserve.vllm_compat import scheduler as compat
 from vllm_agentserve.vllm_compat.free_blocks import retention_obstacle
-
-
-class Clock:
-    """Seconds that pass when the test says so."""
-
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
