@@ -17,6 +17,7 @@ from vllm_agentserve.policy.call import Call, Owner
 from vllm_agentserve.policy.engine import NoAttribution
 from vllm_agentserve.policy.program import SESSION, bounded
 from vllm_agentserve.policy.rewritten import Answered, RewrittenHistories
+from vllm_agentserve.policy.sequences import SequenceTable
 
 RESPONSE = re.compile(r"resp_[0-9a-zA-Z]{1,64}")
 """How vLLM's ids of requests begin that came as `/v1/responses`."""
@@ -46,7 +47,7 @@ class Remembered:
     weak: bool = False
 
 
-class Lineage:
+class Lineage(SequenceTable[Remembered]):
     """Remembers finished sequences by the hash of their last full block, which covers everything before it.
 
     A prompt continues the longest remembered sequence it begins with, exact to the token, and is longer than that. So a shared
@@ -59,17 +60,8 @@ class Lineage:
         capacity: sequences remembered, the oldest are forgotten first.
     """
 
-    ALIKE = 64
-    """Sequences remembered that differ in their tails only: the same prompt sent for ever must not make look-ups long."""
-
     def __init__(self, block_size: int, capacity: int = 16_384) -> None:
-        self._block_size = block_size
-        self._capacity = capacity
-        self._by_hash: OrderedDict[Hashable, list[Remembered]] = OrderedDict()
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
+        super().__init__(block_size, capacity)
 
     def remember(
         self,
@@ -98,16 +90,7 @@ class Lineage:
                 continue
             # Four bytes a token: as a tuple the longest tails would keep ten times as much.
             tail = array("i", tokens[blocks * self._block_size : length])
-            same = self._by_hash.setdefault(hashes[blocks - 1], [])
-            same.append(Remembered(program, path_ms, tail, end=end, weak=length < len(tokens)))
-            self._by_hash.move_to_end(hashes[blocks - 1])
-            self._count += 1
-            if len(same) > self.ALIKE:
-                del same[0]
-                self._count -= 1
-        while self._count > self._capacity:
-            _, forgotten = self._by_hash.popitem(last=False)
-            self._count -= len(forgotten)
+            self._keep(hashes[blocks - 1], Remembered(program, path_ms, tail, end=end, weak=length < len(tokens)))
 
     def find(self, hashes: Sequence[Hashable], tokens: Sequence[int]) -> Remembered | None:
         """The sequence this prompt goes on from, None if there is none; one look-up per full block, the last one first."""

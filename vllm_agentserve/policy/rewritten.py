@@ -16,10 +16,12 @@ same task given to several agents join nobody: what their prompts share is no wh
 """
 
 from array import array
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+
+from vllm_agentserve.policy.sequences import SequenceTable
 
 SLACK = 16
 """Tokens at the end of a prompt that open an answer: they may be missing when the answer is written into a history."""
@@ -61,7 +63,7 @@ class Answered:
     continued: int = 0
 
 
-class RewrittenHistories:
+class RewrittenHistories(SequenceTable[Answered]):
     """Remembers prompts that were answered, by the hash of a block near their end.
 
     Args:
@@ -69,17 +71,8 @@ class RewrittenHistories:
         capacity: prompts remembered, the oldest are forgotten first. Each takes about two kilobytes at most.
     """
 
-    ALIKE = 64
-    """Prompts remembered with the same hash."""
-
     def __init__(self, block_size: int, capacity: int = 8192) -> None:
-        self._block_size = block_size
-        self._capacity = capacity
-        self._by_hash: OrderedDict[Hashable, list[Answered]] = OrderedDict()
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
+        super().__init__(block_size, capacity)
 
     def remember(
         self,
@@ -99,16 +92,7 @@ class RewrittenHistories:
             return
         tail = array("i", tokens[blocks * size : prompt_tokens])
         answer = array("i", tokens[max(prompt_tokens, len(tokens) - KEPT) :])
-        same = self._by_hash.setdefault(hashes[blocks - 1], [])
-        same.append(Answered(program, path_ms, end, tail, answer, length, deep))
-        self._by_hash.move_to_end(hashes[blocks - 1])
-        self._count += 1
-        if len(same) > self.ALIKE:
-            del same[0]
-            self._count -= 1
-        while self._count > self._capacity:
-            _, forgotten = self._by_hash.popitem(last=False)
-            self._count -= len(forgotten)
+        self._keep(hashes[blocks - 1], Answered(program, path_ms, end, tail, answer, length, deep))
 
     def find(self, hashes: Sequence[Hashable], tokens: Sequence[int]) -> Answered | None:
         """The prompt this one goes on from, None if there is none, or none among the first `MOST_COMPARED` it begins with."""
