@@ -1,6 +1,5 @@
 """Hardware queues for two lanes: asked for before CUDA starts in the worker, and said where that comes too late."""
 
-import logging
 import os
 from typing import Any
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 
 from tests.support.cuda_machine import arguments_of, machine
+from tests.support.log_messages import log_messages
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.vllm_compat import cuda, lanes
 
@@ -60,7 +60,6 @@ def test_cpus_have_no_such_queues(gpu: Any) -> None:
 def test_what_comes_too_late_is_said(
     gpu: Any,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
     found: str | None,
     started: bool,
     own_process: bool,
@@ -70,14 +69,14 @@ def test_what_comes_too_late_is_said(
         monkeypatch.setenv(VARIABLE, found)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: started)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(own_process)))
-    monkeypatch.setattr(logging.getLogger("vllm.agentserve"), "propagate", True)
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    lanes.choose_lanes(arguments(gpu), AgentServeConfig(mode="lanes"))
+    with log_messages() as messages:
+        lanes.choose_lanes(arguments(gpu), AgentServeConfig(mode="lanes"))
     if says is None:
-        assert caplog.messages == []
+        assert messages == []
     else:
-        assert says in caplog.text
-        assert f"set {VARIABLE}=32 in the environment" in caplog.text
+        (said,) = messages
+        assert says in said
+        assert f"set {VARIABLE}=32 in the environment" in said
     assert os.environ[VARIABLE] == (found or "32"), "a value of the user's stays"
 
 

@@ -1,6 +1,5 @@
 """Retention on vLLM's real scheduler without a model: whose KV blocks stay, and that nobody is refused because of them."""
 
-import logging
 import random
 from itertools import count
 from typing import Any
@@ -11,6 +10,7 @@ from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.request import RequestStatus
 
+from tests.support.log_messages import log_messages
 from tests.support.schedulers import Clock, Driver, make_request, make_scheduler
 from vllm_agentserve.scheduler.features import load, retention
 from vllm_agentserve.scheduler.features.load import Load
@@ -401,21 +401,18 @@ def test_with_load_control_there_is_one_record_of_returns(clock: Clock) -> None:
     assert len(retain.retention) == 2
 
 
-def obstacle(caplog: pytest.LogCaptureFixture, **options: Any) -> list[str]:
-    with caplog.at_level(logging.WARNING, "vllm.agentserve"):
+def obstacle(**options: Any) -> list[str]:
+    with log_messages() as messages:
         scheduler: Any = make_scheduler(options={"mode": "time-sliced", "kv_retain": True}, **options)
     assert not [one for one in scheduler._events.features if isinstance(one, Retain)]
     assert type(scheduler.kv_cache_manager.block_pool.free_block_queue) is FreeKVCacheBlockQueue
-    return [record.getMessage() for record in caplog.records if "are not kept" in record.getMessage()]
+    return [message for message in messages if "are not kept" in message]
 
 
-def test_where_it_cannot_be_the_log_says_why(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("vllm", "vllm.agentserve"):
-        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
-    (said,) = obstacle(caplog, prefix_caching=False)
+def test_where_it_cannot_be_the_log_says_why() -> None:
+    (said,) = obstacle(prefix_caching=False)
     assert said.endswith("prefix caching is off.")
-    caplog.clear()
-    (said,) = obstacle(caplog, policy="priority")
+    (said,) = obstacle(policy="priority")
     assert "vLLM's order" in said
 
 

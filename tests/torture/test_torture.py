@@ -104,7 +104,7 @@ def test_a_forgotten_call_is_found(rig: tuple[Episode, Rig]) -> None:
     table = engine.scheduler.engine_policy.programs.table
     call = call_of("nobody")
     table.arrive(call, "p", None, 0.0)
-    assert "'p' counts [1, 0, 0, 0] calls by stage, and has [0, 0, 0, 0]" in engine.faults()
+    assert "'p' counts [1, 0, 0, 0, 0] calls by stage, and has [0, 0, 0, 0, 0]" in engine.faults()
     table.finish(call, 0.0)
     assert engine.faults() == []
 
