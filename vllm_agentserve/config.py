@@ -146,10 +146,10 @@ class AgentServeConfig:
     policy: typing.Literal["fcfs", "plas", "atlas"] = option(
         "fcfs",
         "",
-        "Order of waiting requests. `fcfs`: resume prefills first, then cold prefills by arrival. `plas`: programs that "
-        "have received the least service first. `atlas`: the same, with the longest path of calls that led to the "
-        "request as its service. A program is a `session_id`, or else the requests whose prompts continue each other's "
-        "answers.",
+        "Order of waiting requests. `fcfs`: resume prefills first, then cold prefills, those of the program that began first. "
+        "`plas`: programs that have received the least service first. `atlas`: the same, with the longest path of calls "
+        "that led to the request as its service. A program is a `session_id`, or else the requests whose prompts "
+        "continue each other's answers.",
     )
     program_levels: int = option(
         8,

@@ -8,6 +8,7 @@ import pytest
 from vllm_agentserve.bench.calls import CallShape, ProgramShape
 from vllm_agentserve.bench.cost import StepCost
 from vllm_agentserve.policy.budget import TargetTrade
+from vllm_agentserve.policy.program import Beginnings
 from vllm_agentserve.simulator.simulator import Order, Simulator
 
 COST = StepCost(base=5.5, sequence=0.25, context=0.48, tokens=120.0, attended=31.0, prefill=2.0)
@@ -77,3 +78,21 @@ def test_where_mixing_takes_most_of_a_step_sessions_take_little_longer(number: i
             sessions.append(mean(program.seconds for program in ended))
         found[order] = mean(sessions)
     assert found["fcfs"] <= 1.035 * found["stock"]
+
+
+def test_where_contexts_are_gone_the_oldest_program_first_ends_programs_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen agents on nine places. Without the ages of programs cold prompts go by arrival, and all agents end together."""
+
+    def sessions() -> tuple[float, float]:
+        took, spans = [], []
+        for seed in SEEDS:
+            ended = Simulator("fcfs", COST, slots=9, step_tokens=2048).run(agents(0.97, 0.2, seed))
+            took.append(mean(program.seconds for program in ended))
+            spans.append(max(program.ended_s for program in ended))
+        return mean(took), mean(spans)
+
+    by_age = sessions()
+    monkeypatch.setattr(Beginnings, "number", lambda self, key: 0)
+    by_arrival = sessions()
+    assert by_age[0] <= 0.92 * by_arrival[0]
+    assert by_age[1] <= 1.04 * by_arrival[1]

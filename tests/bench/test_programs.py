@@ -62,7 +62,7 @@ def test_least_attained_service_lets_the_short_one_pass() -> None:
     at the next gap between two calls."""
     calls = [CallShape(100, 0, 50, 0.0, (n - 1,) if n else ()) for n in range(10)]
     programs = [one("long-1", *calls), one("long-2", *calls), one("short", CallShape(100, 0, 50), at=0.6)]
-    first_come, least = run("fcfs", programs), run("plas", programs)
+    first_come, least = run("stock", programs), run("plas", programs)
     assert least["short"] < first_come["short"]
     assert least["short"] == pytest.approx(0.9, abs=0.51)
     assert sum(least.values()) < sum(first_come.values())

@@ -50,6 +50,9 @@ def test_sessions_are_forgotten_oldest_first() -> None:
         # Longer than the budget: in line with the cold ones.
         (RESUME, 257, {}, AdmissionKey(Urgency.NORMAL, cold=True, arrival=7, tokens=257)),
         (COLD, 9, {"level": 3, "batch": True}, AdmissionKey(Urgency.NORMAL, True, 3, cold=True, arrival=7, tokens=9)),
+        (COLD, 9, {"program": 4}, AdmissionKey(Urgency.NORMAL, cold=True, program=4, arrival=7, tokens=9)),
+        (RESUME, 257, {"program": 4}, AdmissionKey(Urgency.NORMAL, cold=True, program=4, arrival=7, tokens=257)),
+        (RESUME, 9, {"program": 4}, AdmissionKey(Urgency.NORMAL, uncached=9, arrival=7, tokens=9)),
         (RESUME, 9, {"due": 5.0}, AdmissionKey(Urgency.NORMAL, due=5.0, uncached=9, arrival=7, tokens=9)),
     ],
 )
@@ -70,6 +73,9 @@ def test_the_order_of_keys() -> None:
         admission_key(RESUME, 9, 1, 256),
         admission_key(COLD, 9, 2, 256),
         admission_key(COLD, 9, 3, 256),
+        admission_key(COLD, 9, 5, 256, program=1),
+        admission_key(COLD, 9, 6, 256, program=1),
+        admission_key(COLD, 9, 4, 256, program=2),
         admission_key(RESUME, 1, 0, 256, level=1, due=0.0),
         admission_key(RESUME, 1, 0, 256, batch=True, due=0.0),
         admission_key(RESUME, 1, 0, 256, due=0.0)._replace(urgency=Urgency.UNKEPT),

@@ -215,3 +215,54 @@ def test_a_chunk_is_priced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy.programs.table, "prefills", lambda *given: None)
     policy.computes(call, Chunk(Phase.COLD_PREFILL, 10, 0), first=False, last=False)
     assert (call.computed_ms, charged) == (7.0, [7.0])
+
+
+def old_and_new(policy: str = "fcfs", **options: Any) -> tuple[Any, Driver]:
+    """One place, which is taken; programs `old` and `new` have had a call each, in that order, and nothing is cached."""
+    scheduler, driver = started(policy, options=options, prefix_caching=False)
+    have_run(scheduler, driver, "old", "new")
+    scheduler.add_request(make_request("running", 20, max_tokens=5))
+    driver.step()
+    return scheduler, driver
+
+
+def test_cold_prompts_of_the_program_that_began_first_go_first() -> None:
+    scheduler, driver = old_and_new()
+    scheduler.add_request(make_request("another", 40, max_tokens=2))
+    scheduler.add_request(make_request("new-1", 40, max_tokens=2, session="new"))
+    scheduler.add_request(make_request("new-2", 40, max_tokens=2, session="new"))
+    scheduler.add_request(make_request("old", 40, max_tokens=2, session="old"))
+    scheduler.add_request(make_request("child", 40, max_tokens=2, session="child", hints={"agent_parent": "old"}))
+    assert served(scheduler, driver) == ["running", "old", "child", "new-1", "new-2", "another"]
+
+
+def test_programs_found_by_their_prompts_go_by_age_too() -> None:
+    scheduler, driver = started("fcfs", num_blocks=13)
+    first = make_request("first", 60, max_tokens=10)
+    scheduler.add_request(first)
+    served(scheduler, driver)
+    told = list(first.all_token_ids)
+    # All KV blocks have been filled by others meanwhile.
+    have_run(scheduler, driver, "x", "y", "z")
+    scheduler.add_request(make_request("running", 20, max_tokens=5))
+    driver.step()
+    scheduler.add_request(make_request("later", 90, max_tokens=2))
+    scheduler.add_request(make_request("second", told + list(range(20)), max_tokens=2))
+    assert served(scheduler, driver) == ["running", "second", "later"]
+
+
+def test_with_levels_the_order_within_one_is_the_same() -> None:
+    scheduler, driver = old_and_new("plas", program_quantum_ms=1e6)
+    scheduler.add_request(make_request("new", 40, max_tokens=2, session="new"))
+    scheduler.add_request(make_request("old", 40, max_tokens=2, session="old"))
+    assert served(scheduler, driver) == ["running", "old", "new"]
+
+
+def test_an_old_program_that_never_stops_starves_nobody() -> None:
+    scheduler, driver = old_and_new(max_bypass_steps=20)
+    scheduler.add_request(make_request("new", 30, max_tokens=2, session="new"))
+    for step in range(60):
+        scheduler.add_request(make_request(f"old-{step}", 30, max_tokens=2, session="old"))
+        if "new" in driver.step():
+            break
+    assert 15 <= step <= 26

@@ -119,6 +119,7 @@ class Call:
         served_as: the queue whose share of the budget it gets; None unless steps are computing its prompt.
         lost_ms: what it would lose at most by the preemption that it still has to make up for; None without one.
         owner: the program it belongs to; None where nobody asks.
+        began: number of that program in the order in which programs began.
         program: its part in a program, where calls are ordered by programs.
         load: what load control knows of it; None where that is off.
         cached_tokens: tokens of its prompt that the KV cache held when it was first admitted; None before that.
@@ -153,6 +154,7 @@ class Call:
     served_as: Phase | None = None
     lost_ms: float | None = None
     owner: Owner | None = None
+    began: int = 0
     program: "ProgramCall | None" = None
     load: "LoadCall | None" = None
     cached_tokens: int | None = None

@@ -20,7 +20,7 @@ from vllm_agentserve.policy.order import (
 )
 from vllm_agentserve.policy.phase import Phase, SessionTable, classify
 from vllm_agentserve.policy.preemption import Rank
-from vllm_agentserve.policy.program import bounded
+from vllm_agentserve.policy.program import Beginnings, bounded
 from vllm_agentserve.policy.waiting import VllmOrder, WaitingList
 
 
@@ -131,6 +131,7 @@ class EnginePolicy:
         self._now = clock
         self.cuts = cuts
         self.sessions = SessionTable()
+        self._beginnings = Beginnings()
         self.waiting: VllmOrder = VllmOrder()
         if orders:
             self.waiting = WaitingList(
@@ -150,6 +151,7 @@ class EnginePolicy:
     def arrive(self, call: Call) -> None:
         """A call came; it is in the waiting list only after it was added there."""
         call.owner = self._attribution.owner(call)
+        call.began = self._beginnings.number(call.owner.key)
         self.programs.arrives(call, self._now())
 
     def offered(self, tokens: int) -> None:
@@ -169,7 +171,7 @@ class EnginePolicy:
         uncached, level = call.request.num_tokens - cached, self.programs.level(call)
         resume_tokens = self.controller.resume_tokens
         key = admission_key(
-            self.phase(call, cached), uncached, call.number, resume_tokens, level, hints.batch, call.due
+            self.phase(call, cached), uncached, call.number, resume_tokens, level, hints.batch, call.due, call.began
         )
         if call.lost_ms is None and self._engine.is_preempted(call):
             return ahead(key, Urgency.PREEMPTED, call.number)

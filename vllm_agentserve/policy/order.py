@@ -3,9 +3,10 @@
 First preempted requests (they had a place already), then overdue ones, then all others but those that wait for KV blocks that are
 not kept for programs, and these last. Within each of these: interactive ones before batch, by the
 level of their program (one level for all where programs are not told apart), by deadline where a client named one. Among
-equals come resume prefills, the shortest first, then cold prefills by arrival. Shortest first minimises the mean time to the
-next token of agents that wait for a tool result to be read; the overdue class keeps it, the levels and the hints of clients
-from starving anybody.
+equals come resume prefills, the shortest first, then cold prefills: those of the program that began first, then by arrival.
+Shortest first minimises the mean time to the next token of agents that wait for a tool result to be read. The oldest program
+first matters where contexts do not fit into the KV cache, so that returning calls are cold too: fewer programs take turns then,
+and each ends sooner. The overdue class keeps all of this, the levels and the hints of clients from starving anybody.
 """
 
 import enum
@@ -43,7 +44,8 @@ class AdmissionKey(NamedTuple):
         due: when its client wants it through, on one clock for all; infinite where it did not say. For requests that go ahead
             of their class and level (`ahead`): when they came.
         cold: whether it stands in line with the cold prefills.
-        uncached: tokens of a resume prefill; 0 for others, among which arrival decides.
+        uncached: tokens of a resume prefill; 0 for others.
+        program: when its program began, as the number of that program; 0 for resume prefills.
         arrival: when it came, in any unit that grows with time.
         tokens: of its prompt that are not computed; not part of the order, since no two requests have the same arrival.
     """
@@ -54,6 +56,7 @@ class AdmissionKey(NamedTuple):
     due: float = inf
     cold: bool = False
     uncached: int = 0
+    program: int = 0
     arrival: float = 0.0
     tokens: int = 0
 
@@ -66,6 +69,7 @@ def admission_key(
     level: int = 0,
     batch: bool = False,
     due: float = inf,
+    program: int = 0,
 ) -> AdmissionKey:
     """The sort key of a waiting request that has not run yet.
 
@@ -77,10 +81,12 @@ def admission_key(
         level: of its program, 0 is the first.
         batch: nobody waits for it.
         due: when it should be through; earlier ones go first among those of one class and level.
+        program: number of its program, in the order in which programs began; of two cold prefills the older one's goes first.
     """
     cold = phase is not Phase.RESUME_PREFILL or uncached_tokens > resume_budget
     uncached = 0 if cold else uncached_tokens
-    return AdmissionKey(Urgency.NORMAL, batch, level, due, cold, uncached, arrival, uncached_tokens)
+    program = program if cold else 0
+    return AdmissionKey(Urgency.NORMAL, batch, level, due, cold, uncached, program, arrival, uncached_tokens)
 
 
 def ahead(key: AdmissionKey, urgency: Urgency, arrival: float) -> AdmissionKey:

@@ -2,6 +2,7 @@
 
 import enum
 from bisect import bisect_right
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
@@ -48,6 +49,33 @@ def identifier(key: str) -> int:
     A session id is given as `bounded` returns it.
     """
     return int.from_bytes(sha256(key.removeprefix(SESSION).encode(errors="backslashreplace")).digest()[:3])
+
+
+class Beginnings:
+    """In which order programs began. Bounded: the longest unseen are forgotten first, and begin anew if they come back.
+
+    Args:
+        capacity: programs remembered, at least 1.
+    """
+
+    def __init__(self, capacity: int = 16_384) -> None:
+        self._numbers: OrderedDict[str, int] = OrderedDict()
+        self._capacity = capacity
+        self._begun = 0
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def number(self, key: str) -> int:
+        """The number of the program of that key, from 1; a program that is not known begins now."""
+        number = self._numbers.get(key)
+        if number is None:
+            self._begun += 1
+            number = self._numbers[key] = self._begun
+            if len(self._numbers) > self._capacity:
+                self._numbers.popitem(last=False)
+        self._numbers.move_to_end(key)
+        return number
 
 
 @dataclass(slots=True, eq=False)

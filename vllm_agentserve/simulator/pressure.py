@@ -15,6 +15,7 @@ from typing import Any, Literal
 from vllm_agentserve.bench.cost import StepCost
 from vllm_agentserve.policy.claims import LoadCall, Program
 from vllm_agentserve.policy.load import LoadControl
+from vllm_agentserve.policy.program import Beginnings
 from vllm_agentserve.simulator.kv_blocks import KvBlocks
 
 Ends = Literal["told", "untold", "untrue"]
@@ -142,6 +143,8 @@ class Request:
     came_s: float = 0.0
     waited: int = 0
     """Steps."""
+    age: int = 0
+    """Number of its program, in the order in which programs began."""
 
     @property
     def needs(self) -> int:
@@ -215,6 +218,7 @@ class PressureEngine:
         self._beside_kept = beside_kept
         self.now_s = start_s
         self._numbers = count()
+        self._beginnings = Beginnings()
         self._events: list[tuple[float, int, Run]] = []
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
@@ -253,7 +257,7 @@ class PressureEngine:
             if self._retention is not None:
                 self._retention.arrive(agent.name, when, named=agent.told)
             request = Request(run, load, number, not run.turn, prompt, turn.answer)
-            request.came_s = when
+            request.came_s, request.age = when, self._beginnings.number(run.program)
             self._waiting.append(request)
 
     def _keys(self, request: Request, tokens: int) -> list[Hashable]:
@@ -314,17 +318,20 @@ class PressureEngine:
         return chunks
 
     def _sort(self) -> None:
-        """Preempted calls, those that waited for too long, resume prefills with the shortest first, the others as they came."""
+        """Preempted calls, those that waited for too long, resume prefills with the shortest first, the others by the age of
+        their programs."""
         size = self._blocks.tokens
 
-        def key(request: Request) -> tuple[int, float]:
+        def key(request: Request) -> tuple[int, float, int]:
             if request.began:
-                return 0, request.number
+                return 0, request.number, 0
             length = request.prompt + request.done
             left = length - self._blocks.hits(self._keys(request, length - 1)) * size
             if request.waited >= BYPASS_STEPS:
-                return 1, request.number
-            return (2, left) if left < length and left <= RESUME_TOKENS else (3, request.number)
+                return 1, request.number, 0
+            if left < length and left <= RESUME_TOKENS:
+                return 2, left, request.number
+            return 3, request.age, request.number
 
         ordered = sorted(self._waiting, key=key)
         for request in ordered:
