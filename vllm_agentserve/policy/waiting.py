@@ -1,15 +1,17 @@
 """The waiting calls in admission order, and what a step has to know of them together; for scheduler and simulator alike."""
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from math import inf
 
 from vllm_agentserve.policy.call import Backlog, Call
-from vllm_agentserve.policy.order import LOOK_AHEAD, AdmissionKey, Patience, Urgency, ahead
+from vllm_agentserve.policy.order import DECIDE_STEPS, LOOK_AHEAD, AdmissionKey, Patience, Urgency, ahead
 
 Entry = tuple[AdmissionKey, int, Call]
 """Key and number of arrival, which differs for all, and the call."""
+Counts = Callable[[AdmissionKey], bool]
+"""Which of the waiting calls count."""
 
 
 class Held:
@@ -94,12 +96,13 @@ class Line:
         """Those of a line that the engine did not pass over."""
         return (entry for entry in line if not entry[2].blocked) if self._blocked else line
 
-    def waiting_resume_tokens(self, places: int, colds_wait: bool) -> int:
+    def waiting_resume_tokens(self, places: int, colds_wait: bool, counts: Counts = lambda key: True) -> int:
         """Uncached tokens of the resume prefills that so many free places can take. A cold prefill before them in the order takes
         one place at most: the next one waits until it has been computed."""
         offered = self.can_run(self.offered(colds_wait))
         cold_first = any(entry[0].cold for entry in islice(offered, max(places, 0)))
-        return sum(key.uncached for key, _, _ in islice(self.can_run(self.resumes), max(places - cold_first, 0)))
+        resumes = islice(self.can_run(self.resumes), max(places - cold_first, 0))
+        return sum(key.uncached for key, _, _ in resumes if counts(key))
 
     @property
     def tokens(self) -> int:
@@ -164,8 +167,19 @@ class VllmOrder:
     def reopen(self) -> None:
         """What was closed for the rest of a step is open again."""
 
-    def hold_colds(self) -> None:
-        """No further cold prefill can begin in this step."""
+    def hold_colds(self, but: Sequence[Call] = ()) -> None:
+        """No further cold prefill can begin in this step, but these, in their order."""
+
+    def in_order(self, limit: int) -> Iterable[Call]:
+        """The first calls that can run, where their order is known."""
+        return ()
+
+    def turned_away(self, call: Call) -> bool:
+        """Whether the engine had no room for a call a few steps ago, although there was time for it."""
+        return False
+
+    def sort_resumes(self, resume_budget: float, limit: int) -> None:
+        """A resume prefill may be so long now; those of the first `limit` calls that stand elsewhere are sorted anew."""
 
     def refuses(self, call: Call, cold: bool, granted: int, wanted: int) -> bool:
         """A waiting call was granted so many of the tokens it wanted; returns whether a cold prompt was granted nothing."""
@@ -175,8 +189,8 @@ class VllmOrder:
         """Whether a call waits that is not a short resume prefill; `waits`: whether any does."""
         return waits
 
-    def waiting_resume_tokens(self, places: int) -> int:
-        """Uncached tokens of the resume prefills that so many free places can take."""
+    def waiting_resume_tokens(self, places: int, counts: Counts = lambda key: True) -> int:
+        """Uncached tokens of the resume prefills that so many free places can take, of those that count."""
         return 0
 
     def backlog(self) -> Backlog:
@@ -222,8 +236,8 @@ class WaitingList(VllmOrder):
     Calls held back for the prefill lane are parked: they count as waiting, but nobody looks at them until what they wait
     for has happened, since a look costs a search through the prefix cache per call and step.
 
-    While a cold prefill is being computed that does not end in this step, another one cannot begin (`hold_colds`): then only
-    resume prefills are offered, and a cold prompt at the front does not keep them waiting.
+    While a cold prefill is being computed that does not end in this step, another one cannot begin unless it is better
+    (`hold_colds`): then only those and resume prefills are offered, and a cold prompt at the front does not keep them waiting.
 
     A call that the scheduler takes out, skips and puts back keeps its place: its key decides, not the way it came in. One
     that ran and lost its place waits anew: the time it ran does not count as waiting, and the bound holds for every wait.
@@ -254,10 +268,14 @@ class WaitingList(VllmOrder):
         self._turn = 0
         """Where the next look at levels begins."""
         self._colds_wait = False
+        self._let_begin: Sequence[Call] = ()
+        """Cold prefills that are offered all the same."""
         self.closed = False
         """Whether nobody else can be admitted in this step."""
         self._tried: Call | None = None
         """The call that was granted tokens last in this step."""
+        self._turned_away: tuple[Call | None, int] = None, 0
+        """The last one that was granted tokens and was not admitted, and in which step."""
         self._stale: Call | None = None
         """A call that turned out in this step to be cold, and is sorted as a resume prefill."""
 
@@ -288,8 +306,15 @@ class WaitingList(VllmOrder):
     def first(self) -> Call | None:
         """The call that is offered next, None if there is none."""
         line = self._line.offered(self._colds_wait)
-        self._offered = line[0][2] if line else None
+        entry = line[0] if line else None
+        if self._colds_wait and (begins := self._begins_next()) is not None:
+            entry = begins if entry is None else min(entry, begins)
+        self._offered = entry[2] if entry is not None else None
         return self._offered
+
+    def _begins_next(self) -> Entry | None:
+        """The next cold prefill that may begin although cold ones have to wait."""
+        return next((entry_of(call) for call in self._let_begin if call.key is not None), None)
 
     def first_that_can_run(self) -> Call | None:
         """The call that is offered next of those that the engine did not pass over, None if there is none."""
@@ -299,7 +324,8 @@ class WaitingList(VllmOrder):
     def pop(self) -> Call:
         """Takes out the call that `first` showed, also when the order has changed since. Raises `IndexError` without one."""
         call = self._offered
-        if call is None or call not in [line[0][2] for line in (self._line.entries, self._line.resumes) if line]:
+        heads = [line[0][2] for line in (self._line.entries, self._line.resumes) if line]
+        if call is None or call.key is None or call not in (*heads, *self._let_begin):
             call = self.first()
         if call is None:
             raise IndexError("pop from an empty queue")
@@ -340,8 +366,14 @@ class WaitingList(VllmOrder):
     @property
     def open(self) -> bool:
         """Whether there is a call to look at."""
-        line = self._line
-        return bool(line.resumes if self._colds_wait else line.entries) and not self.closed
+        if self.closed:
+            return False
+        if not self._colds_wait:
+            return bool(self._line.entries)
+        return bool(self._line.resumes) or self._begins_next() is not None
+
+    def in_order(self, limit: int) -> Iterable[Call]:
+        return (call for _, _, call in islice(self._line.can_run(self._line.entries), limit))
 
     @property
     def _steps(self) -> int:
@@ -416,6 +448,8 @@ class WaitingList(VllmOrder):
         promoted = 0
         for call in (*self._patience.overdue(self._steps), *self._batch_patience.overdue(self._steps)):
             if call.key is None:
+                # One whose prompt is being computed goes on before all that came later.
+                call.overdue |= call.served_as is not None
                 continue
             if self._is_blocked(call):
                 # Nobody has overtaken it: it could not have run.
@@ -429,8 +463,12 @@ class WaitingList(VllmOrder):
                 promoted += 1
         return promoted
 
-    def hold_colds(self) -> None:
-        self._colds_wait = True
+    def hold_colds(self, but: Sequence[Call] = ()) -> None:
+        self._colds_wait, self._let_begin = True, but
+
+    def turned_away(self, call: Call) -> bool:
+        last, step = self._turned_away
+        return call is last and self.step < step + DECIDE_STEPS
 
     def refuses(self, call: Call, cold: bool, granted: int, wanted: int) -> bool:
         self._tried = call if granted else None
@@ -438,13 +476,16 @@ class WaitingList(VllmOrder):
             # What it had cached when it came is gone.
             self._stale = call
         if cold and granted < wanted:
-            self._colds_wait = True
+            # It is still to be taken out itself, if it is let in.
+            self._colds_wait, self._let_begin = True, (call,) if call in self._let_begin else ()
         # Nothing is left for those behind it, whom vLLM 0.33 would ask for one by one.
         self.closed = not granted or not self.open
         return cold and not granted
 
     def end_step(self, tokens_left: bool) -> None:
         refused = self._tried is not None and self._tried.key is not None
+        if refused:
+            self._turned_away = self._tried, self.step
         self.blocked, self._tried = tokens_left and (refused or self.open), None
         stale, self._stale = self._stale, None
         if stale is not None and stale.key is not None and not stale.parked:
@@ -452,11 +493,16 @@ class WaitingList(VllmOrder):
 
     def reopen(self) -> None:
         self.closed = self._colds_wait = False
+        self._let_begin = ()
 
     def let_pass(self, call: Call, pass_it: bool) -> None:
         if call.key is not None and not call.parked and call.waits_for_unkept is not pass_it:
             call.waits_for_unkept = pass_it
             self._rekey([call])
+
+    def sort_resumes(self, resume_budget: float, limit: int) -> None:
+        first = list(islice(self._line.entries, limit))
+        self._rekey([call for key, _, call in first if call.found_resume and key.cold is (key.tokens <= resume_budget)])
 
     def retag(self, limit: int) -> None:
         self._rekey([call for _, _, call in islice((one for one in self._line.entries if one[0].cold), limit)])
@@ -473,8 +519,8 @@ class WaitingList(VllmOrder):
     def has_cold(self, waits: bool) -> bool:
         return self._line.has_cold()
 
-    def waiting_resume_tokens(self, places: int) -> int:
-        return self._line.waiting_resume_tokens(min(places, LOOK_AHEAD), self._colds_wait)
+    def waiting_resume_tokens(self, places: int, counts: Counts = lambda key: True) -> int:
+        return self._line.waiting_resume_tokens(min(places, LOOK_AHEAD), self._colds_wait, counts)
 
     @property
     def tokens(self) -> int:

@@ -86,6 +86,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
             options.batch_bypass_steps,
             orders=orders,
             cuts=budget_obstacle is None,
+            longest_chunk=compat.longest_chunk(self),
         )
         if isinstance(self.engine_policy.waiting, WaitingList):
             self.waiting = AgentQueue(self.engine_policy.waiting, self.calls)
@@ -118,6 +119,9 @@ class AgentScheduler(UpstreamHooks, Scheduler):
 
     def is_preempted(self, call: Call) -> bool:
         return call.request.status is RequestStatus.PREEMPTED
+
+    def has_room(self, call: Call) -> bool:
+        return not compat.finds_no_place(self, call.request)
 
     # -- a step ---------------------------------------------------------------------------------------------------------
 
@@ -286,7 +290,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         awaited = session is not None and session.status is RequestStatus.WAITING_FOR_STREAMING_REQ
         if not known:
             self._arrives(request)
-        self.engine_policy.waiting.step = self.current_step  # quiet steps do not tell it
+        self._catch_up()
         try:
             super().add_request(request)
         except BaseException:
@@ -301,6 +305,11 @@ class AgentScheduler(UpstreamHooks, Scheduler):
                 self.engine_policy.offered(call.key.tokens)
             for arrived in self._events.arrived:
                 arrived(call)
+
+    def _catch_up(self) -> None:
+        """Tells the policy what quiet steps do not."""
+        policy = self.engine_policy
+        policy.waiting.step, policy.decodes = self.current_step, len(self.running) - len(policy.prefilling)
 
     def _call(self, request: Request) -> Call:
         """The record of a request. One that did not come through `add_request`, as in vLLM's own tests, gets it here."""

@@ -1,5 +1,6 @@
 """What the scheduler asks of vLLM's own beyond its public interface."""
 
+from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -175,6 +176,11 @@ def free_places(scheduler: "Scheduler") -> int:
         return 0
     taken = len(scheduler.running) + scheduler.num_waiting_for_streaming_input
     return int(min(scheduler.max_num_active_reqs, scheduler.max_num_running_reqs)) - taken
+
+
+def longest_chunk(scheduler: "Scheduler") -> float:
+    """Tokens that vLLM computes of one prompt in a step at most while there are other requests; infinite for no bound."""
+    return int(scheduler.scheduler_config.long_prefill_token_threshold) or inf
 
 
 def may_run(waiting: "Request") -> bool:
