@@ -235,8 +235,8 @@ class StepBudget:
         self.granted: list[Chunk] = []
         """Every chunk granted so far."""
         self._floor_left = {Phase.COLD_PREFILL: True, Phase.RESUME_PREFILL: True}
-        self._yielding_left = True
-        """Whether no prompt that yields has had tokens yet."""
+        self._yielding_floor = min(rules.floor_tokens, max(tokens, 0) // 2)
+        """What the next prompt that yields gets at least: the floor, once a step, and no more than half of the step."""
 
     def grant(self, phase: Phase, wanted: int, context: int, standing: Standing = BY_ITSELF) -> int:
         """Returns how many of the `wanted` prompt tokens run in this step, 0 if the sequence has to wait.
@@ -290,11 +290,6 @@ class StepBudget:
         """Tokens that a chunk has to leave to others, of those that the step has."""
         reserved = self.reserved_tokens if phase is Phase.COLD_PREFILL else 0
         return min(reserved + standing.ahead, max(self.tokens, reserved)) if standing.ahead else reserved
-
-    @property
-    def _yielding_floor(self) -> int:
-        """What the next prompt that yields gets at least: the floor, once a step, and never more than half of what is left."""
-        return min(self.rules.floor_tokens, max(self.tokens, 0) // 2) if self._yielding_left else 0
 
     def _rest(self, reserved: int, standing: Standing) -> int:
         """The tokens of a step that one prompt may take, whatever its length; one that yields is to get its floor beside it."""
@@ -361,7 +356,7 @@ class StepBudget:
             self.resume_tokens -= tokens
             self.reserved_tokens = max(self.reserved_tokens - tokens, 0)
         if yields:
-            self._yielding_left = False
+            self._yielding_floor = 0
         else:
             self._floor_left[phase] = False
         self.granted.append(Chunk(phase, tokens, context))
