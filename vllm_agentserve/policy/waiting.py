@@ -274,6 +274,8 @@ class WaitingList(VllmOrder):
         """Whether nobody else can be admitted in this step."""
         self._tried: Call | None = None
         """The call that was granted tokens last in this step."""
+        self._until_ready: dict[Call, None] = {}
+        """Those that cannot run, for a reason that the engine can tell."""
         self._turned_away: tuple[Call | None, int] = None, 0
         """The last one that was granted tokens and was not admitted, and in which step."""
         self._stale: Call | None = None
@@ -286,15 +288,31 @@ class WaitingList(VllmOrder):
         if call.number < 0:
             call.number = self._arrivals
         elif call.left_step == self.step:
-            call.blocked = passed_over
+            self._block(call, passed_over)
             self._insert(call)
             return
         call.overdue = call.has_waited = call.waits_for_unkept = False
         call.wait_number, call.wait_since_s = self._arrivals, self._clock()
         self._arrivals += 1
-        call.blocked = self._is_blocked(call)
+        self._block(call, self._is_blocked(call))
         self._insert(call)
         self._enter(call)
+
+    def _block(self, call: Call, blocked: bool) -> None:
+        call.blocked = blocked
+        if blocked and self._is_blocked(call):
+            self._until_ready[call] = None
+
+    def _look_again(self, limit: int) -> None:
+        """Calls that wait for no grammar or adapter any more count again, although the engine has not looked at them since: while
+        one long prompt takes whole steps it looks at nobody."""
+        for call in list(islice(self._until_ready, limit)):
+            if not self._is_blocked(call):
+                entry = entry_of(call)
+                self._line.remove(entry)
+                call.blocked = False
+                self._line.add(entry)
+                del self._until_ready[call]
 
     def _enter(self, call: Call) -> None:
         """The bound on the call's wait begins."""
@@ -404,6 +422,7 @@ class WaitingList(VllmOrder):
         entry = entry_of(call)
         self._line.remove(entry)
         call.blocked = False
+        self._until_ready.pop(call, None)
         call.parked, call.awaited = True, awaited
         insort(self._parked, entry)
 
@@ -438,6 +457,8 @@ class WaitingList(VllmOrder):
         if not admits:
             self._closed_steps += max(step - self.step, 0)
         self.step = step
+        if self._until_ready:
+            self._look_again(LOOK_AHEAD)
         promoted = self.promote_overdue()
         if relevels and step % self._decide_steps == 0:
             self.relevel(LOOK_AHEAD)
@@ -554,6 +575,7 @@ class WaitingList(VllmOrder):
         else:
             self._line.remove(entry)
         call.key, call.blocked = None, False
+        self._until_ready.pop(call, None)
 
     def faults(self, calls: Iterable[Call]) -> list[str]:
         entries = [*self._line.entries, *self._parked]
@@ -567,6 +589,7 @@ class WaitingList(VllmOrder):
             if listed.pop(call, None) != (None if call.key is None else (call.key, call.number)):
                 found.append(f"{call.name!r} is not in the queue where its key says")
         found += [f"the queue remembers {call.name!r}, which is gone" for call in listed]
+        found += [f"{call.name!r} cannot run, and counts" for call in self._until_ready if not call.blocked]
         if any(not call.parked for _, _, call in self._parked) or any(call.parked for _, _, call in self._line.entries):
             found.append("a request is parked that is not marked so, or the other way round")
         return found + self._line.faults()

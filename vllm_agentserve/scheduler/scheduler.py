@@ -70,6 +70,8 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         """What `/metrics` counts, since the start."""
         self.calls: dict[str, Call] = {}
         """All that is known of requests, by their ids, from arrival to end."""
+        self._adapters_in_use: frozenset[int] | None = None
+        """See `adapters_in_use`, as the last step with waiting requests found it."""
         self._unanswered: list[Call] = []
         """Those whose prompt is scheduled to its end, and that have no token yet."""
         block_size = int(self.cache_config.block_size)
@@ -115,6 +117,9 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         return compat.cached_prefix_tokens(self, call.request)
 
     def is_blocked(self, call: Call) -> bool:
+        adapter, in_use = call.request.lora_request, self._adapters_in_use
+        if in_use is not None and adapter and adapter.lora_int_id not in in_use:
+            return True
         return not compat.may_run(call.request)
 
     def is_preempted(self, call: Call) -> bool:
@@ -145,6 +150,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         context = self._decode_context() if decodes else 0
         for before_step in events.before_step:
             before_step(decodes, context)
+        self._adapters_in_use = compat.adapters_in_use(self)
         policy.begin_step(self.current_step, compat.admits(self))
         for before_plan in events.before_plan:
             before_plan()
