@@ -277,7 +277,7 @@ class EnginePolicy:
             short = call.phase is Phase.RESUME_PREFILL and call.left <= longest
             call.served_as = Phase.RESUME_PREFILL if short else Phase.COLD_PREFILL
 
-    def _line_up(self, places: int, begin: bool) -> tuple[list[Call], bool]:
+    def _line_up(self, places: int, begin: bool) -> tuple[dict[Call, AdmissionKey], bool]:
         """Orders the prompts of the step.
 
         Args:
@@ -285,14 +285,14 @@ class EnginePolicy:
             begin: whether a cold prompt that waits may begin before one that is being computed.
 
         Returns:
-            the cold prompts that may do so, in order, and whether there are prompts of several classes.
+            the cold prompts that may do so, in order, with their places, and whether there are prompts of several classes.
         """
         computed, alone = self.prefilling, not self.decodes
         self._order = NO_ORDER
-        if not self._orders or not (len(computed) > 1 or (places > 0 and (computed or alone))):
-            return [], False
+        if not self._orders or not (len(computed) > 1 or (places > 0 and (alone or self._one_goes_before(computed)))):
+            return {}, False
         self._order = order = StepOrder(computed, self._longest_chunk)
-        begins: list[Call] = []
+        begins: dict[Call, AdmissionKey] = {}
         places = min(places, LOOK_AHEAD)
         last = order.last()
         for call in self.waiting.in_order(places) if computed else ():
@@ -302,13 +302,20 @@ class EnginePolicy:
                 order.join(call, key)
             elif key < last and begin and (begins or self._may_begin(call)):
                 order.join(call, key)
-                begins.append(call)
+                begins[call] = key
             elif call.key.urgency is Urgency.PREEMPTED or key < last:
                 # Cold ones behind a cold one that cannot begin are not offered.
                 begin = begin and not key.cold
             else:
                 break
         return begins, alone and order.kinds(self.waiting.in_order(places)) > 1
+
+    def _one_goes_before(self, computed: list[Call]) -> bool:
+        """Whether the first call that waits may go before the only one whose prompt is being computed."""
+        first = self.waiting.front() if computed else None
+        if first is None or first.key is None:
+            return False
+        return first.key < place(computed[0])
 
     def _may_begin(self, call: Call) -> bool:
         return not self.waiting.turned_away(call) and self._engine.has_room(call)
@@ -347,12 +354,12 @@ class EnginePolicy:
         place it has in its class."""
         computed = [call for call in self.prefilling if call.served_as is Phase.COLD_PREFILL]
         keys = [call.place if self.decodes and call.place is not None else place(call) for call in computed]
-        for call in self.waiting.in_order(1):
-            if call.key is not None and call.key.cold:
-                keys.append(self._normal(call, call.key) if self.decodes else call.key)
+        front = self.waiting.front()
+        if front is not None and front.key is not None and front.key.cold:
+            keys.append(self._normal(front, front.key) if self.decodes else front.key)
         return min(keys, default=None)
 
-    def _hold_colds(self, budget: StepBudget, begins: list[Call]) -> None:
+    def _hold_colds(self, budget: StepBudget, begins: dict[Call, AdmissionKey]) -> None:
         """While a cold prompt that is being computed does not end in this step, no other can begin in it that is not better."""
         going_on = [
             call
@@ -360,9 +367,11 @@ class EnginePolicy:
             if call.served_as is Phase.COLD_PREFILL
             and not budget.finishes(call.left, call.request.num_computed_tokens, self._order.standing(call, False))
         ]
-        if going_on:
-            first = min(place(call) for call in going_on) if begins else None
-            self.waiting.hold_colds([call for call in begins if first is not None and self._order.of(call) < first])
+        if going_on and begins:
+            first = min(place(call) for call in going_on)
+            self.waiting.hold_colds([call for call, key in begins.items() if key < first])
+        elif going_on:
+            self.waiting.hold_colds()
 
     def backlog(self) -> Backlog:
         """The prompts for which a longer step is worth something: those that are being computed and those that clients wait for.

@@ -20,7 +20,9 @@ def place(call: Call) -> AdmissionKey:
     """By which a call whose prompt is being computed is sorted now; it keeps the level that it was admitted with."""
     assert call.place is not None
     cold = call.served_as is Phase.COLD_PREFILL
-    key = call.place._replace(cold=cold, uncached=0 if cold else call.left)
+    key = call.place
+    if not (cold and key.cold):
+        key = key._replace(cold=cold, uncached=0 if cold else call.left)
     return ahead(key, Urgency.OVERDUE, call.wait_number) if call.overdue else key
 
 
@@ -60,10 +62,6 @@ class StepOrder(NoOrder):
     def last(self) -> AdmissionKey:
         """The place of the last of those that are being computed."""
         return max(self._places.values(), default=AdmissionKey(Urgency.PREEMPTED))
-
-    def of(self, call: Call) -> AdmissionKey:
-        """The place of a call that is in the order."""
-        return self._places[call]
 
     def join(self, call: Call, key: AdmissionKey) -> None:
         """A call that waits goes before one of those that are being computed, if it is admitted."""

@@ -174,6 +174,10 @@ class VllmOrder:
         """The first calls that can run, where their order is known."""
         return ()
 
+    def front(self) -> Call | None:
+        """The first call that can run, where their order is known."""
+        return None
+
     def turned_away(self, call: Call) -> bool:
         """Whether the engine had no room for a call a few steps ago, although there was time for it."""
         return False
@@ -325,7 +329,7 @@ class WaitingList(VllmOrder):
         """The call that is offered next, None if there is none."""
         line = self._line.offered(self._colds_wait)
         entry = line[0] if line else None
-        if self._colds_wait and (begins := self._begins_next()) is not None:
+        if self._let_begin and (begins := self._begins_next()) is not None:
             entry = begins if entry is None else min(entry, begins)
         self._offered = entry[2] if entry is not None else None
         return self._offered
@@ -388,7 +392,11 @@ class WaitingList(VllmOrder):
             return False
         if not self._colds_wait:
             return bool(self._line.entries)
-        return bool(self._line.resumes) or self._begins_next() is not None
+        return bool(self._line.resumes) or (bool(self._let_begin) and self._begins_next() is not None)
+
+    def front(self) -> Call | None:
+        entry = next(iter(self._line.can_run(self._line.entries)), None)
+        return entry[2] if entry is not None else None
 
     def in_order(self, limit: int) -> Iterable[Call]:
         return (call for _, _, call in islice(self._line.can_run(self._line.entries), limit))
