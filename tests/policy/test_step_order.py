@@ -19,7 +19,7 @@ from vllm_agentserve.policy.call import Call, Chunk
 from vllm_agentserve.policy.controller import BudgetController, BudgetLimits
 from vllm_agentserve.policy.engine import EnginePolicy, NoAttribution, NoPrograms
 from vllm_agentserve.policy.phase import Phase
-from vllm_agentserve.policy.step_order import place
+from vllm_agentserve.policy.step_order import StepOrder, place
 from vllm_agentserve.policy.waiting import WaitingList
 
 COLD, RESUME = Phase.COLD_PREFILL, Phase.RESUME_PREFILL
@@ -87,13 +87,18 @@ class Walk:
     running: list[Call] = field(default_factory=list)
     answers: dict[Call, int] = field(default_factory=dict)
     came: dict[Call, int] = field(default_factory=dict)
+    bounds: tuple[int, int] = (BOUND, BATCH_BOUND)
+    room: bool = True
+    """Whether it says that a waiting call finds KV blocks."""
+    turned_away: Call | None = None
+    """One that finds none all the same."""
 
     def __post_init__(self) -> None:
         limits = BudgetLimits(tpot_slo_ms=self.target_ms, prefill_floor_tokens=FLOOR, chunk_granularity_tokens=1)
         controller = BudgetController(limits)
         controller.whole.model = FlatModel()
         controller.whole.trust._tokens = controller.whole.trust._attended = 1e9
-        bounds: dict[str, Any] = {"bypass_steps": BOUND, "batch_bypass_steps": BATCH_BOUND}
+        bounds: dict[str, Any] = dict(zip(("bypass_steps", "batch_bypass_steps"), self.bounds, strict=True))
         self.policy = EnginePolicy(
             self, controller, Counter(), lambda: float(self.step), NoAttribution(), NoPrograms(), **bounds
         )
@@ -112,7 +117,7 @@ class Walk:
         return False
 
     def has_room(self, call: Call) -> bool:
-        return True
+        return self.room
 
     # What happens.
 
@@ -139,8 +144,8 @@ class Walk:
             call = waiting.first()
             assert call is not None
             policy.admit(call, call.request.num_computed_tokens)
-            taken = self.take(call, room, chunks, new=True)
-            if not taken:
+            taken = self.take(call, room, [] if call is self.turned_away else chunks, new=True)
+            if not taken or call is self.turned_away:
                 policy.stops(call)
                 break
             assert waiting.pop() is call
@@ -172,14 +177,12 @@ class Walk:
 
     def check_before(self, call: Call) -> None:
         """Once it has been there for the bound, none that came later is before it."""
-        if self.step < self.came[call] + (BATCH_BOUND if call.hints.batch else BOUND):
+        if self.step < self.came[call] + self.bounds[call.hints.batch]:
             return
-        own = place(call)
-        later = [other for other in self.policy.prefilling if other.wait_number > call.wait_number]
-        assert all(place(other) > own for other in later)
-        assert not self.policy._order.standing(call, waits=False).yields or any(
-            other.wait_number < call.wait_number for other in self.came
-        )
+        own, order = place(call), self.policy._order
+        assert all(place(other) > own for other in self.policy.prefilling if other.wait_number > call.wait_number)
+        if isinstance(order, StepOrder):
+            assert all(other.wait_number <= call.wait_number for other, key in order._places.items() if key < own)
 
 
 arrivals = st.builds(
@@ -218,3 +221,55 @@ def test_none_is_overtaken_beyond_the_bound_and_all_end(history: list[list[dict[
         if step >= len(history) and not walk.came:
             return
     raise AssertionError("some did not end")
+
+
+def a_better_one_waits(**given: Any) -> tuple[Walk, Call, Call]:
+    """A long prompt of class batch is being computed, and an interactive call has come."""
+    walk = Walk(**given)
+    long = walk.arrive(call("long", 5000, batch=True))
+    assert walk.run() == {"long": STEP_TOKENS}
+    return walk, long, walk.arrive(call("better", 40))
+
+
+def test_it_begins_at_once() -> None:
+    walk, _, _ = a_better_one_waits()
+    assert walk.run() == {"long": FLOOR, "better": 40}
+
+
+def rows(walk: Walk, steps: int) -> list[int]:
+    return [walk.run().get("long", 0) for _ in range(steps)]
+
+
+def test_one_that_the_engine_turns_away_costs_one_step_in_sixteen() -> None:
+    walk, _, better = a_better_one_waits(bounds=(1000, 1000))
+    walk.turned_away = better
+    found = rows(walk, 33)
+    assert [step for step, tokens in enumerate(found) if tokens < 20] == [0, 16, 32]
+
+
+def test_nobody_makes_way_for_one_that_finds_no_room() -> None:
+    walk, _, _ = a_better_one_waits()
+    walk.room = False
+    assert rows(walk, 5) == [STEP_TOKENS] * 5
+    walk.room = True
+    assert walk.run() == {"long": FLOOR, "better": 40}
+
+
+def test_a_resume_prefill_of_any_length_is_one_while_nobody_decodes() -> None:
+    """The resume budget is 256 tokens; those that wait and those that are computed are told apart anew as that changes."""
+    walk = Walk()
+    walk.policy.decodes = 1
+    waits = call("waits", 400, 500)
+    walk.arrive(waits)
+    assert waits.key is not None
+    assert not waits.key.cold
+    walk.policy._follow_decodes(1)
+    assert waits.key.cold
+    walk.policy._follow_decodes(0)
+    assert not waits.key.cold
+    walk.policy.admit(waits, 500)
+    assert waits.served_as is RESUME
+    walk.policy._follow_decodes(1)
+    assert waits.served_as is COLD
+    walk.policy._follow_decodes(0)
+    assert waits.served_as is RESUME

@@ -281,7 +281,7 @@ class WaitingList(VllmOrder):
         self._until_ready: dict[Call, None] = {}
         """Those that cannot run, for a reason that the engine can tell."""
         self._turned_away: tuple[Call | None, int] = None, 0
-        """The last one that was granted tokens and was not admitted, and in which step."""
+        """The last one that was let in and was not admitted, and in which step."""
         self._stale: Call | None = None
         """A call that turned out in this step to be cold, and is sorted as a resume prefill."""
 
@@ -515,6 +515,9 @@ class WaitingList(VllmOrder):
         refused = self._tried is not None and self._tried.key is not None
         if refused:
             self._turned_away = self._tried, self.step
+        elif tokens_left and not self.closed and self._let_begin and self._let_begin[0].key is not None:
+            # The engine did not even ask for its tokens: it has no room for its images, or took places away in this step.
+            self._turned_away = self._let_begin[0], self.step
         self.blocked, self._tried = tokens_left and (refused or self.open), None
         stale, self._stale = self._stale, None
         if stale is not None and stale.key is not None and not stale.parked:
