@@ -74,16 +74,16 @@ class AgentServeConfig:
     prefill_floor_tokens: int = option(
         16,
         "tokens",
-        "In every step a cold prefill advances by at least this many tokens, and so do all resume prefills together, "
-        "whatever the target.",
+        "In every step a cold prefill advances by at least this many tokens, and so do all resume prefills together "
+        "and all prompts that make way for better ones, whatever the target.",
         low=1,
         high=65_536,
     )
     resume_budget_max_tokens: int = option(
         1024,
         "tokens",
-        "Upper bound of the resume budget. A resume prefill with more uncached tokens than the budget is queued with the "
-        "cold prefills.",
+        "Upper bound of the resume budget. While anybody decodes, a resume prefill with more uncached tokens than the budget "
+        "is queued with the cold prefills.",
         low=16,
         high=1_048_576,
     )

@@ -1,8 +1,10 @@
 """Waiting requests that cannot run yet, on vLLM's real scheduler without a model: they neither age nor reserve anything."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
 
@@ -118,3 +120,55 @@ def test_one_that_is_never_looked_at_does_not_age() -> None:
     request.status = RequestStatus.WAITING
     steps(driver, 2 * BOUND)
     assert scheduler.counts["overdue_requests"] == 1
+
+
+def with_adapters(scheduler: Any, most: int) -> Any:
+    """Lets it use so many LoRA adapters at once, and returns what makes a request's adapter."""
+    scheduler.lora_config = SimpleNamespace(max_loras=most)
+    return lambda number: {"lora_request": LoRARequest(f"adapter {number}", number, "/nowhere")}
+
+
+@both
+def test_one_that_waits_for_an_adapter_is_not_overdue(asynchronous: bool) -> None:
+    scheduler, driver = started(asynchronous)
+    adapter = with_adapters(scheduler, 1)
+    scheduler.add_request(make_request("runs", 40, max_tokens=5 * BOUND, **adapter(1)))
+    steps(driver, 2)
+    scheduler.add_request(make_request("waits", 40, max_tokens=2, **adapter(2)))
+    waited = 0
+    while "waits" not in driver.step():
+        waited += 1
+    assert waited > 3 * BOUND
+    assert scheduler.counts["overdue_requests"] == 0
+    while "waits" in scheduler.requests:
+        driver.step()
+    assert scheduler.integrity.faults() == []
+
+
+@both
+def test_one_that_waits_for_an_adapter_reserves_nothing(asynchronous: bool) -> None:
+    scheduler, driver = started(asynchronous)
+    adapter = with_adapters(scheduler, 1)
+    scheduler.add_request(make_request("runs", 40, **adapter(1)))
+    steps(driver, 2)
+    scheduler.add_request(make_request("waits", 400, **adapter(2)))
+    seen = []
+    plan = scheduler.engine_policy.controller.plan
+    scheduler.engine_policy.controller.plan = lambda *args, **given: seen.append(given) or plan(*args, **given)
+    steps(driver, BOUND)
+    scheduler.add_request(make_request("same adapter", 400, **adapter(1)))
+    row = driver.step()
+    assert "same adapter" in row
+    assert [given["backlog"].prompts for given in seen[1:]] == [0] * (BOUND - 1) + [1]
+
+
+@both
+def test_a_grammar_that_is_ready_is_noticed_while_a_long_prompt_takes_whole_steps(asynchronous: bool) -> None:
+    scheduler, driver = started(asynchronous, num_blocks=2000)
+    scheduler.add_request(make_request("long", 15_000, hints={"agent_class": "batch"}))
+    assert driver.step() == {"long": 2048}
+    request = blocked(scheduler, "short", 300)
+    assert driver.step() == {"long": 2048}
+    request.structured_output_request = SimpleNamespace(grammar=SimpleNamespace())
+    assert scheduler.schedule().num_scheduled_tokens["short"] == 300
+    assert scheduler.integrity.faults() == []

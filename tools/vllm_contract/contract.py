@@ -158,7 +158,22 @@ CONTRACT = (
     *reads(REQUEST, COMPAT, "resumable"),
     *reads(REQUEST, COMPAT, "kv_transfer_params num_stale_output_tokens"),
     *reads(REQUEST, f"{COMPAT} policy/attribution.py", "num_output_tokens"),
-    *reads(REQUEST, f"{LANES} policy/call.py", "lora_request"),
+    *reads(REQUEST, f"{SCHED} {COMPAT} {LANES} policy/call.py", "lora_request"),
+    *reads("vllm.lora.request:LoRARequest", f"{SCHED} {COMPAT}", "lora_int_id"),
+    *reads(SCHEDULER, COMPAT, "lora_config"),
+    *reads("vllm.config.lora:LoRAConfig", COMPAT, "max_loras"),
+    *says(f"{SCHEDULER}.schedule", COMPAT, "len(scheduled_loras) == self.lora_config.max_loras"),
+    # A request whose grammar is being compiled is looked at again only in a step.
+    *reads(REQUEST, COMPAT, "structured_output_request"),
+    *reads("vllm.v1.structured_output.request:StructuredOutputRequest", COMPAT, "grammar"),
+    *says(f"{SCHEDULER}._handle_blocked_waiting_request", COMPAT, "struct_output_req.grammar is None"),
+    # The last of `running` is preempted, and running requests are asked for in this order.
+    *says(
+        f"{SCHEDULER}.schedule",
+        "policy/step_order.py",
+        "preempted_req = self.running[-1]",
+        "request = self.running[req_index]",
+    ),
     *reads(REQUEST, LANES, "prompt_embeds"),
     *reads(REQUEST, "policy/call.py", "cache_salt"),
     *reads("vllm.lora.request:LoRARequest", "policy/call.py", "lora_name"),
@@ -347,7 +362,7 @@ CONTRACT = (
     *reads("vllm.config:ParallelConfig", CUDA, "worker_cls"),
     *reads("vllm.config:SchedulerConfig", "vllm_compat/__init__.py", "scheduler_cls"),
     *reads("vllm.config:SchedulerConfig", SCHED, "async_scheduling"),
-    *reads("vllm.config:SchedulerConfig", COMPAT, "enable_chunked_prefill policy"),
+    *reads("vllm.config:SchedulerConfig", COMPAT, "enable_chunked_prefill long_prefill_token_threshold policy"),
     *reads("vllm.config:SchedulerConfig", RUNNER, "max_num_batched_tokens max_num_seqs"),
     *calls(
         "vllm.config",

@@ -28,6 +28,27 @@ class Target(NamedTuple):
 NO_TARGET = Target(UNLIMITED)
 
 
+class Standing(NamedTuple):
+    """Where a prompt stands among the prompts of a step.
+
+    Args:
+        ahead: tokens of better prompts that are asked for later in the step, beyond those that are reserved in the budget; the
+            prompt gets what these leave.
+        yields: whether a better prompt is in the step, asked for or not. Those that yield share one floor.
+        behind: whether the step has a prompt of a better class or kind. Where nobody decodes, no time bounds a prompt that has
+            none before it.
+        followed: whether a worse one that is being computed is asked for later in the step.
+    """
+
+    ahead: int = 0
+    yields: bool = False
+    behind: bool = True
+    followed: bool = False
+
+
+BY_ITSELF = Standing()
+
+
 @dataclass(frozen=True)
 class TargetTrade:
     """The target between a floor and a limit, by who waits.
@@ -178,6 +199,7 @@ class StepBudget:
         other_tokens: tokens of the decodes in the step.
         trust: bounds how far a chunk may go beyond what has been tried; None for no bound.
         target: how long the step may be.
+        alone: whether nobody decodes: then the time bounds only prompts that have better ones before them.
     """
 
     PARTS = 4
@@ -194,6 +216,7 @@ class StepBudget:
         other_tokens: int = 0,
         trust: TrustRegion | None = None,
         target: Target = NO_TARGET,
+        alone: bool = False,
     ) -> None:
         self.model = model
         self.rules = rules
@@ -203,6 +226,7 @@ class StepBudget:
         self.reserved_tokens = reserved_tokens
         self.other_tokens = other_tokens
         self.trust = trust
+        self.alone = alone
         self.target_ms = target.ms
         self.stretch_ms = target.stretch_ms / rules.pipeline_depth
         self._stretched_target_ms = target.ms + target.stretch_ms
@@ -211,47 +235,68 @@ class StepBudget:
         self.granted: list[Chunk] = []
         """Every chunk granted so far."""
         self._floor_left = {Phase.COLD_PREFILL: True, Phase.RESUME_PREFILL: True}
+        self._yielding_floor = min(rules.floor_tokens, max(tokens, 0) // 2)
+        """What the next prompt that yields gets at least: the floor, once a step, and no more than half of the step."""
 
-    def grant(self, phase: Phase, wanted: int, context: int) -> int:
+    def grant(self, phase: Phase, wanted: int, context: int, standing: Standing = BY_ITSELF) -> int:
         """Returns how many of the `wanted` prompt tokens run in this step, 0 if the sequence has to wait.
 
         Args:
             phase: `COLD_PREFILL` or `RESUME_PREFILL`; a resume prefill longer than the resume budget is asked for as cold.
             wanted: prompt tokens left to compute, at least 1.
             context: tokens of the sequence already computed.
+            standing: among the prompts of the step.
         """
-        if self.prefill_ms == UNLIMITED and phase is Phase.COLD_PREFILL:
-            tokens = min(wanted, max(self.tokens - self.reserved_tokens, min(self.rules.floor_tokens, self.tokens)))
+        reserved, untimed = self._kept_back(phase, standing), self._untimed(standing)
+        if untimed and phase is Phase.COLD_PREFILL:
+            tokens = min(wanted, max(self._rest(reserved, standing), min(self.rules.floor_tokens, self.tokens)))
         elif phase is Phase.RESUME_PREFILL:
-            tokens = min(wanted, self._fitting(context, 0, wanted), self.resume_tokens)
+            fits = self._rest(reserved, standing) if untimed else self._fitting(context, reserved, wanted)
+            tokens = min(wanted, fits, self.resume_tokens)
         else:
-            tokens = min(wanted, self._cold_fitting(wanted, context))
+            tokens = min(wanted, self._cold_fitting(wanted, context, reserved))
         if tokens == wanted and self.stretch_ms and self._time_for(context, 0) < wanted:
             self.target_ms, self.stretch_ms = self._stretched_target_ms, 0.0
         allowed = tokens
-        if tokens < wanted and self.prefill_ms != UNLIMITED:
+        if tokens < wanted and not untimed:
             tokens = self._round_down(tokens)
             if (
                 self.rules.even
                 and phase is Phase.COLD_PREFILL
-                and tokens == self._round_down(self._time_for(context, self.reserved_tokens))
+                and tokens == self._round_down(self._time_for(context, reserved))
             ):
                 allowed = tokens = self._equal_part(wanted, tokens)
-        if self._floor_left[phase]:
+        if standing.yields:
+            tokens = max(tokens, min(wanted, self._yielding_floor))
+        elif self._floor_left[phase]:
             tokens = max(tokens, min(wanted, self.rules.floor_tokens))
         self.rounded = max(allowed - tokens, 0)
         if tokens > 0:
-            self._spend(phase, tokens, context)
+            self._spend(phase, tokens, context, standing.yields)
         return tokens
 
-    def finishes(self, wanted: int, context: int) -> bool:
+    def finishes(self, wanted: int, context: int, standing: Standing = BY_ITSELF) -> bool:
         """Whether a cold prefill with so many tokens left would be through in this step, were it asked for next."""
-        if self.prefill_ms == UNLIMITED:
-            return wanted <= self.tokens - self.reserved_tokens
-        return wanted <= self._cold_fitting(wanted, context)
+        reserved = self._kept_back(Phase.COLD_PREFILL, standing)
+        if self._untimed(standing):
+            return wanted <= self._rest(reserved, standing)
+        return wanted <= self._cold_fitting(wanted, context, reserved)
 
-    def _cold_fitting(self, wanted: int, context: int) -> int:
-        fits = self._fitting(context, self.reserved_tokens, wanted)
+    def _untimed(self, standing: Standing) -> bool:
+        """Whether a prompt may take the tokens of the step, however long that is."""
+        return self.prefill_ms == UNLIMITED or (self.alone and not standing.behind)
+
+    def _kept_back(self, phase: Phase, standing: Standing) -> int:
+        """Tokens that a chunk has to leave to others, of those that the step has."""
+        reserved = self.reserved_tokens if phase is Phase.COLD_PREFILL else 0
+        return min(reserved + standing.ahead, max(self.tokens, reserved)) if standing.ahead else reserved
+
+    def _rest(self, reserved: int, standing: Standing) -> int:
+        """The tokens of a step that one prompt may take, whatever its length; one that yields is to get its floor beside it."""
+        return self.tokens - max(reserved, self._yielding_floor if standing.followed else 0)
+
+    def _cold_fitting(self, wanted: int, context: int, reserved: int) -> int:
+        fits = self._fitting(context, reserved, wanted)
         return fits if self.trust is None else min(fits, self.trust.tokens_over(context))
 
     def allowed(self, chunks: Sequence[Chunk]) -> list[Chunk]:
@@ -291,8 +336,6 @@ class StepBudget:
 
     def _fitting(self, context: int, reserved: int, wanted: int) -> int:
         """The longest chunk; all that is `wanted` if the stretch is enough for it."""
-        if self.prefill_ms == UNLIMITED:
-            return self.tokens
         fits = self._time_for(context, reserved)
         if fits < wanted and self.stretch_ms and self._time_for(context, reserved, self.stretch_ms) >= wanted:
             fits = wanted
@@ -305,12 +348,15 @@ class StepBudget:
             room_ms -= self.model.chunk_ms(reserved, context, first=False)
         return self.model.tokens_within(room_ms, context, first=not self.granted)
 
-    def _spend(self, phase: Phase, tokens: int, context: int) -> None:
+    def _spend(self, phase: Phase, tokens: int, context: int, yields: bool = False) -> None:
         self.prefill_ms -= self.model.chunk_ms(tokens, context, first=not self.granted)
         self.tokens -= tokens
         self.other_tokens += tokens
         if phase is Phase.RESUME_PREFILL:
             self.resume_tokens -= tokens
             self.reserved_tokens = max(self.reserved_tokens - tokens, 0)
-        self._floor_left[phase] = False
+        if yields:
+            self._yielding_floor = 0
+        else:
+            self._floor_left[phase] = False
         self.granted.append(Chunk(phase, tokens, context))

@@ -110,13 +110,15 @@ class Call:
         parked: whether it waits without being offered.
         awaited: what a parked one waits for: the hash of a KV block that is being filled, or None for room in the lane.
         blocked: whether the engine passed over it when it last looked at it: it waits for a grammar, an adapter or other data.
-        overdue: whether it has been overtaken for too long.
+        overdue: whether it has been overtaken for too long; while its prompt is computed, whether it has been there for as long.
         has_waited: whether it was parked for room in the lane for as long again after it was overdue.
         waits_for_unkept: whether it waits for KV blocks that are not kept for programs; others go before it.
 
     Set by the policy (`policy/engine.py`):
         phase: of its prompt, decided when a step first computes part of it.
+        found_resume: whether it was a resume prefill, of whatever length, when it was looked at last while it waited.
         served_as: the queue whose share of the budget it gets; None unless steps are computing its prompt.
+        place: by which its prompt is ordered among others that are being computed; None unless steps are computing it.
         lost_ms: what it would lose at most by the preemption that it still has to make up for; None without one.
         owner: the program it belongs to; None where nobody asks.
         began: number of that program in the order in which programs began.
@@ -151,7 +153,9 @@ class Call:
     has_waited: bool = False
     waits_for_unkept: bool = False
     phase: Phase | None = None
+    found_resume: bool = False
     served_as: Phase | None = None
+    place: "AdmissionKey | None" = None
     lost_ms: float | None = None
     owner: Owner | None = None
     began: int = 0

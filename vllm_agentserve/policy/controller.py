@@ -287,6 +287,8 @@ class BudgetController:
         admits: bool = False,
         beside_lane: bool = False,
         backlog: Backlog = NO_BACKLOG,
+        ordered: bool = False,
+        ranked: bool = False,
     ) -> StepBudget:
         """Returns the prefill budget of the next step.
 
@@ -300,11 +302,14 @@ class BudgetController:
             admits: whether a prompt may be admitted in this step.
             beside_lane: whether a prefill lane has part of the device.
             backlog: the prompts that wait or are being read.
+            ordered: whether the budget is told where each prompt stands among the others of its step (`Standing`).
+            ranked: whether these are of several classes.
 
-        Without decodes and with one kind of prefill nobody would notice a long step: the budget is the whole step.
+        Without decodes and with prefills of one kind and class nobody would notice a long step: the budget is the whole step.
+        Without decodes nothing is kept for cold prompts but their floor, where prompts are ordered.
         """
         regime = self.shared if beside_lane else self.whole
-        if not sequences and not (resumes and colds):
+        if not sequences and not (resumes and colds) and not ranked:
             return StepBudget(regime.model, self._rules_alone, UNLIMITED, max_tokens, max_tokens, 0)
         tokens = self._step_tokens = max_tokens
         target = self._weighed(sequences, context, max_tokens, backlog, regime)
@@ -313,10 +318,12 @@ class BudgetController:
             target = Target(self._target_ms)
         if sequences:
             self.step_target_ms = target.ms
+        alone = ordered and not sequences
         # With a longer step the share of resume prefills grows as the step does.
         share = min(int(self.resume_tokens * target.ms / self._target_ms), self.limits.resume_budget_max_tokens)
-        resume_tokens = share if colds else tokens
-        reserved = min(waiting_resume_tokens, resume_tokens, tokens // 2)
+        resume_tokens = share if colds and not alone else tokens
+        most = max(tokens - self.limits.prefill_floor_tokens, tokens // 2) if alone else tokens // 2
+        reserved = min(waiting_resume_tokens, resume_tokens, most)
         prefill_ms = self._prefill_ms(regime, sequences, context, target.ms, worth_it=not probes)
         prefill_ms -= regime.admission_ms if admits else 0.0
         return StepBudget(
@@ -329,4 +336,5 @@ class BudgetController:
             other_tokens=sequences,
             trust=regime.trust if sequences else None,
             target=target,
+            alone=alone,
         )

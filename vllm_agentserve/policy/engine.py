@@ -4,6 +4,7 @@ The scheduler drives this object with vLLM's requests, the simulator with its ow
 """
 
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from math import inf
 from typing import Protocol
 
 from vllm_agentserve.policy.budget import StepBudget
@@ -21,6 +22,7 @@ from vllm_agentserve.policy.order import (
 from vllm_agentserve.policy.phase import Phase, SessionTable, classify
 from vllm_agentserve.policy.preemption import Rank
 from vllm_agentserve.policy.program import Beginnings, bounded
+from vllm_agentserve.policy.step_order import NO_ORDER, NoOrder, StepOrder, by_arrival, place
 from vllm_agentserve.policy.waiting import VllmOrder, WaitingList
 
 
@@ -37,6 +39,10 @@ class Engine(Protocol):
 
     def is_preempted(self, call: Call) -> bool:
         """Whether the engine took a waiting call's KV blocks away after it had run."""
+        ...
+
+    def has_room(self, call: Call) -> bool:
+        """Whether a waiting call finds a place and KV blocks now."""
         ...
 
 
@@ -106,8 +112,9 @@ class EnginePolicy:
         programs: order of calls by their programs.
         bypass_steps: engine steps a call may be overtaken before it goes first; infinite for no bound.
         batch_bypass_steps: the same for calls of class batch; None for the same.
-        orders: whether waiting calls are ordered here, and not by vLLM.
+        orders: whether calls are ordered here, and not by vLLM.
         cuts: whether prompts are cut to a budget.
+        longest_chunk: tokens that the engine computes of one prompt in a step at most, if others are there.
     """
 
     def __init__(
@@ -122,6 +129,7 @@ class EnginePolicy:
         batch_bypass_steps: float | None = None,
         orders: bool = True,
         cuts: bool = True,
+        longest_chunk: float = inf,
     ) -> None:
         self._engine = engine
         self.controller = controller
@@ -130,6 +138,14 @@ class EnginePolicy:
         self.programs = programs
         self._now = clock
         self.cuts = cuts
+        self._orders = orders
+        self._longest_chunk = longest_chunk
+        self.decodes = 0
+        """Sequences that decode, as far as is known."""
+        self._planned_decodes = 0
+        """As the last step was planned."""
+        self._order: NoOrder = NO_ORDER
+        """Of the prompts of the step that is being scheduled."""
         self.sessions = SessionTable()
         self._beginnings = Beginnings()
         self.waiting: VllmOrder = VllmOrder()
@@ -168,14 +184,17 @@ class EnginePolicy:
     def key(self, call: Call) -> AdmissionKey:
         """The sort key of a waiting call."""
         cached, hints = self._engine.cached_tokens(call), call.hints
-        uncached, level = call.request.num_tokens - cached, self.programs.level(call)
-        resume_tokens = self.controller.resume_tokens
-        key = admission_key(
-            self.phase(call, cached), uncached, call.number, resume_tokens, level, hints.batch, call.due, call.began
-        )
+        uncached, level, phase = call.request.num_tokens - cached, self.programs.level(call), self.phase(call, cached)
+        call.found_resume = phase is Phase.RESUME_PREFILL
+        key = admission_key(phase, uncached, call.number, self._resume_budget, level, hints.batch, call.due, call.began)
         if call.lost_ms is None and self._engine.is_preempted(call):
             return ahead(key, Urgency.PREEMPTED, call.number)
         return key
+
+    @property
+    def _resume_budget(self) -> float:
+        """The longest resume prefill that goes before cold ones: any where nobody decodes, since no stream waits for it."""
+        return self.controller.resume_tokens if self.decodes or not self._orders else inf
 
     def _key_of(self, call: Call) -> AdmissionKey:
         self.programs.waits(call, self._now())
@@ -223,36 +242,138 @@ class EnginePolicy:
         """
         if not self.cuts:
             return None
-        phases = {call.served_as for call in self.prefilling}
-        waiting_resumes = 0
+        self._follow_decodes(decodes)
         # If none could be admitted in the last step, the KV cache has no room, or as many run as may.
-        if places > 0 and not self.waiting.blocked:
-            waiting_resumes = self.waiting.waiting_resume_tokens(places)
-        # A cold prompt may be asked first although it runs beside them.
-        waiting_resumes += sum(call.left for call in self.prefilling if call.served_as is Phase.RESUME_PREFILL)
+        places = places if waits and not self.waiting.blocked else 0
+        # A cold prompt may still be for the lane, unless one was found to be for steps, and to have to wait.
+        for_lane = lane_room and not self._cold_waited
+        begins, ranked = self._line_up(places, begin=not for_lane)
+        phases = {call.served_as for call in self.prefilling}
+        resume_tokens = self._resume_tokens(places)
         self.budget = budget = self.controller.plan(
             decodes,
             context,
             max_tokens,
-            resumes=waiting_resumes > 0 or Phase.RESUME_PREFILL in phases,
+            resumes=resume_tokens > 0 or Phase.RESUME_PREFILL in phases,
             colds=Phase.COLD_PREFILL in phases or self.waiting.has_cold(waits),
-            waiting_resume_tokens=waiting_resumes,
-            admits=waits and not self.prefilling,
+            waiting_resume_tokens=resume_tokens,
+            admits=waits and (not self.prefilling or bool(begins)),
             beside_lane=beside_lane,
             backlog=self.backlog(),
+            ordered=self._orders,
+            ranked=ranked,
         )
-        # A cold prompt may still be for the lane, unless one was found to be for steps, and to have to wait.
-        if not (lane_room and not self._cold_waited) and self._a_cold_prompt_goes_on(budget):
-            self.waiting.hold_colds()
+        if not for_lane:
+            self._hold_colds(budget, begins)
         self._cold_waited = False
         return budget
 
-    def _a_cold_prompt_goes_on(self, budget: StepBudget) -> bool:
-        """Whether a cold prompt that is being computed will not end in this step: then no other can begin in it."""
-        return any(
-            call.served_as is Phase.COLD_PREFILL and not budget.finishes(call.left, call.request.num_computed_tokens)
+    def _follow_decodes(self, decodes: int) -> None:
+        """Whether anybody decodes decides how long a resume prefill may be: those that are there are told apart anew."""
+        before, self.decodes, self._planned_decodes = self._planned_decodes, decodes, decodes
+        if not self._orders or (decodes > 0) is (before > 0):
+            return
+        longest = self._resume_budget
+        self.waiting.sort_resumes(longest, LOOK_AHEAD)
+        for call in self.prefilling:
+            short = call.phase is Phase.RESUME_PREFILL and call.left <= longest
+            call.served_as = Phase.RESUME_PREFILL if short else Phase.COLD_PREFILL
+
+    def _line_up(self, places: int, begin: bool) -> tuple[dict[Call, AdmissionKey], bool]:
+        """Orders the prompts of the step.
+
+        Args:
+            places: calls that can be admitted.
+            begin: whether a cold prompt that waits may begin before one that is being computed.
+
+        Returns:
+            the cold prompts that may do so, in order, with their places, and whether there are prompts of several classes.
+        """
+        computed, alone = self.prefilling, not self.decodes
+        self._order = NO_ORDER
+        if not self._orders or not (len(computed) > 1 or (places > 0 and (alone or self._one_goes_before(computed)))):
+            return {}, False
+        self._order = order = StepOrder(computed, self._longest_chunk)
+        begins: dict[Call, AdmissionKey] = {}
+        places = min(places, LOOK_AHEAD)
+        last = order.last()
+        for call in self.waiting.in_order(places) if computed else ():
+            assert call.key is not None
+            key = by_arrival(self._normal(call, call.key) if call.key.urgency is Urgency.PREEMPTED else call.key)
+            if key < last and not key.cold:
+                order.join(call, key)
+            elif key < last and begin and (begins or self._may_begin(call)):
+                order.join(call, key)
+                begins[call] = key
+            elif call.key.urgency is Urgency.PREEMPTED or key < last:
+                # Cold ones behind a cold one that cannot begin are not offered.
+                begin = begin and not key.cold
+            else:
+                break
+        return begins, alone and order.kinds(self.waiting.in_order(places)) > 1
+
+    def _one_goes_before(self, computed: list[Call]) -> bool:
+        """Whether the first call that waits may go before the only one whose prompt is being computed."""
+        first = self.waiting.front() if computed else None
+        if first is None or first.key is None:
+            return False
+        return by_arrival(first.key) < place(computed[0])
+
+    def _may_begin(self, call: Call) -> bool:
+        return not self.waiting.turned_away(call) and self._engine.has_room(call)
+
+    def _normal(self, call: Call, key: AdmissionKey | None) -> AdmissionKey:
+        """The key of a call that stands in its class, at its level."""
+        if key is None:
+            key = AdmissionKey(Urgency.NORMAL, arrival=call.number)
+        elif key.urgency is Urgency.NORMAL:
+            return key
+        hints, level = call.hints, self.programs.level(call)
+        return key._replace(urgency=Urgency.NORMAL, batch=hints.batch, level=level, due=call.due)
+
+    def _resume_tokens(self, places: int) -> int:
+        """Tokens of the resume prefills that go before the first cold prompt of the step, which may be asked for before them.
+
+        Beside decodes they do so in its class and in better ones, whatever the rest of the order: the resume budget bounds what
+        they take. Where nobody decodes nothing bounds it, and the order decides.
+        """
+        waiting = self.waiting.waiting_resume_tokens(places) if places > 0 else 0
+        running = [call for call in self.prefilling if call.served_as is Phase.RESUME_PREFILL]
+        first = self._first_cold() if self._orders and (waiting or running) else None
+        if first is not None:
+
+            def counts(key: AdmissionKey) -> bool:
+                if not self.decodes:
+                    return key < first
+                return key.urgency < Urgency.NORMAL or (key.batch, key.due) <= (first.batch, first.due)
+
+            waiting = self.waiting.waiting_resume_tokens(places, counts) if waiting else 0
+            running = [call for call in running if counts(place(call))]
+        return waiting + sum(call.left for call in running)
+
+    def _first_cold(self) -> AdmissionKey | None:
+        """The place of the first cold prompt that is being computed or is at the front of those that wait; beside decodes the
+        place it has in its class."""
+        computed = [call for call in self.prefilling if call.served_as is Phase.COLD_PREFILL]
+        keys = [by_arrival(call.place) if self.decodes and call.place is not None else place(call) for call in computed]
+        front = self.waiting.front()
+        if front is not None and front.key is not None and front.key.cold:
+            keys.append(by_arrival(self._normal(front, front.key) if self.decodes else front.key))
+        return min(keys, default=None)
+
+    def _hold_colds(self, budget: StepBudget, begins: dict[Call, AdmissionKey]) -> None:
+        """While a cold prompt that is being computed does not end in this step, no other can begin in it that is not better."""
+        going_on = [
+            call
             for call in self.prefilling
-        )
+            if call.served_as is Phase.COLD_PREFILL
+            and not budget.finishes(call.left, call.request.num_computed_tokens, self._order.standing(call, False))
+        ]
+        if going_on and begins:
+            first = min(place(call) for call in going_on)
+            self.waiting.hold_colds([call for call, key in begins.items() if key < first])
+        elif going_on:
+            self.waiting.hold_colds()
 
     def backlog(self) -> Backlog:
         """The prompts for which a longer step is worth something: those that are being computed and those that clients wait for.
@@ -269,8 +390,9 @@ class EnginePolicy:
     def admit(self, call: Call, computed: int) -> None:
         """A step takes up the prompt of a call, of which so many tokens are computed or cached."""
         call.phase = call.lane.phase if call.lane.phase is not None else self.phase(call, computed)
-        short = call.request.num_tokens - computed <= self.controller.resume_tokens
+        short = call.request.num_tokens - computed <= self._resume_budget
         call.served_as = Phase.RESUME_PREFILL if short and call.phase is Phase.RESUME_PREFILL else Phase.COLD_PREFILL
+        call.place = self._normal(call, call.key) if self._orders else None
         self.prefilling.append(call)
 
     def grant(self, call: Call, wanted: int, computed: int, new: bool) -> int:
@@ -284,7 +406,9 @@ class EnginePolicy:
         """
         assert self.budget is not None
         assert call.served_as is not None
-        granted = self.budget.grant(call.served_as, wanted, computed)
+        standing = self._order.standing(call, waits=new)
+        granted = self.budget.grant(call.served_as, wanted, computed, standing)
+        self._order.asked(call)
         if new:
             cold = call.served_as is Phase.COLD_PREFILL
             self._cold_waited |= self.waiting.refuses(call, cold, granted, wanted)
@@ -294,6 +418,7 @@ class EnginePolicy:
         """A prompt that must not be cut takes so many tokens of the step's budget."""
         assert self.budget is not None
         assert call.served_as is not None
+        self._order.asked(call)
         self.budget.charge(call.served_as, tokens, computed)
 
     def computes(self, call: Call, chunk: Chunk, first: bool, last: bool) -> None:
@@ -327,7 +452,7 @@ class EnginePolicy:
     def stops(self, call: Call) -> None:
         """Steps compute no more of a call's prompt: it has ended, or the call has lost its place."""
         if call.served_as is not None:
-            call.served_as = None
+            call.served_as = call.place = None
             self.prefilling.remove(call)
 
     def suspends(self, call: Call) -> None:

@@ -65,7 +65,7 @@ def admission_key(
     phase: Phase,
     uncached_tokens: int,
     arrival: float,
-    resume_budget: int,
+    resume_budget: float,
     level: int = 0,
     batch: bool = False,
     due: float = inf,

@@ -1,15 +1,17 @@
 """The waiting calls in admission order, and what a step has to know of them together; for scheduler and simulator alike."""
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from math import inf
 
 from vllm_agentserve.policy.call import Backlog, Call
-from vllm_agentserve.policy.order import LOOK_AHEAD, AdmissionKey, Patience, Urgency, ahead
+from vllm_agentserve.policy.order import DECIDE_STEPS, LOOK_AHEAD, AdmissionKey, Patience, Urgency, ahead
 
 Entry = tuple[AdmissionKey, int, Call]
 """Key and number of arrival, which differs for all, and the call."""
+Counts = Callable[[AdmissionKey], bool]
+"""Which of the waiting calls count."""
 
 
 class Held:
@@ -94,12 +96,13 @@ class Line:
         """Those of a line that the engine did not pass over."""
         return (entry for entry in line if not entry[2].blocked) if self._blocked else line
 
-    def waiting_resume_tokens(self, places: int, colds_wait: bool) -> int:
+    def waiting_resume_tokens(self, places: int, colds_wait: bool, counts: Counts = lambda key: True) -> int:
         """Uncached tokens of the resume prefills that so many free places can take. A cold prefill before them in the order takes
         one place at most: the next one waits until it has been computed."""
         offered = self.can_run(self.offered(colds_wait))
         cold_first = any(entry[0].cold for entry in islice(offered, max(places, 0)))
-        return sum(key.uncached for key, _, _ in islice(self.can_run(self.resumes), max(places - cold_first, 0)))
+        resumes = islice(self.can_run(self.resumes), max(places - cold_first, 0))
+        return sum(key.uncached for key, _, _ in resumes if counts(key))
 
     @property
     def tokens(self) -> int:
@@ -164,8 +167,23 @@ class VllmOrder:
     def reopen(self) -> None:
         """What was closed for the rest of a step is open again."""
 
-    def hold_colds(self) -> None:
-        """No further cold prefill can begin in this step."""
+    def hold_colds(self, but: Sequence[Call] = ()) -> None:
+        """No further cold prefill can begin in this step, but these, in their order."""
+
+    def in_order(self, limit: int) -> Iterable[Call]:
+        """The first calls that can run, where their order is known."""
+        return ()
+
+    def front(self) -> Call | None:
+        """The first call that can run, where their order is known."""
+        return None
+
+    def turned_away(self, call: Call) -> bool:
+        """Whether the engine had no room for a call a few steps ago, although there was time for it."""
+        return False
+
+    def sort_resumes(self, resume_budget: float, limit: int) -> None:
+        """A resume prefill may be so long now; those of the first `limit` calls that stand elsewhere are sorted anew."""
 
     def refuses(self, call: Call, cold: bool, granted: int, wanted: int) -> bool:
         """A waiting call was granted so many of the tokens it wanted; returns whether a cold prompt was granted nothing."""
@@ -175,8 +193,8 @@ class VllmOrder:
         """Whether a call waits that is not a short resume prefill; `waits`: whether any does."""
         return waits
 
-    def waiting_resume_tokens(self, places: int) -> int:
-        """Uncached tokens of the resume prefills that so many free places can take."""
+    def waiting_resume_tokens(self, places: int, counts: Counts = lambda key: True) -> int:
+        """Uncached tokens of the resume prefills that so many free places can take, of those that count."""
         return 0
 
     def backlog(self) -> Backlog:
@@ -222,8 +240,8 @@ class WaitingList(VllmOrder):
     Calls held back for the prefill lane are parked: they count as waiting, but nobody looks at them until what they wait
     for has happened, since a look costs a search through the prefix cache per call and step.
 
-    While a cold prefill is being computed that does not end in this step, another one cannot begin (`hold_colds`): then only
-    resume prefills are offered, and a cold prompt at the front does not keep them waiting.
+    While a cold prefill is being computed that does not end in this step, another one cannot begin unless it is better
+    (`hold_colds`): then only those and resume prefills are offered, and a cold prompt at the front does not keep them waiting.
 
     A call that the scheduler takes out, skips and puts back keeps its place: its key decides, not the way it came in. One
     that ran and lost its place waits anew: the time it ran does not count as waiting, and the bound holds for every wait.
@@ -254,10 +272,16 @@ class WaitingList(VllmOrder):
         self._turn = 0
         """Where the next look at levels begins."""
         self._colds_wait = False
+        self._let_begin: Sequence[Call] = ()
+        """Cold prefills that are offered all the same."""
         self.closed = False
         """Whether nobody else can be admitted in this step."""
         self._tried: Call | None = None
         """The call that was granted tokens last in this step."""
+        self._until_ready: dict[Call, None] = {}
+        """Those that cannot run, for a reason that the engine can tell."""
+        self._turned_away: tuple[Call | None, int] = None, 0
+        """The last one that was let in and was not admitted, and in which step."""
         self._stale: Call | None = None
         """A call that turned out in this step to be cold, and is sorted as a resume prefill."""
 
@@ -268,15 +292,31 @@ class WaitingList(VllmOrder):
         if call.number < 0:
             call.number = self._arrivals
         elif call.left_step == self.step:
-            call.blocked = passed_over
+            self._block(call, passed_over)
             self._insert(call)
             return
         call.overdue = call.has_waited = call.waits_for_unkept = False
         call.wait_number, call.wait_since_s = self._arrivals, self._clock()
         self._arrivals += 1
-        call.blocked = self._is_blocked(call)
+        self._block(call, self._is_blocked(call))
         self._insert(call)
         self._enter(call)
+
+    def _block(self, call: Call, blocked: bool) -> None:
+        call.blocked = blocked
+        if blocked and self._is_blocked(call):
+            self._until_ready[call] = None
+
+    def _look_again(self, limit: int) -> None:
+        """Calls that wait for no grammar or adapter any more count again, although the engine has not looked at them since: while
+        one long prompt takes whole steps it looks at nobody."""
+        for call in list(islice(self._until_ready, limit)):
+            if not self._is_blocked(call):
+                entry = entry_of(call)
+                self._line.remove(entry)
+                call.blocked = False
+                self._line.add(entry)
+                del self._until_ready[call]
 
     def _enter(self, call: Call) -> None:
         """The bound on the call's wait begins."""
@@ -288,8 +328,15 @@ class WaitingList(VllmOrder):
     def first(self) -> Call | None:
         """The call that is offered next, None if there is none."""
         line = self._line.offered(self._colds_wait)
-        self._offered = line[0][2] if line else None
+        entry = line[0] if line else None
+        if self._let_begin and (begins := self._begins_next()) is not None:
+            entry = begins if entry is None else min(entry, begins)
+        self._offered = entry[2] if entry is not None else None
         return self._offered
+
+    def _begins_next(self) -> Entry | None:
+        """The next cold prefill that may begin although cold ones have to wait."""
+        return next((entry_of(call) for call in self._let_begin if call.key is not None), None)
 
     def first_that_can_run(self) -> Call | None:
         """The call that is offered next of those that the engine did not pass over, None if there is none."""
@@ -299,7 +346,8 @@ class WaitingList(VllmOrder):
     def pop(self) -> Call:
         """Takes out the call that `first` showed, also when the order has changed since. Raises `IndexError` without one."""
         call = self._offered
-        if call is None or call not in [line[0][2] for line in (self._line.entries, self._line.resumes) if line]:
+        heads = [line[0][2] for line in (self._line.entries, self._line.resumes) if line]
+        if call is None or call.key is None or call not in (*heads, *self._let_begin):
             call = self.first()
         if call is None:
             raise IndexError("pop from an empty queue")
@@ -340,8 +388,18 @@ class WaitingList(VllmOrder):
     @property
     def open(self) -> bool:
         """Whether there is a call to look at."""
-        line = self._line
-        return bool(line.resumes if self._colds_wait else line.entries) and not self.closed
+        if self.closed:
+            return False
+        if not self._colds_wait:
+            return bool(self._line.entries)
+        return bool(self._line.resumes) or (bool(self._let_begin) and self._begins_next() is not None)
+
+    def front(self) -> Call | None:
+        entry = next(iter(self._line.can_run(self._line.entries)), None)
+        return entry[2] if entry is not None else None
+
+    def in_order(self, limit: int) -> Iterable[Call]:
+        return (call for _, _, call in islice(self._line.can_run(self._line.entries), limit))
 
     @property
     def _steps(self) -> int:
@@ -372,6 +430,7 @@ class WaitingList(VllmOrder):
         entry = entry_of(call)
         self._line.remove(entry)
         call.blocked = False
+        self._until_ready.pop(call, None)
         call.parked, call.awaited = True, awaited
         insort(self._parked, entry)
 
@@ -406,6 +465,8 @@ class WaitingList(VllmOrder):
         if not admits:
             self._closed_steps += max(step - self.step, 0)
         self.step = step
+        if self._until_ready:
+            self._look_again(LOOK_AHEAD)
         promoted = self.promote_overdue()
         if relevels and step % self._decide_steps == 0:
             self.relevel(LOOK_AHEAD)
@@ -416,6 +477,8 @@ class WaitingList(VllmOrder):
         promoted = 0
         for call in (*self._patience.overdue(self._steps), *self._batch_patience.overdue(self._steps)):
             if call.key is None:
+                # One whose prompt is being computed goes on before all that came later.
+                call.overdue |= call.served_as is not None
                 continue
             if self._is_blocked(call):
                 # Nobody has overtaken it: it could not have run.
@@ -429,8 +492,12 @@ class WaitingList(VllmOrder):
                 promoted += 1
         return promoted
 
-    def hold_colds(self) -> None:
-        self._colds_wait = True
+    def hold_colds(self, but: Sequence[Call] = ()) -> None:
+        self._colds_wait, self._let_begin = True, but
+
+    def turned_away(self, call: Call) -> bool:
+        last, step = self._turned_away
+        return call is last and self.step < step + DECIDE_STEPS
 
     def refuses(self, call: Call, cold: bool, granted: int, wanted: int) -> bool:
         self._tried = call if granted else None
@@ -438,13 +505,19 @@ class WaitingList(VllmOrder):
             # What it had cached when it came is gone.
             self._stale = call
         if cold and granted < wanted:
-            self._colds_wait = True
+            # It is still to be taken out itself, if it is let in.
+            self._colds_wait, self._let_begin = True, (call,) if call in self._let_begin else ()
         # Nothing is left for those behind it, whom vLLM 0.33 would ask for one by one.
         self.closed = not granted or not self.open
         return cold and not granted
 
     def end_step(self, tokens_left: bool) -> None:
         refused = self._tried is not None and self._tried.key is not None
+        if refused:
+            self._turned_away = self._tried, self.step
+        elif tokens_left and not self.closed and self._let_begin and self._let_begin[0].key is not None:
+            # The engine did not even ask for its tokens: it has no room for its images, or took places away in this step.
+            self._turned_away = self._let_begin[0], self.step
         self.blocked, self._tried = tokens_left and (refused or self.open), None
         stale, self._stale = self._stale, None
         if stale is not None and stale.key is not None and not stale.parked:
@@ -452,11 +525,16 @@ class WaitingList(VllmOrder):
 
     def reopen(self) -> None:
         self.closed = self._colds_wait = False
+        self._let_begin = ()
 
     def let_pass(self, call: Call, pass_it: bool) -> None:
         if call.key is not None and not call.parked and call.waits_for_unkept is not pass_it:
             call.waits_for_unkept = pass_it
             self._rekey([call])
+
+    def sort_resumes(self, resume_budget: float, limit: int) -> None:
+        first = list(islice(self._line.entries, limit))
+        self._rekey([call for key, _, call in first if call.found_resume and key.cold is (key.tokens <= resume_budget)])
 
     def retag(self, limit: int) -> None:
         self._rekey([call for _, _, call in islice((one for one in self._line.entries if one[0].cold), limit)])
@@ -473,8 +551,8 @@ class WaitingList(VllmOrder):
     def has_cold(self, waits: bool) -> bool:
         return self._line.has_cold()
 
-    def waiting_resume_tokens(self, places: int) -> int:
-        return self._line.waiting_resume_tokens(min(places, LOOK_AHEAD), self._colds_wait)
+    def waiting_resume_tokens(self, places: int, counts: Counts = lambda key: True) -> int:
+        return self._line.waiting_resume_tokens(min(places, LOOK_AHEAD), self._colds_wait, counts)
 
     @property
     def tokens(self) -> int:
@@ -508,6 +586,7 @@ class WaitingList(VllmOrder):
         else:
             self._line.remove(entry)
         call.key, call.blocked = None, False
+        self._until_ready.pop(call, None)
 
     def faults(self, calls: Iterable[Call]) -> list[str]:
         entries = [*self._line.entries, *self._parked]
@@ -521,6 +600,7 @@ class WaitingList(VllmOrder):
             if listed.pop(call, None) != (None if call.key is None else (call.key, call.number)):
                 found.append(f"{call.name!r} is not in the queue where its key says")
         found += [f"the queue remembers {call.name!r}, which is gone" for call in listed]
+        found += [f"{call.name!r} cannot run, and counts" for call in self._until_ready if not call.blocked]
         if any(not call.parked for _, _, call in self._parked) or any(call.parked for _, _, call in self._line.entries):
             found.append("a request is parked that is not marked so, or the other way round")
         return found + self._line.faults()

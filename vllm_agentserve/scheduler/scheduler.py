@@ -70,6 +70,8 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         """What `/metrics` counts, since the start."""
         self.calls: dict[str, Call] = {}
         """All that is known of requests, by their ids, from arrival to end."""
+        self._adapters_in_use: frozenset[int] | None = None
+        """See `adapters_in_use`, as the last step with waiting requests found it."""
         self._unanswered: list[Call] = []
         """Those whose prompt is scheduled to its end, and that have no token yet."""
         block_size = int(self.cache_config.block_size)
@@ -86,6 +88,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
             options.batch_bypass_steps,
             orders=orders,
             cuts=budget_obstacle is None,
+            longest_chunk=compat.longest_chunk(self),
         )
         if isinstance(self.engine_policy.waiting, WaitingList):
             self.waiting = AgentQueue(self.engine_policy.waiting, self.calls)
@@ -114,10 +117,16 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         return compat.cached_prefix_tokens(self, call.request)
 
     def is_blocked(self, call: Call) -> bool:
+        adapter, in_use = call.request.lora_request, self._adapters_in_use
+        if in_use is not None and adapter and adapter.lora_int_id not in in_use:
+            return True
         return not compat.may_run(call.request)
 
     def is_preempted(self, call: Call) -> bool:
         return call.request.status is RequestStatus.PREEMPTED
+
+    def has_room(self, call: Call) -> bool:
+        return not compat.finds_no_place(self, call.request)
 
     # -- a step ---------------------------------------------------------------------------------------------------------
 
@@ -141,6 +150,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         context = self._decode_context() if decodes else 0
         for before_step in events.before_step:
             before_step(decodes, context)
+        self._adapters_in_use = compat.adapters_in_use(self)
         policy.begin_step(self.current_step, compat.admits(self))
         for before_plan in events.before_plan:
             before_plan()
@@ -286,7 +296,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         awaited = session is not None and session.status is RequestStatus.WAITING_FOR_STREAMING_REQ
         if not known:
             self._arrives(request)
-        self.engine_policy.waiting.step = self.current_step  # quiet steps do not tell it
+        self._catch_up()
         try:
             super().add_request(request)
         except BaseException:
@@ -301,6 +311,11 @@ class AgentScheduler(UpstreamHooks, Scheduler):
                 self.engine_policy.offered(call.key.tokens)
             for arrived in self._events.arrived:
                 arrived(call)
+
+    def _catch_up(self) -> None:
+        """Tells the policy what quiet steps do not."""
+        policy = self.engine_policy
+        policy.waiting.step, policy.decodes = self.current_step, len(self.running) - len(policy.prefilling)
 
     def _call(self, request: Request) -> Call:
         """The record of a request. One that did not come through `add_request`, as in vLLM's own tests, gets it here."""

@@ -99,6 +99,9 @@ class Simulator:
     def is_preempted(self, call: Call) -> bool:
         return False
 
+    def has_room(self, call: Call) -> bool:
+        return True
+
     def owner(self, call: Call) -> Owner:
         """The scheduler sees which call a prompt goes on from, and for a join what else ended since."""
         live, before = call.request.live, call.request.before
@@ -128,6 +131,7 @@ class Simulator:
             heapq.heappush(self._events, (due.at_s, next(self._numbers), live, due.name))
 
     def _arrivals(self) -> None:
+        self.policy.decodes = len(self._decoding)
         while self._events and self._events[0][0] <= self._now:
             self._clock_s, _, live, index = heapq.heappop(self._events)
             calls = live.shape.calls

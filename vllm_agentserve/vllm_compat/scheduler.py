@@ -1,5 +1,6 @@
 """What the scheduler asks of vLLM's own beyond its public interface."""
 
+from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -177,11 +178,30 @@ def free_places(scheduler: "Scheduler") -> int:
     return int(min(scheduler.max_num_active_reqs, scheduler.max_num_running_reqs)) - taken
 
 
+def longest_chunk(scheduler: "Scheduler") -> float:
+    """Tokens that vLLM computes of one prompt in a step at most while there are other requests; infinite for no bound."""
+    return int(scheduler.scheduler_config.long_prefill_token_threshold) or inf
+
+
 def may_run(waiting: "Request") -> bool:
-    """Whether a waiting request waits for steps only, and not for a grammar, for KV blocks from elsewhere or for its client."""
+    """Whether a waiting request waits for steps only, and not for a grammar, for KV blocks from elsewhere or for its client.
+
+    vLLM notices that a grammar has been compiled, or is wrong, when it looks at the request in a step.
+    """
     from vllm.v1.request import RequestStatus
 
+    if waiting.status is RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR:
+        structured = waiting.structured_output_request
+        return structured is not None and structured.grammar is not None
     return waiting.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+
+
+def adapters_in_use(scheduler: "Scheduler") -> frozenset[int] | None:
+    """The LoRA adapters of running requests where no other can be used beside them; None where another can."""
+    if not scheduler.lora_config:
+        return None
+    adapters = {request.lora_request.lora_int_id for request in scheduler.running if request.lora_request}
+    return frozenset(adapters) if len(adapters) >= scheduler.lora_config.max_loras else None
 
 
 def finds_no_place(scheduler: "Scheduler", waiting: "Request") -> bool:
