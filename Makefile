@@ -43,7 +43,7 @@ lint: setup
 compat: setup
 	@$(RUN)/python tools/compat.py $(if $(VLLM),--version $(VLLM))
 
-# 23 minutes on an otherwise idle machine; into bench-results/.
+# 20 minutes on an otherwise idle machine; into bench-results/.
 bench: setup
 	@$(RUN)/agentserve bench run --workload react --agents 4 --arms stock stock-chunk=256 agentserve --rounds 3
 	@$(RUN)/agentserve bench run --workload coding --agents 4 --arms stock stock-chunk=256 agentserve --rounds 3
