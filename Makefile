@@ -13,7 +13,7 @@ demo: setup
 test: setup
 	@status=0; $(HALVES) WHICH="not engine" || status=1; $(RUN)/python -m pytest -m engine tests || status=1; exit $$status
 
-# Everything that needs neither an engine nor more than a few seconds: about a minute, in two processes.
+# Everything that needs neither an engine nor more than a few seconds: one to two minutes, in two processes.
 test-fast: setup
 	@$(HALVES) WHICH="not engine and not slow"
 
