@@ -53,17 +53,6 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
-@pytest.fixture(autouse=True)
-def frozen(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A replay collects garbage first and thaws all objects at its end: nothing later need look at them again.
-
-    Not beside an engine in this process, whose memory is given back when it is collected.
-    """
-    yield
-    if not gc.get_freeze_count() and request.node.get_closest_marker("engine") is None:
-        gc.freeze()
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(ENGINES):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.garbage import frozen  # noqa: F401  a fixture of all tests here
 from vllm_agentserve import cli
 
 
