@@ -9,21 +9,22 @@ RUN := $(VENV)/bin
 demo: setup
 	@$(RUN)/agentserve demo
 
+# What needs no engine runs in two processes, then the engines run alone; both run whatever becomes of the other.
 test: setup
-	@$(RUN)/python -m pytest tests
+	@status=0; $(HALVES) WHICH="not engine" || status=1; $(RUN)/python -m pytest -m engine tests || status=1; exit $$status
 
-# Everything that needs neither an engine nor more than a few seconds: about two minutes, in two processes.
+# Everything that needs neither an engine nor more than a few seconds: one to two minutes, in two processes.
 test-fast: setup
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-fast-vllm test-fast-others
+	@$(HALVES) WHICH="not engine and not slow"
 
-# One process imports vLLM, the other one need not.
-FAST := $(RUN)/python -m pytest -q -m "not engine and not slow"
-WITH_VLLM := steps lanes gpu compat torture docs package/test_bad_input.py
-test-fast-vllm:
-	@$(FAST) $(addprefix tests/,$(WITH_VLLM))
+# Both run to their end; what they say is printed when they have ended. One process imports vLLM, the other one need not.
+HALVES = $(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target test-with-vllm test-without
+WITH_VLLM := steps lanes gpu compat torture docs package/test_bad_input.py package/test_package.py
+test-with-vllm:
+	@$(RUN)/python -m pytest -q -m "$(WHICH)" $(addprefix tests/,$(WITH_VLLM))
 
-test-fast-others:
-	@$(FAST) tests $(addprefix --ignore=tests/,$(WITH_VLLM) engine)
+test-without:
+	@$(RUN)/python -m pytest -q -m "$(WHICH)" tests $(addprefix --ignore=tests/,$(WITH_VLLM) engine)
 
 test-engine: setup
 	@$(RUN)/python -m pytest -m engine tests
@@ -42,7 +43,7 @@ lint: setup
 compat: setup
 	@$(RUN)/python tools/compat.py $(if $(VLLM),--version $(VLLM))
 
-# 23 minutes on an otherwise idle machine; into bench-results/.
+# 20 minutes on an otherwise idle machine; into bench-results/.
 bench: setup
 	@$(RUN)/agentserve bench run --workload react --agents 4 --arms stock stock-chunk=256 agentserve --rounds 3
 	@$(RUN)/agentserve bench run --workload coding --agents 4 --arms stock stock-chunk=256 agentserve --rounds 3

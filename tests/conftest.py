@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 
 import tests.support.environment  # noqa: F401  before anything imports vLLM
+from tests.support.interrupts import heed_ctrl_c
 from tests.support.paths import ROOT
 from vllm_agentserve.vllm_compat import installed_vllm
 
@@ -22,6 +23,10 @@ ENGINES = ROOT / "tests" / "engine"
 # How long an example takes says nothing on a busy machine.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+
+def pytest_configure() -> None:
+    heed_ctrl_c()
 
 
 def pytest_report_header() -> str:

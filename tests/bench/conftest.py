@@ -1,22 +1,13 @@
 """The command line for the benchmark's tests."""
 
-import gc
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.garbage import frozen  # noqa: F401  a fixture of all tests here
 from vllm_agentserve import cli
-
-
-@pytest.fixture(autouse=True)
-def frozen() -> Iterator[None]:
-    """A replay collects garbage first and thaws all objects at its end: the next one need not look at them again."""
-    yield
-    if not gc.get_freeze_count():
-        gc.freeze()
 
 
 @pytest.fixture

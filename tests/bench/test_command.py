@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.interrupts import heed_ctrl_c
 from tests.support.token_server import token_server
 from vllm_agentserve.bench.arms import parse_arm, parse_arms
 from vllm_agentserve.bench.records import Results
@@ -244,6 +245,18 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, kind: int) -> None:
     assert last.error == "interrupted"
     assert json.loads((tmp_path / "r" / "summary.json").read_text())["arms"]["a"]["rounds"]
     assert "Traceback" not in said
+
+
+def test_ctrl_c_reaches_what_the_tests_start_in_the_background_of_a_script() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        heed_ctrl_c()
+        child = subprocess.Popen(
+            [sys.executable, "-c", "import signal; print(signal.getsignal(signal.SIGINT))"], stdout=subprocess.PIPE
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert b"default_int_handler" in child.communicate()[0]
 
 
 def test_help_is_quick_and_workloads_explain_themselves(run) -> None:

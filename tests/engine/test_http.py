@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -217,23 +218,31 @@ def test_a_client_that_leaves_harms_nobody(server: VllmServer) -> None:
     assert done["usage"]["completion_tokens"] == 5
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"tpot_slo": 40}, ["agentserve has no option 'tpot_slo'", "Did you mean 'tpot_slo_ms'"]),
-        ({"tpot_slo_ms": "fast"}, ["'tpot_slo_ms' = 'fast' is not allowed", "a number from 1 to 60000 ms"]),
-    ],
-)
-def test_wrong_options_stop_the_start_before_the_model_is_loaded(
-    toy_model: Path, tmp_path: Path, options: dict, words: list[str]
-) -> None:
-    failing = VllmServer(
-        toy_model, [*SERVE, "--additional-config", json.dumps({"agentserve": options})], log=tmp_path / "log"
-    )
-    with pytest.raises(ServerError, match="ended with exit code 1 while starting"), failing:
-        pass
-    log = (tmp_path / "log").read_text()
-    for word in words:
+WRONG: list[tuple[dict, list[str]]] = [
+    ({"tpot_slo": 40}, ["agentserve has no option 'tpot_slo'", "Did you mean 'tpot_slo_ms'"]),
+    ({"tpot_slo_ms": "fast"}, ["'tpot_slo_ms' = 'fast' is not allowed", "a number from 1 to 60000 ms"]),
+]
+
+
+@pytest.fixture(scope="module")
+def refused(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The logs of servers with the options of `WRONG`, which start at the same time: they do little but import."""
+    logs = [tmp_path_factory.mktemp("refused") / "log" for _ in WRONG]
+
+    def start(options: dict, log: Path) -> str:
+        failing = VllmServer(toy_model, [*SERVE, "--additional-config", json.dumps({"agentserve": options})], log=log)
+        with pytest.raises(ServerError, match="ended with exit code 1 while starting"), failing:
+            pass
+        return log.read_text()
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(start, [options for options, _ in WRONG], logs))
+
+
+@pytest.mark.parametrize("number", range(len(WRONG)))
+def test_wrong_options_stop_the_start_before_the_model_is_loaded(refused: list[str], number: int) -> None:
+    log = refused[number]
+    for word in WRONG[number][1]:
         assert word in log
     assert "Loading safetensors" not in log
 
