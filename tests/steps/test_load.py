@@ -120,10 +120,10 @@ def test_the_end_of_a_sub_agent_is_not_that_of_its_program(clock: Clock) -> None
     serve(scheduler, driver, clock)
     turn(scheduler, "child", 0, agent_parent="a", agent_last=True)
     serve(scheduler, driver, clock)
-    assert "session a" in load.control._live
+    assert "session a" in load.control.programs.live
     turn(scheduler, "a", 1, agent_last=True)
     serve(scheduler, driver, clock)
-    assert "session a" not in load.control._live
+    assert "session a" not in load.control.programs.live
     assert load.control.faults(()) == []
 
 
@@ -140,7 +140,8 @@ def test_a_call_that_comes_to_an_idle_engine_begins_at_once(clock: Clock) -> Non
         clock.now += 0.5
         serve(scheduler, driver, clock, 4000)
     clock.now += 30.0
-    load.control._limit, load.control._reason, load.control._decided_s = 1000.0, "model", clock.now
+    limit = load.control.limit
+    limit.tokens, limit.reason, limit._decided_s = 1000.0, "model", clock.now
     turn(scheduler, "new", 0, 900)
     assert not held(scheduler)
     assert load.control.report().begun["idle"] == 1
@@ -211,7 +212,7 @@ def test_who_waits_behind_one_that_is_refused_is_held_no_longer_than_the_bound(c
     clock.now += 1.05
     for _ in range(3):
         clock.now += 0.06
-        load.control._open()
+        load.control.firsts.open()
         driver.step()
     assert held(scheduler) == ["urgent-0"]
 
@@ -377,7 +378,7 @@ def test_why_first_calls_began_and_why_there_is_a_limit(clock: Clock, page: Page
     page.record(scheduler.report())
     assert page.reading().load["load_limit_reason"] == {"fits": 0, "faster without": 0, "model": 1}
     figures = page.reading().figures
-    assert figures["load_pool_tokens"] == load.control.pool_tokens == 2048
+    assert figures["load_pool_tokens"] == load.control.room.pool_tokens == 2048
     assert figures["load_room_ratio"] == load.control.report().room
     assert 0 < figures["load_limit_tokens"] <= figures["load_pool_tokens"] * figures["load_room_ratio"]
     serve(scheduler, driver, clock, 4000)
@@ -547,7 +548,7 @@ def test_decisions_are_logged_when_they_change(clock: Clock, monkeypatch: pytest
     driver.step()
     told = [line for line in said if "turns per second" in line]
     assert len(told) == 1
-    weighed = load.control.weighed
+    weighed = load.control.limit.weighed
     assert weighed is not None
     assert told[0].startswith(
         f"agentserve: load control: a limit for {weighed.programs:.0f} programs. {weighed.limited:.2f} turns per second are "

@@ -16,6 +16,8 @@ from math import inf, sqrt
 
 CLIFF = 0.6
 """Contexts of 1.6 times the pool leave no hits."""
+PRESSURES = tuple(step / 10 for step in range(5, 11))
+"""Limits that are tried, in pools."""
 
 
 @dataclass(frozen=True)
@@ -46,3 +48,42 @@ def turns_per_second(programs: float, turn: TurnCost, hit_ratio: float, room: fl
 def hit_ratio(pressure: float) -> float:
     """The share of contexts that are found, for contexts of `pressure` times the pool."""
     return min(max((1 + CLIFF - pressure) / CLIFF, 0.0), 1.0)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Turns per second of programs that may be too many for the KV cache.
+
+    Args:
+        programs: how many.
+        most: tokens they will want at most.
+        pool: tokens that fit.
+        turn: of the mean program.
+        room: so many calls of them can run at once.
+    """
+
+    programs: float
+    most: float
+    pool: float
+    turn: TurnCost
+    room: float
+
+    @property
+    def footprint(self) -> float:
+        """Tokens that one program will want at most."""
+        return self.most / self.programs
+
+    def without(self, times: float = 1.0) -> float:
+        """Without a limit, if so many times as many came."""
+        ratio = hit_ratio(times * self.most / self.pool)
+        return turns_per_second(times * self.programs, self.turn, ratio, self.room)
+
+    def limited(self, times: float = 1.0) -> tuple[float, float]:
+        """The same with the best limit, and that limit in pools; nothing where none is low enough for them."""
+        tried = [
+            (turns_per_second(pressure * self.pool / self.footprint, self.turn, hit_ratio(pressure)), -pressure)
+            for pressure in PRESSURES
+            if self.footprint <= pressure * self.pool <= times * self.most
+        ]
+        best, pressure = max(tried, default=(0.0, 0.0))
+        return best, -pressure
