@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.config import KVTransferConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.request import RequestStatus
 
@@ -264,6 +265,40 @@ def test_layers_that_keep_less_take_blocks_for_themselves() -> None:
     full = KVCacheGroupSpec(["full"], FullAttentionSpec(**kinds))
     scheduler.kv_cache_config = KVCacheConfig(1001, [], [full, *windows])
     assert 4000 < compat.pool_tokens(scheduler) < 9000
+
+
+def test_host_memory_of_vllms_own_is_known_by_its_size() -> None:
+    """It has twice the bytes of the KV cache of one worker, whose 1000 blocks hold 16,000 tokens."""
+    scheduler: Any = make_scheduler(num_blocks=1001)
+    cache = 1001 * scheduler.kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes
+    assert compat.host_tokens(scheduler) == 0
+    given = KVTransferConfig(
+        kv_connector="OffloadingConnector", kv_role="kv_both", kv_connector_extra_config={"cpu_bytes_to_use": 2 * cache}
+    )
+    scheduler.vllm_config.kv_transfer_config = given
+    assert compat.host_tokens(scheduler) == 32_000
+    scheduler.vllm_config.parallel_config.world_size = 2
+    assert compat.host_tokens(scheduler) == 16_000
+    given.kv_connector = "LMCacheMPConnector"
+    assert compat.host_tokens(scheduler) == 0
+    given.kv_connector = "OffloadingConnector"
+    given.kv_connector_extra_config.clear()
+    assert compat.host_tokens(scheduler) == 0
+
+
+def test_where_contexts_come_back_from_host_memory_nobody_is_held(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "host_tokens", lambda scheduler: 100_000)
+    scheduler, driver, load = started()
+    learned(scheduler, driver, clock)
+    for name in "abcdefgh":
+        turn(scheduler, name, 0)
+        clock.now += 0.02
+        driver.step()
+    assert not held(scheduler)
+    assert load.control.report().reason == "fits"
+    assert load.control.room.kept_tokens == 100_000
 
 
 def test_a_stream_that_its_client_closes_is_a_turn_too(clock: Clock) -> None:

@@ -37,6 +37,7 @@ from vllm_agentserve.policy.first_calls import BURST, SETTLE_S, Burst, FirstCall
 from vllm_agentserve.policy.gaps import Returns
 from vllm_agentserve.policy.known_programs import KnownPrograms
 from vllm_agentserve.policy.load_limit import Demand, Limit, Reason, Room
+from vllm_agentserve.policy.tier import Tier
 from vllm_agentserve.policy.turn_means import TurnMeans
 
 MAX_HOLD_S = 480.0
@@ -80,15 +81,18 @@ class LoadControl:
         pool_tokens: size of the KV cache.
         block_tokens: of a KV block; half a block of every context is wasted.
         max_hold_s: nobody is held longer.
+        host: memory behind the KV cache; none by default.
     """
 
-    def __init__(self, pool_tokens: int, block_tokens: int = 16, max_hold_s: float = MAX_HOLD_S) -> None:
+    def __init__(
+        self, pool_tokens: int, block_tokens: int = 16, max_hold_s: float = MAX_HOLD_S, host: Tier | None = None
+    ) -> None:
         self.max_hold_s = max_hold_s
         self._block = block_tokens
         self.programs = KnownPrograms()
         self.turns = TurnMeans()
         self.count = ClaimCount(self.programs, self.turns.growth, block_tokens // 2)
-        self.room = Room(pool_tokens)
+        self.room = Room(pool_tokens, host)
         self.limit = Limit(self.room, self.turns)
         self.firsts = FirstCalls()
         self.burst = Burst()
@@ -296,7 +300,7 @@ class LoadControl:
     def _others_may_come(self, call: LoadCall, now_s: float, idle: bool, wanted: float, known: float) -> bool:
         """Whether a call might not fit that is one of many which come together. They are decided on together, a moment later."""
         more = self.limit.reason == "fits" or self.burst.size(now_s) > BURST * known
-        unsure = self.limit.better_if_more and more and wanted > self.room.pool_tokens
+        unsure = self.limit.better_if_more and more and wanted > self.limit.fitting_tokens
         if not (unsure and self.count.claims.programs) or idle or now_s - call.came_s >= SETTLE_S:
             return False
         self.firsts.close(min(now_s + COUNT_S, call.came_s + SETTLE_S))

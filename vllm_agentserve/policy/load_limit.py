@@ -5,6 +5,7 @@ from math import exp, inf
 from typing import Literal
 
 from vllm_agentserve.policy.claims import Claims
+from vllm_agentserve.policy.tier import Tier, UnmeasuredTier
 from vllm_agentserve.policy.turn_means import TurnMeans
 from vllm_agentserve.policy.turn_rate import CLIFF, Forecast, TurnCost, hit_ratio, turns_per_second
 
@@ -27,17 +28,29 @@ CROWDS = (2.0, 4.0)
 GREW = 1.25
 """That there is no limit is decided again once so many times the programs are known."""
 
+CHEAP = 0.5
+"""Contexts come back cheaply from host memory if that takes no more than this share of the time to compute them again."""
+UNMEASURED = 0.1
+"""That share while it is not known."""
+
 
 class Room:
-    """How much of the KV cache is of use, as measured.
+    """How much of the KV cache is of use, as measured, and of the host memory behind it.
 
     Args:
-        pool_tokens: its size.
+        pool_tokens: size of the KV cache.
+        host: the memory behind it. It has copies of what is in the cache too, so that both keep as much as the larger of them.
     """
 
-    def __init__(self, pool_tokens: int) -> None:
+    def __init__(self, pool_tokens: int, host: Tier | None = None) -> None:
         self.pool_tokens = max(pool_tokens, 1)
+        self.tier: Tier = host or UnmeasuredTier()
         self.share = FIRST_ROOM
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens that are in the cache or come back from host memory, at most."""
+        return max(self.pool_tokens, self.tier.host_tokens)
 
     @property
     def tokens(self) -> float:
@@ -45,8 +58,8 @@ class Room:
         return self.pool_tokens * self.share
 
     def correct(self, found: float, claims_tokens: float) -> None:
-        """A call found that share of its context while the programs under way wanted so much."""
-        error = found - hit_ratio(claims_tokens / self.tokens)
+        """A call found that share of its context, in the cache or in host memory, while the programs under way wanted so much."""
+        error = found - hit_ratio(claims_tokens / (self.kept_tokens * self.share))
         if abs(error) > ROOM_TOLERANCE:
             self.share = min(max(self.share * exp(ROOM_STEP * error), LEAST_ROOM), MOST_ROOM)
 
@@ -106,6 +119,8 @@ class Limit:
         """Of the last decision for which it mattered."""
         self.better_if_more = True
         """Whether there would be a limit if many more came."""
+        self._restores = True
+        """Whether contexts come back cheaply from host memory."""
         self._decided_s = -inf
         self._decided_on = 0.0
         """How many programs that was decided on."""
@@ -114,9 +129,14 @@ class Limit:
     def none(self) -> bool:
         return self.tokens == inf
 
+    @property
+    def fitting_tokens(self) -> int:
+        """Tokens of contexts that nobody needs to wait for: they are in the cache, or come back cheaply."""
+        return self._room.kept_tokens if self._restores else self._room.pool_tokens
+
     def due(self, now_s: float, wanted: float, programs: float) -> bool:
         """Whether it is to be decided again, where so many programs are known that will want so many tokens."""
-        grew = self.reason == "fits" and wanted > FITS * self._room.pool_tokens
+        grew = self.reason == "fits" and wanted > FITS * self.fitting_tokens
         if grew or (self.none and programs > GREW * self._decided_on):
             self._decided_s = -inf
         return now_s - self._decided_s >= DECIDE_S
@@ -126,31 +146,37 @@ class Limit:
         self._decided_s = now_s
         self._decided_on = demand.programs
         everybody = demand.everybody
-        if everybody.most <= FITS * self._room.pool_tokens:
+        forecast = self._forecast(everybody, gap_s)
+        self._restores = forecast.turn.restore_s <= CHEAP * forecast.turn.again_s
+        if everybody.most <= FITS * self.fitting_tokens:
             self.tokens, self.reason, self.better_if_more = inf, "fits", True
             return
-        forecast = self._forecast(everybody, gap_s)
-        without, (best, pressure) = forecast.without(), forecast.limited()
-        if best and demand.surely >= (1 + CLIFF) * forecast.pool:
+        without, (best, limit) = forecast.without(), forecast.limited()
+        if best and demand.surely >= (1 + CLIFF) * forecast.kept:
             best = min(best, self._later(forecast, demand))
         self.weighed = Weighed(everybody.programs, best, without, forecast.turn)
         if best > without * (COMES if self.none else GOES):
-            self.tokens, self.reason = pressure * forecast.pool, "model"
+            self.tokens, self.reason = limit, "model"
             return
         self.tokens, self.reason = inf, "faster without"
-        crowds = CROWDS if demand.surely <= forecast.pool else ()
+        crowds = CROWDS if demand.surely <= forecast.kept else ()
         self.better_if_more = any(forecast.limited(times)[0] > forecast.without(times) * COMES for times in crowds)
 
     def _forecast(self, everybody: Claims, gap_s: float) -> Forecast:
-        turns, pool = self._turns, self._room.tokens
-        context = everybody.most / everybody.programs * (turns.parts.value or 1.0)
+        turns, room = self._turns, self._room
+        context = max(everybody.most / everybody.programs * (turns.parts.value or 1.0), 1.0)
+        again_s = context * turns.read_s_per_token.value
+        restore_ms = room.tier.restore_ms(round(context)) if room.tier.host_tokens else 0.0
         turn = TurnCost(
             gap_s=gap_s,
             decode_s=turns.decode_s.value,
             read_s=turns.new_tokens.value * turns.read_s_per_token.value,
-            again_s=context * turns.read_s_per_token.value,
+            again_s=again_s,
+            restore_s=UNMEASURED * again_s if restore_ms is None else restore_ms / 1000,
         )
-        return Forecast(everybody.programs, everybody.most, pool, turn, max(pool / context, 1.0))
+        pool = room.tokens
+        kept = room.kept_tokens * room.share
+        return Forecast(everybody.programs, everybody.most, pool, kept, turn, max(pool / context, 1.0))
 
     def _later(self, forecast: Forecast, demand: Demand) -> float:
         """Turns per second with a limit where those under way find nothing, whether others are held or not: it only helps those
