@@ -31,9 +31,9 @@ UNKNOWN_S = 60.0
 """The same where no gap was ever seen: after so long."""
 
 
-Begins = Literal["returning", "one-shot", "bound", "unlimited", "alone", "idle", "fits"]
-"""Why a call may begin: its program has begun; its like does not come back; it was held for the longest time; there is no limit;
-nobody is under way; the engine has nothing to do; its program fits."""
+Begins = Literal["returning", "sub-agent", "one-shot", "bound", "unlimited", "alone", "idle", "fits"]
+"""Why a call may begin: its program has begun; another one seems to wait for it; its like does not come back; it was held for the
+longest time; there is no limit; nobody is under way; the engine has nothing to do; its program fits."""
 
 
 @dataclass(slots=True, eq=False)

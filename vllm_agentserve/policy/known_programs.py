@@ -7,6 +7,7 @@ from math import inf
 
 from vllm_agentserve.policy.claims import LoadCall, Program, lapsed, longer, presence
 from vllm_agentserve.policy.gaps import Returns
+from vllm_agentserve.policy.sub_agents import SubAgents
 from vllm_agentserve.policy.turn_means import Mean
 
 RETRY_S = 60.0
@@ -20,10 +21,11 @@ PROGRAMS_KEPT = 65_536
 
 
 class KnownPrograms:
-    """Who is under way, who is away, who is gone; and what their returns say of others, in `returns`."""
+    """Who is under way, who is away, who is gone; and what their returns say of others, in `returns` and `sub_agents`."""
 
     def __init__(self) -> None:
         self.returns = Returns()
+        self.sub_agents = SubAgents()
         self.live: dict[str, Program] = {}
         """Programs that wait to begin or are under way."""
         self._away: OrderedDict[str, None] = OrderedDict()
@@ -62,6 +64,13 @@ class KnownPrograms:
             self._untrue.add(1.0)
             program.over = False
         self.returns.returned(program.turn(), program.tool, gap, revised)
+        self.sub_agents.comes_back(program, now_s)
+
+    def ended(self, program: Program, now_s: float) -> None:
+        """A call of the program ended."""
+        self.leaves(program)
+        if not program.calls:
+            self.sub_agents.ended(program, now_s)
 
     def leaves(self, program: Program) -> None:
         """A call of the program is no more; without others it is away."""
@@ -79,6 +88,7 @@ class KnownPrograms:
     def never_began(self, program: Program) -> None:
         """A program that is away had no call that counts: it is forgotten."""
         del self.live[program.name]
+        self.sub_agents.forget(program.name)
 
     def told_over(self, program: Program) -> bool:
         """The client said that a program that is away is over. Returns whether that is believed."""
@@ -94,6 +104,7 @@ class KnownPrograms:
         self.gone[program.name] = self.live.pop(program.name)
         del self._away[program.name]
         self.returns.gone(program.turn(), program.tool)
+        self.sub_agents.gone(program)
         if len(self.gone) > PROGRAMS_KEPT:
             self.gone.popitem(last=False)
 
@@ -102,7 +113,8 @@ class KnownPrograms:
         self.gone.pop(name, None)
         if name not in self.live or self.live[name].calls:
             return False
-        del self.live[name], self._away[name]
+        self.sub_agents.gone(self.live.pop(name))
+        del self._away[name]
         return True
 
     def nobody_returns(self, now_s: float) -> bool:

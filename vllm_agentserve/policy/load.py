@@ -17,7 +17,7 @@ What is learned, from how much, and how fast it follows:
 
 `LoadControl` hears of calls, and passes on what it hears:
 
-- `KnownPrograms`: who is under way, away or gone, and what returns say of others;
+- `KnownPrograms`: who is under way, away or gone, and what returns say of others; in it `SubAgents`: who seems to be one;
 - `TurnMeans`: what turns were like lately;
 - `ClaimCount`: what the programs under way will want of the cache;
 - `Limit`: how much they may want together, from turns per second (`policy/turn_rate.py`);
@@ -126,6 +126,8 @@ class LoadControl:
         else:
             self.firsts.waiting[call] = None
             self.burst.comes(now_s)
+            if not program.calls:
+                self.programs.sub_agents.comes(program, now_s)
         program.calls[call] = None
         return call
 
@@ -207,7 +209,7 @@ class LoadControl:
         self._idle_since_s = inf
         self.turns.answered(read_s, read_tokens, decode_s)
         self.firsts.open()
-        self.programs.leaves(program)
+        self.programs.ended(program, now_s)
         if last and not program.calls and self.programs.told_over(program):
             self.count.stale = True
 
@@ -283,6 +285,9 @@ class LoadControl:
             return "bound"
         if self.returns.begins(call.program.named) <= USUAL:
             return "one-shot"
+        if self.programs.sub_agents.seems(call.program):
+            self.count.update(now_s)
+            return "sub-agent"
         if self.firsts.closed(call, now_s):
             return None
         self.count.update(now_s)

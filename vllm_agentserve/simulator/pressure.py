@@ -42,7 +42,7 @@ class Agent:
 
     Args:
         name: unique.
-        arrival_s: of its first call.
+        arrival_s: of its first call; of a sub-agent's, after the call that starts it.
         turns: its calls, one after the other.
         shared: what the first tokens are: agents of the same name share them.
         shared_tokens: how many tokens they share.
@@ -489,7 +489,7 @@ class PressureEngine:
         self.outcome.turns += 1
         for child in turn.children:
             run.pending += 1
-            self._start(child, self.now_s, run)
+            self._start(child, self.now_s + child.arrival_s, run)
         if last:
             self.outcome.sessions[agent.name] = self.now_s - run.came_s
             self.outcome.ends[agent.name] = self.now_s
