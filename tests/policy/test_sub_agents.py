@@ -167,7 +167,17 @@ def one_shot(clients: Clients, number: int) -> None:
     clients.call(f"a-{number}")
 
 
-@pytest.mark.parametrize("happens", [chance, in_its_gap, closed_loop, one_shot])
+def short_session(clients: Clients, number: int) -> None:
+    """A program of several calls does."""
+    clients.turn(f"a-{number}")
+    clients.turn(f"b-{number}")
+    clients.turn(f"b-{number}")
+    clients.gone(f"b-{number}")
+    clients.now += 2.1
+    clients.call(f"a-{number}")
+
+
+@pytest.mark.parametrize("happens", [chance, in_its_gap, closed_loop, one_shot, short_session])
 def test_programs_that_come_by_chance_are_no_sub_agents(happens: Callable[[Clients, int], None]) -> None:
     clients = Clients()
     for number in range(40):
@@ -180,7 +190,7 @@ def test_programs_that_come_by_chance_are_no_sub_agents(happens: Callable[[Clien
         clients.now += 1.0
 
 
-@pytest.mark.parametrize("happens", [chance, in_its_gap, one_shot])
+@pytest.mark.parametrize("happens", [chance, in_its_gap, one_shot, short_session])
 def test_what_was_learned_is_unlearned(happens: Callable[[Clients, int], None]) -> None:
     clients = learn(Clients(), 40)
     for number in range(12):

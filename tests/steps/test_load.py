@@ -114,6 +114,35 @@ def test_a_sub_agent_of_a_program_under_way_is_never_held(clock: Clock) -> None:
     assert "stray-0" in held(scheduler)
 
 
+def test_a_sub_agent_that_does_not_name_its_parent_is_recognised(clock: Clock) -> None:
+    """Four parents before had a call, waited for two calls of a sub-agent, and came back. With another one under way the cache is
+    full; its sub-agent begins at once all the same, a program that comes later does not."""
+    scheduler, driver, load = started()
+    learned(scheduler, driver, clock)
+    for index in range(4):
+        for name, number in (("parent", 0), ("child", 0), ("child", 1), ("parent", 1)):
+            turn(scheduler, f"{name}-{index}", number, 200)
+            serve(scheduler, driver, clock)
+            clock.now += 0.02
+        clock.now += 100.0
+    turn(scheduler, "parent", 0)
+    serve(scheduler, driver, clock)
+    clock.now += 0.2
+    for name in "abcdefgh":
+        turn(scheduler, name, 0)
+    turn(scheduler, "parent", 1)
+    while "parent-1" in scheduler.requests:
+        clock.now += 0.02
+        driver.step()
+    assert held(scheduler)
+    turn(scheduler, "child", 0)
+    assert "child-0" not in held(scheduler)
+    assert load.control.report().begun["sub-agent"] >= 1
+    clock.now += 0.2
+    turn(scheduler, "stray", 0)
+    assert "stray-0" in held(scheduler)
+
+
 def test_the_end_of_a_sub_agent_is_not_that_of_its_program(clock: Clock) -> None:
     scheduler, driver, load = started()
     learned(scheduler, driver, clock)

@@ -1,10 +1,10 @@
 """Which programs seem to be sub-agents of others, where their clients do not say so.
 
-A parent starts a sub-agent right after one of its calls, and is silent until the sub-agent has ended. A program that began for
-other reasons just then looks the same at first, but the other one comes back while it is still at work, or never. So who might
-have started a program is remembered, and whether that was true is learned: nothing is thought of new programs until most of
-those before turned out to be sub-agents. How fast this adapts: three in a row are enough at first, and about 32 are remembered
-(`policy/gaps.py`).
+A parent starts a sub-agent right after one of its calls, is silent until the sub-agent has ended, and comes back soon. A program
+that began for other reasons just then looks the same at first, but the other one comes back while it is still at work, or long
+after, or never. So who might have started a program is remembered, and whether that was true is learned: nothing is thought of
+new programs until most of those before turned out to be sub-agents. How fast this adapts: three in a row are enough at first,
+and about 32 are remembered (`policy/gaps.py`).
 """
 
 from collections import OrderedDict, deque
@@ -18,9 +18,9 @@ CANDIDATES = 4
 """Of the programs whose calls ended last, so many may have started it."""
 SEEMS, PRIOR = 0.5, 2.0
 """New programs are thought to be sub-agents where more than this share was, with so many that were not to begin with."""
-SINGLE = 0.2
-"""A program of one call counts as a sub-agent only if its parent was silent for no longer than this share of the time after it:
-such programs end within a gap of any other one."""
+SINGLE, SEVERAL = 0.2, 0.5
+"""A program of one call, or of several, counts as a sub-agent only if its parent went on being silent for no longer than this
+share of its whole silence: by chance too programs end within a gap of another one. A parent may wait for several at once."""
 PROGRAMS_KEPT = 256
 """Programs of which it is not known yet, and as many that may still turn out to be none."""
 
@@ -79,7 +79,7 @@ class SubAgents:
             self.forget(name)
             if child.turns:
                 after, silent = now_s - child.ended_s, now_s - program.ended_s
-                true = child.turns > 1 or after <= SINGLE * silent
+                true = after <= (SEVERAL if child.turns > 1 else SINGLE) * silent
                 self._true.add(true)
                 if true:
                     self._believed[name] = None
