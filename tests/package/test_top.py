@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from vllm_agentserve import cli, top
-from vllm_agentserve.policy.load import Reason
+from vllm_agentserve.policy.load_limit import Reason
 from vllm_agentserve.policy.program import identifier
 from vllm_agentserve.top_scrape import page_of, parse
 from vllm_agentserve.top_table import LIMITS, picture, program_tpot, tpot, under_way

@@ -1,7 +1,6 @@
 """Which programs may begin."""
 
 import tracemalloc
-from collections.abc import Iterable
 from math import exp, inf
 from typing import Any
 
@@ -9,104 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_agentserve.policy import load
+from tests.support.load_server import BEGAN, Server, fill, learned
+from vllm_agentserve.policy import claim_count, known_programs
 from vllm_agentserve.policy.claims import LoadCall, Program, claim, presence, stays
-from vllm_agentserve.policy.load import FIRST_ROOM, LoadControl, Mean
+from vllm_agentserve.policy.load_limit import FIRST_ROOM
+from vllm_agentserve.policy.turn_means import Mean
 from vllm_agentserve.policy.turn_rate import TurnCost, hit_ratio, turns_per_second
 
 FADE = exp(-1 / 32)
-BEGAN = 5
-"""Programs that `fill` lets begin after `learn`."""
-
-
-class Server:
-    """Drives load control as a scheduler would, without an engine."""
-
-    def __init__(self, pool_tokens: int = 10_000, max_hold_s: float = 600.0, block_tokens: int = 16) -> None:
-        self.load = LoadControl(pool_tokens, block_tokens, max_hold_s)
-        self.now = 0.0
-        self.read_s = 0.2
-        """Seconds to read a thousand tokens."""
-        self.calls: dict[str, LoadCall] = {}
-
-    def arrive(self, call: str, program: str, prompt: int = 1000, **more: object) -> None:
-        self.calls[call] = self.load.arrive(program, self.now, prompt, **more)  # type: ignore[arg-type]
-
-    def may(self, call: str, idle: bool = False) -> bool:
-        return self.load.may_begin(self.calls[call], self.now, idle=idle)
-
-    def begin(self, call: str, cached: int = 0) -> None:
-        self.load.begin(self.calls[call], self.now, cached)
-
-    def abort(self, call: str) -> None:
-        self.load.abort(self.calls[call], self.now)
-
-    def faults(self, names: Iterable[str] | None = None) -> list[str]:
-        """What does not agree where these are the calls there are; without names, all that ever came."""
-        known = self.calls if names is None else names
-        return self.load.faults({self.calls[name] for name in known})
-
-    def end(
-        self, call: str, answer: int = 50, last: bool = False, tool: str | None = None, child: bool = False
-    ) -> None:
-        one = self.calls[call]
-        self.load.end(
-            one,
-            self.now,
-            one.prompt_tokens + answer,
-            read_s=self.read_s,
-            read_tokens=1000,
-            decode_s=0.3,
-            last=last,
-            tool=tool,
-            child=child,
-        )
-
-    def turn(
-        self, call: str, program: str, prompt: int = 1000, cached: int = 0, last: bool = False, **more: object
-    ) -> None:
-        self.arrive(call, program, prompt, **more)
-        assert self.may(call, idle=True)
-        self.begin(call, cached)
-        self.end(call, last=last)
-
-    def learn(
-        self,
-        programs: int = 10,
-        turns: int = 4,
-        gap_s: float = 1.0,
-        named: bool = True,
-        ends: bool = True,
-        other_gap_s: float | None = None,
-    ) -> None:
-        """Programs one after the other, which come back after a second each time: growth 150, 100 new tokens a turn."""
-        for index in range(programs):
-            for turn in range(turns):
-                name = f"old-{named}-{index}"
-                prompt = 1000 + 150 * turn
-                self.turn(f"{name}/{turn}", name, prompt, max(prompt - 100, 0), ends and turn == turns - 1, named=named)
-                self.now += gap_s if other_gap_s is None or turn % 2 else other_gap_s
-        self.now += 100.0
-
-
-def learned(**more: object) -> Server:
-    server = Server(**more)  # type: ignore[arg-type]
-    server.learn()
-    return server
-
-
-def fill(server: Server, number: int = 30, **more: object) -> list[str]:
-    """So many first calls come at once; returns those that are held, the others have begun."""
-    calls = [f"new-{index}/0" for index in range(number)]
-    for index, call in enumerate(calls):
-        server.arrive(call, f"new-{index}", **more)
-    held = []
-    for call in calls:
-        if server.may(call):
-            server.begin(call)
-        else:
-            held.append(call)
-    return held
 
 
 def test_a_mean_of_what_was_seen_lately() -> None:
@@ -181,7 +90,7 @@ def test_long_gaps_make_a_limit_too_expensive() -> None:
 def test_a_limit_is_not_worth_it_where_calls_have_little_to_read_again(share: float, held: int) -> None:
     """Most calls are those of sub-agents with short contexts."""
     server = learned()
-    server.load._parts.add(share, 1000.0)
+    server.load.turns.parts.add(share, 1000.0)
     assert len(fill(server)) == held
     assert server.load.report().reason == ("model" if held else "faster without")
 
@@ -190,14 +99,14 @@ def test_the_share_of_what_its_program_will_want_that_a_call_has() -> None:
     """Contexts grow from 1050 tokens by 150 a turn: a call that comes back has less than the last one will."""
     server = learned()
     load = server.load
-    share, weight = load._parts.value, load._parts._weight
+    share, weight = load.turns.parts.value, load.turns.parts._weight
     assert 0.6 < share < 0.9
     server.arrive("child", "old-True-3", 100)
-    program = load._live["old-True-3"]
+    program = load.programs.live["old-True-3"]
     most = claim(program.wants, 150, stays(load.returns, True, program.turns + 1)).most
     server.begin("child", 100)
     fade = exp(-1 / 32)
-    assert load._parts.value == pytest.approx((share * weight * fade + 100 / most) / (weight * fade + 1))
+    assert load.turns.parts.value == pytest.approx((share * weight * fade + 100 / most) / (weight * fade + 1))
 
 
 def test_a_returning_call_is_never_held() -> None:
@@ -285,7 +194,7 @@ def test_what_cannot_return_claims_nothing_and_teaches_nothing() -> None:
     server.begin("new-0/1")
     server.end("new-0/1")
     server.end("new-0/0")
-    assert server.load._live["new-0"].turns == 2
+    assert server.load.programs.live["new-0"].turns == 2
     assert server.faults() == []
 
 
@@ -405,7 +314,7 @@ def test_one_client_with_a_huge_prompt_does_not_make_all_others_wait() -> None:
     server.abort("huge too")
     server.now += 600.0
     assert server.may("huge")
-    assert (server.load._held, server.load._passed) == (0, 0)
+    assert (server.load.firsts.held, server.load.firsts.passed) == (0, 0)
     assert server.faults() == []
 
 
@@ -455,7 +364,7 @@ def test_an_idle_engine_lets_somebody_begin_where_nobody_is_expected() -> None:
     # A program with a call is expected: the engine is not idle for long.
     server.begin(held[0])
     server.now += 0.2
-    assert not server.load._nobody_returns(server.now)
+    assert not server.load.programs.nobody_returns(server.now)
 
 
 def test_an_engine_that_stays_idle_lets_somebody_begin_although_others_are_expected() -> None:
@@ -506,7 +415,8 @@ def looks(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen[-1] += 1
         return presence(program, *more)
 
-    monkeypatch.setattr(load, "presence", counted)
+    for module in (claim_count, known_programs):
+        monkeypatch.setattr(module, "presence", counted)
     return seen
 
 
@@ -532,18 +442,18 @@ def test_a_program_that_begins_while_others_are_counted_counts_once() -> None:
     server.arrive("new", "new", 100)
     server.now += 1.0
     load = server.load
-    load._count(server.now)
-    assert load._round is not None
+    load.count.update(server.now)
+    assert load.count._round is not None
     server.begin("new")
     server.now += 0.06
-    load._count(server.now)
-    assert load._round is None
+    load.count.update(server.now)
+    assert load.count._round is None
     counted = load.report().programs
     server.now += 1.0
-    load._count(server.now)
+    load.count.update(server.now)
     server.now += 0.06
-    load._count(server.now)
-    assert load._round is None
+    load.count.update(server.now)
+    assert load.count._round is None
     assert counted == pytest.approx(load.report().programs, abs=0.5)
 
 
@@ -593,12 +503,12 @@ def test_a_client_that_times_out_and_tries_again_has_been_held_all_the_time() ->
     assert server.may(held)
     # Who comes again later begins to wait anew.
     server.arrive("late", "late")
-    server.calls["late"].held, server.load._held = True, server.load._held + 1
+    server.calls["late"].held, server.load.firsts.held = True, server.load.firsts.held + 1
     server.abort("late")
     server.now += 61.0
     server.arrive("later", "late")
     assert server.calls["later"].came_s == server.now
-    assert server.load._gave_up == {}
+    assert server.load.programs._gave_up == {}
 
 
 def test_an_aborted_turn_leaves_the_program_under_way() -> None:
@@ -681,14 +591,14 @@ def test_ends_that_are_told_of_every_call_are_not_believed_for_long() -> None:
 def test_ends_are_believed_again_when_they_are_true() -> None:
     server = learned()
     load = server.load
-    load._untrue.add(1.0, 5.0)
+    load.programs._untrue.add(1.0, 5.0)
     for call in fill(server):
         server.abort(call)
     for index in range(BEGAN):
         server.end(f"new-{index}/0", last=True)
-    assert load._untrue.value == pytest.approx(0.3, abs=0.1)
+    assert load.programs._untrue.value == pytest.approx(0.3, abs=0.1)
     server.learn(programs=40)
-    assert load._untrue.value < 0.15
+    assert load.programs._untrue.value < 0.15
 
 
 def test_claims_of_those_that_are_away_and_of_those_that_run() -> None:
@@ -699,12 +609,12 @@ def test_claims_of_those_that_are_away_and_of_those_that_run() -> None:
     server.now += 0.2
     load = server.load
     assert load.report(server.now).held == len(held)
-    there = presence(load._live["new-0"], load.returns, server.now)
+    there = presence(load.programs.live["new-0"], load.returns, server.now)
     away = claim(1050 + 150 + 8, 150, stays(load.returns, True, 2), 2 * there)
     running = claim(1000 + 8, 150, stays(load.returns, True, 1), BEGAN - 2)
-    assert load._growth.value == pytest.approx(150)
-    assert load._claims.programs == pytest.approx(BEGAN - 2 + 2 * there)
-    assert load._claims.ahead == pytest.approx((away + running).ahead)
+    assert load.turns.growth.value == pytest.approx(150)
+    assert load.count.claims.programs == pytest.approx(BEGAN - 2 + 2 * there)
+    assert load.count.claims.ahead == pytest.approx((away + running).ahead)
 
 
 @pytest.mark.parametrize("child", [False, True])
@@ -712,7 +622,7 @@ def test_a_context_that_was_compacted_is_claimed_no_longer(child: bool) -> None:
     """But a sub-agent's short context does not take the place of its parent's."""
     server = learned()
     server.turn("a/0", "a", 3950)
-    program = server.load._live["a"]
+    program = server.load.programs.live["a"]
     assert (program.context, program.kept, program.wants) == (4000, 4000, 4000)
     for turn in range(10):
         server.arrive(f"a/{turn + 1}", "a", 350)
@@ -732,7 +642,7 @@ def test_room_follows_the_pressure_as_it_is() -> None:
     """Two contexts of 6000 on a pool of 10,000 of which 0.95 are of use: the model says that 0.56 of them are found."""
     server = Server()
     server.learn()
-    server.load._limit = 1e4
+    server.load.limit.tokens = 1e4
     for name in ("a", "b"):
         server.arrive(f"{name}/0", name, 5850)
         server.begin(f"{name}/0")
@@ -742,7 +652,7 @@ def test_room_follows_the_pressure_as_it_is() -> None:
     server.begin("a/1", 5850)
     assert server.load.report().room > 0.95
     load = server.load
-    model = hit_ratio(load._claims.now / (10_000 * 0.95))
+    model = hit_ratio(load.count.claims.now / (10_000 * 0.95))
     assert 0.0 < model < 0.9
     assert load.report().room == pytest.approx(0.95 * exp(0.02 * (1 - model)))
 
@@ -780,11 +690,11 @@ def test_tools_are_learned() -> None:
 
 
 def test_only_so_many_programs_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_agentserve.policy.load.PROGRAMS_KEPT", 2)
+    monkeypatch.setattr("vllm_agentserve.policy.known_programs.PROGRAMS_KEPT", 2)
     server = Server()
     for name in ("a", "b", "c"):
         server.turn(f"{name}/0", name, last=True)
-    assert list(server.load._gone) == ["b", "c"]
+    assert list(server.load.programs.gone) == ["b", "c"]
 
 
 def test_when_calls_came_is_not_remembered_for_long() -> None:
@@ -796,7 +706,7 @@ def test_when_calls_came_is_not_remembered_for_long() -> None:
         assert server.may(f"{number}")
         server.begin(f"{number}")
         server.end(f"{number}")
-    assert len(server.load._came_s) <= 40
+    assert len(server.load.burst._came_s) <= 40
 
 
 def test_a_program_that_is_remembered_is_small() -> None:
@@ -820,9 +730,9 @@ def test_a_call_that_was_not_asked_for_is_no_obstacle() -> None:
     for index in range(8 - len(held)):
         server.end(f"new-{index}/0")
     server.now += 0.2
-    server.load._count(server.now)
+    server.load.count.update(server.now)
     assert server.load.report().programs == pytest.approx(8 - len(held), abs=1.5)
-    assert not server.load._nobody_returns(server.now)
+    assert not server.load.programs.nobody_returns(server.now)
 
 
 def test_measured_hits_correct_the_room() -> None:
@@ -858,7 +768,7 @@ def test_part_of_a_block_is_never_found(cached: int, room: float) -> None:
     server = learned(pool_tokens=20_000, block_tokens=528)
     server.turn("a/0", "a", 1500)
     server.now += 0.9
-    server.load._limit = 2e4
+    server.load.limit.tokens = 2e4
     server.load.begin(server.load.arrive("a", server.now, 1800), server.now, cached)
     assert server.load.report().room == pytest.approx(room)
 
@@ -911,7 +821,7 @@ def test_a_limit_needs_nearly_as_many_turns_to_come_and_goes_with_fewer() -> Non
         server = Server()
         server.learn(gap_s=gap_s)
         if before:
-            server.load._limit = 1e4
+            server.load.limit.tokens = 1e4
         return bool(fill(server))
 
     gaps = [0.5 * 1.1**step for step in range(30)]
@@ -923,8 +833,8 @@ def test_a_limit_needs_nearly_as_many_turns_to_come_and_goes_with_fewer() -> Non
         server = Server()
         server.learn(gap_s=gap_s)
         load = server.load
-        footprint = load._newcomer(True, 1000).most
-        context = footprint * load._parts.value
+        footprint = load.count.newcomer(True, 1000).most
+        context = footprint * load.turns.parts.value
         turn = TurnCost(load.returns.gaps.mean_s, 0.3, 100 * 0.0002, context * 0.0002)
         # The first of thirty was not held: nobody was under way.
         limited = turns_per_second(9_500 / footprint, turn, hit_ratio(1.0))
@@ -1000,7 +910,7 @@ def test_decisions_are_made_four_times_a_second() -> None:
     server = learned()
     held = fill(server)
     limit = server.load.report().limit_tokens
-    server.load.pool_tokens = 8_000
+    server.load.room.pool_tokens = 8_000
     server.now += 0.2
     assert not server.may(held[0])
     assert server.load.report().limit_tokens == limit
@@ -1020,15 +930,15 @@ def test_faults_are_found() -> None:
     assert server.faults() == []
     assert server.faults(held) == [f"the program 'new-{index}' has 1 calls that are gone" for index in range(BEGAN)]
     load = server.load
-    load._firsts[server.calls["new-1/0"]] = None
-    load._held += 1
+    load.firsts.waiting[server.calls["new-1/0"]] = None
+    load.firsts.held += 1
     server.calls["new-2/0"].over = True
-    load._live["new-3"].calls.clear()
-    load._gone["new-0"] = load._live["new-0"]
-    ghost = LoadCall(load._live["new-4"], 0.0, 1, over=True)
-    load._firsts[ghost] = None
-    load._firsts[LoadCall(Program("new-0", True), 0.0, 1)] = None
-    load._away["new-4"] = None
+    load.programs.live["new-3"].calls.clear()
+    load.programs.gone["new-0"] = load.programs.live["new-0"]
+    ghost = LoadCall(load.programs.live["new-4"], 0.0, 1, over=True)
+    load.firsts.waiting[ghost] = None
+    load.firsts.waiting[LoadCall(Program("new-0", True), 0.0, 1)] = None
+    load.programs._away["new-4"] = None
     server.calls[held[0]].held = False
     assert server.faults() == [
         "the program 'new-2' has 1 calls that are gone",

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.config import KVTransferConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.request import RequestStatus
 
@@ -113,6 +114,35 @@ def test_a_sub_agent_of_a_program_under_way_is_never_held(clock: Clock) -> None:
     assert "stray-0" in held(scheduler)
 
 
+def test_a_sub_agent_that_does_not_name_its_parent_is_recognised(clock: Clock) -> None:
+    """Four parents before had a call, waited for two calls of a sub-agent, and came back. With another one under way the cache is
+    full; its sub-agent begins at once all the same, a program that comes later does not."""
+    scheduler, driver, load = started()
+    learned(scheduler, driver, clock)
+    for index in range(4):
+        for name, number in (("parent", 0), ("child", 0), ("child", 1), ("parent", 1)):
+            turn(scheduler, f"{name}-{index}", number, 200)
+            serve(scheduler, driver, clock)
+            clock.now += 0.02
+        clock.now += 100.0
+    turn(scheduler, "parent", 0)
+    serve(scheduler, driver, clock)
+    clock.now += 0.2
+    for name in "abcdefgh":
+        turn(scheduler, name, 0)
+    turn(scheduler, "parent", 1)
+    while "parent-1" in scheduler.requests:
+        clock.now += 0.02
+        driver.step()
+    assert held(scheduler)
+    turn(scheduler, "child", 0)
+    assert "child-0" not in held(scheduler)
+    assert load.control.report().begun["sub-agent"] >= 1
+    clock.now += 0.2
+    turn(scheduler, "stray", 0)
+    assert "stray-0" in held(scheduler)
+
+
 def test_the_end_of_a_sub_agent_is_not_that_of_its_program(clock: Clock) -> None:
     scheduler, driver, load = started()
     learned(scheduler, driver, clock)
@@ -120,10 +150,10 @@ def test_the_end_of_a_sub_agent_is_not_that_of_its_program(clock: Clock) -> None
     serve(scheduler, driver, clock)
     turn(scheduler, "child", 0, agent_parent="a", agent_last=True)
     serve(scheduler, driver, clock)
-    assert "session a" in load.control._live
+    assert "session a" in load.control.programs.live
     turn(scheduler, "a", 1, agent_last=True)
     serve(scheduler, driver, clock)
-    assert "session a" not in load.control._live
+    assert "session a" not in load.control.programs.live
     assert load.control.faults(()) == []
 
 
@@ -140,7 +170,8 @@ def test_a_call_that_comes_to_an_idle_engine_begins_at_once(clock: Clock) -> Non
         clock.now += 0.5
         serve(scheduler, driver, clock, 4000)
     clock.now += 30.0
-    load.control._limit, load.control._reason, load.control._decided_s = 1000.0, "model", clock.now
+    limit = load.control.limit
+    limit.tokens, limit.reason, limit._decided_s = 1000.0, "model", clock.now
     turn(scheduler, "new", 0, 900)
     assert not held(scheduler)
     assert load.control.report().begun["idle"] == 1
@@ -211,7 +242,7 @@ def test_who_waits_behind_one_that_is_refused_is_held_no_longer_than_the_bound(c
     clock.now += 1.05
     for _ in range(3):
         clock.now += 0.06
-        load.control._open()
+        load.control.firsts.open()
         driver.step()
     assert held(scheduler) == ["urgent-0"]
 
@@ -263,6 +294,40 @@ def test_layers_that_keep_less_take_blocks_for_themselves() -> None:
     full = KVCacheGroupSpec(["full"], FullAttentionSpec(**kinds))
     scheduler.kv_cache_config = KVCacheConfig(1001, [], [full, *windows])
     assert 4000 < compat.pool_tokens(scheduler) < 9000
+
+
+def test_host_memory_of_vllms_own_is_known_by_its_size() -> None:
+    """It has twice the bytes of the KV cache of one worker, whose 1000 blocks hold 16,000 tokens."""
+    scheduler: Any = make_scheduler(num_blocks=1001)
+    cache = 1001 * scheduler.kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes
+    assert compat.host_tokens(scheduler) == 0
+    given = KVTransferConfig(
+        kv_connector="OffloadingConnector", kv_role="kv_both", kv_connector_extra_config={"cpu_bytes_to_use": 2 * cache}
+    )
+    scheduler.vllm_config.kv_transfer_config = given
+    assert compat.host_tokens(scheduler) == 32_000
+    scheduler.vllm_config.parallel_config.world_size = 2
+    assert compat.host_tokens(scheduler) == 16_000
+    given.kv_connector = "LMCacheMPConnector"
+    assert compat.host_tokens(scheduler) == 0
+    given.kv_connector = "OffloadingConnector"
+    given.kv_connector_extra_config.clear()
+    assert compat.host_tokens(scheduler) == 0
+
+
+def test_where_contexts_come_back_from_host_memory_nobody_is_held(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "host_tokens", lambda scheduler: 100_000)
+    scheduler, driver, load = started()
+    learned(scheduler, driver, clock)
+    for name in "abcdefgh":
+        turn(scheduler, name, 0)
+        clock.now += 0.02
+        driver.step()
+    assert not held(scheduler)
+    assert load.control.report().reason == "fits"
+    assert load.control.room.kept_tokens == 100_000
 
 
 def test_a_stream_that_its_client_closes_is_a_turn_too(clock: Clock) -> None:
@@ -377,7 +442,7 @@ def test_why_first_calls_began_and_why_there_is_a_limit(clock: Clock, page: Page
     page.record(scheduler.report())
     assert page.reading().load["load_limit_reason"] == {"fits": 0, "faster without": 0, "model": 1}
     figures = page.reading().figures
-    assert figures["load_pool_tokens"] == load.control.pool_tokens == 2048
+    assert figures["load_pool_tokens"] == load.control.room.pool_tokens == 2048
     assert figures["load_room_ratio"] == load.control.report().room
     assert 0 < figures["load_limit_tokens"] <= figures["load_pool_tokens"] * figures["load_room_ratio"]
     serve(scheduler, driver, clock, 4000)
@@ -547,7 +612,7 @@ def test_decisions_are_logged_when_they_change(clock: Clock, monkeypatch: pytest
     driver.step()
     told = [line for line in said if "turns per second" in line]
     assert len(told) == 1
-    weighed = load.control.weighed
+    weighed = load.control.limit.weighed
     assert weighed is not None
     assert told[0].startswith(
         f"agentserve: load control: a limit for {weighed.programs:.0f} programs. {weighed.limited:.2f} turns per second are "

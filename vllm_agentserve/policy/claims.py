@@ -21,6 +21,8 @@ HELD_BACK = 0.95
 that turn."""
 USUAL = 0.6
 """Programs usually return where more than this share of first calls is followed by another."""
+CONTEXT_FADE = 0.9
+"""What is left of a program's longest context with each shorter one."""
 LAPSE = 0.03
 """A claim lapses when no more than this share of the gaps is longer."""
 SLOWER, SLOWER_S = 0.1, 1.0
@@ -29,9 +31,9 @@ UNKNOWN_S = 60.0
 """The same where no gap was ever seen: after so long."""
 
 
-Begins = Literal["returning", "one-shot", "bound", "unlimited", "alone", "idle", "fits"]
-"""Why a call may begin: its program has begun; its like does not come back; it was held for the longest time; there is no limit;
-nobody is under way; the engine has nothing to do; its program fits."""
+Begins = Literal["returning", "sub-agent", "one-shot", "bound", "unlimited", "alone", "idle", "fits"]
+"""Why a call may begin: its program has begun; another one seems to wait for it; its like does not come back; it was held for the
+longest time; there is no limit; nobody is under way; the engine has nothing to do; its program fits."""
 
 
 @dataclass(slots=True, eq=False)
@@ -95,6 +97,13 @@ class Program:
     def wants(self) -> float:
         """Tokens of its longest context or prompt."""
         return max([self.kept, *(call.prompt_tokens for call in self.calls)])
+
+    def answered(self, now_s: float, context_tokens: int, tool: str | None, child: bool) -> None:
+        """A call of it ended; `child` if it was a sub-agent's, whose parent's context is still needed."""
+        self.context = max(self.context, context_tokens)
+        self.kept = max(self.kept if child else self.kept * CONTEXT_FADE, context_tokens)
+        self.turns += 1
+        self.ended_s, self.tool, self.begun = now_s, tool, True
 
     def turn(self, more: int = 0) -> Turn:
         """Its last call, the first before any ended; or the one so many later."""

@@ -16,7 +16,8 @@ from typing import get_args
 
 from vllm_agentserve.policy.claims import Begins
 from vllm_agentserve.policy.hints import CLASSES
-from vllm_agentserve.policy.load import LoadReport, Reason
+from vllm_agentserve.policy.load import LoadReport
+from vllm_agentserve.policy.load_limit import Reason
 
 BEGINS: tuple[str, ...] = get_args(Begins)
 REASONS: tuple[str, ...] = get_args(Reason)

@@ -14,7 +14,8 @@ from statistics import mean
 from typing import Any
 
 from vllm_agentserve.bench.cost import StepCost
-from vllm_agentserve.policy.load import LoadControl
+from vllm_agentserve.policy.load import MAX_HOLD_S, LoadControl
+from vllm_agentserve.simulator.host_blocks import NO_HOST, HostLink
 from vllm_agentserve.simulator.kv_blocks import KvBlocks
 from vllm_agentserve.simulator.pressure import Agent, Ends, FixedLimit, Gate, Outcome, PressureEngine, Turn
 
@@ -27,6 +28,10 @@ MEASURED = StepCost(base=8.8, sequence=0.3, context=0.35, tokens=35.0, attended=
 H100 = StepCost(base=7.0, sequence=0.05, context=0.019, tokens=33.0, attended=0.9, prefill=1.0)
 """A 7B model on one H100, by arithmetic: 24k tokens per second at 20k of context."""
 H100_POOL = 950_000
+COPIES = 5.0, 0.0018
+"""What a restore takes in ms, and each of its tokens: the toy model's copies as measured, and a step until they are noticed."""
+COPIES_H100 = 7.0, 0.0011
+"""56 KiB a token at 50 GB/s, by arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Machine:
     Args:
         pool: tokens of its KV cache.
         block: tokens of a block; on GPUs larger than vLLM's, to be faster.
+        host: memory behind the KV cache.
     """
 
     name: str
@@ -44,15 +50,16 @@ class Machine:
     block: int
     slots: int
     step_tokens: int
+    host: HostLink = NO_HOST
 
     def engine(self, load: Gate, ends: Ends = "told", endless: bool = False) -> PressureEngine:
         blocks = self.pool // self.block * (100 if endless else 1)
         pool = KvBlocks(blocks - 1, self.block)
-        return PressureEngine(pool, self.cost, load, self.slots, self.step_tokens, ends=ends)
+        return PressureEngine(pool, self.cost, load, self.slots, self.step_tokens, ends=ends, host=self.host)
 
     def control(self, max_hold_s: float | None = None) -> LoadControl:
         tokens = (self.pool // self.block - 1) * self.block
-        return LoadControl(tokens, self.block) if max_hold_s is None else LoadControl(tokens, self.block, max_hold_s)
+        return LoadControl(tokens, self.block, MAX_HOLD_S if max_hold_s is None else max_hold_s, self.host)
 
 
 @dataclass(frozen=True)
@@ -261,6 +268,26 @@ def other_cells() -> list[Cell]:
     return cells
 
 
+def host_cells() -> list[Cell]:
+    """Host memory of half the KV cache, as much, twice and four times as much."""
+    cells = []
+    for ratio in (2, 4):
+        pool = 43_008 // ratio
+        for gap in (0.2, 1.0, 5.0):
+            for size in (0.5, 1.0, 2.0, 4.0):
+                at = Machine("engine", ENGINE, pool, 128, 32, 2048, HostLink(int(size * pool), *COPIES))
+                programs = Programs(16, (6, 6), 1500, 200, 32, gap)
+                name = f"{ratio}x gap {gap:g} s, host {size:g} x the pool"
+                cells.append(Cell("host", name, at, programs, (4, 5, 6, 8, 10, 12)))
+    for gap in (0.5, 15.0):
+        for size in (1.0, 2.0, 4.0):
+            at = Machine("H100", H100, H100_POOL, 512, 256, 8192, HostLink(int(size * H100_POOL), *COPIES_H100))
+            programs = Programs(80, (8, 8), 16_000, 1000, 100, gap, heavy=True)
+            name = f"H100, 80 programs, gap {gap:g} s, host {size:g} x the pool"
+            cells.append(Cell("host", name, at, programs, (30, 43, 60, 80, 120), seeds=1))
+    return cells
+
+
 def figures(outcome: Outcome, began_s: float) -> dict[str, float]:
     """Of the programs, and of the one-shot calls beside them."""
     programs = [seconds for name, seconds in outcome.sessions.items() if name.startswith("agent")]
@@ -276,11 +303,13 @@ def figures(outcome: Outcome, began_s: float) -> dict[str, float]:
         "held_mean_s": mean(outcome.held_s),
         "held_max_s": max(outcome.held_s),
     }
+    if outcome.restored:
+        found["restored_ratio"] = outcome.restored / outcome.sought
     return found | ({"one_shot_mean_s": mean(others)} if others else {})
 
 
 def averaged(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {name: mean(row[name] for row in rows) for name in rows[0]}
+    return {name: mean(row.get(name, 0.0) for row in rows) for row in rows for name in row}
 
 
 def warm_up(cell: Cell, engine: PressureEngine, seed: int) -> None:
@@ -366,6 +395,8 @@ A session is counted from its arrival, so holding is part of it.
 [pressure.md](pressure.md) come out within 15 %; `server` is a slower such machine, `engine` the engine alone; `H100` is a 7B
 model by arithmetic, never run.
 Which traffic a cell has is in `simulator/load_search.py`.
+Cells with host memory have the traffic of pressure cells. What the cache has dropped comes back from there: no step takes longer
+for it, and its call waits. Hits are what was found in either.
 
 What to know when reading:
 
@@ -421,7 +452,11 @@ def main() -> None:
     parser.add_argument("--groups", nargs="*", help="only these")
     parser.add_argument("--warm", choices=("same", "two-turns", "none"), default="same")
     given = parser.parse_args()
-    cells = [cell for cell in pressure_cells() + other_cells() if not given.groups or cell.group in given.groups]
+    cells = [
+        cell
+        for cell in pressure_cells() + other_cells() + host_cells()
+        if not given.groups or cell.group in given.groups
+    ]
     # Each group is one table.
     groups = [cell.group for cell in cells]
     cells.sort(key=lambda cell: groups.index(cell.group))

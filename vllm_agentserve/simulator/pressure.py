@@ -16,6 +16,7 @@ from vllm_agentserve.bench.cost import StepCost
 from vllm_agentserve.policy.claims import LoadCall, Program
 from vllm_agentserve.policy.load import LoadControl
 from vllm_agentserve.policy.program import Beginnings
+from vllm_agentserve.simulator.host_blocks import NO_HOST, HostBlocks, HostLink
 from vllm_agentserve.simulator.kv_blocks import KvBlocks
 
 Ends = Literal["told", "untold", "untrue"]
@@ -42,7 +43,7 @@ class Agent:
 
     Args:
         name: unique.
-        arrival_s: of its first call.
+        arrival_s: of its first call; of a sub-agent's, after the call that starts it.
         turns: its calls, one after the other.
         shared: what the first tokens are: agents of the same name share them.
         shared_tokens: how many tokens they share.
@@ -145,6 +146,8 @@ class Request:
     """Steps."""
     age: int = 0
     """Number of its program, in the order in which programs began."""
+    restored: int = 0
+    """Blocks that come back from host memory, or have come back since it was last admitted."""
 
     @property
     def needs(self) -> int:
@@ -160,7 +163,8 @@ class Outcome:
         sessions: by agent: seconds from its arrival to the end of its last call.
         ended_s: when the last call ended.
         turns: calls that ended.
-        hits: tokens found of contexts that came back, and tokens these contexts had.
+        found, sought: tokens found of contexts that came back, and tokens these contexts had.
+        restored: tokens that came from host memory.
         held_s: seconds first calls waited before they began.
     """
 
@@ -170,6 +174,7 @@ class Outcome:
     turns: int = 0
     found: int = 0
     sought: int = 0
+    restored: int = 0
     preempted: int = 0
     held_s: list[float] = field(default_factory=list)
 
@@ -193,6 +198,7 @@ class PressureEngine:
             arrival otherwise, as in stock vLLM.
         beside_kept: whether calls without a cached context wait while others run and only kept blocks are left, for up to
             `BYPASS_STEPS` steps. The scheduler has no such rule.
+        host: memory behind the KV cache; none by default.
     """
 
     def __init__(
@@ -206,6 +212,7 @@ class PressureEngine:
         start_s: float = 0.0,
         resume_first: bool = False,
         beside_kept: bool = False,
+        host: HostLink = NO_HOST,
     ) -> None:
         self._blocks = blocks
         self._retention = blocks.retention
@@ -216,12 +223,15 @@ class PressureEngine:
         self._ends = ends
         self._resume_first = resume_first
         self._beside_kept = beside_kept
+        self._host = HostBlocks(host, blocks.tokens)
         self.now_s = start_s
         self._numbers = count()
         self._beginnings = Beginnings()
         self._events: list[tuple[float, int, Run]] = []
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
+        self._loading: list[tuple[float, int, Request]] = []
+        """Calls whose blocks come back from host memory, and when they are there."""
         self._held = False
         self.outcome = Outcome()
 
@@ -230,16 +240,21 @@ class PressureEngine:
         self.outcome = Outcome()
         for agent in agents:
             self._start(agent, self.now_s + agent.arrival_s, None)
-        while self._events or self._waiting or self._running:
+        while self._events or self._waiting or self._running or self._loading:
             self._arrivals()
+            self._restored()
             chunks = self._schedule()
             if chunks:
                 self._step(chunks)
-            elif self._events or self._waiting:
-                due = self._events[0][0] if self._events else self.now_s + POLL_S
+            elif self._events or self._waiting or self._loading:
+                due = self._next_s(self.now_s + POLL_S)
                 self.now_s = max(min(due, self.now_s + POLL_S) if self._waiting else due, self.now_s)
         self.outcome.ended_s = self.now_s
         return self.outcome
+
+    def _next_s(self, otherwise: float) -> float:
+        """When the next call comes, or the next blocks are back."""
+        return min((events[0][0] for events in (self._events, self._loading) if events), default=otherwise)
 
     def _start(self, agent: Agent, when_s: float, parent: Run | None) -> None:
         run = Run(agent, came_s=when_s, parent=parent)
@@ -294,7 +309,7 @@ class PressureEngine:
         if self._resume_first and len(self._waiting) > 1:
             self._sort()
         skipped: list[Request] = []
-        idle = not self._running
+        idle = not self._running and not self._loading
         closed = self._load.closed(self.now_s)
         while self._waiting and budget and len(self._running) < self._slots:
             request = self._waiting[0]
@@ -306,13 +321,16 @@ class PressureEngine:
                 if not self._load.may_begin(request.load, self.now_s, idle=idle and not self._running and not others):
                     skipped.append(self._waiting.popleft())
                     continue
-            tokens = self._admit(request, budget)
-            if not tokens:
+            first_chunk = self._admit(request, budget)
+            if first_chunk is None:
                 break
             self._waiting.popleft()
+            if not first_chunk:
+                idle = False
+                continue
             self._running.append(request)
-            chunks.append((request, tokens))
-            budget -= tokens
+            chunks.append((request, first_chunk))
+            budget -= first_chunk
         self._held = bool(skipped)
         self._waiting.extendleft(reversed(skipped))
         return chunks
@@ -323,7 +341,7 @@ class PressureEngine:
         size = self._blocks.tokens
 
         def key(request: Request) -> tuple[int, float, int]:
-            if request.began:
+            if request.began or request.blocks:
                 return 0, request.number, 0
             length = request.prompt + request.done
             left = length - self._blocks.hits(self._keys(request, length - 1)) * size
@@ -348,23 +366,33 @@ class PressureEngine:
 
     def _preempt(self, request: Request) -> None:
         self._blocks.release(request.blocks)
-        request.blocks, request.computed, request.filled = [], 0, 0
+        request.blocks, request.computed, request.filled, request.restored = [], 0, 0, 0
         self._waiting.appendleft(request)
         self.outcome.preempted += 1
 
-    def _admit(self, request: Request, budget: int) -> int:
-        """Tokens of its first chunk; 0 where its prompt has no room."""
-        length = request.prompt + request.done
-        keys = self._keys(request, length - 1)
-        hits = self._blocks.hits(keys)
-        if self._blocks.needed(keys, hits, length) > self._blocks.free:
-            return 0
-        waits = self._beside_kept and self._running and request.waited < BYPASS_STEPS and 2 * hits < len(keys)
-        if waits and self._blocks.needed(keys, hits, length) > self._blocks.ordinary:
-            return 0
-        request.blocks = self._blocks.touch(keys[:hits])
-        request.computed = hits * self._blocks.tokens
-        request.filled = hits
+    def _admit(self, request: Request, budget: int) -> int | None:
+        """Tokens of its first chunk; None where its prompt has no room, 0 where it waits for blocks from host memory."""
+        if not request.blocks:
+            length = request.prompt + request.done
+            keys = self._keys(request, length - 1)
+            hits = self._blocks.hits(keys)
+            if self._blocks.needed(keys, hits, length) > self._blocks.free:
+                return None
+            waits = self._beside_kept and self._running and request.waited < BYPASS_STEPS and 2 * hits < len(keys)
+            if waits and self._blocks.needed(keys, hits, length) > self._blocks.ordinary:
+                return None
+            request.blocks = self._blocks.touch(keys[:hits])
+            request.computed = hits * self._blocks.tokens
+            request.filled = hits
+            request.restored = self._host.hits(keys[hits:])
+            if request.restored:
+                # With room for the whole prompt: it need not wait for more when these are there.
+                self._grow(request, length - request.computed)
+                heapq.heappush(
+                    self._loading,
+                    (self._host.restored_s(request.restored, self.now_s), request.number, request),
+                )
+                return 0
         tokens = min(request.needs, budget)
         self._grow(request, tokens)
         if not request.began:
@@ -375,7 +403,16 @@ class PressureEngine:
             else:
                 self.outcome.found += min(request.computed, request.run.context)
                 self.outcome.sought += request.run.context
+                self.outcome.restored += request.restored * self._blocks.tokens
         return tokens
+
+    def _restored(self) -> None:
+        """Calls whose blocks have come back go before those that wait."""
+        while self._loading and self._loading[0][0] <= self.now_s:
+            _, _, request = heapq.heappop(self._loading)
+            request.computed += request.restored * self._blocks.tokens
+            self._fill(request)
+            self._waiting.appendleft(request)
 
     def _step(self, chunks: Sequence[tuple[Request, int]]) -> None:
         decodes = [request for request, tokens in chunks if tokens == 1 and request.needs == 1 and request.done]
@@ -416,8 +453,8 @@ class PressureEngine:
     def _steps_alike(self, decodes: Sequence[Request], each_ms: float) -> int:
         """Steps that can be taken together: nothing ends, nothing comes, and there are blocks for all of them."""
         steps = min(request.answer - request.done for request in decodes)
-        if self._events:
-            steps = min(steps, int((self._events[0][0] - self.now_s) * 1000 / each_ms) + 1)
+        if self._events or self._loading:
+            steps = min(steps, int((self._next_s(self.now_s) - self.now_s) * 1000 / each_ms) + 1)
         if self._held:
             steps = min(steps, int(POLL_S * 1000 / each_ms) + 1)
         size = self._blocks.tokens
@@ -434,6 +471,7 @@ class PressureEngine:
             keys = self._keys(request, request.computed)
             for index in range(request.filled, full):
                 self._blocks.fill(request.blocks[index], keys[index])
+            self._host.use(keys[request.filled :])
             request.filled = full
 
     def _end(self, request: Request) -> None:
@@ -443,6 +481,7 @@ class PressureEngine:
         run.turn += 1
         last = run.turn == len(agent.turns)
         self._retain(request, last)
+        self._host.use(self._keys(request, request.computed))
         self._blocks.release(request.blocks)
         self._load.end(
             request.load,
@@ -457,7 +496,7 @@ class PressureEngine:
         self.outcome.turns += 1
         for child in turn.children:
             run.pending += 1
-            self._start(child, self.now_s, run)
+            self._start(child, self.now_s + child.arrival_s, run)
         if last:
             self.outcome.sessions[agent.name] = self.now_s - run.came_s
             self.outcome.ends[agent.name] = self.now_s

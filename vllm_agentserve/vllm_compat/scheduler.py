@@ -131,6 +131,24 @@ def pool_tokens(scheduler: "Scheduler") -> int:
     return min(tokens, int(requests * scheduler.max_model_len))
 
 
+OFFLOADS = "OffloadingConnector", "SimpleCPUOffloadConnector"
+"""vLLM's connectors that keep copies of KV blocks in host memory."""
+
+
+def host_tokens(scheduler: "Scheduler") -> int:
+    """Tokens whose KV vLLM keeps in host memory (`--kv-offloading-size`); 0 without that, or where its size is not known.
+
+    As many times the tokens of the KV cache as it has bytes, over all workers.
+    """
+    transfer, config = scheduler.vllm_config.kv_transfer_config, scheduler.kv_cache_config
+    if transfer is None or transfer.kv_connector not in OFFLOADS:
+        return 0
+    given = transfer.kv_connector_extra_config.get("cpu_bytes_to_use") or 0
+    block = max(group.kv_cache_spec.page_size_bytes * len(group.layer_names) for group in config.kv_cache_groups)
+    cache = config.num_blocks * block * scheduler.vllm_config.parallel_config.world_size
+    return int(pool_tokens(scheduler) * given / cache)
+
+
 def headroom_blocks(scheduler: "Scheduler") -> int:
     """KV blocks that have to stay free when a request is admitted beside others."""
     return int(scheduler.kv_cache_manager.watermark_blocks)

@@ -17,6 +17,7 @@ from vllm_agentserve.policy.preemption import PreemptionAccount
 from vllm_agentserve.policy.program_order import ProgramOrder
 from vllm_agentserve.policy.programs import ProgramTable
 from vllm_agentserve.policy.retention import Retention
+from vllm_agentserve.policy.tier import UnmeasuredTier
 from vllm_agentserve.policy.waiting import WaitingList
 from vllm_agentserve.scheduler.features import Feature
 from vllm_agentserve.scheduler.features.classes import ClassTimes
@@ -106,7 +107,8 @@ def build_features(
     returns = None
     if options.load_control and isinstance(waiting, WaitingList) and compat.keeps_prefixes(scheduler):
         pool = compat.pool_tokens(scheduler)
-        control = LoadControl(pool, int(scheduler.cache_config.block_size), options.max_hold_s)
+        host = UnmeasuredTier(compat.host_tokens(scheduler))
+        control = LoadControl(pool, int(scheduler.cache_config.block_size), options.max_hold_s, host)
         features.append(Load(control, scheduler, policy, waiting, counts))
         returns = control.returns
     if options.kv_retain:

@@ -10,7 +10,8 @@ from vllm.logger import init_logger
 
 from vllm_agentserve.policy.call import Call
 from vllm_agentserve.policy.engine import EnginePolicy
-from vllm_agentserve.policy.load import LoadControl, Reason
+from vllm_agentserve.policy.load import LoadControl
+from vllm_agentserve.policy.load_limit import Limit, Reason
 from vllm_agentserve.policy.waiting import HELD, WaitingList
 from vllm_agentserve.scheduler.features import Feature
 from vllm_agentserve.scheduler.load_stats import count_hold, load_report
@@ -25,6 +26,47 @@ TELL_S = 10.0
 """What decisions are made from is logged when they change, not more often than that."""
 ASK_S = 0.1
 """All held calls are asked for after so long."""
+
+
+class LoadLog:
+    """What is logged of load control: that first calls are held, and decisions that differ from the last one that was logged."""
+
+    def __init__(self) -> None:
+        self._held = False
+        self._told: tuple[Reason, float] = "fits", -inf
+        """The decision that was last logged, and when."""
+
+    def held(self) -> None:
+        """A first call is held."""
+        if self._held:
+            return
+        self._held = True
+        logger.info(
+            "agentserve: load control holds the first calls of programs back: the contexts of those under way fill the "
+            "KV cache. Further ones are only counted. `load_control=false` turns it off."
+        )
+
+    def decided(self, limit: Limit, now_s: float) -> None:
+        """The limit may be another one than before."""
+        reason, weighed = limit.reason, limit.weighed
+        if reason == self._told[0] or now_s - self._told[1] < TELL_S:
+            return
+        self._told = reason, now_s
+        if weighed is None or reason == "fits":
+            return
+        turn = weighed.turn
+        logger.info(
+            "agentserve: load control: %s for %.0f programs. %.2f turns per second are expected with one, %.2f without: tools "
+            "take %.2f s, an answer %.2f s, new tokens of a prompt %.3f s, its context again %.3f s.",
+            "a limit" if reason == "model" else "no limit",
+            weighed.programs,
+            weighed.limited,
+            weighed.without,
+            turn.gap_s,
+            turn.decode_s,
+            turn.read_s,
+            turn.again_s,
+        )
 
 
 class Load(Feature):
@@ -51,9 +93,7 @@ class Load(Feature):
         self._counts = counts
         self._decodes = 0
         self._asked_s = -inf
-        self._said = False
-        self._told: tuple[Reason, float] = "fits", -inf
-        """The decision that was last logged, and when."""
+        self._log = LoadLog()
 
     def arrived(self, call: Call) -> None:
         now, owner = perf_counter(), call.owner
@@ -71,35 +111,8 @@ class Load(Feature):
         if not self.control.may_begin(call.load, now, idle=self._idle(call)):
             self._waiting.park({call: HELD})
             self._counts["load_held_requests"] += 1
-            if not self._said:
-                self._said = True
-                logger.info(
-                    "agentserve: load control holds the first calls of programs back: the contexts of those under way fill the "
-                    "KV cache. Further ones are only counted. `load_control=false` turns it off."
-                )
-        self._tell(now)
-
-    def _tell(self, now: float) -> None:
-        """Logs a decision that differs from the last one."""
-        reason, weighed = self.control.reason, self.control.weighed
-        if reason == self._told[0] or now - self._told[1] < TELL_S:
-            return
-        self._told = reason, now
-        if weighed is None or reason == "fits":
-            return
-        turn = weighed.turn
-        logger.info(
-            "agentserve: load control: %s for %.0f programs. %.2f turns per second are expected with one, %.2f without: tools "
-            "take %.2f s, an answer %.2f s, new tokens of a prompt %.3f s, its context again %.3f s.",
-            "a limit" if reason == "model" else "no limit",
-            weighed.programs,
-            weighed.limited,
-            weighed.without,
-            turn.gap_s,
-            turn.decode_s,
-            turn.read_s,
-            turn.again_s,
-        )
+            self._log.held()
+        self._log.decided(self.control.limit, now)
 
     def _idle(self, but: Call | None = None) -> bool:
         """Whether the engine has nothing else to do; `but`: a waiting call that does not count."""
@@ -134,7 +147,7 @@ class Load(Feature):
             return True
 
         self._waiting.release(ready)
-        self._tell(now)
+        self._log.decided(self.control.limit, now)
 
     def admitted(self, call: Call) -> None:
         if call.load is not None and call.owner is not None:

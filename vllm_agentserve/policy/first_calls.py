@@ -1,0 +1,105 @@
+"""First calls that wait: which of them are held, which let others begin before them, and how many came together."""
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from math import inf
+
+from vllm_agentserve.policy.claims import LoadCall, Program
+
+SETTLE_S, BURST = 0.3, 0.5
+"""Programs that come together are decided on together: the first that might not fit waits so long for the others, while this
+share of all programs came within that time."""
+
+
+class Burst:
+    """How many first calls came just now."""
+
+    def __init__(self) -> None:
+        self._came_s: deque[float] = deque()
+        """When those came that came within `SETTLE_S`."""
+
+    def comes(self, now_s: float) -> None:
+        self.size(now_s)
+        self._came_s.append(now_s)
+
+    def size(self, now_s: float) -> int:
+        while self._came_s and now_s - self._came_s[0] > SETTLE_S:
+            self._came_s.popleft()
+        return len(self._came_s)
+
+
+class FirstCalls:
+    """Those that may not begin yet, or were not asked for, as they came.
+
+    After a no, asking again is of no use until something happens or some time is over. There are two such times: for calls
+    that want most of the limit, and for the others, which may begin before them.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: dict[LoadCall, None] = {}
+        self.held = 0
+        """How many of them are held."""
+        self.passed = 0
+        """How many of these let others begin before them."""
+        self._closed_until_s = self._large_closed_until_s = -inf
+        """For those that others do not pass, and for those that they do."""
+
+    def __len__(self) -> int:
+        return len(self.waiting)
+
+    def remove(self, call: LoadCall) -> bool:
+        """A call waits no more; returns whether it did."""
+        if call not in self.waiting:
+            return False
+        del self.waiting[call]
+        self.held -= call.held
+        self.passed -= call.passed
+        call.held = call.passed = False
+        return True
+
+    def hold(self, call: LoadCall) -> None:
+        self.held += not call.held
+        call.held = True
+
+    def lets_pass(self, call: LoadCall, others: bool) -> None:
+        """Whether others may begin before this call."""
+        self.passed += others - call.passed
+        call.passed = others
+
+    @property
+    def in_order(self) -> int:
+        """How many are held that others do not pass."""
+        return self.held - self.passed
+
+    @property
+    def ask_again_s(self) -> float:
+        """Before that asking is of no use for any of them; -inf for now."""
+        return self._closed_until_s if self.in_order > 0 else self._large_closed_until_s
+
+    def closed(self, call: LoadCall, now_s: float) -> bool:
+        """Whether asking for this call is of no use yet, or others are before it."""
+        if call.passed:
+            return now_s < self._large_closed_until_s
+        return now_s < self._closed_until_s or (self.in_order > 0 and not call.held)
+
+    def close(self, until_s: float, large: bool = False) -> None:
+        """A call may not begin, nor may another before that time unless something happens."""
+        if large:
+            self._large_closed_until_s = until_s
+        else:
+            self._closed_until_s = until_s
+
+    def open(self) -> None:
+        """Something has happened: those that are held may be asked for again."""
+        self._closed_until_s = self._large_closed_until_s = -inf
+
+    def faults(self, live: Mapping[str, Program]) -> Iterator[str]:
+        """What does not agree, `live` being the programs there are."""
+        for call in self.waiting:
+            if call.over or live.get(call.program.name) is not call.program:
+                yield f"a first call of {call.program.name!r} is gone"
+        held = sum(call.held for call in self.waiting)
+        if held != self.held:
+            yield f"{self.held} calls are said to be held, and {held} are"
+        if sum(call.held and call.passed for call in self.waiting) != self.passed:
+            yield f"{self.passed} calls are said to let others pass, and that many do not"
