@@ -181,6 +181,7 @@ class LoadControl:
         read_s: float,
         read_tokens: int,
         decode_s: float,
+        beside_s: float = 0.0,
         last: bool = False,
         tool: str | None = None,
         child: bool = False,
@@ -191,7 +192,8 @@ class LoadControl:
             context_tokens: prompt and answer.
             read_s: engine time its prompt took.
             read_tokens: tokens of the prompt that were computed, again after a preemption included.
-            decode_s: what its decoding would have taken in steps without prompts.
+            decode_s: what its decoding would have taken alone, in steps without prompts.
+            beside_s: how much longer that takes for each other sequence that decodes.
             last: whether the client said that the program ends with it.
             tool: what the program does until it comes back, where that was said.
             child: whether it is known to be a sub-agent's: the context of its parent is still needed.
@@ -205,9 +207,10 @@ class LoadControl:
             return
         if program.turns and context_tokens > program.context:
             self.turns.growth.add(context_tokens - program.context)
+        found = bool(program.turns) and 0 < read_tokens <= call.prompt_tokens / 2
         program.answered(now_s, context_tokens, tool, child)
         self._idle_since_s = inf
-        self.turns.answered(read_s, read_tokens, decode_s)
+        self.turns.answered(read_s, read_tokens, decode_s, beside_s, found)
         self.firsts.open()
         self.programs.ended(program, now_s)
         if last and not program.calls and self.programs.told_over(program):

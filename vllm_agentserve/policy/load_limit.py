@@ -13,7 +13,7 @@ Reason = Literal["fits", "faster without", "model"]
 """Of the limit: there is none because all fit, or because recomputing costs less than idling; or it is the model's."""
 
 DECIDE_S = 0.25
-COMES, GOES = 0.9, 0.8
+COMES, GOES = 0.9, 0.85
 """A limit comes when it gives so many times the turns per second of none, and goes when it gives no more than so many. With as
 many turns per second the last program ends when it would without, and the others earlier; the model says a tenth too little of
 limits, since contexts are seldom all at their largest."""
@@ -170,7 +170,8 @@ class Limit:
         turn = TurnCost(
             gap_s=gap_s,
             decode_s=turns.decode_s.value,
-            read_s=turns.new_tokens.value * turns.read_s_per_token.value,
+            beside_s=turns.beside_s.value,
+            read_s=turns.read_s.value or turns.new_tokens.value * turns.read_s_per_token.value,
             again_s=again_s,
             restore_s=UNMEASURED * again_s if restore_ms is None else restore_ms / 1000,
         )

@@ -37,9 +37,17 @@ class TurnMeans:
         """Tokens of a resumed call's prompt that its program did not have before."""
         self.read_s_per_token = Mean()
         self.decode_s = Mean()
+        self.beside_s = Mean()
+        self.read_s = Mean()
+        """Reading the prompt of a resumed call that found most of it."""
 
-    def answered(self, read_s: float, read_tokens: int, decode_s: float) -> None:
+    def answered(
+        self, read_s: float, read_tokens: int, decode_s: float, beside_s: float = 0.0, found: bool = False
+    ) -> None:
         """A call ended that took so long."""
         if read_tokens:
             self.read_s_per_token.add(read_s / read_tokens, read_tokens)
+        if found:
+            self.read_s.add(read_s)
         self.decode_s.add(decode_s)
+        self.beside_s.add(beside_s)

@@ -10,6 +10,10 @@ whose smaller root is X. Under a prefix cache that evicts the longest unused, a 
 as long as the contexts of all programs under way fit; where they do not, each turn computes its context again. Nor do more
 turns run at once than contexts fit: with room for K of them X is at most K / (a + d + K·a), as with K programs and no gap.
 
+How long answering takes depends on how many answer at once, and how many do depends on the rate: d = d1 + s·(n - 1) for n that
+decode, of which there are X·d / (1 - X·a). Where contexts are gone more of them decode at once, so that d measured there would
+make a limit look worse than it is. A few rounds find both.
+
 With host memory behind the cache a context that is gone from the cache may come back from there. That delays its call by r and
 keeps its room as long, but leaves the engine to others: where a share q of the contexts comes back, g is longer by q·r, and so is
 the time for which room is taken. Contexts come back one after the other, so X is at most 1 / (q·r).
@@ -20,6 +24,8 @@ from math import inf, sqrt
 
 CLIFF = 0.6
 """Contexts of 1.6 times the pool leave no hits."""
+ROUNDS = 4
+"""Of how many decode at once, and how long that takes."""
 PRESSURES = tuple(step / 10 for step in range(5, 11))
 """Limits that are tried, in pools."""
 
@@ -30,10 +36,11 @@ class TurnCost:
 
     Args:
         gap_s: how long the program is away.
-        decode_s: answering, with nothing else in the steps.
+        decode_s: answering alone, with nothing else in the steps.
         read_s: reading what is new.
         again_s: reading the context again where it is gone.
         restore_s: fetching it from host memory, where it is there.
+        beside_s: how much longer answering takes for each other sequence that decodes.
     """
 
     gap_s: float
@@ -41,6 +48,7 @@ class TurnCost:
     read_s: float
     again_s: float
     restore_s: float = 0.0
+    beside_s: float = 0.0
 
 
 def turns_per_second(
@@ -53,10 +61,13 @@ def turns_per_second(
     """
     fetch = restored * turn.restore_s
     read = max(turn.read_s + (1 - hit_ratio - restored) * turn.again_s, 1e-9)
-    away = turn.gap_s + fetch
-    total = away + turn.decode_s + read * (1 + programs)
-    rate = 2 * programs / (total + sqrt(max(total * total - 4 * read * away * programs, 0.0)))
-    rate = min(rate, 1 / ((turn.decode_s + read + fetch) / room + read))
+    away, decode_s, rate = turn.gap_s + fetch, turn.decode_s, 0.0
+    for _ in range(ROUNDS):
+        total = away + decode_s + read * (1 + programs)
+        rate = 2 * programs / (total + sqrt(max(total * total - 4 * read * away * programs, 0.0)))
+        rate = min(rate, 1 / ((decode_s + read + fetch) / room + read))
+        decoding = min(rate * decode_s / max(1 - rate * read, 1e-9), programs, room)
+        decode_s = turn.decode_s + turn.beside_s * max(decoding - 1, 0.0)
     return min(rate, 1 / fetch) if fetch else rate
 
 

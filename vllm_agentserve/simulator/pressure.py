@@ -139,7 +139,6 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     prefill_ms: float = 0.0
     prefill_tokens: int = 0
-    decode_ms: float = 0.0
     began: bool = False
     came_s: float = 0.0
     waited: int = 0
@@ -424,7 +423,6 @@ class PressureEngine:
         steps = 1
         if not prompts and not (self._waiting and not self._held):
             steps = self._steps_alike(decodes, took)
-        each = self._cost.decode_ms(len(decodes), context)
         self.now_s += took * steps / 1000
         ended = []
         for request, tokens in prompts:
@@ -439,7 +437,6 @@ class PressureEngine:
         for request in decodes:
             if steps > 1:
                 self._grow(request, steps)
-            request.decode_ms += each * steps
             request.computed += steps
             request.done += steps
             self._fill(request)
@@ -483,13 +480,15 @@ class PressureEngine:
         self._retain(request, last)
         self._host.use(self._keys(request, request.computed))
         self._blocks.release(request.blocks)
+        alone_ms = self._cost.decode_ms(1, run.context)
         self._load.end(
             request.load,
             self.now_s,
             run.context,
             read_s=request.prefill_ms / 1000,
             read_tokens=request.prefill_tokens,
-            decode_s=request.decode_ms / 1000,
+            decode_s=request.answer * alone_ms / 1000,
+            beside_s=request.answer * (self._cost.decode_ms(2, 2 * run.context) - alone_ms) / 1000,
             last=last and run.parent is None if self._ends == "told" else self._ends == "untrue",
             child=run.parent is not None,
         )

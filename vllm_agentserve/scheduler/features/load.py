@@ -162,14 +162,16 @@ class Load(Feature):
         if call.cached_tokens is None or not request.num_output_tokens:
             self.control.abort(load, now)
             return
-        model, decodes = self._policy.controller.whole.model, max(self._decodes, 1)
+        model, context = self._policy.controller.whole.model, request.num_tokens
+        alone_ms = model.decode_ms(1, context)
         self.control.end(
             load,
             now,
             request.num_tokens,
             read_s=call.computed_ms / 1000,
             read_tokens=call.computed_tokens,
-            decode_s=request.num_output_tokens * model.decode_ms(decodes, decodes * request.num_tokens) / 1000,
+            decode_s=request.num_output_tokens * alone_ms / 1000,
+            beside_s=request.num_output_tokens * max(model.decode_ms(2, 2 * context) - alone_ms, 0.0) / 1000,
             # Where a sub-agent ends, its program goes on.
             last=call.hints.last and not owner.sub_agent,
             tool=call.hints.tool,
