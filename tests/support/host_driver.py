@@ -68,10 +68,11 @@ class HostDriver(Driver):
 
     Args:
         holds: copies wait for `copies.let_go()`.
+        depth: steps in flight.
     """
 
-    def __init__(self, scheduler: Any, holds: bool = False) -> None:
-        super().__init__(scheduler)
+    def __init__(self, scheduler: Any, holds: bool = False, depth: int = 1) -> None:
+        super().__init__(scheduler, depth)
         blocks = scheduler.kv_cache_config.num_blocks
         self.cache = torch.zeros((blocks, BLOCK), dtype=torch.int64)
         self.connector: Any = OffloadingConnector(
@@ -87,6 +88,20 @@ class HostDriver(Driver):
         self.checked = 0
         """Tokens whose contents were compared."""
         self.wrong: list[str] = []
+        self._places: dict[int, dict[str, tuple[Any, int, list[int]]]] = {}
+        """Of the steps in flight: the requests in them, the tokens they have after it, and their blocks."""
+        schedule = scheduler.schedule
+
+        def scheduled(throttle_prefills: bool = False) -> SchedulerOutput:
+            output = schedule(throttle_prefills)
+            requests, manager = scheduler.requests, scheduler.kv_cache_manager
+            self._places[id(output)] = {
+                name: (requests[name], requests[name].num_computed_tokens, *manager.get_block_ids(name))
+                for name in output.num_scheduled_tokens
+            }
+            return output
+
+        scheduler.schedule = scheduled
 
     @property
     def memory(self) -> HostMemory:
@@ -97,8 +112,9 @@ class HostDriver(Driver):
         connector, metadata = self.connector, output.kv_connector_metadata
         connector.handle_preemptions(metadata)
         connector.bind_connector_metadata(metadata)
+        places = self._places.pop(id(output))
         for name, tokens in output.num_scheduled_tokens.items():
-            self._compute(name, tokens)
+            self._compute(name, tokens, *places[name])
         connector.start_load_kv(None)
         connector.wait_for_save()
         if not self.holds:
@@ -108,13 +124,14 @@ class HostDriver(Driver):
         connector.clear_connector_metadata()
         return KVConnectorOutput(finished_recving=ended.finished_recving or None, kv_connector_worker_meta=said)
 
-    def _compute(self, name: str, tokens: int) -> None:
+    def _compute(self, name: str, tokens: int, request: Any, end: int, blocks: list[int]) -> None:
         """Reads the context of a request, and writes the KV of its next tokens."""
-        request = self.scheduler.requests[name]
-        (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(name)
-        begin, end = request.num_computed_tokens - tokens, request.num_computed_tokens
+        begin = end - tokens
         wanted = self._contents.setdefault(name, Contents())
         wanted.extend(request.all_token_ids[len(wanted.states) : end])
+        if len(wanted.states) < end:
+            # It has ended meanwhile, and with asynchronous scheduling this step is for nothing.
+            return
         rows = self.cache[blocks].reshape(-1)
         found, right = rows[:begin].tolist(), wanted.states[:begin]
         self.checked += begin

@@ -2,6 +2,7 @@
 
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,13 +179,15 @@ class Host(NoHost):
         return self.tokens - int(self._manager._get_num_free_chunks()) * self._chunk_tokens
 
     def restorable_tokens(self, request: "Request", cached: int) -> int:
-        hashes, each, size = request.block_hashes, self._hashes, self._chunk_tokens
-        end = cached // size
-        while (end + 1) * size <= request.num_tokens and (end + 1) * each <= len(hashes):
-            name = self._name_of(hashes[(end + 1) * each - 1], self._group)
-            if self._manager.lookup(name, self._nobody) is self._miss:
-                break
-            end += 1
+        hashes, size = request.block_hashes, self._chunk_tokens
+        first, last = cached // size, min(request.num_tokens // size, len(hashes) // self._hashes)
+
+        def is_missing(chunk: int) -> bool:
+            name = self._name_of(hashes[(chunk + 1) * self._hashes - 1], self._group)
+            return self._manager.lookup(name, self._nobody) is self._miss
+
+        # What makes room goes from the ends of contexts. Were one missing in the middle, vLLM would find less than this says.
+        end = first + bisect_left(range(first, last), True, key=is_missing)
         # The last token is computed in any case: its output is the first of the answer.
         return max(min(end * size, request.num_tokens - 1) - cached, 0)
 
