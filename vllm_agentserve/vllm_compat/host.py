@@ -17,6 +17,8 @@ CONNECTOR = "OffloadingConnector"
 """vLLM's name for the one that keeps copies of KV blocks in host memory."""
 SPEC, SPEC_MODULE = "NumpyOffloadingSpec", "vllm_agentserve.vllm_compat.cpu_offload"
 """What it runs with on CPUs, where vLLM's own spec does not."""
+WITHOUT_LANES = "host memory behind the KV cache takes a KV connector of its own, and vLLM runs one"
+"""Why there are no lanes where there is host memory."""
 SHARED_MEMORY = Path("/dev/shm")
 """Where vLLM keeps the copies on GPUs."""
 Asked = Callable[["Request", int, int], bool]
