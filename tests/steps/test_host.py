@@ -208,6 +208,19 @@ def test_blocks_are_not_filled_for_prompts_without_a_place() -> None:
     finished(scheduler, driver)
 
 
+def test_vllms_own_order_is_left_as_it_is() -> None:
+    """Mode stock admits whom vLLM would; prompts come back, and are counted."""
+    scheduler, driver = started(mode="stock", max_num_seqs=2)
+    pushed_out(scheduler, driver, "a", "b", tokens=300)
+    for name in "ab":
+        ask(scheduler, name, 330, number=1)
+    driver.step()
+    assert [call.name for call in scheduler.engine_policy.restoring] == ["a-1", "b-1"]
+    assert driver.step() == {"a-1": 42, "b-1": 42}
+    finished(scheduler, driver)
+    assert scheduler.counts["host_restored_requests"] == 2
+
+
 def test_a_prompt_that_finds_no_blocks_is_not_counted() -> None:
     scheduler, driver = started(num_blocks=65)
     pushed_out(scheduler, driver, "a")

@@ -58,11 +58,10 @@ class HostMemory(Feature):
         policy, call = self._policy, self._calls.get(request.request_id)
         if call is None:
             return True
-        others = sum(compat.has_loaded(other.request) for other in policy.restoring if other is not call)
-        if compat.free_places(self._scheduler) <= others:
+        waiting = policy.waiting
+        if isinstance(waiting, WaitingList) and self._free_places(call) < 1:
             # It would hold blocks while it waits for a place. So would those behind it.
-            if isinstance(policy.waiting, WaitingList):
-                policy.waiting.closed = True
+            waiting.closed = True
             return False
         for feature in self._others:
             feature.asked(call, cached + tokens)
@@ -71,13 +70,18 @@ class HostMemory(Feature):
         self._tokens[call.name] = tokens
         return True
 
+    def _free_places(self, call: Call) -> int:
+        """Places that are neither taken nor meant for other calls that come back."""
+        meant = sum(compat.has_loaded(other.request) for other in self._policy.restoring if other is not call)
+        return compat.free_places(self._scheduler) - meant
+
     def after_schedule(self) -> None:
         for call in self._asked:
             if compat.has_loaded(call.request):
                 self._counts["host_restored_requests"] += 1
             else:
                 # There were no blocks for it.
-                del self._tokens[call.name]
+                self._tokens.pop(call.name, None)
         self._asked.clear()
         self._forget_others()
 
