@@ -73,6 +73,19 @@ def pushed_out(scheduler: Any, driver: HostDriver, *names: str, tokens: int = 40
         finished(scheduler, driver)
 
 
+def plans_of(scheduler: Any) -> list[dict[str, Any]]:
+    """What steps are planned for from now on."""
+    controller, plans = scheduler.engine_policy.controller, []
+    plan = controller.plan
+
+    def planned(*arguments: Any, **given: Any) -> Any:
+        plans.append(given)
+        return plan(*arguments, **given)
+
+    controller.plan = planned
+    return plans
+
+
 def test_a_context_comes_back_from_the_host() -> None:
     scheduler, driver = started()
     pushed_out(scheduler, driver, "a")
@@ -178,14 +191,7 @@ def test_tokens_are_kept_for_a_restored_prompt_beside_a_cold_one() -> None:
     policy = scheduler.engine_policy
     assert [call.name for call in policy.restored()] == ["a-1"]
     assert policy.backlog().tokens >= 40
-    plans = []
-    plan = policy.controller.plan
-
-    def planned(*arguments: Any, **given: Any) -> Any:
-        plans.append(given)
-        return plan(*arguments, **given)
-
-    policy.controller.plan = planned
+    plans = plans_of(scheduler)
     row = driver.step()
     assert plans[0]["waiting_resume_tokens"] >= 40
     assert plans[0]["resumes"]
@@ -195,16 +201,17 @@ def test_tokens_are_kept_for_a_restored_prompt_beside_a_cold_one() -> None:
 
 def test_blocks_are_not_filled_for_prompts_without_a_place() -> None:
     scheduler, driver = started(num_blocks=129, max_num_seqs=2)
-    pushed_out(scheduler, driver, "a", "b", tokens=300)
-    ask(scheduler, "c", 900)
-    finished(scheduler, driver)
+    pushed_out(scheduler, driver, "a", "b", "c", tokens=300)
     ask(scheduler, "stream", 32, max_tokens=60)
     driver.step()
-    for name in "ab":
+    for name in "abc":
         ask(scheduler, name, 330, number=1)
     driver.step()
     assert [call.name for call in scheduler.engine_policy.restoring] == ["a-1"]
     assert not scheduler.kv_cache_manager.get_block_ids("b-1")[0]
+    plans = plans_of(scheduler)
+    driver.step()
+    assert plans[0]["waiting_resume_tokens"] == 330 - 288, "the free place is that of the first"
     finished(scheduler, driver)
 
 
