@@ -130,6 +130,21 @@ class AgentServeConfig:
         "Keep the KV blocks of programs that are expected back, up to three quarters of the KV cache: they are handed out only "
         "when nothing else is left. Not with models whose layers differ in what they keep, nor without prefix caching.",
     )
+    kv_host_gib: float = option(
+        0.0,
+        "GiB",
+        "Size of host memory behind the KV cache: what the cache drops of contexts is copied back from there instead of being "
+        "computed again. vLLM's OffloadingConnector keeps it; every engine of a server has its own. Not with lanes, another KV "
+        "connector, `--kv-offloading-size`, or without prefix caching. 0: none.",
+        low=0.0,
+        high=65_536.0,
+    )
+    kv_host_policy: typing.Literal["lru", "arc"] = option(
+        "lru",
+        "",
+        "Which copies make room in host memory, by vLLM's own names. `lru`: those not used for longest. `arc`: by how lately and "
+        "how often they were used.",
+    )
     strict_hints: bool = option(
         False,
         "",

@@ -17,6 +17,7 @@ from vllm_agentserve.doctor_gpu import Finding, Level, asked_smi, check_mig, che
 from vllm_agentserve.options import read_json
 from vllm_agentserve.vllm_compat import hooks
 from vllm_agentserve.vllm_compat.cuda import driver_obstacle, environment_obstacle
+from vllm_agentserve.vllm_compat.host import WITHOUT_LANES, available_bytes
 from vllm_agentserve.vllm_compat.lanes import no_gain
 
 
@@ -118,7 +119,10 @@ def check_lanes(options: str, model: str | None, engine: str = "{}") -> Finding 
     if config.mode not in ("lanes", "auto"):
         return None
     asked = config.mode == "lanes"
-    if shutil.which("nvidia-smi") is not None:
+    obstacle: str | None
+    if config.kv_host_gib:
+        obstacle, cost = WITHOUT_LANES, ""
+    elif shutil.which("nvidia-smi") is not None:
         obstacle, cost = gpu_lanes(config, given)
         if obstacle is None and not asked:
             obstacle = (
@@ -136,6 +140,21 @@ def check_lanes(options: str, model: str | None, engine: str = "{}") -> Finding 
     if asked:
         return Finding("lanes", Level.PROBLEM, obstacle, "use mode 'auto', which uses what can run")
     return Finding("lanes", Level.NOTE, f"mode auto is time-sliced here: {obstacle}")
+
+
+def check_host(options: str) -> Finding | None:
+    """Whether this machine has the memory that `kv_host_gib` asks for; None where it asks for none."""
+    try:
+        wanted = AgentServeConfig.from_mapping(read_json(options)).kv_host_gib
+    except ValueError:  # `check_options` says which
+        return None
+    free = available_bytes()
+    if not wanted or free is None:
+        return None
+    found = f"'kv_host_gib' = {wanted:g}, and {free / 2**30:.1f} GiB of memory are available"
+    if wanted * 2**30 > free:
+        return Finding("host memory", Level.PROBLEM, found, "give less")
+    return Finding("host memory", Level.OK, f"{found}; weights and, on CPUs, the KV cache take theirs of it first")
 
 
 def gpu_lanes(config: AgentServeConfig, given: EngineArguments) -> tuple[str | None, str]:
@@ -186,6 +205,9 @@ def examine(options: str = "{}", model: str | None = None, engine: str = "{}") -
     lanes = check_lanes(options, model, engine)
     if lanes is not None:
         findings.append(lanes)
+    memory = check_host(options)
+    if memory is not None:
+        findings.append(memory)
     if findings[1].level is Level.OK:
         findings.append(check_scheduler())
     return findings

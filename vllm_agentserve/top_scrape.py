@@ -19,6 +19,7 @@ STOCK_SERIES = {
     "vllm:num_requests_waiting": "waiting",
     "vllm:kv_cache_usage_perc": "kv_usage",
     "vllm:generation_tokens_total": "generated",
+    "vllm:external_prefix_cache_hits_total": "external_hits",
     "vllm:inter_token_latency_seconds_sum": "itl_sum",
     "vllm:inter_token_latency_seconds_count": "itl_count",
 }

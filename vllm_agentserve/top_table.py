@@ -39,7 +39,7 @@ def picture(
 
 
 def header(name: str, reading: EngineMetrics, before: EngineMetrics | None) -> list[Text]:
-    """Returns the lines above the table: time per token, requests, memory, programs, lane, load control."""
+    """Returns the lines above the table: time per token, requests, memory, programs, lane, host memory, load control."""
     figures = reading.figures
     target_s = figures.get("tpot_target_seconds") or None
     line = Text("TPOT ")
@@ -73,7 +73,22 @@ def header(name: str, reading: EngineMetrics, before: EngineMetrics | None) -> l
                 f"{number(figures.get('lane_requests_total'))} prompts, slot {number(figures.get('lane_slot'))}"
             )
         )
-    return lines + load_control(reading)
+    return lines + host_memory(reading) + load_control(reading)
+
+
+def host_memory(reading: EngineMetrics) -> list[Text]:
+    """Returns how full host memory behind the KV cache is, and what came back from it; nothing where there is none."""
+    figures = reading.figures
+    if not figures.get("host_pool_tokens"):
+        return []
+    return [
+        Text(
+            f"host memory: {number(figures.get('host_used_tokens'))} of {number(figures['host_pool_tokens'])} tokens  "
+            f"{number(figures.get('external_hits'))} copied back for "
+            f"{number(figures.get('host_restored_requests_total'))} prompts, "
+            f"{number(figures.get('host_restore_tokens_per_second') or None)} tokens/s"
+        )
+    ]
 
 
 def load_control(reading: EngineMetrics) -> list[Text]:

@@ -152,6 +152,45 @@ def test_arms(text: str, options: tuple) -> None:
     assert parse_arm(text).name == text
 
 
+@pytest.mark.parametrize(
+    ("text", "policy", "more"),
+    [
+        ("stock-offload=2", "lru", ()),
+        ("stock-offload=2:arc", "arc", ()),
+        ("stock-offload=0.5:arc,max-num-seqs=4", "arc", ("--max-num-seqs", "4")),
+        ("stock-offload=2:max-num-seqs=4", "lru", ("--max-num-seqs", "4")),
+    ],
+)
+@pytest.mark.parametrize("gpu", [False, True])
+def test_stock_with_its_own_host_memory(
+    text: str, policy: str, more: tuple, gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_agentserve.bench.arms.has_nvidia_driver", lambda: gpu)
+    arm = parse_arm(text)
+    assert arm.name == text
+    name, given, *rest = arm.options
+    assert (name, tuple(rest)) == ("--kv-transfer-config", more)
+    config = json.loads(given)
+    assert (config["kv_connector"], config["kv_role"]) == ("OffloadingConnector", "kv_both")
+    extra = config["kv_connector_extra_config"]
+    gib = 0.5 if "0.5" in text else 2
+    assert (extra["cpu_bytes_to_use"], extra["eviction_policy"]) == (gib * 2**30, policy)
+    assert ("spec_name" in extra) is not gpu
+
+
+@pytest.mark.parametrize(
+    "text", ["stock-offload", "stock-offload=", "stock-offload=0", "stock-offload=x", "stock-offload=-1"]
+)
+def test_host_memory_of_no_size_is_refused(text: str) -> None:
+    with pytest.raises(WorkloadError, match="is no size in GiB above 0; an arm is stock"):
+        parse_arm(text)
+
+
+def test_a_policy_that_vllm_does_not_have_is_refused() -> None:
+    with pytest.raises(WorkloadError, match="'fifo' is not KEY=VALUE"):
+        parse_arm("stock-offload=2:fifo")
+
+
 def test_an_arm_against_itself_gets_two_names() -> None:
     assert [arm.name for arm in parse_arms(["stock", "stock", "stock"], [])] == ["stock", "stock#2", "stock#3"]
 

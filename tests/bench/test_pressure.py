@@ -174,6 +174,9 @@ def test_hits_and_pressure_are_reported() -> None:
 
     (figures,) = arm_figures(["a"], rounds, [record(arm="a", stamps=(1, 2))])["a"]
     assert figures.hit_percent == 15.0
+    counted |= {"vllm:external_prefix_cache_hits": 120.0}
+    (figures,) = arm_figures(["a"], rounds, [record(arm="a", stamps=(1, 2))])["a"]
+    assert figures.hit_percent == 75.0, "what came back from host memory was found, too"
     assert set(MAIN) <= {metric.key for metric in METRICS}
 
 

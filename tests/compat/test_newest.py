@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.compat_tool import NEWEST, compat
 from tests.support.paths import ROOT
-from vllm_agentserve.bench.server import has_nvidia_driver
+from vllm_agentserve.bench.device import has_nvidia_driver
 from vllm_agentserve.vllm_compat import SUPPORTED, installed_vllm
 
 WITHOUT_ENGINE = ("tests/steps", "tests/compat", "tests/lanes")

@@ -189,6 +189,26 @@ def test_doctor_on_lanes(
     assert ("MiB of memory are available" in finding.found) is (level is Level.OK)
 
 
+def test_doctor_on_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "available_bytes", lambda: 8 << 30)
+    assert doctor.check_host("{}") is None
+    assert doctor.check_host('{"kv_host_gib": "much"}') is None, "another finding says so"
+    fits = doctor.check_host('{"kv_host_gib": 4}')
+    assert fits is not None
+    assert (fits.level, fits.found.split(";")[0]) == (
+        Level.OK,
+        "'kv_host_gib' = 4, and 8.0 GiB of memory are available",
+    )
+    much = doctor.check_host('{"kv_host_gib": 9}')
+    assert much is not None
+    assert (much.level, much.remedy) == (Level.PROBLEM, "give less")
+    for mode, level in (("auto", Level.NOTE), ("lanes", Level.PROBLEM)):
+        lanes = doctor.check_lanes(f'{{"kv_host_gib": 4, "mode": "{mode}"}}', None)
+        assert lanes is not None
+        assert lanes.level is level
+        assert "host memory behind the KV cache takes a KV connector of its own" in lanes.found
+
+
 def test_doctor_on_lanes_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "which", lambda _: "nvidia-smi")
     monkeypatch.setattr(doctor, "driver_obstacle", lambda: "install driver 550 or newer")

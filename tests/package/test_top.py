@@ -231,6 +231,20 @@ def test_load_control_where_it_runs() -> None:
     )
 
 
+def test_host_memory_where_there_is_any() -> None:
+    text = """vllm:agentserve_host_pool_tokens{{{labels}}} 80000.0
+vllm:agentserve_host_used_tokens{{{labels}}} 12000.0
+vllm:agentserve_host_restore_tokens_per_second{{{labels}}} 250000.0
+vllm:agentserve_host_restored_requests_total{{{labels}}} 7.0
+vllm:external_prefix_cache_hits_total{{{labels}}} 9000.0
+"""
+    said = drawn(page(STOCK + OURS + TOLD + text))
+    assert "host memory: 12000 of 80000 tokens  9000 copied back for 7 prompts, 250000 tokens/s" in said
+    assert max(map(len, said.splitlines())) <= 120
+    assert "host memory" not in drawn(page(STOCK + OURS + TOLD + text.replace(" 80000.0", " 0.0")))
+    assert "host memory" not in drawn(page(STOCK + OURS + TOLD))
+
+
 def test_load_control_before_any_call_was_held() -> None:
     text = "".join(line for line in LOAD.splitlines(keepends=True) if "hold_time" not in line and "reason" not in line)
     said = drawn(page(STOCK + OURS + text))

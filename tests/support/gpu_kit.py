@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from vllm_agentserve.bench.device import has_nvidia_driver
 from vllm_agentserve.bench.records import Record
-from vllm_agentserve.bench.server import has_nvidia_driver, serving_environment
+from vllm_agentserve.bench.server import serving_environment
 from vllm_agentserve.gpucheck.check_run import CheckRun, child_environment
 from vllm_agentserve.gpucheck.scripted_requests import Answer
 

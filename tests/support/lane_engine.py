@@ -9,7 +9,7 @@ from vllm import LLM
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from tests.support.mix import cold_requests, run_requests, scheduler_of
-from vllm_agentserve.bench.server import has_nvidia_driver
+from vllm_agentserve.bench.device import has_nvidia_driver
 from vllm_agentserve.gpucheck.compare import differences
 from vllm_agentserve.gpucheck.scripted_requests import Completions, ScriptedRequest
 from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker

@@ -6,12 +6,13 @@ order vLLM's engine would, one step late when scheduling is asynchronous.
 
 from collections import deque
 from itertools import count
+from mmap import PAGESIZE
 from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from vllm.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
+from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -27,6 +28,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.scheduler.scheduler import AgentScheduler, AsyncAgentScheduler
 from vllm_agentserve.toy import make_toy_model
+from vllm_agentserve.vllm_compat.host import transfer_options
 from vllm_agentserve.vllm_compat.lanes import add_lane_connector
 
 BLOCK = 16
@@ -53,6 +55,7 @@ def make_scheduler(
     policy: str = "fcfs",
     prefix_caching: bool = True,
     lanes: bool = False,
+    host_chunks: int = 0,
     stages: int = 1,
     controller: type[BudgetController] = BudgetController,
     **scheduler_options: Any,
@@ -60,6 +63,10 @@ def make_scheduler(
     transfer = SimpleNamespace(kv_transfer_config=None)
     if lanes:
         add_lane_connector(transfer)
+    if host_chunks:
+        # A KV block of the model below takes less than a page of memory, and gets one.
+        given = transfer_options(host_chunks * PAGESIZE / 2**30, "lru", on_cpu=True)
+        transfer.kv_transfer_config = KVTransferConfig(**given)
     model_config = ModelConfig(model=str(make_toy_model()), dtype="float32", max_model_len=16384)
     vllm_config = VllmConfig(
         model_config=model_config,

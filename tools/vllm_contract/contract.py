@@ -4,6 +4,7 @@ Imports neither vLLM nor torch. A symbol is found by reading sources (`sources.p
 a property, an assignment in the body of the class or of one of its bases, or `self.NAME = ...` in one of their methods.
 """
 
+from vllm_contract.contract_host import HOST_MEMORY
 from vllm_contract.contract_shared import SHARED_STATE
 from vllm_contract.contract_workers import WORKERS
 from vllm_contract.symbols import calls, exports, implements, overrides, reads, says
@@ -13,6 +14,7 @@ HOOKS, LANES, CUDA, CPU = "vllm_compat/hooks.py", "vllm_compat/lanes.py", "vllm_
 RUNNER, GRAPHS, WORKER = "vllm_compat/cuda_runner.py", "vllm_compat/cuda_graphs.py", "vllm_compat/cuda_worker.py"
 CHUNKS, QUEUES, METRICS = "vllm_compat/chunks.py", "scheduler/waiting.py", "scheduler/metrics.py"
 CONNECTOR, UPSTREAM = "lanes/connector.py", "scheduler/upstream.py"
+HOST = "vllm_compat/host.py"
 SHARED, WEIGHTS = "vllm_compat/shared_state.py", "vllm_compat/weights.py"
 BOOKS, BALANCE = "vllm_compat/integrity.py", "scheduler/integrity.py"
 
@@ -64,13 +66,14 @@ CONTRACT = (
     *says(f"{SCHEDULER}._preempt_request", "scheduler/features/preemption.py", "self.waiting.prepend_request(request)"),
     *reads(SCHEDULER, SCHED, "cache_config kv_holding_waiting log_stats max_num_scheduled_tokens num_spec_tokens"),
     *reads(SCHEDULER, SCHED, "parallel_config"),
-    *reads(SCHEDULER, f"{SCHED} {COMPAT}", "vllm_config"),
+    *reads(SCHEDULER, f"{SCHED} {COMPAT} {HOST}", "vllm_config"),
     *reads(SCHEDULER, f"{SCHED} {BALANCE}", "waiting"),
     *reads(SCHEDULER, BOOKS, "deferred_frees"),
     *reads(SCHEDULER, f"{SCHED} scheduler/features/preemption.py", "current_step"),
     *reads(SCHEDULER, f"{SCHED} {COMPAT} {BALANCE} scheduler/features/preemption.py", "running"),
     *reads(SCHEDULER, f"{SCHED} {COMPAT} {BOOKS} {BALANCE}", "requests"),
-    *reads(SCHEDULER, COMPAT, "block_size connector connector_prefix_cache_stats is_encoder_decoder"),
+    *reads(SCHEDULER, COMPAT, "block_size connector_prefix_cache_stats is_encoder_decoder"),
+    *reads(SCHEDULER, f"{COMPAT} {HOST}", "connector"),
     *reads(SCHEDULER, f"{COMPAT} {BOOKS}", "kv_cache_manager"),
     *reads(SCHEDULER, COMPAT, "finished_recving_kv_req_ids"),
     *reads(SCHEDULER, COMPAT, "max_num_running_reqs need_mamba_block_aligned_split num_sampled_tokens_per_step"),
@@ -117,7 +120,8 @@ CONTRACT = (
     *says("vllm.config:VllmConfig._post_init_kv_transfer_config", COMPAT, "cpu_bytes_to_use"),
     *reads("vllm.config:KVTransferConfig", COMPAT, "kv_connector_extra_config"),
     *reads("vllm.config:ParallelConfig", COMPAT, "world_size"),
-    *reads(SCHEDULER, COMPAT, "kv_cache_config max_model_len"),
+    *reads(SCHEDULER, COMPAT, "max_model_len"),
+    *reads(SCHEDULER, f"{COMPAT} {HOST}", "kv_cache_config"),
     *calls("vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue", BOOKS, get_all_free_blocks=""),
     *reads("vllm.v1.core.kv_cache_utils:KVCacheBlock", BOOKS, "is_null"),
     *reads("vllm.v1.core.kv_cache_utils:KVCacheBlock", f"{BOOKS} {LEDGER}", "block_id ref_cnt"),
@@ -155,12 +159,14 @@ CONTRACT = (
     *reads(REQUEST, f"{SCHED} {COMPAT} policy/call.py policy/engine.py", "num_computed_tokens"),
     *reads(REQUEST, f"{SCHED} {COMPAT} {BALANCE}", "status"),
     *reads(
-        REQUEST, f"{SCHED} {COMPAT} {DISPATCH} policy/call.py policy/engine.py policy/program_order.py", "num_tokens"
+        REQUEST,
+        f"{SCHED} {COMPAT} {HOST} {DISPATCH} policy/call.py policy/engine.py policy/program_order.py",
+        "num_tokens",
     ),
     *reads(REQUEST, f"{SCHED} {COMPAT} {LANES}", "sampling_params"),
     *reads(REQUEST, SCHED, "is_prefill_chunk"),
     *calls(REQUEST, BALANCE, is_finished=""),
-    *reads(REQUEST, f"{COMPAT} {DISPATCH} policy/attribution.py", "block_hashes"),
+    *reads(REQUEST, f"{COMPAT} {HOST} {DISPATCH} policy/attribution.py", "block_hashes"),
     *reads(REQUEST, f"{COMPAT} {LANES}", "has_encoder_inputs"),
     *reads(REQUEST, COMPAT, "resumable"),
     *reads(REQUEST, COMPAT, "kv_transfer_params num_stale_output_tokens"),
@@ -234,7 +240,8 @@ CONTRACT = (
     ),
     *exports("vllm.v1.outputs", SCHED, "ModelRunnerOutput"),
     *calls("vllm.v1.outputs", COMPAT, KVConnectorOutput="finished_recving="),
-    *reads("vllm.v1.outputs:KVConnectorOutput", CONNECTOR, "failed_recving finished_recving kv_connector_worker_meta"),
+    *reads("vllm.v1.outputs:KVConnectorOutput", CONNECTOR, "failed_recving"),
+    *reads("vllm.v1.outputs:KVConnectorOutput", f"{CONNECTOR} {HOST}", "finished_recving kv_connector_worker_meta"),
     *reads("vllm.v1.engine:EngineCoreOutputs", SCHED, "scheduler_stats"),
     *calls("vllm.logger", f"{SCHED} {METRICS} lanes/connector_worker.py", init_logger="name"),
     # The connector of two lanes.
@@ -310,13 +317,12 @@ CONTRACT = (
     *reads(ARGS, HOOKS, "scheduler_cls"),
     *reads(ARGS, UPSTREAM, "additional_config"),
     *exports("vllm.v1.core.sched.interface", HOOKS, "SchedulerInterface"),
-    *reads(
-        ARGS, LANES, "data_parallel_size enable_chunked_prefill enable_lora enable_prefix_caching kv_transfer_config"
-    ),
+    *reads(ARGS, f"{LANES} {HOST}", "data_parallel_size enable_prefix_caching kv_offloading_size kv_transfer_config"),
+    *reads(ARGS, LANES, "enable_chunked_prefill enable_lora"),
     *reads(ARGS, LANES, "pipeline_parallel_size speculative_config tensor_parallel_size"),
     *reads(ARGS, f"{LANES} {SHARED}", "weight_transfer_config"),
     *reads(ARGS, f"{LANES} {CUDA}", "worker_cls"),
-    *reads(ARGS, LANES, "decode_context_parallel_size kv_offloading_size prefill_context_parallel_size"),
+    *reads(ARGS, LANES, "decode_context_parallel_size prefill_context_parallel_size"),
     *reads(ARGS, LANES, "worker_extension_cls"),
     *calls(ARGS, f"{LANES} doctor_engine.py", create_model_config=""),
     *exports("vllm.v1.engine.input_processor", HOOKS, "InputProcessor"),
@@ -376,10 +382,10 @@ CONTRACT = (
         LANES,
         KVTransferConfig="kv_connector= kv_connector_module_path= kv_role= kv_load_failure_policy=",
     ),
-    *reads("vllm.config:KVTransferConfig", f"{COMPAT} {LANES} {WEIGHTS}", "kv_connector"),
+    *reads("vllm.config:KVTransferConfig", f"{COMPAT} {LANES} {WEIGHTS} {HOST}", "kv_connector"),
     *calls("vllm.config", RUNNER, set_current_vllm_config="vllm_config"),
-    *exports("vllm.platforms", f"{LANES} {CUDA} lanes/connector_worker.py", "current_platform"),
-    *calls("vllm.platforms.interface:Platform", f"{LANES} lanes/connector_worker.py", is_cpu=""),
+    *exports("vllm.platforms", f"{LANES} {CUDA} {HOST} lanes/connector_worker.py", "current_platform"),
+    *calls("vllm.platforms.interface:Platform", f"{LANES} {HOST} lanes/connector_worker.py", is_cpu=""),
     *calls("vllm.platforms.interface:Platform", CUDA, get_device_capability="", is_cuda=""),
     *reads("vllm.platforms.interface:DeviceCapability", CUDA, "major"),
     *exports("vllm", CUDA, "envs"),
@@ -390,5 +396,6 @@ CONTRACT = (
     *reads(SAMPLING, LANES, "prompt_logprobs"),
     *WORKERS,
     *SHARED_STATE,
+    *HOST_MEMORY,
 )
 """In no order that matters; a symbol stands here once per way it is used."""

@@ -8,19 +8,23 @@ from dataclasses import dataclass, field, replace
 from typing import Any, get_args, get_type_hints
 from urllib.parse import urlsplit
 
+from vllm_agentserve.bench.device import has_nvidia_driver
 from vllm_agentserve.bench.sessions import WorkloadError
 from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
 from vllm_agentserve.options import read_json
 from vllm_agentserve.vllm_compat import SCHEDULER_NAME
+from vllm_agentserve.vllm_compat.host import transfer_options
 
 GRAMMAR = (
-    "an arm is stock, stock-chunk=N, stock-threshold=N, agentserve, agentserve-MODE, any of these followed by "
-    ":KEY=VALUE,KEY=VALUE, or only KEY=VALUE,KEY=VALUE for stock with these options of vllm serve; "
+    "an arm is stock, stock-chunk=N, stock-threshold=N, stock-offload=GIB, stock-offload=GIB:arc, agentserve, agentserve-MODE, "
+    "any of these followed by :KEY=VALUE,KEY=VALUE, or only KEY=VALUE,KEY=VALUE for stock with these options of vllm serve; "
     "after agentserve a KEY is one of its own options, and serve.KEY one of vllm serve; client.live=N lets N sessions at most be "
     "under way, client.last=true says which call is a session's last, client.anonymous=true sends no session ids, "
     "client.ranks=N keeps every session on one of N data-parallel engines"
 )
 SHORT = {"stock-chunk": "max-num-batched-tokens", "stock-threshold": "long-prefill-token-threshold"}
+OFFLOAD = "stock-offload"
+"""Stock with vLLM's own host memory behind the KV cache, of so many GiB."""
 TAKEN = {
     "--port": "the benchmark gives every server its port: use its own --port",
     "--uds": "servers listen on a port here",
@@ -29,6 +33,7 @@ TAKEN = {
 HIDDEN = "KEY"
 """What stands where an API key was given."""
 MODES = get_args(get_type_hints(AgentServeConfig)["mode"])
+HOST_POLICIES = get_args(get_type_hints(AgentServeConfig)["kv_host_policy"])
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,11 @@ def parse_arm(text: str) -> Arm:
         WorkloadError: it is not one; the message names the part and the grammar.
     """
     head, _, tail = text.partition(":")
-    if "=" in head and head.partition("=")[0] not in SHORT:
+    if "=" in head and head.partition("=")[0] not in (*SHORT, OFFLOAD):
         head, tail = "stock", text
+    policy = ""
+    if head.partition("=")[0] == OFFLOAD:
+        policy, tail = offload_policy(tail)
     pairs = parse_pairs(text, tail)
     client = client_options(text, pairs)
     if any(option_name(key.removeprefix("serve.")) == "api-key" for key in pairs):
@@ -86,11 +94,35 @@ def parse_arm(text: str) -> Arm:
     name, _, value = head.partition("=")
     if name in SHORT and re.fullmatch(r"[1-9]\d*", value):
         return Arm(text, serve_options({SHORT[name]: value} | pairs), client=client)
+    if name == OFFLOAD:
+        return Arm(text, (*offload_options(text, value, policy), *serve_options(pairs)), client=client)
     if head == "stock":
         return Arm(text, serve_options(pairs), client=client)
     if head == "agentserve" or head.startswith("agentserve-"):
         return replace(agentserve_arm(text, head.removeprefix("agentserve").removeprefix("-"), pairs), client=client)
     raise WorkloadError(f"arm {text!r} is not known: {GRAMMAR}")
+
+
+def offload_policy(tail: str) -> tuple[str, str]:
+    """Splits what stands behind the colon of such an arm: which copies are dropped first, and the other options."""
+    first, _, rest = tail.partition(",")
+    return (first, rest) if first in HOST_POLICIES else (HOST_POLICIES[0], tail)
+
+
+def offload_options(text: str, gib: str, policy: str) -> tuple[str, ...]:
+    """Options of `vllm serve` for vLLM's own host memory behind the KV cache, as our option `kv_host_gib` asks for it.
+
+    Raises:
+        WorkloadError: the size is none.
+    """
+    try:
+        size = AgentServeConfig.from_mapping({"kv_host_gib": as_json(gib)}).kv_host_gib
+    except OptionError:
+        size = 0.0
+    if not size:
+        raise WorkloadError(f"arm {text!r}: {OFFLOAD}={gib} is no size in GiB above 0; {GRAMMAR}")
+    asked = transfer_options(size, policy, on_cpu=not has_nvidia_driver())
+    return ("--kv-transfer-config", json.dumps(asked))
 
 
 def client_options(text: str, pairs: dict[str, str]) -> ClientOptions:

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from vllm_agentserve.bench.arms import last_value, parse_arms, split_options
+from vllm_agentserve.bench.device import has_nvidia_driver
 from vllm_agentserve.bench.drawing import WorkloadOptions, draw_sessions
 from vllm_agentserve.bench.judge import PRIMARY, PRIMARY_OF_PROGRAMS, check_primary
 from vllm_agentserve.bench.kv_pool import ANY_POOL, AnyPool, KvPool, kv_bytes, pool_of
@@ -26,7 +27,6 @@ from vllm_agentserve.bench.program_traffic import (
 from vllm_agentserve.bench.records import Results
 from vllm_agentserve.bench.report import write_report
 from vllm_agentserve.bench.run import new_folder, print_cells, run_plan, show
-from vllm_agentserve.bench.server import has_nvidia_driver
 from vllm_agentserve.bench.sessions import Session, WorkloadError
 from vllm_agentserve.bench.tokens import TOKEN_IDS
 from vllm_agentserve.bench.trace import Trace, TraceOptions, trace_path

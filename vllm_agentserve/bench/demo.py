@@ -7,11 +7,11 @@ from rich.console import Console
 
 from vllm_agentserve.bench.arms import Arm, scheduler_options
 from vllm_agentserve.bench.command import base_options, check_model, scale_of
+from vllm_agentserve.bench.device import has_nvidia_driver
 from vllm_agentserve.bench.drawing import WorkloadOptions, draw_sessions
 from vllm_agentserve.bench.kv_pool import kv_bytes
 from vllm_agentserve.bench.plan import Cell, Plan
 from vllm_agentserve.bench.run import new_folder, run_plan
-from vllm_agentserve.bench.server import has_nvidia_driver
 from vllm_agentserve.bench.sessions import Session
 from vllm_agentserve.bench.summary import Analysis
 from vllm_agentserve.bench.workloads import REACT

@@ -135,9 +135,11 @@ class RoundFigures:
 
     @property
     def hit_percent(self) -> float:
-        """Share of prompt tokens that vLLM found in its prefix cache; NaN where the server does not count them."""
+        """Share of prompt tokens that vLLM found in its prefix cache, or in host memory behind it; NaN where the server does not
+        count them."""
         asked = self.server.get("vllm:prefix_cache_queries", 0.0)
-        return 100 * self.server.get("vllm:prefix_cache_hits", 0.0) / asked if asked else float("nan")
+        found = self.server.get("vllm:prefix_cache_hits", 0.0) + self.server.get("vllm:external_prefix_cache_hits", 0.0)
+        return 100 * found / asked if asked else float("nan")
 
     @property
     def goodput(self) -> float:

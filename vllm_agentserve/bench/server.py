@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +17,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from vllm_agentserve.bench.arms import last_value
+from vllm_agentserve.bench.device import has_nvidia_driver
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 30.0
@@ -103,11 +103,6 @@ def first_cause(log: str) -> str:
     if own or raised:
         return (own or raised)[0]
     return next((line.strip() for line in lines if ERROR_LINE.match(line)), "")
-
-
-def has_nvidia_driver() -> bool:
-    """Whether vLLM would find an NVIDIA GPU's driver here; under WSL only nvidia-smi tells."""
-    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
 
 
 class RunningServer:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vllm_agentserve.bench.server import has_nvidia_driver, serving_environment
+from vllm_agentserve.bench.device import has_nvidia_driver
+from vllm_agentserve.bench.server import serving_environment
 from vllm_agentserve.gpucheck import (
     agents_ab,
     environment,

@@ -155,6 +155,9 @@ class EnginePolicy:
             )
         self.prefilling: list[Call] = []
         """Calls whose prompts are being computed in steps, in order of admission."""
+        self.restoring: dict[Call, bool] = {}
+        """Calls whose KV is copied back from host memory before a step takes them up, and whether all is there. They hold KV
+        blocks, and need places."""
         self.budget: StepBudget | None = None
         """Of the step that is being scheduled; None where nothing is cut."""
         self._cold_waited = False
@@ -211,6 +214,7 @@ class EnginePolicy:
         self._attribution.remember(call, *self.programs.ends(call, self._now()))
         self.waiting.forget(call)
         self.stops(call)
+        self.restoring.pop(call, None)
 
     # -- a step ---------------------------------------------------------------------------------------------------------
 
@@ -235,7 +239,7 @@ class EnginePolicy:
             decodes: sequences that decode in the step.
             context: their summed context, in tokens.
             max_tokens: prompt tokens the step can take at most, at least 1.
-            places: calls that can be admitted.
+            places: calls that can be admitted; those that are restored have theirs already.
             waits: whether any call waits.
             beside_lane: whether a prefill lane has part of the device.
             lane_room: whether a prefill lane can take a prompt.
@@ -243,13 +247,15 @@ class EnginePolicy:
         if not self.cuts:
             return None
         self._follow_decodes(decodes)
+        restored = [(call, self._serves(call, call.request.num_computed_tokens)) for call in self.restored()]
         # If none could be admitted in the last step, the KV cache has no room, or as many run as may.
-        places = places if waits and not self.waiting.blocked else 0
+        places = max(places - len(self.restoring), 0) if waits and not self.waiting.blocked else 0
         # A cold prompt may still be for the lane, unless one was found to be for steps, and to have to wait.
         for_lane = lane_room and not self._cold_waited
         begins, ranked = self._line_up(places, begin=not for_lane)
-        phases = {call.served_as for call in self.prefilling}
+        phases = {call.served_as for call in self.prefilling} | {served for _, served in restored}
         resume_tokens = self._resume_tokens(places)
+        resume_tokens += sum(max(call.left, 1) for call, served in restored if served is Phase.RESUME_PREFILL)
         self.budget = budget = self.controller.plan(
             decodes,
             context,
@@ -257,7 +263,7 @@ class EnginePolicy:
             resumes=resume_tokens > 0 or Phase.RESUME_PREFILL in phases,
             colds=Phase.COLD_PREFILL in phases or self.waiting.has_cold(waits),
             waiting_resume_tokens=resume_tokens,
-            admits=waits and (not self.prefilling or bool(begins)),
+            admits=(waits and (not self.prefilling or bool(begins))) or (bool(restored) and not self.prefilling),
             beside_lane=beside_lane,
             backlog=self.backlog(),
             ordered=self._orders,
@@ -379,21 +385,42 @@ class EnginePolicy:
         """The prompts for which a longer step is worth something: those that are being computed and those that clients wait for.
         Those that wait for a place or for KV blocks too: these come free the sooner the less time is lost between chunks."""
         waiting = self.waiting.backlog()
-        left = sum(call.left for call in self.prefilling)
-        return Backlog(waiting.prompts + len(self.prefilling), waiting.tokens + left, waiting.waited_ms)
+        restored = self.restored()
+        left = sum(call.left for call in self.prefilling) + sum(max(call.left, 1) for call in restored)
+        prompts = waiting.prompts + len(self.prefilling) + len(restored)
+        return Backlog(prompts, waiting.tokens + left, waiting.waited_ms)
 
     @property
     def pending_tokens(self) -> int:
         """Prompt tokens still to be computed in steps, of prompts that are being computed and of those that wait."""
-        return sum(call.left for call in self.prefilling) + self.waiting.tokens
+        begun = (*self.prefilling, *self.restoring)
+        return sum(call.left for call in begun) + self.waiting.tokens
 
     def admit(self, call: Call, computed: int) -> None:
         """A step takes up the prompt of a call, of which so many tokens are computed or cached."""
         call.phase = call.lane.phase if call.lane.phase is not None else self.phase(call, computed)
-        short = call.request.num_tokens - computed <= self._resume_budget
-        call.served_as = Phase.RESUME_PREFILL if short and call.phase is Phase.RESUME_PREFILL else Phase.COLD_PREFILL
+        call.served_as = self._serves(call, computed, call.phase)
         call.place = self._normal(call, call.key) if self._orders else None
         self.prefilling.append(call)
+
+    def _serves(self, call: Call, computed: int, phase: Phase | None = None) -> Phase:
+        """The queue whose share of the budget a prompt gets that has so many tokens computed, in this phase."""
+        phase = self.phase(call, computed) if phase is None else phase
+        short = call.request.num_tokens - computed <= self._resume_budget
+        return Phase.RESUME_PREFILL if short and phase is Phase.RESUME_PREFILL else Phase.COLD_PREFILL
+
+    def restores(self, call: Call) -> None:
+        """The engine copies KV of a waiting call back from host memory. The call does not wait for steps meanwhile."""
+        self.restoring[call] = False
+
+    def is_restored(self, call: Call) -> None:
+        """That is done; a call that has ended meanwhile is ignored."""
+        if call in self.restoring:
+            self.restoring[call] = True
+
+    def restored(self) -> list[Call]:
+        """The calls for which that is done: the next step can take them up."""
+        return [call for call, done in self.restoring.items() if done]
 
     def grant(self, call: Call, wanted: int, computed: int, new: bool) -> int:
         """How many of the `wanted` tokens of a prompt the step computes, over `computed` ones.
@@ -494,6 +521,7 @@ class EnginePolicy:
         calls = list(calls)
         known = set(calls)
         found = [f"{call.name!r} has a prefill in steps, and is gone" for call in self.prefilling if call not in known]
+        found += [f"{call.name!r} is being restored, and is gone" for call in self.restoring if call not in known]
         found += [
             f"{call.name!r} is marked as having a prefill in steps, and has none"
             for call in calls

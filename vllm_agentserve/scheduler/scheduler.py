@@ -31,6 +31,7 @@ from vllm_agentserve.scheduler.upstream import UpstreamHooks, require_hooks
 from vllm_agentserve.scheduler.waiting import AgentQueue
 from vllm_agentserve.vllm_compat import STATS_FIELD, hooks
 from vllm_agentserve.vllm_compat import scheduler as compat
+from vllm_agentserve.vllm_compat.host import host_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -72,6 +73,9 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         """All that is known of requests, by their ids, from arrival to end."""
         self._adapters_in_use: frozenset[int] | None = None
         """See `adapters_in_use`, as the last step with waiting requests found it."""
+        self.host = host_of(self)
+        """Host memory behind the KV cache."""
+        self._clears_host = options.kv_host_gib > 0
         self._unanswered: list[Call] = []
         """Those whose prompt is scheduled to its end, and that have no token yet."""
         block_size = int(self.cache_config.block_size)
@@ -93,7 +97,9 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         if isinstance(self.engine_policy.waiting, WaitingList):
             self.waiting = AgentQueue(self.engine_policy.waiting, self.calls)
         self._lane = lane_of(self, options, self.engine_policy, self.calls, self.counts)
-        self._events = Events([self._lane, *build_features(self, options, self.engine_policy, self.calls, self.counts)])
+        self._events = Events(
+            [self._lane, *build_features(self, options, self.engine_policy, self.calls, self.counts, self.host)]
+        )
         self._log = StepLog(self.engine_policy, self.counts, self._events.finished)
         self._decode_width = 1 + self.num_spec_tokens
         self._report_interval_s = options.stats_interval_ms / 1000
@@ -107,14 +113,15 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         not_asked = hooks.not_asked()
         if not_asked:
             reason = hooks.plugin_obstacle() or f"the plugin {hooks.PLUGIN!r} is not loaded"
-            require_hooks(options, lanes, not_asked, reason)
+            require_hooks(options, lanes, compat.has_host_connector(self), not_asked, reason)
             self._said.without_plugin(not_asked, reason)
         self._said.startup(options, lanes, asynchronous, budget_obstacle, order_obstacle)
 
     # -- what the policy asks -------------------------------------------------------------------------------------------
 
     def cached_tokens(self, call: Call) -> int:
-        return compat.cached_prefix_tokens(self, call.request)
+        cached = compat.cached_prefix_tokens(self, call.request)
+        return cached + self.host.restorable_tokens(call.request, cached)
 
     def is_blocked(self, call: Call) -> bool:
         adapter, in_use = call.request.lora_request, self._adapters_in_use
@@ -282,7 +289,8 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         if reset_running_requests:
             for before_reset in self._events.before_reset:
                 before_reset()
-        done = super().reset_prefix_cache(reset_running_requests, reset_connector)
+        # Host memory that our option asked for holds nothing that the cache is to have forgotten.
+        done = super().reset_prefix_cache(reset_running_requests, reset_connector or self._clears_host)
         if done:
             for after_reset in self._events.after_reset:
                 after_reset()

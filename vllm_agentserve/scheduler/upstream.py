@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
 from vllm_agentserve.policy.hints import read_hints
+from vllm_agentserve.vllm_compat.host import add_host
 from vllm_agentserve.vllm_compat.lanes import choose_lanes
 
 if TYPE_CHECKING:
@@ -15,12 +16,13 @@ logger = logging.getLogger("vllm.agentserve")
 MIDDLEWARE = "vllm_agentserve.middleware.ClientNames"
 
 
-def require_hooks(options: AgentServeConfig, lanes: bool, not_asked: set[str], reason: str) -> None:
+def require_hooks(options: AgentServeConfig, lanes: bool, host: bool, not_asked: set[str], reason: str) -> None:
     """Stops the start of an engine that was asked for what only the hooks do.
 
     Args:
         options: what was asked for.
         lanes: whether the prefill lane's connector is there.
+        host: whether the connector of host memory is there.
         not_asked: the methods of `UpstreamHooks` that nobody calls.
         reason: why.
 
@@ -32,6 +34,8 @@ def require_hooks(options: AgentServeConfig, lanes: bool, not_asked: set[str], r
         needs.append("'strict_hints' = true")
     if options.mode == "lanes" and not lanes and "check_engine_args" in not_asked:
         needs.append("'mode' = 'lanes'")
+    if options.kv_host_gib and not host and "check_engine_args" in not_asked:
+        needs.append(f"'kv_host_gib' = {options.kv_host_gib:g}")
     if needs:
         raise OptionError(
             f"{KEY} option {' and '.join(needs)} cannot be fulfilled: {reason}. Add it to VLLM_PLUGINS, or unset that variable."
@@ -43,12 +47,13 @@ class UpstreamHooks:
 
     @classmethod
     def check_engine_args(cls, engine_args: Any) -> None:
-        """Checks our options, and adds the connector where lanes are to run.
+        """Checks our options, and adds the connector where lanes are to run, or host memory was asked for.
 
         Raises:
-            OptionError: an option is wrong, or lanes were asked for and cannot run.
+            OptionError: an option is wrong, or lanes or host memory were asked for and cannot be had.
         """
         options = AgentServeConfig.from_additional_config(engine_args.additional_config)
+        add_host(engine_args, options)
         obstacle = choose_lanes(engine_args, options)
         if obstacle is not None:
             logger.info("agentserve: mode auto runs time-sliced: %s.", obstacle)

@@ -26,10 +26,11 @@ from typing import Any, get_args
 
 from vllm_agentserve.bench.calls import ProgramShape, in_blocks, tool_chain_s
 from vllm_agentserve.bench.cost import StepCost, read_cost, write_cost
+from vllm_agentserve.bench.device import has_nvidia_driver
 from vllm_agentserve.bench.measure import quantiles
 from vllm_agentserve.bench.program_figures import program_figures
 from vllm_agentserve.bench.program_traffic import PROGRAM_WORKLOADS, ProgramOptions, sessions_of
-from vllm_agentserve.bench.server import has_nvidia_driver, serving_environment
+from vllm_agentserve.bench.server import serving_environment
 from vllm_agentserve.bench.sessions import longest_context, warm_up_of
 from vllm_agentserve.processes.starter import call
 from vllm_agentserve.simulator.calls import Ended

@@ -8,6 +8,7 @@ from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
 from vllm_agentserve.policy.routes import lanes_may_pay
 from vllm_agentserve.policy.slots import core_ladder
 from vllm_agentserve.vllm_compat import cuda
+from vllm_agentserve.vllm_compat.host import WITHOUT_LANES, is_host
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -94,6 +95,8 @@ def arguments_obstacle(arguments: Any) -> str | None:
     if current_platform.is_cpu() and len(os.sched_getaffinity(0)) < 2:
         return "two lanes need two cores"
     connector = arguments.kv_transfer_config
+    if connector is not None and is_host(connector):
+        return WITHOUT_LANES
     if connector is not None and connector.kv_connector != CONNECTOR:
         return (
             "--kv-transfer-config names another KV connector, which would be told of none of the blocks the lane fills"

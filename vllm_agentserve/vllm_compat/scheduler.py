@@ -74,6 +74,13 @@ def has_lane_connector(scheduler: "Scheduler") -> bool:
     return type(scheduler.connector).__name__ == CONNECTOR
 
 
+def has_host_connector(scheduler: "Scheduler") -> bool:
+    """Whether the connector of this engine keeps copies of KV blocks in host memory."""
+    from vllm_agentserve.vllm_compat.host import CONNECTOR
+
+    return type(scheduler.connector).__name__ == CONNECTOR
+
+
 def serve_lane_connector(scheduler: "Scheduler", dispatch: Any) -> None:
     """Makes `LaneConnectorScheduler` the scheduler's half of the lane connector, which vLLM has made without one."""
     scheduler.connector.half = dispatch
@@ -175,6 +182,15 @@ def waits_elsewhere(scheduler: "Scheduler") -> bool:
     from vllm.v1.request import RequestStatus
 
     return any(one.status is not RequestStatus.WAITING_FOR_STREAMING_REQ for one in scheduler.kv_holding_waiting)
+
+
+def has_loaded(request: "Request") -> bool:
+    """Whether a waiting request has KV blocks that are filled from elsewhere, or were, and were not used by a step yet."""
+    from vllm.v1.request import RequestStatus
+
+    if request.status is RequestStatus.WAITING_FOR_REMOTE_KVS:
+        return True
+    return may_run(request) and request.num_computed_tokens > 0
 
 
 def admits(scheduler: "Scheduler") -> bool:

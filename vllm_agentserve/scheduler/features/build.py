@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 
 from vllm_agentserve.config import AgentServeConfig
+from vllm_agentserve.kv.host import HostTier
 from vllm_agentserve.policy.attribution import Attribution
 from vllm_agentserve.policy.call import Call
 from vllm_agentserve.policy.controller import BudgetController
@@ -17,10 +18,11 @@ from vllm_agentserve.policy.preemption import PreemptionAccount
 from vllm_agentserve.policy.program_order import ProgramOrder
 from vllm_agentserve.policy.programs import ProgramTable
 from vllm_agentserve.policy.retention import Retention
-from vllm_agentserve.policy.tier import UnmeasuredTier
+from vllm_agentserve.policy.tier import Tier, UnmeasuredTier
 from vllm_agentserve.policy.waiting import WaitingList
 from vllm_agentserve.scheduler.features import Feature
 from vllm_agentserve.scheduler.features.classes import ClassTimes
+from vllm_agentserve.scheduler.features.host import HostMemory
 from vllm_agentserve.scheduler.features.lane import LaneFeature, NoLaneFeature
 from vllm_agentserve.scheduler.features.load import Load
 from vllm_agentserve.scheduler.features.preemption import Preemption
@@ -28,6 +30,7 @@ from vllm_agentserve.scheduler.features.programs import ProgramReport
 from vllm_agentserve.scheduler.features.retention import Retain
 from vllm_agentserve.vllm_compat import scheduler as compat
 from vllm_agentserve.vllm_compat.free_blocks import pool_blocks, retain_blocks, retention_obstacle
+from vllm_agentserve.vllm_compat.host import Host, NoHost
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -95,8 +98,10 @@ def build_features(
     policy: EnginePolicy,
     calls: Mapping[str, Call],
     counts: Counts,
+    host: NoHost,
 ) -> list[Feature]:
     """All features but the lane, in the order in which their events are called."""
+    tier = HostTier(host.tokens)
     features: list[Feature] = []
     programs, waiting = policy.programs, policy.waiting
     features.append(ClassTimes(counts, perf_counter))
@@ -107,8 +112,9 @@ def build_features(
     returns = None
     if options.load_control and isinstance(waiting, WaitingList) and compat.keeps_prefixes(scheduler):
         pool = compat.pool_tokens(scheduler)
-        host = UnmeasuredTier(compat.host_tokens(scheduler))
-        control = LoadControl(pool, int(scheduler.cache_config.block_size), options.max_hold_s, host)
+        # One that cannot be asked counts by its size.
+        behind: Tier = tier if tier.host_tokens else UnmeasuredTier(compat.host_tokens(scheduler))
+        control = LoadControl(pool, int(scheduler.cache_config.block_size), options.max_hold_s, behind)
         features.append(Load(control, scheduler, policy, waiting, counts))
         returns = control.returns
     if options.kv_retain:
@@ -120,4 +126,21 @@ def build_features(
             features.append(Retain(retention, retain_blocks(scheduler, retention), scheduler, waiting, counts))
         else:
             logger.warning("agentserve: KV blocks are not kept for programs that come back: %s.", obstacle)
+    if isinstance(host, Host):
+        features.append(HostMemory(host, tier, scheduler, policy, calls, counts, features))
+        pool = compat.pool_tokens(scheduler)
+        logger.info(
+            "agentserve: host memory behind the KV cache has room for the KV of %d tokens, %.1f times the KV cache.",
+            host.tokens,
+            host.tokens / max(pool, 1),
+        )
+    elif options.kv_host_gib:
+        logger.warning(
+            "agentserve: host memory behind the KV cache is vLLM's alone: layers of the model differ in what they keep."
+        )
+    if options.kv_host_gib and not compat.keeps_prefixes(scheduler):
+        logger.warning(
+            "agentserve: host memory behind the KV cache is of no use: vLLM has turned prefix caching off for this model. "
+            "Leave out 'kv_host_gib'."
+        )
     return features
