@@ -6,7 +6,7 @@ from math import exp, inf
 import pytest
 
 from vllm_agentserve.policy.claims import AHEAD, Claims
-from vllm_agentserve.policy.load_limit import Demand, Limit, Room
+from vllm_agentserve.policy.load_limit import COMES, GOES, Demand, Limit, Room
 from vllm_agentserve.policy.tier import UnmeasuredTier
 from vllm_agentserve.policy.turn_means import TurnMeans
 from vllm_agentserve.policy.turn_rate import Forecast, TurnCost, hit_ratio, turns_per_second
@@ -81,7 +81,7 @@ def test_it_comes_at_nine_tenths_of_the_turns_and_goes_at_eight(gap_s: float, co
         assert one.reason == ("model" if expected else "faster without")
         weighed = one.weighed
         assert weighed is not None
-        assert (weighed.limited > weighed.without * (0.9 if one is fresh else 0.8)) is expected
+        assert (weighed.limited > weighed.without * (COMES if one is fresh else GOES)) is expected
 
 
 def test_between_these_it_stays_as_it_is() -> None:
@@ -92,7 +92,7 @@ def test_between_these_it_stays_as_it_is() -> None:
         one.decide(0.0, demand(5, 25), gap_s)
         assert one.weighed is not None
         ratios[gap_s] = one.weighed.limited / one.weighed.without
-    between = [gap_s for gap_s, ratio in ratios.items() if 0.8 < ratio <= 0.9]
+    between = [gap_s for gap_s, ratio in ratios.items() if GOES < ratio <= COMES]
     assert between
     for gap_s in between:
         fresh, there = limit(), limit()
