@@ -62,8 +62,9 @@ class TargetTrade:
 
     What a step takes longer because it has a prompt at all counts with d, and on top of the limit: it is paid anyway.
     So one prompt beside many streams gets the floor, many prompts beside few streams get the limit, a share of the step that
-    stock vLLM would run: a shorter one costs prompts more, a longer one streams. T follows from the moment alone and has no
-    memory, so that it cannot oscillate by itself.
+    stock vLLM would run: a shorter one costs prompts more, a longer one streams. Where prompts wait for places or KV blocks the
+    limit is the whole of that step: the engine is behind, and each chunk less lets it catch up sooner. T follows from the moment
+    alone and has no memory, so that it cannot oscillate by itself.
     """
 
     weight: float = 5.0
@@ -96,14 +97,15 @@ class TargetTrade:
         """
         waits, step_ms = backlog.prompts * (read_ms + backlog.waited_ms), decodes_ms + mixing_ms
         wanted = step_ms + sqrt(self.weight * waits * step_ms / max(streams, 1))
-        return max(floor_ms, min(wanted, self._limit_ms(stock_ms, mixing_ms)))
+        return max(floor_ms, min(wanted, self._limit_ms(stock_ms, mixing_ms, backlog.crowded)))
 
-    def _limit_ms(self, stock_ms: float, mixing_ms: float) -> float:
-        return mixing_ms + self.stock_share * max(stock_ms - mixing_ms, 0.0)
+    def _limit_ms(self, stock_ms: float, mixing_ms: float, crowded: bool) -> float:
+        share = 1.0 if crowded else self.stock_share
+        return mixing_ms + share * max(stock_ms - mixing_ms, 0.0)
 
-    def stretch_ms(self, target_ms: float, stock_ms: float, mixing_ms: float = 0.0) -> float:
+    def stretch_ms(self, target_ms: float, stock_ms: float, mixing_ms: float = 0.0, crowded: bool = False) -> float:
         """How much longer a step may take that ends a prompt, within the same limit: the step that is saved is worth it."""
-        return max(min(self.stretch * target_ms, self._limit_ms(stock_ms, mixing_ms) - target_ms), 0.0)
+        return max(min(self.stretch * target_ms, self._limit_ms(stock_ms, mixing_ms, crowded) - target_ms), 0.0)
 
 
 class TrustRegion:

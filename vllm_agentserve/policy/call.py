@@ -42,11 +42,13 @@ class Backlog:
         prompts: how many.
         tokens: what is left to compute of them all.
         waited_ms: how long those that wait have waited, on average.
+        crowded: whether one had no place or no KV blocks since none waited.
     """
 
     prompts: int = 0
     tokens: int = 0
     waited_ms: float = 0.0
+    crowded: bool = False
 
 
 NO_BACKLOG = Backlog()

@@ -250,7 +250,7 @@ class BudgetController:
         stock_ms = model.step_ms(sequences, context, [Chunk(Phase.COLD_PREFILL, max_tokens, 0)]) * self._depth
         read_ms = backlog.tokens / rate * 1000
         target_ms = self.trade.target_ms(floor_ms, alone_ms, sequences, backlog, read_ms, stock_ms, mixing_ms)
-        return Target(target_ms, self.trade.stretch_ms(target_ms, stock_ms, mixing_ms))
+        return Target(target_ms, self.trade.stretch_ms(target_ms, stock_ms, mixing_ms, backlog.crowded))
 
     def _probes(self, regime: "Regime", sequences: int, context: int) -> bool:
         """Whether a step is one that shows what mixing takes."""

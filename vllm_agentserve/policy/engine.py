@@ -160,6 +160,8 @@ class EnginePolicy:
         blocks, and need places."""
         self.budget: StepBudget | None = None
         """Of the step that is being scheduled; None where nothing is cut."""
+        self._crowded = False
+        """See `Backlog`."""
         self._cold_waited = False
         """Whether the last step had nothing for a cold prompt that was offered to it."""
         self._has_prompt = False
@@ -388,7 +390,7 @@ class EnginePolicy:
         restored = self.restored()
         left = sum(call.left for call in self.prefilling) + sum(max(call.left, 1) for call in restored)
         prompts = waiting.prompts + len(self.prefilling) + len(restored)
-        return Backlog(prompts, waiting.tokens + left, waiting.waited_ms)
+        return Backlog(prompts, waiting.tokens + left, waiting.waited_ms, self._crowded)
 
     @property
     def pending_tokens(self) -> int:
@@ -499,6 +501,7 @@ class EnginePolicy:
     def end_step(self, tokens_left: bool) -> None:
         """A step has been scheduled; whether it could have had more tokens."""
         self.waiting.end_step(tokens_left)
+        self._crowded = self.waiting.blocked or (self._crowded and self.waiting.tokens > 0)
 
     def observe(
         self,
