@@ -7,11 +7,14 @@ burst does not all go to the engine whose last report was the best.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from math import inf
 
 FEW_CALLS = 4
 """So many calls at once are within any engine's bound: they hardly slow each other down."""
 ROOMY = 0.5
 """An engine whose KV cache is not fuller than this is within its bound."""
+REPEATED_S = 2.0
+"""Reports of a router come at shorter intervals."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Engine:
     """An engine that lives: its last report, and what happened since."""
 
     load: EngineLoad = EngineLoad(0, 0, 0, 0)
+    reported_s: float = -inf
     sent: int = 0
     """Calls sent less calls that ended."""
     sent_tokens: int = 0
@@ -90,10 +94,12 @@ class Fleet:
         """These engines live, and no others. What is known of those that lived before stays."""
         self._engines = {name: self._engines.get(name) or Engine() for name in sorted(set(names))}
 
-    def report(self, name: str, load: EngineLoad) -> None:
-        """An engine's report. Ignored if the engine does not live: reports can come late."""
-        if name in self._engines:
-            self._engines[name] = Engine(load)
+    def report(self, name: str, load: EngineLoad, now: float) -> None:
+        """An engine's report. Ignored if the engine does not live: reports can come late. One that equals the last is taken for that one,
+        handed on again, for `REPEATED_S`: what was sent since goes on counting."""
+        engine = self._engines.get(name)
+        if engine is not None and not (load == engine.load and now - engine.reported_s < REPEATED_S):
+            self._engines[name] = Engine(load, now)
 
     def sent(self, name: str, tokens: int) -> None:
         engine = self._engines[name]

@@ -99,8 +99,8 @@ class Placement:
         self._pins.expire(now)
 
     def report(self, engine: str, load: EngineLoad, now: float) -> None:
-        """What an engine says of itself. Calls placed before are taken to be in it."""
-        self._fleet.report(engine, load)
+        """What an engine says of itself. Calls placed before are taken to be in it, unless it is the last report once more."""
+        self._fleet.report(engine, load, now)
         self._pins.expire(now)
 
     def place(self, session: str, tokens: int, now: float, parent: str | None = None) -> Decision:
