@@ -140,8 +140,8 @@ def test_how_long_is_learned_from_gaps() -> None:
     assert 2.0 < table.away_s < 30.0
     after = table.away_s
     for number in range(100):
-        turn(table, f"s{number}", now)
-        turn(table, f"s{number}", now + 1.0)
+        turn(table, f"t{number}", now)
+        turn(table, f"t{number}", now + 1.0)
         now += 2.0
     assert 1.0 < table.away_s <= after
     table.expire(now + table.away_s - 0.9)

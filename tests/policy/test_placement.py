@@ -168,7 +168,7 @@ def test_a_hash_moves_only_the_sessions_of_an_engine_that_goes() -> None:
     made = placement("hash", "abcd")
     before = [made.place(session, 10, 0.0) for session in sessions]
     assert before == [Decision(one.engine, "per-call", None) for one in before]
-    assert all(40 <= [one.engine for one in before].count(engine) <= 60 for engine in "abcd")
+    assert all(30 <= [one.engine for one in before].count(engine) <= 70 for engine in "abcd")
     made.engines("acd", 1.0)
     after = [made.place(session, 10, 1.0).engine for session in sessions]
     assert all(one == was.engine or was.engine == "b" for one, was in zip(after, before, strict=True))
@@ -181,7 +181,7 @@ def test_the_hash_is_the_same_everywhere() -> None:
     assert rendezvous("\ud800", ["a", "\udfff"]) in ("a", "\udfff")
 
 
-HASHED = "????????????"
+HASHED = "cbdabcdddcbd"
 
 
 # Policies that pin.
@@ -256,7 +256,9 @@ def test_a_conversation_that_is_over_is_forgotten(policy: str) -> None:
     assert made.place("s", LONG, 3.0).reason == "first"
 
 
-@pytest.mark.parametrize(("name", "pinned"), [("", False), ("n" * LONGEST_NAME, True), ("n" * (LONGEST_NAME + 1), False)])
+@pytest.mark.parametrize(
+    ("name", "pinned"), [("", False), ("n" * LONGEST_NAME, True), ("n" * (LONGEST_NAME + 1), False)]
+)
 def test_calls_without_a_usable_session_are_not_pinned(name: str, pinned: bool) -> None:
     made = placement()
     for _ in range(2):
@@ -363,18 +365,18 @@ def test_an_engine_with_too_many_calls_is_left_out(calls: int, expected: str) ->
     """Four are within the bound anyway; of five calls on two engines each may have x1.25 of 2.5."""
     made = placement("conserve", "ab")
     made.report("a", load(calls, 0), 0.0)
-    made.report("b", load(0, 60_000), 0.0)
+    made.report("b", load(0, 40_000), 0.0)
     assert made.place("s", 100, 0.0).engine == expected
 
 
 def test_the_bound_on_calls_is_a_share_of_all() -> None:
     made = placement("conserve", "ab", bound=1.5)
-    made.report("b", load(10, 60_000), 0.0)
+    made.report("b", load(10, 40_000), 0.0)
     # Of 25 calls with this one each engine may have 18.75; of 26, 19.5.
     made.report("a", load(17, 0), 0.0)
     assert made.place("", 100, 0.0).engine == "a"
     made.report("a", load(18, 0), 0.0)
-    made.report("b", load(10, 60_000), 0.0)
+    made.report("b", load(10, 40_000), 0.0)
     # 21.75 of 29.
     assert made.place("", 100, 0.0).engine == "a"
     made.report("a", load(32, 0), 0.0)
@@ -395,8 +397,8 @@ def test_the_bound_on_calls_is_a_share_of_all() -> None:
         (72_000, 50_000, 10_000, "parent"),
         (74_000, 50_000, 10_000, "crowded"),
         # Never more than the KV cache.
-        (90_000, 99_000, 10_000, "parent"),
-        (90_000, 99_000, 10_001, "crowded"),
+        (90_000, 85_000, 10_000, "parent"),
+        (90_000, 85_000, 10_001, "crowded"),
     ],
 )
 def test_a_sub_agent_starts_at_its_parents_engine(used: int, others: int, tokens: int, expected: str) -> None:
@@ -408,8 +410,7 @@ def test_a_sub_agent_starts_at_its_parents_engine(used: int, others: int, tokens
     made.report("b", load(0, others), 1.0)
     decision = made.place("c", tokens, 1.0, parent="p")
     assert decision.reason == expected
-    if expected == "parent" or others < used:
-        assert decision.engine == ("a" if expected == "parent" else "b")
+    assert decision.engine == ("a" if expected == "parent" else "b")
     assert made.place("c", tokens, 1.0, parent="p") == Decision(decision.engine, "pinned", None)
 
 
@@ -485,7 +486,10 @@ class Calls(RuleBasedStateMachine):
         self.placement.engines(self.live, 0.0)
 
     @rule(
-        session=st.integers(0, 12), tokens=st.integers(0, 9000), parent=st.none() | st.integers(0, 12), s=st.floats(0, 1)
+        session=st.integers(0, 12),
+        tokens=st.integers(0, 9000),
+        parent=st.none() | st.integers(0, 12),
+        s=st.floats(0, 1),
     )
     @precondition(lambda self: self.live)
     def place(self, session: int, tokens: int, parent: int | None, s: float) -> None:
@@ -561,7 +565,11 @@ TestCalls = Calls.TestCase
 
 @settings(deadline=None, max_examples=200)
 @given(
-    st.lists(st.tuples(st.integers(0, 12), st.integers(0, 120_000), st.sampled_from([0, 50_000, 100_000])), min_size=1, max_size=6),
+    st.lists(
+        st.tuples(st.integers(0, 12), st.integers(0, 120_000), st.sampled_from([0, 50_000, 100_000])),
+        min_size=1,
+        max_size=6,
+    ),
     st.integers(0, 60_000),
     st.floats(1.0, 2.0),
     st.booleans(),

@@ -177,7 +177,9 @@ def settings() -> list[Setting]:
     )
     failure = Failure(1, 25.0, 40.0)
     tier = replace(SERVER, capacity=TIGHT)
-    found.append(Setting("4 engines, tight KV, one of them dead from 25 s to 40 s", (tier,) * 4, FEWER_ARMS, (failure,)))
+    found.append(
+        Setting("4 engines, tight KV, one of them dead from 25 s to 40 s", (tier,) * 4, FEWER_ARMS, (failure,))
+    )
     return found
 
 
