@@ -187,7 +187,7 @@ def test_a_short_time_to_expire_is_the_longest_to_be_away() -> None:
     table = pins(pin_seconds=2.0)
     assert table.away_s == 2.0
     now = 0.0
-    for number in range(GAPS_BETWEEN):
+    for _ in range(GAPS_BETWEEN):
         turn(table, "s", now)
         now += 1.9
     assert table.away_s == 2.0

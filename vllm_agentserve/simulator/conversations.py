@@ -25,8 +25,8 @@ SHORT_FIRST = LogNormal(800, 0.6, 200, 2000)
 ADDED = LogNormal(250, 1.0, 20, 8000)
 ANSWER = LogNormal(80, 0.7, 8, 1000)
 GAP_S = LogNormal(1.5, 1.0, 0.05, 60.0)
-"""Tokens of first prompts, of those of small conversations, that a turn adds, and of an answer; seconds of a tool. Our assumption:
-between the agents of `docs/design/programs.md` and coding agents, whose prompts are longer."""
+"""Tokens of first prompts, of those of small conversations, that a turn adds, and of an answer; seconds of a tool. Our
+assumption."""
 SHORT_SHARE = 0.2
 """Of conversations with a short first prompt."""
 TURNS = 9.0

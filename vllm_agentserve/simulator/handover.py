@@ -36,10 +36,10 @@ class Choice:
 class TurnPredictor:
     """Decides turn by turn from a prediction, as systems do that have the turn for their unit.
 
-    For each decoder it predicts the time until the turn's answer is complete, with its prompt computed there and on a prefiller, and
-    takes the shortest. What waits and runs on the engines, and what their KV caches hold, it knows exactly; the length of the answer it
-    predicts as the mean of those seen. A prompt that is computed on a decoder delays the answers there, which counts as
-    much as the prompt itself.
+    For each decoder it predicts the time until the turn's answer is complete, with its prompt computed there and on a prefiller,
+    and takes the shortest. What waits and runs on the engines, and what their KV caches hold, it knows exactly. The length of
+    the answer it predicts as the mean of those seen. A prompt that is computed on a decoder delays the answers there, which
+    counts as much as the prompt itself.
 
     Args:
         decoders: engines that answer.
