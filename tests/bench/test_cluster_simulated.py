@@ -143,6 +143,10 @@ def test_a_handover_moves_each_conversation_once() -> None:
     assert len(cluster.placement.pins) == 0
     served, _ = serve("conserve", talks(4, prompt=2000), 3, prefillers=1, link=link)
     assert served.transfers == 0
+    served, _ = serve("conserve", talks(4), 3, prefillers=1, link=link, every_turn=True)
+    # Of later turns only what the decoder does not have moves.
+    assert (served.transfers, served.transferred_tokens) == (12, 12_000 + 4 * 2 * 100)
+    assert served.changes == 0
 
 
 def test_prompts_leave_a_prefiller_one_after_the_other() -> None:

@@ -83,6 +83,7 @@ class Cluster:
         tiers: of each engine.
         placement: asked for every call, or only of the engines that answer.
         prefillers: so many engines, the first, only compute prompts.
+        every_turn: whether they compute the prompts of all turns, not only long ones of first turns.
         per_turn: whether a `TurnPredictor` decides instead of the placement.
         link: between engines.
         failures: of engines.
@@ -95,6 +96,7 @@ class Cluster:
         placement: Placement,
         *,
         prefillers: int = 0,
+        every_turn: bool = False,
         per_turn: bool = False,
         link: Link | None = None,
         failures: Sequence[Failure] = (),
@@ -115,6 +117,7 @@ class Cluster:
         self._predictor = None
         if per_turn:
             self._predictor = TurnPredictor(self._decoders, self._prefillers, self._link, self._known)
+        self._every_turn = every_turn
         self._told = told
         self._events: list[tuple[float, int, str, Any]] = []
         self._numbers = count()
@@ -206,7 +209,8 @@ class Cluster:
         self.served.moves += decision.moved_from is not None
         decoder = self._by_name[decision.engine]
         prefillers = [one for one in self._prefillers if one.name in self._known]
-        if not prefillers or decision.reason != "first" or talk.prompt < HANDOVER_TOKENS:
+        hands_over = self._every_turn or (decision.reason == "first" and talk.prompt >= HANDOVER_TOKENS)
+        if not prefillers or not hands_over:
             return Choice(decoder, None)
         return Choice(decoder, self._by_name[self._to_prefill.place("", talk.prompt, self.now_s).engine])
 

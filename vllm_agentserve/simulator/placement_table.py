@@ -20,6 +20,7 @@ from vllm_agentserve.policy.placement import Placement
 from vllm_agentserve.simulator.cluster import Cluster, Failure
 from vllm_agentserve.simulator.cluster_engine import Power, Tier
 from vllm_agentserve.simulator.conversations import draw_conversations
+from vllm_agentserve.simulator.handover import Link
 from vllm_agentserve.simulator.load_search import H100
 
 SEEDS = range(100, 110)
@@ -47,19 +48,24 @@ class Arm:
     Args:
         policy: of the placement.
         hands_over: whether a quarter of the engines only computes prompts.
+        every_turn: whether they compute the prompts of all turns, not only of first ones.
         per_turn: whether every turn is decided by itself, from a prediction.
     """
 
     policy: str
     hands_over: bool = False
+    every_turn: bool = False
     per_turn: bool = False
 
 
 STICKY, LEAST, CONSERVE, AUTELLIX = "sticky", "least-loaded", "conserve", "autellix"
-ONCE, PER_TURN = "conserve, handed over once", "per turn, predicted"
+ONCE, PER_TURN, AWARE = "conserve, handed over once", "per turn, predicted", "per turn, predicted, no prefiller"
+EVERY = "conserve, handed over every turn"
 ARMS = {name: Arm(name) for name in ("round-robin", LEAST, "hash", STICKY, AUTELLIX, CONSERVE)} | {
     ONCE: Arm(CONSERVE, hands_over=True),
+    EVERY: Arm(CONSERVE, hands_over=True, every_turn=True),
     PER_TURN: Arm(CONSERVE, hands_over=True, per_turn=True),
+    AWARE: Arm(CONSERVE, per_turn=True),
 }
 FEWER_ARMS = (LEAST, "hash", STICKY, AUTELLIX, CONSERVE)
 
@@ -67,7 +73,12 @@ Figures = dict[str, float]
 
 
 def run(
-    arm: Arm, tiers: Sequence[Tier], seed: int, failures: Sequence[Failure] = (), per_engine: int = PER_ENGINE
+    arm: Arm,
+    tiers: Sequence[Tier],
+    seed: int,
+    failures: Sequence[Failure] = (),
+    link: Link | None = None,
+    per_engine: int = PER_ENGINE,
 ) -> Figures:
     """One arm on the conversations of one seed."""
     agents = draw_conversations(seed, per_engine * len(tiers), PER_SECOND * len(tiers))
@@ -75,7 +86,9 @@ def run(
         tiers,
         Placement(arm.policy),
         prefillers=len(tiers) // 4 if arm.hands_over else 0,
+        every_turn=arm.every_turn,
         per_turn=arm.per_turn,
+        link=link,
         failures=failures,
     )
     served = cluster.run(agents)
@@ -148,7 +161,13 @@ def table(rows: Rows) -> str:
 def claims(rows: Rows) -> str:
     """The ratios that papers name."""
     lines = []
-    for arm, other in ((ONCE, PER_TURN), (CONSERVE, PER_TURN), (AUTELLIX, LEAST), (CONSERVE, STICKY)):
+    for arm, other in (
+        (ONCE, PER_TURN),
+        (CONSERVE, PER_TURN),
+        (CONSERVE, AWARE),
+        (AUTELLIX, LEAST),
+        (CONSERVE, STICKY),
+    ):
         if arm in rows and other in rows:
             first = ratio(column(rows, arm, "first_p95_s"), column(rows, other, "first_p95_s"))
             joules = ratio(column(rows, arm, "joules"), column(rows, other, "joules"))
@@ -164,6 +183,7 @@ class Setting:
     tiers: tuple[Tier, ...]
     arms: tuple[str, ...] = tuple(ARMS)
     failures: tuple[Failure, ...] = ()
+    link: Link | None = None
 
 
 def settings() -> list[Setting]:
@@ -172,10 +192,11 @@ def settings() -> list[Setting]:
         for name, capacity in (("loose", LOOSE), ("tight", TIGHT)):
             tier = replace(SERVER, capacity=capacity)
             found.append(Setting(f"{engines} engines, {name} KV ({capacity // 1000}k tokens each)", (tier,) * engines))
+    slow_link = Link(bytes_per_s=1.25e9)
+    arms = (STICKY, CONSERVE, ONCE, EVERY, PER_TURN)
+    found.append(Setting("4 engines, loose KV, 10 Gbit/s between engines", (SERVER,) * 4, arms, link=slow_link))
     half = replace(SERVER, capacity=TIGHT), replace(SLOW, capacity=TIGHT // 2)
-    found.append(
-        Setting("4 engines, two of them of half the speed and half the KV (tight)", (*half, *half), FEWER_ARMS)
-    )
+    found.append(Setting("4 engines, two of them of half the speed and half the KV (tight)", (*half, *half)))
     failure = Failure(1, 25.0, 40.0)
     tier = replace(SERVER, capacity=TIGHT)
     found.append(
@@ -201,7 +222,7 @@ def main() -> None:
     for setting in settings():
         rows = {
             arm: [
-                run(ARMS[arm], setting.tiers, seed, setting.failures, given.conversations)
+                run(ARMS[arm], setting.tiers, seed, setting.failures, setting.link, given.conversations)
                 for seed in SEEDS[: given.seeds]
             ]
             for arm in setting.arms
