@@ -159,7 +159,7 @@ class Fleet:
 
         def key(name: str) -> tuple[float, int]:
             share = used[name] / capacities[name] / fair
-            return share + CALLS_WEIGHT * (self.calls(name) + 1) / fair_calls, -rank(session, name)
+            return share + CALLS_WEIGHT * self.calls(name) / fair_calls, -rank(session, name)
 
         return min(within, key=key)
 

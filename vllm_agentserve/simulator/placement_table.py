@@ -163,7 +163,9 @@ def claims(rows: Rows) -> str:
     lines = []
     for arm, other in (
         (ONCE, PER_TURN),
+        (ONCE, EVERY),
         (CONSERVE, PER_TURN),
+        (CONSERVE, EVERY),
         (CONSERVE, AWARE),
         (AUTELLIX, LEAST),
         (CONSERVE, STICKY),
