@@ -78,23 +78,21 @@ def test_bounds() -> None:
     made.report("a", EngineLoad(4, 1, 0, 1000), 0.0)
     made.report("b", EngineLoad(3, 0, 0, 2000), 0.0)
     made.report("c", EngineLoad(0, 0, 0, 1000), 0.0)
-    assert made.room(60) == Room(1.5 * 9 / 3, 1.5 * 360 / 4000)
+    assert made.room(60) == Room(1.5 * 9, 1.5 * 360, 4000)
     made.set("ac")
-    assert made.room(0) == Room(1.5 * 6 / 2, 1.5 * 100 / 2000)
-    made.report("a", EngineLoad(0, 0, 0, 1000), 1.0)
-    assert made.room(0).calls == 4
+    assert made.room(0) == Room(1.5 * 6, 1.5 * 100, 2000)
 
 
 @pytest.mark.parametrize(
     ("capacity", "most", "tokens", "expected"),
     [
         # Half of a known KV cache is always allowed, and never more than all of it.
-        (1000, 0.1, 400, True),
-        (1000, 0.1, 401, False),
-        (1000, 0.7, 600, True),
-        (1000, 0.7, 601, False),
-        (1000, 1.3, 900, True),
-        (1000, 1.3, 901, False),
+        (1000, 0.125, 400, True),
+        (1000, 0.125, 401, False),
+        (1000, 0.75, 650, True),
+        (1000, 0.75, 651, False),
+        (1000, 1.25, 900, True),
+        (1000, 1.25, 901, False),
         (0, 0.1, 0, False),
         (0, 105.0, 5, True),
         (0, 105.0, 6, False),
@@ -104,14 +102,34 @@ def test_bounds() -> None:
 def test_room_for_tokens(capacity: int, most: float, tokens: int, expected: bool) -> None:
     made = fleet(a=100)
     made.report("a", EngineLoad(0, 0, 0, capacity), 0.0)
-    assert made.has_room("a", tokens, Room(9, most)) is expected
+    assert made.has_room("a", tokens, Room(9, 8 * most, 8)) is expected
 
 
-@pytest.mark.parametrize(("calls", "tokens", "expected"), [(7, 400, True), (8, 400, False), (7, 401, False)])
-def test_within_both_bounds(calls: int, tokens: int, expected: bool) -> None:
+@pytest.mark.parametrize(
+    ("most", "calls", "tokens", "expected"),
+    [
+        (16, 7, 400, True),
+        (16, 8, 400, False),
+        (16, 7, 401, False),
+        # Four are always allowed.
+        (2, 3, 400, True),
+        (2, 4, 400, False),
+    ],
+)
+def test_within_both_bounds(most: float, calls: int, tokens: int, expected: bool) -> None:
     made = fleet(a=100)
     made.report("a", EngineLoad(calls, 0, 0, 1000), 0.0)
-    assert made.is_within("a", tokens, Room(8, 0.1)) is expected
+    assert made.is_within("a", tokens, Room(most, 200, 2000)) is expected
+
+
+def test_a_share_of_calls_is_in_proportion_to_the_kv_cache() -> None:
+    """5 calls on the half of b are as many as 10 on the whole."""
+    made = fleet()
+    made.set("ab")
+    for a, expected in ((11, "b"), (9, "a")):
+        made.report("a", EngineLoad(a, 0, 0, 2000), 0.0)
+        made.report("b", EngineLoad(5, 0, 0, 1000), 0.0)
+        assert made.roomiest("s", 0) == expected
 
 
 def test_the_share_of_tokens_is_of_all_with_the_call() -> None:
