@@ -214,6 +214,8 @@ HEAD = """# Placement on several engines in the simulator
 
     python -m vllm_agentserve.simulator.placement_table --output docs/results/placement-simulated.json
 
+The command writes the tables and the raw data beside them; the text is put in by hand, so give it another FILE to compare.
+
 """
 
 
