@@ -1,6 +1,8 @@
 """Where conversations live: which are counted, which are forgotten, and how many there are at most."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vllm_agentserve.policy.pins import AT_ONCE, GAPS_BETWEEN, LONGEST_AWAY_S, Pins
 
@@ -287,3 +289,45 @@ def test_a_table_of_conversations_of_one_call_expires_too() -> None:
     assert sorted(table) == ["old"]
     table.expire(20.0)
     assert len(table) == 0
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["pin", "pin", "ended", "ended", "forget", "expire", "drop"]),
+        st.integers(0, 15),
+        st.sampled_from("abc"),
+        st.integers(0, 1000),
+        st.sampled_from([0.0, 0.1, 1.0, 9.0, 700.0]),
+    ),
+    max_size=80,
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(STEPS, st.integers(1, 12), st.sampled_from([5.0, 2000.0]))
+def test_tokens_are_neither_lost_nor_counted_twice(
+    steps: list[tuple[str, int, str, int, float]], most: int, pin_seconds: float
+) -> None:
+    table, now = pins(pin_seconds, most), 0.0
+    for step, number, engine, tokens, later in steps:
+        now += later
+        name = f"s{number}"
+        match step:
+            case "pin":
+                table.pin(name, engine, tokens, now)
+                assert table[name] == engine
+            case "ended":
+                table.ended(name, engine, tokens, now)
+            case "forget":
+                table.forget(name)
+                assert name not in table
+            case "expire":
+                table.expire(now)
+            case "drop":
+                table.drop_expired(name, now)
+        assert len(table) == len(list(table)) <= most
+        assert all(table.tokens(one) >= 0 for one in "abc")
+        assert set(table.values()) >= {one for one in "abc" if table.tokens(one)}
+    for name in list(table):
+        table.forget(name)
+    assert [table.tokens(one) for one in "abc"] == [0, 0, 0]
