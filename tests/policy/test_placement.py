@@ -1,6 +1,7 @@
 """Which engine a call goes to: tables and properties."""
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import get_args
 
 import pytest
@@ -70,6 +71,11 @@ def test_wrong_options(options: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=r"is not allowed") as caught:
         Placement(**options)  # type: ignore[arg-type]
     assert str(caught.value).startswith(words)
+
+
+def test_default_options() -> None:
+    defaults = {name: one.default for name, one in signature(Placement).parameters.items()}
+    assert defaults == {"policy": "conserve", "bound": 1.25, "pin_seconds": 3600.0, "max_pins": 65536}
 
 
 def test_smallest_options() -> None:
@@ -268,10 +274,11 @@ def test_one_of_many_pins_that_expired_is_no_pin() -> None:
 def test_a_conversation_that_is_over_is_forgotten(policy: str) -> None:
     made = placement(policy)
     home = made.place("s", LONG, 0.0).engine
+    other = made.place("t", LONG, 0.0).engine
     made.finished("s", home, LONG, 1.0)
     made.ended("s", 1.0)
-    assert "s" not in made.pins
-    assert made.resident_tokens(home) == 0
+    assert dict(made.pins) == {"t": other}
+    assert sum(made.resident_tokens(engine) for engine in "abc") == LONG
     made.ended("s", 1.0)
     made.finished("s", home, LONG, 2.0)
     assert "s" not in made.pins
