@@ -29,7 +29,7 @@ TRADE = TargetTrade(weight=1.0, stock_share=0.4)
         # ten prompts beside three streams: as long as it may be, 0.4 of 400 ms
         (3, Backlog(10, 20_000), 4000.0, 160.0),
         # Some have no place: the whole step of stock vLLM, and no more.
-        (3, Backlog(10, 20_000, crowded=True), 4000.0, 400.0),
+        (3, Backlog(20, 40_000, crowded=True), 8000.0, 400.0),
         (4, Backlog(1, 1500, 2000.0, crowded=True), 300.0, 9.0 + 71.9375),
     ],
     ids=["nobody", "many streams", "one stream", "waited", "backlog", "crowded", "one, crowded"],

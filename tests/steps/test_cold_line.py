@@ -136,7 +136,7 @@ def test_who_finds_no_blocks_gets_no_time_reserved(asynchronous: bool) -> None:
     assert not scheduler.engine_policy.waiting.blocked, "whether there is room is not known yet"
     driver.step()
     assert scheduler.engine_policy.waiting.blocked
-    assert planned(scheduler, driver) == (Backlog(1, 320, pytest.approx(0.0, abs=1e5)), 0)
+    assert planned(scheduler, driver) == (Backlog(1, 320, pytest.approx(0.0, abs=1e5), crowded=True), 0)
     assert scheduler.report()["pending_prefill_tokens"] == 320
     for _ in range(60):
         driver.step()
