@@ -215,8 +215,7 @@ def test_the_kv_cache_of_vllms_cpu_worker_comes_back_layer_by_layer(toy_model: P
     from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
     from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
     from vllm.v1.kv_cache_layout import KVCacheLayout
     from vllm.v1.worker.utils import allocate_kv_cache
 
@@ -228,10 +227,12 @@ def test_the_kv_cache_of_vllms_cpu_worker_comes_back_layer_by_layer(toy_model: P
     )
     config.cache_config.kv_cache_layout = "LBHNC"
     spec = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32)
-    layers = {f"model.layers.{number}.self_attn.attn": spec for number in range(3)}
-    (kv_cache_config,) = get_kv_cache_configs(config, [layers], [3 * 20 * spec.page_size_bytes])
+    layers = [f"model.layers.{number}.self_attn.attn" for number in range(3)]
+    size = spec.page_size_bytes
+    tensor = KVCacheTensor(size=3 * 20 * size, layers=layers, layer_stride=20 * size, block_stride=size)
+    kv_cache_config = KVCacheConfig(20, [tensor], [KVCacheGroupSpec(layers, spec)])
     caches = allocate_kv_cache(kv_cache_config, torch.device("cpu"), KVCacheLayout.LBHNC)
-    assert sorted(caches) == sorted(layers)
+    assert sorted(caches) == layers
     connector = OffloadingConnector(config, KVConnectorRole.WORKER, kv_cache_config)
     connector.register_kv_caches(caches)
     half = connector.connector_worker
@@ -248,7 +249,7 @@ def test_the_kv_cache_of_vllms_cpu_worker_comes_back_layer_by_layer(toy_model: P
     assert copies.submit_load(2, CPULoadStoreSpec([5, 6, 2]), GPULoadStoreSpec([9, 1, 10], [3], [0]))
     copies.wait({2})
     sizes = {result.job_id: result.transfer_size for result in copies.get_finished()}
-    assert sizes == {1: 3 * 3 * spec.page_size_bytes, 2: 3 * 3 * spec.page_size_bytes}
+    assert sizes == {1: 3 * 3 * size, 2: 3 * 3 * size}
     for name, one in caches.items():
         for block in range(one.shape[0]):
             source = {9: 3, 1: 4, 10: 7}.get(block)
