@@ -4,6 +4,7 @@ import random
 import threading
 from collections.abc import Iterator
 from itertools import chain
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from vllm.v1.kv_offload.base import CanonicalKVCacheRef, CanonicalKVCaches, Cano
 from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 
 from vllm_agentserve.vllm_compat.cpu_offload import BlockCopies, NumpyOffloadingSpec, runs
+from vllm_agentserve.vllm_compat.host import transfer_options
 
 PAGES = (24, 8, 40)
 """Bytes per block in three tensors; the first two are layers of one group, the third that of another one."""
@@ -206,3 +208,51 @@ def test_a_host_that_holds_no_block_is_refused(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match="'canonical_layout' needs a copy of blocks that CPUs do not have"):
         NumpyOffloadingSpec(spec_config(1 << 20, canonical=True))
     assert NumpyOffloadingSpec(spec_config(1 << 20)).num_chunks == (1 << 20) // 12288
+
+
+def test_the_kv_cache_of_vllms_cpu_worker_comes_back_layer_by_layer(toy_model: Path) -> None:
+    """Laid out and registered as vLLM's worker does it."""
+    from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+    from vllm.v1.worker.utils import allocate_kv_cache
+
+    given = transfer_options(1 / 64, "lru", on_cpu=True)
+    config = VllmConfig(
+        model_config=ModelConfig(model=str(toy_model), dtype="float32", max_model_len=256),
+        cache_config=CacheConfig(block_size=32),
+        kv_transfer_config=KVTransferConfig(**given),
+    )
+    config.cache_config.kv_cache_layout = "LBHNC"
+    spec = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32)
+    layers = [f"model.layers.{number}.self_attn.attn" for number in range(3)]
+    size = spec.page_size_bytes
+    tensor = KVCacheTensor(size=3 * 20 * size, layers=layers, layer_stride=20 * size, block_stride=size)
+    kv_cache_config = KVCacheConfig(20, [tensor], [KVCacheGroupSpec(layers, spec)])
+    caches = allocate_kv_cache(kv_cache_config, torch.device("cpu"), KVCacheLayout.LBHNC)
+    assert sorted(caches) == layers
+    connector = OffloadingConnector(config, KVConnectorRole.WORKER, kv_cache_config)
+    connector.register_kv_caches(caches)
+    half = connector.connector_worker
+    assert half is not None
+    copies = half.worker
+    assert isinstance(copies, BlockCopies)
+    for one in caches.values():
+        one.copy_(torch.randint(-100, 100, one.shape).to(one.dtype))
+    before = {name: one.clone() for name, one in caches.items()}
+    assert copies.submit_store(1, GPULoadStoreSpec([3, 4, 7], [3], [0]), CPULoadStoreSpec([5, 6, 2]))
+    copies.wait({1})
+    for one in caches.values():
+        one.zero_()
+    assert copies.submit_load(2, CPULoadStoreSpec([5, 6, 2]), GPULoadStoreSpec([9, 1, 10], [3], [0]))
+    copies.wait({2})
+    sizes = {result.job_id: result.transfer_size for result in copies.get_finished()}
+    assert sizes == {1: 3 * 3 * size, 2: 3 * 3 * size}
+    for name, one in caches.items():
+        for block in range(one.shape[0]):
+            source = {9: 3, 1: 4, 10: 7}.get(block)
+            wanted = torch.zeros_like(one[block]) if source is None else before[name][source]
+            assert torch.equal(one[block], wanted), (name, block)
+    connector.shutdown()
