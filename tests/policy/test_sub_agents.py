@@ -262,6 +262,49 @@ def test_those_that_are_forgotten_unknown_count_as_none(monkeypatch: pytest.Monk
     assert clients.known._true.estimate(0.0, 1.0) < share
 
 
+@pytest.mark.parametrize("order", [("one", "two"), ("two", "one")])
+def test_where_both_are_gone_it_was_none(order: tuple[str, str]) -> None:
+    clients = learn(Clients())
+    share = clients.known._true.estimate(0.0, 1.0)
+    clients.turn("one")
+    clients.turn("two")
+    clients.gone(order[0])
+    assert clients.known._true.estimate(0.0, 1.0) == share
+    assert list(clients.known._parents) == ["two"]
+    clients.gone(order[1])
+    assert clients.known._true.estimate(0.0, 1.0) < share
+    assert not (clients.known._parents)
+    assert not (clients.known._children)
+    assert not (clients.known._gone)
+
+
+@pytest.mark.parametrize("gone", ["one", "two"])
+def test_what_is_forgotten_leaves_nothing_behind(gone: str) -> None:
+    clients = learn(Clients())
+    clients.turn("one")
+    clients.turn("two")
+    clients.gone(gone)
+    assert clients.known._gone == {gone}
+    clients.known.forget("two")
+    assert not (clients.known._parents)
+    assert not (clients.known._children)
+    assert not (clients.known._gone)
+
+
+def test_one_that_is_gone_may_be_parent_and_child() -> None:
+    clients = learn(Clients())
+    for name in ("one", "two", "three"):
+        clients.turn(name)
+    clients.gone("two")
+    clients.known.forget("three")
+    assert clients.known._gone == {"two"}
+    assert list(clients.known._parents) == ["two"]
+    clients.gone("one")
+    assert not (clients.known._parents)
+    assert not (clients.known._children)
+    assert not (clients.known._gone)
+
+
 def test_of_several_each_is_judged_by_itself() -> None:
     """The parent comes back while the first is still at work: that was none, the second was."""
     clients = Clients()
