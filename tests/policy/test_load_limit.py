@@ -44,6 +44,14 @@ def limit(room: Room | None = None, read_s: float = 0.4, decode_s: float = 0.3, 
     return Limit(room or Room(10_000), turns)
 
 
+def test_before_it_is_decided_there_is_none() -> None:
+    """A first call that might not fit waits for others that come with it."""
+    one = limit()
+    assert (one.none, one.reason, one.weighed, one.better_if_more) == (True, "fits", None, True)
+    assert one.fitting_tokens == 10_000
+    assert limit(Room(10_000, UnmeasuredTier(30_000))).fitting_tokens == 30_000
+
+
 def test_there_is_none_where_all_fit() -> None:
     one = limit()
     one.decide(0.0, demand(11), GAP_S)
@@ -248,6 +256,9 @@ def test_a_forecast_with_a_limit() -> None:
 def test_a_forecast_with_host_memory() -> None:
     turn = replace(FORECAST.turn, gap_s=4.0, restore_s=0.01)
     behind = replace(FORECAST, programs=100.0, most=100_000.0, kept=28_500.0, turn=turn)
+    # No more calls run at once than contexts fit into the cache, wherever the others are.
+    assert behind.limited()[0] > replace(behind, room=2.0).limited()[0]
+    assert FORECAST.limited() == replace(FORECAST, room=2.0).limited()
     best, tokens = behind.limited()
     assert tokens in [share * 28_500.0 for share in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)]
     found = hit_ratio(tokens / 9_500)

@@ -90,9 +90,6 @@ class SubAgents:
         """A program is thought to be over."""
         name = program.name
         self._believed.pop(name, None)
-        if program.over:
-            for child in self._children.pop(name, {}):
-                self._not_of(child, name)
         if name in self._children or name in self._parents:
             self._gone.add(name)
         for child in [name, *self._children.get(name, ())]:
@@ -112,7 +109,7 @@ class SubAgents:
         for parent in self._parents.pop(child, ()):
             children = self._children.get(parent)
             if children is not None:
-                children.pop(child, None)
+                del children[child]
                 if not children:
                     del self._children[parent]
                     if parent not in self._parents:
