@@ -1,5 +1,6 @@
 """Settings of a cluster: what is allowed, what engines get, and the command line."""
 
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from tests.support.paths import ROOT
 from vllm_agentserve import cli
 from vllm_agentserve.cluster.arguments import POLICIES
+from vllm_agentserve.cluster.command import execute
 from vllm_agentserve.cluster.settings import ClusterSettings, SettingsError
 from vllm_agentserve.policy.placement import Policy
 
@@ -83,6 +85,22 @@ def test_a_wrong_command_line_is_refused(line: list[str], capsys: pytest.Capture
         cli.main(["cluster", *line])
     assert ended.value.code == 2
     assert "error" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_said_before_ray_is_started(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        arguments = cli.make_parser().parse_args(["cluster", "serve", "--port", str(port), "model"])
+        assert execute(arguments) == 1
+    assert f"port {port} is in use" in capsys.readouterr().err
+
+
+def test_a_wrong_setting_is_said_before_ray_is_started(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = cli.make_parser().parse_args(["cluster", "serve", "model", "--uds", "/tmp/x"])
+    assert execute(arguments) == 2
+    assert capsys.readouterr().err.startswith("error: --uds cannot be given to engines of a cluster")
 
 
 def test_settings_and_ingress_need_no_ray() -> None:

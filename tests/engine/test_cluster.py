@@ -285,7 +285,7 @@ def without_ids(body: bytes) -> str:
     "headers",
     [
         {"X-Session-ID": "x" * 20_000},
-        {"X-Session-ID": "\xff\xfe \x7f"},
+        {"X-Session-ID": "\xff\xfe\xa0"},
         {"X-Claude-Code-Session-Id": "tab\there"},
         {"X-Session-ID": ""},
         {"Session_ID": "y" * 300, "Thread-ID": "z"},
@@ -320,17 +320,15 @@ def test_a_client_that_leaves_frees_its_place(cluster: Cluster) -> None:
 
 
 def test_it_listens_on_this_machine_only(cluster: Cluster) -> None:
-    """Requests come to one address; engines have none. What Ray opens for itself is in docs/cluster.md."""
+    """Ray's own ports too."""
     listening = subprocess.run(["ss", "-ltnpH"], text=True, capture_output=True, check=True).stdout
     ours = {pid: set[str]() for pid in descendants(cluster.process.pid)}
     for line in listening.splitlines():
         for pid in map(int, re.findall(r"pid=(\d+)", line)):
             ours.get(pid, set()).add(line.split()[3])
     print({Path(f"/proc/{pid}/comm").read_text().strip(): sorted(found) for pid, found in ours.items() if found})
-    everywhere = {one for found in ours.values() for one in found if one.endswith(f":{cluster.port}")}
-    assert everywhere == {f"127.0.0.1:{cluster.port}"}
-    for pid in cluster.engines().values():
-        assert not [found for one in descendants(pid) for found in ours[one] if not found.startswith("127.0.0.1:")]
+    assert {f"127.0.0.1:{cluster.port}"} <= {one for found in ours.values() for one in found}
+    assert {one for found in ours.values() for one in found if not one.startswith("127.0.0.1:")} == set()
 
 
 @pytest.mark.parametrize("killed", ["server", "process of Ray"])
@@ -362,7 +360,7 @@ def test_a_killed_engine_ends_its_streams_with_an_error_and_the_next_turn_goes_o
         took = time.monotonic() - began
         survived = going_on.read().decode()
     assert (answer.status, answer.engine) == (200, other)
-    events = [event for event in rest.split("\n\n") if event]
+    events = [line for line in rest.splitlines() if line]
     assert "error" in json.loads(events[-1].removeprefix("data: "))
     assert "[DONE]" not in rest
     assert survived.endswith("data: [DONE]\n\n")

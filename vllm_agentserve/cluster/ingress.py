@@ -161,9 +161,9 @@ class IngressApplication:
         except Exception as error:
             await refuse(METRICS, f"the table of pins cannot be reached ({type(error).__name__})", send)
             return
-        names = list(shown["resident_tokens"])
-        found = await asyncio.gather(*(self._page(name) for name in names))
-        pages = {name: page for name, page in zip(names, found, strict=True) if page is not None}
+        # One after the other: Ray mixes calls up that are made for one request at the same time.
+        found = {name: await self._page(name) for name in shown["resident_tokens"]}
+        pages = {name: page for name, page in found.items() if page is not None}
         content = merged(shown, pages).encode()
         await start(send, 200, ((b"content-type", b"text/plain; version=0.0.4; charset=utf-8"),))
         await send({"type": "http.response.body", "body": content, "more_body": False})

@@ -23,7 +23,7 @@ class ConversationRouter(RequestRouter):
         """Args: the cluster's settings, and the name of its Ray Serve application."""
         found = ClusterSettings.from_mapping(settings)
         self._chooser = Chooser(TableActor(app, found), found.policy, found.pin_seconds, found.max_pins)
-        self._chosen: OrderedDict[str, str] = OrderedDict()
+        self._chosen: OrderedDict[tuple[str, tuple[str, ...]], str] = OrderedDict()
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -35,7 +35,8 @@ class ConversationRouter(RequestRouter):
         replicas = {one.replica_id.unique_id: one for one in candidate_replicas}
         if request.engine:
             return [[replicas[request.engine]] if request.engine in replicas else candidate_replicas]
-        number = pending_request.metadata.internal_request_id
+        # Ray gives all calls that an ingress makes for one request the same number.
+        number = (pending_request.metadata.internal_request_id, request.avoid)
         engine = self._chosen.get(number)
         if engine not in replicas:
             reports = {name: one.routing_stats or {} for name, one in replicas.items()}
