@@ -7,11 +7,17 @@ burst does not all go to the engine whose last report was the best.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from math import inf
 
 FEW_CALLS = 4
 """So many calls at once are within any engine's bound: they hardly slow each other down."""
 ROOMY = 0.5
 """An engine whose KV cache is not fuller than this is within its bound."""
+CALLS_WEIGHT = 0.5
+"""What an engine's share of all calls counts beside its share of all KV tokens. Found in the simulator, where 1 is about as good,
+and 0 and 3 are worse."""
+REPEATED_S = 2.0
+"""Reports of a router come at shorter intervals."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Engine:
     """An engine that lives: its last report, and what happened since."""
 
     load: EngineLoad = EngineLoad(0, 0, 0, 0)
+    reported_s: float = -inf
     sent: int = 0
     """Calls sent less calls that ended."""
     sent_tokens: int = 0
@@ -90,10 +97,14 @@ class Fleet:
         """These engines live, and no others. What is known of those that lived before stays."""
         self._engines = {name: self._engines.get(name) or Engine() for name in sorted(set(names))}
 
-    def report(self, name: str, load: EngineLoad) -> None:
-        """An engine's report. Ignored if the engine does not live: reports can come late."""
-        if name in self._engines:
-            self._engines[name] = Engine(load)
+    def report(self, name: str, load: EngineLoad, now: float) -> None:
+        """An engine's report. Ignored if the engine does not live: reports can come late.
+
+        One that equals the last is taken for that one, handed on again, for `REPEATED_S`: what was sent since goes on counting.
+        """
+        engine = self._engines.get(name)
+        if engine is not None and not (load == engine.load and now - engine.reported_s < REPEATED_S):
+            self._engines[name] = Engine(load, now)
 
     def sent(self, name: str, tokens: int) -> None:
         engine = self._engines[name]
@@ -132,15 +143,23 @@ class Fleet:
         """The engine with the fewest calls; of equal ones, the one that is the session's by hash."""
         return min(self._engines, key=lambda name: (self.calls(name), -rank(session, name)))
 
-    def emptiest(self, session: str, tokens: int) -> str:
-        """The engine whose KV cache is emptiest with so many tokens more, of those within their bound, or of all if none is."""
+    def roomiest(self, session: str, tokens: int) -> str:
+        """The engine with the most room for a conversation that begins with so many tokens.
+
+        Of those within their bound on KV tokens, or of all if none is, it is the one with the least of its fair share of tokens
+        and, by `CALLS_WEIGHT`, of calls. An engine that cannot hold so many tokens is taken only if none can.
+        """
         capacities = {name: self.capacity(name) for name in self._engines}
+        used = {name: self.tokens(name) + tokens for name in self._engines}
         fitting = [name for name in capacities if self._fits(name, tokens)] or [*capacities]
         room = self.room(tokens)
-        within = [name for name in fitting if self.is_within(name, tokens, room)] or fitting
+        within = [name for name in fitting if self.has_room(name, tokens, room)] or fitting
+        fair = max((sum(used.values()) - tokens * (len(self) - 1)) / sum(capacities.values()), 1e-9)
+        fair_calls = (sum(self.calls(name) for name in capacities) + 1) / len(self)
 
-        def key(name: str) -> tuple[float, int, int]:
-            return (self.tokens(name) + tokens) / capacities[name], self.calls(name), -rank(session, name)
+        def key(name: str) -> tuple[float, int]:
+            share = used[name] / capacities[name] / fair
+            return share + CALLS_WEIGHT * (self.calls(name) + 1) / fair_calls, -rank(session, name)
 
         return min(within, key=key)
 
@@ -151,13 +170,16 @@ class Fleet:
         capacity = sum(self.capacity(name) for name in self._engines)
         return Room(max(self._bound * calls / len(self), FEW_CALLS), self._bound * all_tokens / capacity)
 
-    def is_within(self, name: str, tokens: int, room: Room) -> bool:
-        """Whether an engine stays within its bound with one more call, of so many tokens."""
-        share = (self.tokens(name) + tokens) / self.capacity(name)
+    def has_room(self, name: str, tokens: int, room: Room) -> bool:
+        """Whether an engine stays within its bound on KV tokens with so many more."""
         most = room.tokens
         if self._engines[name].load.capacity_tokens > 0:
             most = min(max(most, ROOMY), 1.0)
-        return self.calls(name) + 1 <= room.calls and share <= most
+        return (self.tokens(name) + tokens) / self.capacity(name) <= most
+
+    def is_within(self, name: str, tokens: int, room: Room) -> bool:
+        """Whether an engine stays within its bounds with one more call, of so many tokens."""
+        return self.calls(name) + 1 <= room.calls and self.has_room(name, tokens, room)
 
     def _fits(self, name: str, tokens: int) -> bool:
         """Whether an engine can hold such a call at all."""

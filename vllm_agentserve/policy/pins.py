@@ -101,7 +101,7 @@ class Pins(Mapping[str, str]):
             self._count(pin)
         self._touch(session, pin, now)
         if len(self) > self._max_pins:
-            few = len(self._new) <= self._max_pins // 4
+            few = len(self._new) <= max(self._max_pins // 4, 1)
             self.forget(next(iter(self._returned if few else self._new)))
 
     def ended(self, session: str, engine: str, tokens: int, now: float) -> None:

@@ -17,7 +17,7 @@ from vllm_agentserve.policy.pins import Pins
 __all__ = ["REASONS", "SHORT_TOKENS", "Decision", "EngineLoad", "NoEngineError", "Placement", "Policy"]
 
 Policy = Literal["conserve", "autellix", "round-robin", "least-loaded", "hash", "sticky"]
-"""- `conserve`: conversations are placed by KV tokens, and pinned;
+"""- `conserve`: conversations to the engine with the most room when they begin, and pinned;
 - `autellix`: calls up to `SHORT_TOKENS` to the engine with the fewest calls, others pinned to their program's;
 - `round-robin`, `least-loaded`: every call by itself, to the engines in turn, to the one with the fewest calls;
 - `hash`: every call by its session, over the engines that live (rendezvous hashing);
@@ -58,8 +58,9 @@ class Placement:
 
     Args:
         policy: see `Policy`.
-        bound: an engine may have so many times its fair share of calls and KV tokens, from 1; a conversation does not begin on an
-            engine over its bound while another one has room.
+        bound: from 1. Under `conserve` a conversation does not begin on an engine that would have more than so many times its
+            fair share of KV tokens while another one has room. A sub-agent does not begin on its parent's engine if that would
+            have more than so many times its fair share of KV tokens or calls.
         pin_seconds: a conversation's pin expires when it has done nothing for so long.
         max_pins: conversations that are remembered, from 1.
 
@@ -99,8 +100,8 @@ class Placement:
         self._pins.expire(now)
 
     def report(self, engine: str, load: EngineLoad, now: float) -> None:
-        """What an engine says of itself. Calls placed before are taken to be in it."""
-        self._fleet.report(engine, load)
+        """What an engine says of itself. Calls placed before are taken to be in it, unless it is the last report once more."""
+        self._fleet.report(engine, load, now)
         self._pins.expire(now)
 
     def place(self, session: str, tokens: int, now: float, parent: str | None = None) -> Decision:
@@ -156,5 +157,5 @@ class Placement:
             if fleet.is_within(home, tokens, fleet.room(tokens)):
                 return home, "parent"
             reason = "crowded"
-        engine = fleet.emptiest(session, tokens) if self.policy == "conserve" else fleet.least_loaded(session)
+        engine = fleet.roomiest(session, tokens) if self.policy == "conserve" else fleet.least_loaded(session)
         return engine, "parent" if engine == home else reason
