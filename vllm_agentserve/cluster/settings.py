@@ -11,6 +11,12 @@ from vllm_agentserve.policy.placement import Placement
 from vllm_agentserve.vllm_compat import SCHEDULER_NAME, is_our_scheduler
 
 SCHEDULER_OPTION = "--scheduler-cls"
+ADDED = {
+    SCHEDULER_OPTION: SCHEDULER_NAME,
+    # Both are asked for every second.
+    "--disable-access-log-for-endpoints": "/health,/metrics",
+}
+"""Options that every engine gets unless they are given."""
 TAKEN = {
     "--host": "the cluster has one address: use its own --host, before the model",
     "--port": "the cluster has one address: use its own --port, before the model",
@@ -102,8 +108,8 @@ class ClusterSettings:
 
     def engine_options(self) -> list[str]:
         """The options of every engine: with our scheduler, unless another one is chosen."""
-        chosen = last_value(self.options, SCHEDULER_OPTION)
-        return [*self.options, *([] if chosen else [SCHEDULER_OPTION, SCHEDULER_NAME])]
+        missing = [one for name, value in ADDED.items() if not last_value(self.options, name) for one in (name, value)]
+        return [*self.options, *missing]
 
     @property
     def client_names(self) -> bool:
