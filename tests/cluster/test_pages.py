@@ -2,7 +2,7 @@
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_agentserve.cluster.load import PER_CHARACTER, TokenRate, load_in, load_of, rate_in, stats_of
+from vllm_agentserve.cluster.load import PER_CHARACTER, Report, TokenRate, load_of, rate_in, report_in, stats_of
 from vllm_agentserve.cluster.merged import merged
 from vllm_agentserve.policy.placement import EngineLoad
 
@@ -36,10 +36,10 @@ def test_the_load_of_an_engine_is_on_its_page() -> None:
 
 
 def test_a_report_says_what_is_known() -> None:
-    load = EngineLoad(3, 2, 3200, 12_800)
-    assert load_in(stats_of(load, 0.5)) == load
-    assert load_in(stats_of(None, None)) is None
-    assert rate_in([stats_of(load, 0.5), stats_of(load, 0.3), stats_of(load, None)]) == 0.4
+    report = Report(7, EngineLoad(3, 2, 3200, 12_800))
+    assert report_in(stats_of(report, 0.5)) == report
+    assert report_in(stats_of(None, None)) is None
+    assert rate_in([stats_of(report, 0.5), stats_of(report, 0.3), stats_of(report, None)]) == 0.4
     assert rate_in([{}]) == PER_CHARACTER
 
 

@@ -7,12 +7,13 @@ import pytest
 
 from vllm_agentserve.cluster.caller import Caller
 from vllm_agentserve.cluster.chooser import KNOWN_S, Chooser
+from vllm_agentserve.cluster.load import Report
 from vllm_agentserve.cluster.settings import ClusterSettings
-from vllm_agentserve.cluster.table import Loads, PinTable
+from vllm_agentserve.cluster.table import PinTable, Reports
 from vllm_agentserve.policy.fleet import rendezvous
 from vllm_agentserve.policy.placement import EngineLoad
 
-LOADS: dict[str, EngineLoad | None] = {name: EngineLoad(0, 0, 0, 10_000) for name in "abc"}
+LOADS: dict[str, Report | None] = {name: Report(1, EngineLoad(0, 0, 0, 10_000)) for name in "abc"}
 
 
 class Clock:
@@ -32,13 +33,13 @@ class Near:
         self.slow_s = 0.0
 
     async def place(
-        self, session: str, tokens: int, parent: str | None, loads: Loads, gone: tuple[str, ...], missed: int
+        self, session: str, tokens: int, parent: str | None, reports: Reports, gone: tuple[str, ...], missed: int
     ) -> tuple[str, str]:
         await asyncio.sleep(self.slow_s)
         if not self.up:
             raise RuntimeError("the actor has died")
         self.asked += 1
-        return self.table.place(session, tokens, parent, loads, gone, missed)
+        return self.table.place(session, tokens, parent, reports, gone, missed)
 
     def turn(self, session: str, tokens: int) -> None:
         if not self.up:
@@ -202,3 +203,15 @@ def test_the_name_of_an_engine_that_is_gone_does_not_come_back(clock: Clock) -> 
     table.place("s", 100, None, {"a": None, "b": None})
     table.place("t", 100, None, {"b": None}, gone=("a",))
     assert {table.place(f"{number}", 100, None, {"a": None, "b": None})[0] for number in range(9)} == {"b"}
+
+
+def test_a_report_counts_once_however_many_calls_bring_it(clock: Clock) -> None:
+    """Between two reports the table goes by the calls that it has placed itself."""
+    table = PinTable(ClusterSettings("model", policy="least-loaded").mapping(), clock)
+    placed = [table.place("", 100, None, LOADS)[0] for _ in range(12)]
+    assert sorted(placed.count(name) for name in LOADS) == [4, 4, 4]
+    busy = LOADS | {"a": Report(2, EngineLoad(50, 0, 0, 10_000))}
+    placed = [table.place("", 100, None, busy)[0] for _ in range(10)]
+    assert "a" not in placed
+    old = [table.place("", 100, None, LOADS)[0] for _ in range(10)]
+    assert "a" not in old

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from vllm_agentserve.cluster.settings import ClusterSettings
-from vllm_agentserve.cluster.table import NAMESPACE, Loads, PinTable
+from vllm_agentserve.cluster.table import NAMESPACE, PinTable, Reports
 
 FIND_AGAIN_S = 1.0
 """A table that could not be reached is looked for no sooner."""
@@ -31,11 +31,11 @@ class TableActor:
         self._looked = 0.0
 
     async def place(
-        self, session: str, tokens: int, parent: str | None, loads: Loads, gone: tuple[str, ...], missed: int
+        self, session: str, tokens: int, parent: str | None, reports: Reports, gone: tuple[str, ...], missed: int
     ) -> tuple[str, str]:
         handle = await self._found()
         try:
-            engine, reason = await handle.place.remote(session, tokens, parent, dict(loads), gone, missed)
+            engine, reason = await handle.place.remote(session, tokens, parent, dict(reports), gone, missed)
         except Exception:
             self._handle = None
             raise

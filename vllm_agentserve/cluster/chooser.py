@@ -4,11 +4,11 @@ import asyncio
 import itertools
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 from vllm_agentserve.cluster.caller import Caller
-from vllm_agentserve.cluster.table import Loads
+from vllm_agentserve.cluster.table import Reports
 from vllm_agentserve.policy.fleet import rendezvous
 
 KNOWN_S = 60.0
@@ -25,7 +25,7 @@ class Table(Protocol):
     """What is asked of a `PinTable` in another process. Every method may raise any exception where it cannot be reached."""
 
     async def place(
-        self, session: str, tokens: int, parent: str | None, loads: Loads, gone: tuple[str, ...], missed: int
+        self, session: str, tokens: int, parent: str | None, reports: Reports, gone: tuple[str, ...], missed: int
     ) -> tuple[str, str]: ...
 
     def turn(self, session: str, tokens: int) -> None:
@@ -64,18 +64,18 @@ class Chooser:
         self._missed = 0
         self._numbers = itertools.count()
 
-    async def choose(self, caller: Caller, tokens: int, loads: Mapping[str, Any], avoid: tuple[str, ...] = ()) -> str:
+    async def choose(self, caller: Caller, tokens: int, reports: Reports, avoid: tuple[str, ...] = ()) -> str:
         """The engine for a call. There must be one.
 
         Args:
             caller: whose the call is.
             tokens: of its prompt.
-            loads: the engines that can be reached, with their loads.
+            reports: the engines that can be reached, with what each last said of itself.
             avoid: engines that do not answer; they count as gone if there are others.
         """
-        left = {name: load for name, load in loads.items() if name not in avoid} or dict(loads)
-        self._lost |= dict.fromkeys(name for name in (*self._seen, *loads) if name not in left)
-        self._seen = dict.fromkeys(loads)
+        left = {name: one for name, one in reports.items() if name not in avoid} or dict(reports)
+        self._lost |= dict.fromkeys(name for name in (*self._seen, *reports) if name not in left)
+        self._seen = dict.fromkeys(reports)
         now = self._clock()
         engine, until = self._known.get(caller.session, ("", 0.0))
         if engine in left and now < until:

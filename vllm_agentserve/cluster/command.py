@@ -44,7 +44,6 @@ def execute(arguments: argparse.Namespace) -> int:
         return 1
     # Before Ray is imported, which reads them then.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_SERVE_QUIET", "1")
     # Ray would read a session from the header, and refuse the bytes that it cannot decode. The ingress reads it.
     os.environ.setdefault("RAY_SERVE_SESSION_ID_HEADER_KEY", "x-agentserve-unused")
     if arguments.address is None:

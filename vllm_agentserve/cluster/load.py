@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_agentserve.policy.placement import EngineLoad
 
 SAMPLE = re.compile(r"^(vllm:[a-z_]+)(\{[^\n]*\})? ([-+.0-9eE]+)$", re.MULTILINE)
+FIELDS = ("running", "waiting", "kv_tokens", "capacity_tokens")
 LABEL = re.compile(r'([a-z_]+)="([^"]*)"')
 PER_CHARACTER = 0.25
 """Tokens per character of a body before any answer has named its usage."""
@@ -32,6 +34,19 @@ def load_of(page: str) -> EngineLoad:
     return EngineLoad(int(running), int(waiting), int(used * capacity), capacity)
 
 
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What an engine said of itself.
+
+    Args:
+        number: of its reports so far: the same one comes to the table with many calls, and says nothing new.
+        load: its load.
+    """
+
+    number: int
+    load: EngineLoad
+
+
 class TokenRate:
     """Tokens per character of what this engine's clients send, from the usage that answers name."""
 
@@ -47,19 +62,19 @@ class TokenRate:
         )
 
 
-def stats_of(load: EngineLoad | None, per_character: float | None) -> dict[str, float]:
+def stats_of(report: Report | None, per_character: float | None) -> dict[str, float]:
     """A report as Ray carries it."""
     found = {} if per_character is None else {"tokens_per_character": per_character}
-    if load is not None:
-        found |= {name: getattr(load, name) for name in ("running", "waiting", "kv_tokens", "capacity_tokens")}
+    if report is not None:
+        found |= {name: getattr(report.load, name) for name in FIELDS} | {"number": report.number}
     return found
 
 
-def load_in(stats: Mapping[str, Any]) -> EngineLoad | None:
-    """The load in a report; None before there is one."""
-    if "running" not in stats:
+def report_in(stats: Mapping[str, Any]) -> Report | None:
+    """The report as Ray brings it; None before there is one."""
+    if "number" not in stats:
         return None
-    return EngineLoad(*(int(stats[name]) for name in ("running", "waiting", "kv_tokens", "capacity_tokens")))
+    return Report(int(stats["number"]), EngineLoad(*(int(stats[name]) for name in FIELDS)))
 
 
 def rate_in(reports: list[Mapping[str, Any]]) -> float:

@@ -8,7 +8,7 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 
 from vllm_agentserve.cluster.actor import TableActor
 from vllm_agentserve.cluster.chooser import Chooser
-from vllm_agentserve.cluster.load import load_in, rate_in
+from vllm_agentserve.cluster.load import rate_in, report_in
 from vllm_agentserve.cluster.relay import RelayedRequest
 from vllm_agentserve.cluster.settings import ClusterSettings
 
@@ -39,10 +39,10 @@ class ConversationRouter(RequestRouter):
         number = (pending_request.metadata.internal_request_id, request.avoid)
         engine = self._chosen.get(number)
         if engine not in replicas:
-            reports = {name: one.routing_stats or {} for name, one in replicas.items()}
-            tokens = request.caller.prompt_tokens(rate_in(list(reports.values())))
-            loads = {name: load_in(report) for name, report in reports.items()}
-            engine = await self._chooser.choose(request.caller, tokens, loads, request.avoid)
+            stats = {name: one.routing_stats or {} for name, one in replicas.items()}
+            tokens = request.caller.prompt_tokens(rate_in(list(stats.values())))
+            reports = {name: report_in(one) for name, one in stats.items()}
+            engine = await self._chooser.choose(request.caller, tokens, reports, request.avoid)
             self._chosen[number] = engine
             if len(self._chosen) > UNDER_WAY:
                 self._chosen.popitem(last=False)

@@ -11,7 +11,7 @@ from ray import serve
 from vllm_agentserve.bench.server import bound_cores, has_nvidia_driver, ranks, serving_environment
 from vllm_agentserve.cluster.actor import TableActor
 from vllm_agentserve.cluster.engine import Engine
-from vllm_agentserve.cluster.load import TokenRate, load_of, stats_of
+from vllm_agentserve.cluster.load import Report, TokenRate, load_of, stats_of
 from vllm_agentserve.cluster.relay import (
     ENGINE_HEADER,
     EVENT,
@@ -44,6 +44,7 @@ class EngineServer:
         self.name: str = context.replica_tag
         self._table = TableActor(context.app_name, found)
         self._rate = TokenRate()
+        self._reports = 0
         self._notes: set[asyncio.Task[None]] = set()
         rank = int(getattr(context.rank, "local_rank", 0) or 0)
         self._engine = Engine(found.model, found.engine_options(), environment(found, rank))
@@ -95,8 +96,10 @@ class EngineServer:
     async def record_routing_stats(self) -> dict[str, float]:
         """The report that Ray carries to the routers."""
         page = await self._engine.page("/metrics", LOAD_S * 4)
-        load = None if page is None else load_of(page.decode(errors="replace"))
-        return stats_of(load, self._rate.per_character)
+        if page is None:
+            return stats_of(None, self._rate.per_character)
+        self._reports += 1
+        return stats_of(Report(self._reports, load_of(page.decode(errors="replace"))), self._rate.per_character)
 
     async def check_health(self) -> None:
         """Raises `RuntimeError` if the engine is to be started anew."""

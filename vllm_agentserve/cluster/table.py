@@ -4,11 +4,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from vllm_agentserve.cluster.load import Report
 from vllm_agentserve.cluster.settings import ClusterSettings
-from vllm_agentserve.policy.placement import EngineLoad
 
 NAMESPACE = "agentserve"
-Loads = Mapping[str, EngineLoad | None]
+Reports = Mapping[str, Report | None]
 """Engines that can be reached, with what each last said of itself."""
 
 
@@ -23,13 +23,20 @@ class PinTable:
     def __init__(self, settings: Mapping[str, Any], clock: Callable[[], float] = time.monotonic) -> None:
         self._placement = ClusterSettings.from_mapping(settings).placement()
         self._clock = clock
-        self._engines: dict[str, EngineLoad | None] = {}
+        self._engines: dict[str, int] = {}
+        """Engines that live, with the number of their last report; 0 before the first."""
         self._gone: dict[str, None] = {}
         self._decisions: dict[str, int] = {}
         self._moves = 0
 
     def place(
-        self, session: str, tokens: int, parent: str | None, loads: Loads, gone: tuple[str, ...] = (), missed: int = 0
+        self,
+        session: str,
+        tokens: int,
+        parent: str | None,
+        reports: Reports,
+        gone: tuple[str, ...] = (),
+        missed: int = 0,
     ) -> tuple[str, str]:
         """The engine of a call, and why; counted as sent there.
 
@@ -37,12 +44,12 @@ class PinTable:
             session: see `Placement.place`.
             tokens: of its prompt.
             parent: session of the agent that started this one.
-            loads: the engines that the asking ingress can reach.
+            reports: the engines that the asking ingress can reach.
             gone: engines that it could reach, and cannot any more. Their names do not come back.
             missed: calls that it has placed without the table since it last asked.
         """
         now = self._clock()
-        self._see(loads, gone, now)
+        self._see(reports, gone, now)
         if missed:
             self._decisions["unreachable"] = self._decisions.get("unreachable", 0) + missed
         decision = self._placement.place(session, tokens, now, parent)
@@ -73,14 +80,17 @@ class PinTable:
             "resident_tokens": {name: self._placement.resident_tokens(name) for name in self._engines},
         }
 
-    def _see(self, loads: Loads, gone: tuple[str, ...], now: float) -> None:
+    def _see(self, reports: Reports, gone: tuple[str, ...], now: float) -> None:
         before = set(self._engines)
         self._gone |= dict.fromkeys(gone)
-        self._engines |= {name: load for name, load in loads.items() if name not in self._gone}
+        for name in reports:
+            if name not in self._gone:
+                self._engines.setdefault(name, 0)
         for name in gone:
             self._engines.pop(name, None)
         if set(self._engines) != before:
             self._placement.engines(self._engines, now)
-        for name, load in loads.items():
-            if load is not None and name in self._engines:
-                self._placement.report(name, load, now)
+        for name, report in reports.items():
+            if report is not None and report.number > self._engines.get(name, report.number):
+                self._engines[name] = report.number
+                self._placement.report(name, report.load, now)
