@@ -1,11 +1,14 @@
 """Several engines in the simulator: the parts, and what placement is worth."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from vllm_agentserve.bench.cost import StepCost
 from vllm_agentserve.policy.placement import Placement
+from vllm_agentserve.simulator import placement_table
 from vllm_agentserve.simulator.cluster import Cluster, Failure, Served
 from vllm_agentserve.simulator.cluster_engine import ClusterEngine, Job, Power, Tier
 from vllm_agentserve.simulator.conversations import draw_conversations
@@ -229,3 +232,23 @@ def test_pinning_is_worth_it_where_kv_is_tight() -> None:
     assert run(ARMS["conserve"], tiers, 0, per_engine=20) == found["conserve"]
     text = table({name: [one, one] for name, one in found.items()})
     assert text.count("\n") == 4
+
+
+def test_the_command_writes_tables_and_their_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = [
+        replace(setting, arms=("sticky", "conserve"))
+        for setting in placement_table.settings()
+        if "16" not in setting.name
+    ]
+    monkeypatch.setattr(placement_table, "settings", lambda: few)
+    output = tmp_path / "placement.json"
+    monkeypatch.setattr("sys.argv", ["table", "--output", str(output), "--seeds", "2", "--conversations", "4"])
+    placement_table.main()
+    printed = capsys.readouterr().out
+    page, data = output.with_suffix(".md").read_text(), json.loads(output.read_text())
+    assert [one["setting"] for one in data] == [setting.name for setting in few]
+    assert all(f"### {setting.name}\n" in page for setting in few)
+    assert page.count("| conserve / sticky | x") == len(few)
+    assert all(setting.name in printed for setting in few)

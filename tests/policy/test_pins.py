@@ -1,6 +1,8 @@
 """Where conversations live: which are counted, which are forgotten, and how many there are at most."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vllm_agentserve.policy.pins import AT_ONCE, GAPS_BETWEEN, LONGEST_AWAY_S, Pins
 
@@ -235,3 +237,97 @@ def test_small_tables_hold_the_last_one(most: int) -> None:
     table.pin("new", "a", 1, 20.0)
     assert "new" in table
     assert len(table) == most
+
+
+@pytest.mark.parametrize(("ends", "counted"), [(0, 100), (1, 100), (2, 100), (3, 0)])
+def test_a_conversation_counts_while_one_of_its_calls_runs(ends: int, counted: int) -> None:
+    table = pins()
+    for _ in range(3):
+        table.pin("s", "a", 100, 0.0)
+    for _ in range(ends):
+        table.ended("s", "a", 100, 1.0)
+    table.expire(LONGEST_AWAY_S + 2.0)
+    assert table.tokens("a") == counted
+
+
+def test_those_away_are_uncounted_behind_a_call_that_takes_long() -> None:
+    table = pins()
+    table.pin("runs", "a", 1, 0.0)
+    turn(table, "away", 0.0, tokens=10)
+    turn(table, "here", 50.0, tokens=100)
+    table.expire(LONGEST_AWAY_S + 1.0)
+    assert table.tokens("a") == 101
+
+
+def test_one_call_conversations_have_a_quarter_of_a_full_table() -> None:
+    table = pins(max_pins=20)
+    for number in range(20):
+        turn(table, f"agent-{number}", 0.0)
+        turn(table, f"agent-{number}", 0.1)
+    for number in range(9):
+        table.pin(f"new-{number}", "a", 1, 1.0)
+        assert sum(name.startswith("new") for name in table) == min(number + 1, 5)
+        assert len(table) == 20
+
+
+def test_of_a_small_table_one_place_is_for_one_call_conversations() -> None:
+    table = pins(max_pins=4)
+    for name in "abcd":
+        turn(table, name, 0.0)
+        turn(table, name, 0.1)
+    table.pin("x", "a", 1, 1.0)
+    table.pin("y", "a", 1, 1.0)
+    assert sorted(table) == ["b", "c", "d", "y"]
+
+
+def test_a_table_of_conversations_of_one_call_expires_too() -> None:
+    table = pins(pin_seconds=10.0)
+    table.pin("new", "a", 1, 0.0)
+    turn(table, "old", 0.0)
+    turn(table, "old", 5.0)
+    table.expire(12.0)
+    assert sorted(table) == ["old"]
+    table.expire(20.0)
+    assert len(table) == 0
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["pin", "pin", "ended", "ended", "forget", "expire", "drop"]),
+        st.integers(0, 15),
+        st.sampled_from("abc"),
+        st.integers(0, 1000),
+        st.sampled_from([0.0, 0.1, 1.0, 9.0, 700.0]),
+    ),
+    max_size=80,
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(STEPS, st.integers(1, 12), st.sampled_from([5.0, 2000.0]))
+def test_tokens_are_neither_lost_nor_counted_twice(
+    steps: list[tuple[str, int, str, int, float]], most: int, pin_seconds: float
+) -> None:
+    table, now = pins(pin_seconds, most), 0.0
+    for step, number, engine, tokens, later in steps:
+        now += later
+        name = f"s{number}"
+        match step:
+            case "pin":
+                table.pin(name, engine, tokens, now)
+                assert table[name] == engine
+            case "ended":
+                table.ended(name, engine, tokens, now)
+            case "forget":
+                table.forget(name)
+                assert name not in table
+            case "expire":
+                table.expire(now)
+            case "drop":
+                table.drop_expired(name, now)
+        assert len(table) == len(list(table)) <= most
+        assert all(table.tokens(one) >= 0 for one in "abc")
+        assert set(table.values()) >= {one for one in "abc" if table.tokens(one)}
+    for name in list(table):
+        table.forget(name)
+    assert [table.tokens(one) for one in "abc"] == [0, 0, 0]

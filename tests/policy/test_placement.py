@@ -45,7 +45,7 @@ def loads(made: Placement, now: float = 0.0, **calls: int) -> None:
 @pytest.mark.parametrize("policy", get_args(Policy))
 def test_without_engines_nothing_can_be_placed(policy: str) -> None:
     made = Placement(policy)
-    with pytest.raises(NoEngineError, match="no engine lives"):
+    with pytest.raises(NoEngineError, match=r"^no engine lives$"):
         made.place("s", 10, 0.0)
     made.engines(["a"], 0.0)
     assert made.place("s", 10, 0.0).engine == "a"
@@ -155,12 +155,25 @@ def test_late_reports_and_ends_of_dead_engines_are_ignored() -> None:
     assert [made.place("t", 10, 2.0).engine for _ in range(3)].count("a") >= 1
 
 
-def test_equally_loaded_engines_are_taken_by_the_sessions_hash() -> None:
+@pytest.mark.parametrize(
+    ("policy", "tokens"),
+    [("sticky", 10), ("least-loaded", 10), ("hash", 10), ("autellix", 10), ("autellix", LONG), ("conserve", 10)],
+)
+def test_of_equal_engines_it_is_the_sessions_by_hash(policy: str, tokens: int) -> None:
     engines = [f"engine-{number}" for number in range(4)]
-    made = [placement("sticky", engines) for _ in range(100)]
-    found = [one.place(f"session-{number}", 10, 0.0).engine for number, one in enumerate(made)]
+    made = [placement(policy, engines) for _ in range(100)]
+    found = [one.place(f"session-{number}", tokens, 0.0).engine for number, one in enumerate(made)]
     assert found == [rendezvous(f"session-{number}", engines) for number in range(100)]
     assert all(found.count(engine) > 10 for engine in engines)
+
+
+def test_engines_that_stay_keep_what_is_known_of_them() -> None:
+    made = placement("least-loaded", "ab")
+    loads(made, a=5, b=3)
+    made.place("s", 10, 0.0)
+    made.engines("abc", 1.0)
+    loads(made, 1.0, c=4)
+    assert sorted(made.place(str(number), 10, 1.0).engine for number in range(5)) == ["a", "b", "b", "c", "c"]
 
 
 def test_a_hash_moves_only_the_sessions_of_an_engine_that_goes() -> None:
@@ -240,6 +253,15 @@ def test_a_pin_expires(policy: str) -> None:
     made.report("a", load(0), 400.0)
     assert len(made.pins) == 0
     assert sum(made.resident_tokens(engine) for engine in "abc") == 0
+
+
+def test_one_of_many_pins_that_expired_is_no_pin() -> None:
+    """One call forgets a part of them only."""
+    made = placement("sticky", "ab", pin_seconds=100.0)
+    for number in range(1000):
+        made.place(f"s{number}", 10, 0.0)
+    assert made.place("s999", 10, 101.0).reason == "first"
+    assert len(made.pins) > 800
 
 
 @pytest.mark.parametrize("policy", PINNING)
@@ -429,6 +451,18 @@ def test_a_parents_engine_without_a_known_kv_cache_may_have_its_share() -> None:
     made.report("a", load(0, 9000, 0), 1.0)
     # 9500 of 15,500, and 9687; then 9700 of 15,700 and 9812; 11,000 of 17,000 and 10,625.
     assert made.place("d", 2000, 1.0, parent="p").reason == "crowded"
+
+
+@pytest.mark.parametrize(("calls", "expected"), [(29, "parent"), (30, "crowded")])
+def test_a_parents_engine_may_have_its_share_of_calls(calls: int, expected: str) -> None:
+    """x1.5 of half of them: 30 of 40."""
+    made = placement("conserve", "ab", bound=1.5)
+    made.report("a", load(0, 0), 0.0)
+    made.report("b", load(0, 1), 0.0)
+    assert made.place("p", 100, 0.0).engine == "a"
+    made.report("a", load(calls, 0), 1.0)
+    made.report("b", load(10, 1), 1.0)
+    assert made.place("c", 100, 1.0, parent="p").reason == expected
 
 
 def test_siblings_spread_where_the_parents_engine_has_many_calls() -> None:

@@ -48,15 +48,17 @@ class Engine:
 
 @dataclass(frozen=True)
 class Room:
-    """How much each engine may have, if one more call comes.
+    """What all engines together may have if one more call comes. An engine has a part of it in proportion to its KV cache.
 
     Args:
-        calls: of any engine.
-        tokens: of an engine, per token of its KV cache.
+        calls: that run, wait or are on their way.
+        tokens: in their KV caches.
+        capacity: tokens of their KV caches.
     """
 
     calls: float
     tokens: float
+    capacity: float
 
 
 def rendezvous(session: str, engines: Iterable[str]) -> str:
@@ -147,19 +149,21 @@ class Fleet:
         """The engine with the most room for a conversation that begins with so many tokens.
 
         Of those within their bound on KV tokens, or of all if none is, it is the one with the least of its fair share of tokens
-        and, by `CALLS_WEIGHT`, of calls. An engine that cannot hold so many tokens is taken only if none can.
+        and, by `CALLS_WEIGHT`, of calls. Fair is what is in proportion to the KV cache. An engine that cannot hold so many tokens
+        is taken only if none can.
         """
         capacities = {name: self.capacity(name) for name in self._engines}
         used = {name: self.tokens(name) + tokens for name in self._engines}
         fitting = [name for name in capacities if self._fits(name, tokens)] or [*capacities]
         room = self.room(tokens)
         within = [name for name in fitting if self.has_room(name, tokens, room)] or fitting
-        fair = max((sum(used.values()) - tokens * (len(self) - 1)) / sum(capacities.values()), 1e-9)
-        fair_calls = (sum(self.calls(name) for name in capacities) + 1) / len(self)
+        total = sum(capacities.values())
+        fair_tokens = max((sum(used.values()) - tokens * (len(self) - 1)) / total, 1e-9)
+        fair_calls = (sum(self.calls(name) for name in capacities) + 1) / total
 
         def key(name: str) -> tuple[float, int]:
-            share = used[name] / capacities[name] / fair
-            return share + CALLS_WEIGHT * (self.calls(name) + 1) / fair_calls, -rank(session, name)
+            shares = used[name] / fair_tokens + CALLS_WEIGHT * self.calls(name) / fair_calls
+            return shares / capacities[name], -rank(session, name)
 
         return min(within, key=key)
 
@@ -168,18 +172,20 @@ class Fleet:
         calls = sum(engine.calls for engine in self._engines.values()) + 1
         all_tokens = sum(self.tokens(name) for name in self._engines) + tokens
         capacity = sum(self.capacity(name) for name in self._engines)
-        return Room(max(self._bound * calls / len(self), FEW_CALLS), self._bound * all_tokens / capacity)
+        return Room(self._bound * calls, self._bound * all_tokens, capacity)
 
     def has_room(self, name: str, tokens: int, room: Room) -> bool:
         """Whether an engine stays within its bound on KV tokens with so many more."""
-        most = room.tokens
+        capacity = self.capacity(name)
+        most = room.tokens * capacity / room.capacity
         if self._engines[name].load.capacity_tokens > 0:
-            most = min(max(most, ROOMY), 1.0)
-        return (self.tokens(name) + tokens) / self.capacity(name) <= most
+            most = min(max(most, ROOMY * capacity), capacity)
+        return self.tokens(name) + tokens <= most
 
     def is_within(self, name: str, tokens: int, room: Room) -> bool:
         """Whether an engine stays within its bounds with one more call, of so many tokens."""
-        return self.calls(name) + 1 <= room.calls and self.has_room(name, tokens, room)
+        most = max(room.calls * self.capacity(name) / room.capacity, FEW_CALLS)
+        return self.calls(name) + 1 <= most and self.has_room(name, tokens, room)
 
     def _fits(self, name: str, tokens: int) -> bool:
         """Whether an engine can hold such a call at all."""

@@ -78,10 +78,12 @@ def run(
     seed: int,
     failures: Sequence[Failure] = (),
     link: Link | None = None,
-    per_engine: int = PER_ENGINE,
+    per_engine: float = PER_ENGINE,
+    load: float = 1.0,
 ) -> Figures:
-    """One arm on the conversations of one seed."""
-    agents = draw_conversations(seed, per_engine * len(tiers), PER_SECOND * len(tiers))
+    """One arm on the conversations of one seed, of which begin `load` times as many as usual."""
+    engines = load * len(tiers)
+    agents = draw_conversations(seed, round(per_engine * engines), PER_SECOND * engines)
     cluster = Cluster(
         tiers,
         Placement(arm.policy),
@@ -163,7 +165,9 @@ def claims(rows: Rows) -> str:
     lines = []
     for arm, other in (
         (ONCE, PER_TURN),
+        (ONCE, EVERY),
         (CONSERVE, PER_TURN),
+        (CONSERVE, EVERY),
         (CONSERVE, AWARE),
         (AUTELLIX, LEAST),
         (CONSERVE, STICKY),
@@ -184,6 +188,7 @@ class Setting:
     arms: tuple[str, ...] = tuple(ARMS)
     failures: tuple[Failure, ...] = ()
     link: Link | None = None
+    load: float = 1.0
 
 
 def settings() -> list[Setting]:
@@ -196,7 +201,7 @@ def settings() -> list[Setting]:
     arms = (STICKY, CONSERVE, ONCE, EVERY, PER_TURN)
     found.append(Setting("4 engines, loose KV, 10 Gbit/s between engines", (SERVER,) * 4, arms, link=slow_link))
     half = replace(SERVER, capacity=TIGHT), replace(SLOW, capacity=TIGHT // 2)
-    found.append(Setting("4 engines, two of them of half the speed and half the KV (tight)", (*half, *half)))
+    found.append(Setting("4 engines, two of them of half the speed and half the KV (tight)", (*half, *half), load=0.75))
     failure = Failure(1, 25.0, 40.0)
     tier = replace(SERVER, capacity=TIGHT)
     found.append(
@@ -208,6 +213,8 @@ def settings() -> list[Setting]:
 HEAD = """# Placement on several engines in the simulator
 
     python -m vllm_agentserve.simulator.placement_table --output docs/results/placement-simulated.json
+
+The command writes the tables and the raw data beside them; the text is put in by hand, so give it another FILE to compare.
 
 """
 
@@ -222,7 +229,7 @@ def main() -> None:
     for setting in settings():
         rows = {
             arm: [
-                run(ARMS[arm], setting.tiers, seed, setting.failures, setting.link, given.conversations)
+                run(ARMS[arm], setting.tiers, seed, setting.failures, setting.link, given.conversations, setting.load)
                 for seed in SEEDS[: given.seeds]
             ]
             for arm in setting.arms
