@@ -398,7 +398,7 @@ def test_a_killed_engine_ends_its_streams_with_an_error_and_the_next_turn_goes_o
     ):
         assert breaking.getheader("x-agentserve-engine") == victim
         assert breaking.readline().startswith(b"data: ")
-        pid = cluster.engines()[victim]
+        server = pid = cluster.engines()[victim]
         if killed == "core":
             (pid,) = (one for one in descendants(pid) if "EngineCore" in command_of(one))
         elif killed != "server":
@@ -420,6 +420,11 @@ def test_a_killed_engine_ends_its_streams_with_an_error_and_the_next_turn_goes_o
     # Without the computing, which takes its time on two cores that an engine is started on.
     assert took < 20
     assert cluster.complete(prompt, session_id=broken).engine == other
+    # Nothing of the engine is left behind.
+    deadline = time.monotonic() + 60
+    while victim in cluster.engines() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not Path(f"/proc/{server}").exists()
 
 
 def wait_for_engines(cluster: Cluster, count: int, limit_s: float = 240.0) -> None:
