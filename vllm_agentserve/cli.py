@@ -1,4 +1,4 @@
-"""The command `agentserve`: doctor, top, bench, demo, gpu-check, toy-model."""
+"""The command `agentserve`: doctor, top, bench, demo, cluster, gpu-check, toy-model."""
 
 import argparse
 import errno
@@ -12,6 +12,7 @@ from typing import Any
 from vllm_agentserve import __version__
 from vllm_agentserve.bench.arguments import add_arguments as add_bench_arguments
 from vllm_agentserve.bench.arguments import number_from, port_argument
+from vllm_agentserve.cluster.arguments import add_arguments as add_cluster_arguments
 from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
 from vllm_agentserve.extras import MissingExtraError, remedy_for, require
 from vllm_agentserve.options import read_json
@@ -76,6 +77,9 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--port", type=port_argument, help="where the servers listen (default: a free port)")
     demo.add_argument("--options", type=options_argument, default={}, help=f'options of "{KEY}", as a JSON object')
 
+    cluster = commands.add_parser("cluster", help="several engines behind one address, on Ray Serve")
+    add_cluster_arguments(cluster)
+
     # It parses its own arguments, see `main`.
     commands.add_parser(
         GPU_CHECK, add_help=False, help="what of this package holds on this machine's GPU, in ten minutes"
@@ -110,6 +114,12 @@ def demo(arguments: argparse.Namespace) -> int:
 
 def bench(arguments: argparse.Namespace) -> int:
     from vllm_agentserve.bench.command import execute
+
+    return execute(arguments)
+
+
+def cluster(arguments: argparse.Namespace) -> int:
+    from vllm_agentserve.cluster.command import execute
 
     return execute(arguments)
 
@@ -158,6 +168,7 @@ COMMANDS = {
     "top": Command(top, "cli"),
     "bench": Command(bench, "bench"),
     "demo": Command(demo, "bench"),
+    "cluster": Command(cluster, "cluster"),
     GPU_CHECK: Command(gpu_check),
     "toy-model": Command(toy_model),
 }

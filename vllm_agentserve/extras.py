@@ -8,6 +8,7 @@ EXTRAS = {
         *("aiohttp", "jinja2", "matplotlib", "msgspec", "numpy", "prometheus_client", "psutil", "rich", "scipy"),
         "uvloop",
     ),
+    "cluster": ("aiohttp", "msgspec", "ray"),
 }
 """Modules by extra. NVML is left out: without it `agentserve bench` says nothing of a GPU's power and clocks."""
 

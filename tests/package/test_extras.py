@@ -54,7 +54,7 @@ def imported_from_others(path: Path) -> Iterator[str]:
 
 def of_a_command_with_an_extra(path: Path) -> bool:
     room = path.relative_to(PACKAGE).parts[0]
-    return room in ("bench", "simulator", "cli.py") or room.startswith("top")
+    return room in ("bench", "cluster", "simulator", "cli.py") or room.startswith("top")
 
 
 @cache
@@ -65,7 +65,8 @@ def providers() -> Mapping[str, list[str]]:
 
 def distributions(modules: set[str]) -> set[str]:
     known = providers()
-    return {canonical(name) for module in modules for name in known[module]}
+    # Ray comes with an extra that is not installed everywhere.
+    return {canonical(name) for module in modules for name in (["ray"] if module == "ray" else known[module])}
 
 
 def test_the_base_install_requires_nothing() -> None:
@@ -82,7 +83,9 @@ def test_what_is_outside_of_the_commands_imports_only_what_vllm_requires() -> No
 
 
 @pytest.mark.parametrize(
-    ("extra", "files"), [("cli", "top*.py"), ("bench", "bench/*.py"), ("bench", "cli.py")], ids=["top", "bench", "cli"]
+    ("extra", "files"),
+    [("cli", "top*.py"), ("bench", "bench/*.py"), ("bench", "cli.py"), ("cluster", "cluster/*.py")],
+    ids=["top", "bench", "cli", "cluster"],
 )
 def test_an_extra_brings_what_its_commands_import(extra: str, files: str) -> None:
     imported = {name for path in PACKAGE.glob(files) for name in third_party(path)} - VLLM
@@ -109,6 +112,15 @@ def test_a_command_names_what_is_missing(
     said = capsys.readouterr()
     expected = f"error: agentserve {arguments[0]} needs {module}: pip install 'vllm-agentserve[{extra}]'\n"
     assert (said.out, said.err) == ("", expected)
+
+
+def test_a_cluster_names_ray_where_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # type: ignore[arg-type]
+    assert cli.main(["cluster", "serve", "model"]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "error: agentserve cluster needs ray: pip install 'vllm-agentserve[cluster]'\n")
 
 
 def test_all_that_is_missing_is_named_at_once(
@@ -214,4 +226,4 @@ def test_the_gpu_check_is_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--budget-s" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(["--help"])
-    assert "{doctor,top,bench,demo,gpu-check,toy-model}" in capsys.readouterr().out
+    assert "{doctor,top,bench,demo,cluster,gpu-check,toy-model}" in capsys.readouterr().out

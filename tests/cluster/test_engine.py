@@ -1,0 +1,134 @@
+"""An engine's process and its socket, with a small server in the place of vLLM."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+from vllm_agentserve.cluster.engine import Engine, EngineError
+from vllm_agentserve.cluster.relay import Failure, Head, Part, RelayedRequest
+
+SERVER = """
+    import asyncio, os, signal, sys
+    from aiohttp import web
+    async def health(request): return web.Response()
+    async def echo(request):
+        body = await request.read()
+        return web.json_response({"headers": sorted(request.headers), "body": body.decode(), "path": request.raw_path})
+    async def stream(request):
+        answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await answer.prepare(request)
+        await answer.write(b"data: 1\\n\\ndata: 2\\n\\ndata: ha")
+        if request.query.get("end") == "well":
+            await answer.write(b"lf\\n\\n")
+            return answer
+        await asyncio.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    async def dies(request): os.kill(os.getpid(), signal.SIGKILL)
+    if "--bad-option" in sys.argv:
+        sys.exit("vllm: error: unrecognized arguments: --bad-option")
+    app = web.Application()
+    app.add_routes([web.get("/health", health), web.post("/echo", echo), web.post("/stream", stream), web.post("/dies", dies)])
+    web.run_app(app, path=sys.argv[sys.argv.index("--uds") + 1], print=None)
+"""
+
+
+class SmallEngine(Engine):
+    def __init__(self, folder: Path, *options: str) -> None:
+        super().__init__("model", options, {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]})
+        script = folder / "server.py"
+        script.write_text(textwrap.dedent(SERVER))
+        self.command = [sys.executable, str(script), *self.command[4:]]
+
+
+@pytest.fixture
+async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
+    found = SmallEngine(tmp_path)
+    try:
+        await asyncio.wait_for(found.start(), 30)
+        yield found
+    finally:
+        found.stop()
+
+
+async def parts(
+    engine: Engine, path: str, body: bytes = b"", headers: tuple[tuple[bytes, bytes], ...] = ()
+) -> list[Part]:
+    return [part async for part in engine.answer(RelayedRequest("POST", path, headers, body))]
+
+
+async def test_an_answer_comes_whole(engine: Engine) -> None:
+    sent = ((b"host", b"elsewhere"), (b"content-length", b"99"), (b"x-session-id", b"s"), (b"content-type", b"text/x"))
+    head, content = await parts(engine, "/echo?a=%20b", b"hello", sent)
+    assert isinstance(head, Head)
+    assert head.status == 200
+    assert isinstance(content, bytes)
+    assert b'"body": "hello", "path": "/echo?a=%20b"' in content
+    assert b'["Connection", "Content-Length", "Content-Type", "Host", "x-session-id"]' in content.replace(
+        b"X-Session-Id", b"x-session-id"
+    )
+
+
+async def test_a_stream_comes_in_whole_events(engine: Engine) -> None:
+    head, *events = await parts(engine, "/stream?end=well")
+    assert isinstance(head, Head)
+    assert b"".join(one for one in events if isinstance(one, bytes)) == b"data: 1\n\ndata: 2\n\ndata: half\n\n"
+    assert all(isinstance(one, bytes) and one.endswith(b"\n\n") for one in events)
+
+
+async def test_a_server_killed_in_a_stream_is_a_failure_after_the_last_whole_event(engine: Engine) -> None:
+    _, *events, end = await parts(engine, "/stream")
+    assert events == [b"data: 1\n\ndata: 2\n\n"]
+    assert isinstance(end, Failure)
+    assert end.delivered
+    assert "in the middle of an answer" in end.text
+
+
+async def test_a_request_to_a_server_that_has_ended_went_nowhere(engine: Engine) -> None:
+    (end,) = await parts(engine, "/dies")
+    assert isinstance(end, Failure)
+    assert end.delivered
+    (end,) = await parts(engine, "/echo")
+    assert isinstance(end, Failure)
+    assert not end.delivered
+    assert "ended with exit code -9" in end.text
+    assert not await engine.healthy(1.0)
+
+
+async def test_a_wrong_option_is_said(tmp_path: Path) -> None:
+    found = SmallEngine(tmp_path, "--bad-option")
+    with pytest.raises(
+        EngineError, match="exit code 1 while starting: vllm: error: unrecognized arguments: --bad-option"
+    ):
+        await asyncio.wait_for(found.start(), 30)
+    found.stop()
+
+
+async def test_nobody_else_can_read_its_socket(engine: Engine) -> None:
+    folder = Path(engine.command[-1]).parent
+    assert folder.stat().st_mode & 0o777 == 0o700
+    engine.stop()
+    assert not folder.exists()
+
+
+def test_an_engine_ends_with_its_parent() -> None:
+    """Also if the parent is killed."""
+    inner = f"[sys.executable, {str(ROOT / 'vllm_agentserve' / 'cluster' / 'child.py')!r}, str(os.getpid()), '/bin/sleep', '600']"
+    code = f"import os, subprocess, sys, time\nprint(subprocess.Popen({inner}).pid, flush=True)\ntime.sleep(600)"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    command = Path(f"/proc/{child}/cmdline")
+    while b"sleep" not in command.read_bytes():
+        pass
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    while command.exists() and command.read_bytes():
+        pass

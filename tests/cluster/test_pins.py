@@ -1,0 +1,217 @@
+"""The table of pins and the ingresses that ask it."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from vllm_agentserve.cluster.caller import Caller
+from vllm_agentserve.cluster.chooser import KNOWN_S, Chooser
+from vllm_agentserve.cluster.load import Report
+from vllm_agentserve.cluster.settings import ClusterSettings
+from vllm_agentserve.cluster.table import PinTable, Reports
+from vllm_agentserve.policy.fleet import rendezvous
+from vllm_agentserve.policy.placement import EngineLoad
+
+LOADS: dict[str, Report | None] = {name: Report(1, EngineLoad(0, 0, 0, 10_000)) for name in "abc"}
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Near:
+    """A table in this process that counts how often it is asked, and may not be reached."""
+
+    def __init__(self, clock: Clock, **settings: Any) -> None:
+        self.table = PinTable(ClusterSettings("model", **settings).mapping(), clock)
+        self.asked = self.turns = 0
+        self.up = True
+        self.slow_s = 0.0
+
+    async def place(
+        self, session: str, tokens: int, parent: str | None, reports: Reports, gone: tuple[str, ...], missed: int
+    ) -> tuple[str, str]:
+        await asyncio.sleep(self.slow_s)
+        if not self.up:
+            raise RuntimeError("the actor has died")
+        self.asked += 1
+        return self.table.place(session, tokens, parent, reports, gone, missed)
+
+    def turn(self, session: str, tokens: int) -> None:
+        if not self.up:
+            raise RuntimeError("the actor has died")
+        self.turns += 1
+        self.table.turn(session, tokens)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+async def test_the_table_is_asked_once_a_conversation(clock: Clock) -> None:
+    near = Near(clock)
+    chooser = Chooser(near, clock=clock)
+    engines = {await chooser.choose(Caller("s"), 100, LOADS) for _ in range(20)}
+    assert len(engines) == 1
+    assert (near.asked, near.turns) == (1, 19)
+    assert near.table.shown()["decisions"] == {"first": 1, "pinned": 19}
+    assert near.table.shown()["pins"] == 1
+
+
+async def test_what_an_ingress_knows_gets_old(clock: Clock) -> None:
+    near = Near(clock)
+    chooser = Chooser(near, clock=clock)
+    first = await chooser.choose(Caller("s"), 100, LOADS)
+    clock.now = KNOWN_S
+    assert await chooser.choose(Caller("s"), 100, LOADS) == first
+    assert near.asked == 2
+
+
+async def test_two_ingresses_agree_on_two_hundred_conversations(clock: Clock) -> None:
+    near = Near(clock)
+    one, other = Chooser(near, clock=clock), Chooser(near, clock=clock)
+    split = 0
+    for number in range(200):
+        caller = Caller(f"session {number}")
+        places = {await (one, other)[turn % 2].choose(caller, 100, LOADS) for turn in range(5)}
+        split += len(places) > 1
+    assert split == 0
+    assert near.asked == 400
+
+
+async def test_a_conversation_moves_once_when_its_engine_is_gone(clock: Clock) -> None:
+    near = Near(clock)
+    chooser = Chooser(near, clock=clock)
+    first = await chooser.choose(Caller("s"), 100, LOADS)
+    left = {name: load for name, load in LOADS.items() if name != first}
+    second = await chooser.choose(Caller("s"), 100, left)
+    assert second in left
+    assert {await chooser.choose(Caller("s"), 100, left) for _ in range(5)} == {second}
+    assert near.table.shown()["moves"] == 1
+    assert first not in near.table.shown()["resident_tokens"]
+
+
+async def test_an_engine_that_does_not_answer_is_left_by_all_ingresses(clock: Clock) -> None:
+    """One ingress found it out; Ray still shows the engine to the other one."""
+    near = Near(clock)
+    one, other = Chooser(near, clock=clock), Chooser(near, clock=clock)
+    first = await one.choose(Caller("s"), 100, LOADS)
+    second = await one.choose(Caller("s"), 100, LOADS, avoid=(first,))
+    assert second != first
+    assert await other.choose(Caller("s"), 100, LOADS) == second
+    assert await one.choose(Caller("s"), 100, LOADS) == second
+
+
+async def test_the_last_engine_is_tried_again(clock: Clock) -> None:
+    near = Near(clock)
+    chooser = Chooser(near, clock=clock)
+    assert await chooser.choose(Caller("s"), 100, {"a": None}, avoid=("a",)) == "a"
+
+
+async def test_sub_agents_begin_where_their_parent_is(clock: Clock) -> None:
+    near = Near(clock)
+    chooser = Chooser(near, clock=clock)
+    home = await chooser.choose(Caller("parent"), 10, LOADS)
+    assert await chooser.choose(Caller("child", parent="parent"), 10, LOADS) == home
+    assert near.table.shown()["decisions"] == {"first": 1, "parent": 1}
+
+
+async def test_calls_without_a_session_are_not_remembered(clock: Clock) -> None:
+    near = Near(clock)
+    chooser = Chooser(near, clock=clock)
+    for _ in range(6):
+        await chooser.choose(Caller(), 100, LOADS)
+    assert near.asked == 6
+    assert near.table.shown()["pins"] == 0
+
+
+@pytest.mark.parametrize("policy", ["autellix", "round-robin", "least-loaded", "hash"])
+async def test_policies_that_do_not_always_pin_are_asked_every_time(clock: Clock, policy: str) -> None:
+    near = Near(clock, policy=policy)
+    chooser = Chooser(near, policy, clock=clock)
+    for _ in range(6):
+        await chooser.choose(Caller("s"), 100, LOADS)
+    assert near.asked == 6
+
+
+async def test_without_a_table_calls_go_by_hash(clock: Clock) -> None:
+    """Both ingresses go to the same engine, go by the table once it is there, and say how often it was not."""
+    near = Near(clock)
+    near.up = False
+    one, other = Chooser(near, clock=clock), Chooser(near, clock=clock)
+    for session in ("s", "t", "u"):
+        places = {await chooser.choose(Caller(session), 100, LOADS) for chooser in (one, other, one)}
+        assert places == {rendezvous(session, LOADS)}
+    assert {await one.choose(Caller(), 100, LOADS) for _ in range(30)} == set(LOADS)
+    near.up = True
+    await one.choose(Caller("s"), 100, LOADS)
+    await other.choose(Caller("s"), 100, LOADS)
+    assert near.table.shown()["decisions"] == {"first": 1, "pinned": 1, "unreachable": 39}
+
+
+async def test_a_slow_table_is_waited_for_no_longer_than_that(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_agentserve.cluster.chooser.ASK_S", 0.01)
+    near = Near(clock)
+    near.slow_s = 30.0
+    assert await Chooser(near, clock=clock).choose(Caller("s"), 100, LOADS) == rendezvous("s", LOADS)
+
+
+async def test_what_is_known_stays_known_while_the_table_is_gone(clock: Clock) -> None:
+    near = Near(clock)
+    chooser = Chooser(near, clock=clock)
+    known = [await chooser.choose(Caller(f"{number}"), 100, LOADS) for number in range(9)]
+    near.up = False
+    assert [await chooser.choose(Caller(f"{number}"), 100, LOADS) for number in range(9)] == known
+
+
+async def test_an_ingress_remembers_so_many_conversations(clock: Clock) -> None:
+    near = Near(clock)
+    chooser = Chooser(near, max_known=2, clock=clock)
+    for session in ("s", "t", "u", "s"):
+        await chooser.choose(Caller(session), 100, LOADS)
+    assert near.asked == 4
+
+
+def test_tokens_that_live_on_engines_are_counted(clock: Clock) -> None:
+    table = PinTable(ClusterSettings("model").mapping(), clock)
+    engine, _ = table.place("s", 100, None, LOADS)
+    table.finished("s", engine, 150, last=False)
+    assert table.shown()["resident_tokens"] == {name: 150 if name == engine else 0 for name in LOADS}
+    table.place("s", 200, None, LOADS)
+    table.finished("s", engine, 250, last=True)
+    assert sum(table.shown()["resident_tokens"].values()) == 0
+    assert table.shown()["pins"] == 0
+
+
+def test_a_table_that_has_just_begun_knows_no_engines(clock: Clock) -> None:
+    table = PinTable(ClusterSettings("model").mapping(), clock)
+    table.turn("s", 100)
+    table.finished("s", "a", 100, last=False)
+    with pytest.raises(LookupError):
+        table.place("s", 100, None, {})
+    assert table.place("s", 100, None, {"a": None}) == ("a", "first")
+
+
+def test_the_name_of_an_engine_that_is_gone_does_not_come_back(clock: Clock) -> None:
+    """An ingress that hears of it late does not bring it back."""
+    table = PinTable(ClusterSettings("model").mapping(), clock)
+    table.place("s", 100, None, {"a": None, "b": None})
+    table.place("t", 100, None, {"b": None}, gone=("a",))
+    assert {table.place(f"{number}", 100, None, {"a": None, "b": None})[0] for number in range(9)} == {"b"}
+
+
+def test_a_report_counts_once_however_many_calls_bring_it(clock: Clock) -> None:
+    """Between two reports the table goes by the calls that it has placed itself."""
+    table = PinTable(ClusterSettings("model", policy="least-loaded").mapping(), clock)
+    placed = [table.place("", 100, None, LOADS)[0] for _ in range(12)]
+    assert sorted(placed.count(name) for name in LOADS) == [4, 4, 4]
+    busy = LOADS | {"a": Report(2, EngineLoad(50, 0, 0, 10_000))}
+    placed = [table.place("", 100, None, busy)[0] for _ in range(10)]
+    assert "a" not in placed
+    old = [table.place("", 100, None, LOADS)[0] for _ in range(10)]
+    assert "a" not in old

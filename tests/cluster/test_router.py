@@ -1,0 +1,103 @@
+"""Ray's router and the application, without a Ray that runs."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.cluster.test_pins import Clock, Near
+from vllm_agentserve.cluster.caller import Caller
+from vllm_agentserve.cluster.chooser import Chooser
+from vllm_agentserve.cluster.relay import RelayedRequest
+from vllm_agentserve.cluster.settings import ClusterSettings, SettingsError
+
+pytest.importorskip("ray", reason="Ray is not installed: it comes with the extra `cluster`")
+
+SETTINGS = ClusterSettings("model").mapping()
+STATS = {
+    "number": 1,
+    "running": 0,
+    "waiting": 0,
+    "kv_tokens": 0,
+    "capacity_tokens": 10_000,
+    "tokens_per_character": 0.5,
+}
+
+
+def replica(name: str) -> Any:
+    return SimpleNamespace(replica_id=SimpleNamespace(unique_id=name), routing_stats=STATS)
+
+
+def pending(request: Any, number: str = "1") -> Any:
+    return SimpleNamespace(args=[request], metadata=SimpleNamespace(internal_request_id=number))
+
+
+@pytest.fixture
+def near() -> Near:
+    return Near(Clock())
+
+
+@pytest.fixture
+def router(near: Near) -> Any:
+    from vllm_agentserve.cluster.router import ConversationRouter
+
+    found: Any = ConversationRouter.__new__(ConversationRouter)
+    found.initialize_state(settings=SETTINGS, app="agentserve")
+    found._chooser = Chooser(near)
+    return found
+
+
+REPLICAS = [replica(name) for name in "abc"]
+
+
+async def test_a_request_is_placed_once_however_often_ray_asks(router: Any, near: Near) -> None:
+    request = RelayedRequest("POST", "/v1/completions", caller=Caller("s", characters=100))
+    chosen = [await router.choose_replicas(REPLICAS, pending(request)) for _ in range(4)]
+    assert all(one == chosen[0] for one in chosen)
+    assert [len(rank) for rank in chosen[0]] == [1]
+    assert (near.asked, near.turns) == (1, 0)
+
+
+async def test_a_replica_that_is_gone_is_chosen_anew(router: Any, near: Near) -> None:
+    request = RelayedRequest("POST", "/v1/completions", caller=Caller("s"))
+    ((first,),) = await router.choose_replicas(REPLICAS, pending(request))
+    left = [one for one in REPLICAS if one is not first]
+    ((second,),) = await router.choose_replicas(left, pending(request))
+    assert second in left
+    assert near.table.shown()["moves"] == 1
+
+
+async def test_the_next_try_of_a_request_goes_elsewhere(router: Any) -> None:
+    """Ray gives both tries the same number."""
+    request = RelayedRequest("POST", "/v1/completions", caller=Caller("s"))
+    ((first,),) = await router.choose_replicas(REPLICAS, pending(request))
+    name = first.replica_id.unique_id
+    again = RelayedRequest("POST", "/v1/completions", caller=Caller("s"), avoid=(name,))
+    ((second,),) = await router.choose_replicas(REPLICAS, pending(again))
+    assert second is not first
+
+
+async def test_a_page_is_read_from_the_engine_it_is_asked_of(router: Any, near: Near) -> None:
+    for one in REPLICAS:
+        request = RelayedRequest("GET", "/metrics", engine=one.replica_id.unique_id)
+        assert await router.choose_replicas(REPLICAS, pending(request)) == [[one]]
+    gone = RelayedRequest("GET", "/metrics", engine="gone")
+    assert await router.choose_replicas(REPLICAS, pending(gone)) == [REPLICAS]
+    assert near.asked == 0
+
+
+async def test_what_is_no_request_of_ours_goes_anywhere(router: Any) -> None:
+    assert await router.choose_replicas(REPLICAS, None) == [REPLICAS]
+    assert await router.choose_replicas(REPLICAS, pending("other")) == [REPLICAS]
+
+
+def test_the_application_is_what_its_settings_say() -> None:
+    from vllm_agentserve.cluster.application import build
+
+    application = build({"model": "model", "engines": 3, "ingresses": 2, "app": "other"})
+    ingress = application._bound_deployment
+    (engines,) = [one._bound_deployment for one in ingress.init_args if hasattr(one, "_bound_deployment")]
+    assert (ingress.name, ingress.num_replicas, engines.name, engines.num_replicas) == ("ingress", 2, "engines", 3)
+    for wrong in ({"model": "model", "engine": 3}, {}, {"model": "model", "policy": "best"}):
+        with pytest.raises(SettingsError):
+            build(wrong)

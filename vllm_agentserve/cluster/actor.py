@@ -1,0 +1,82 @@
+"""The table of pins as a named Ray actor, and how other processes reach it."""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+
+from vllm_agentserve.cluster.settings import ClusterSettings
+from vllm_agentserve.cluster.table import NAMESPACE, PinTable, Reports
+
+FIND_AGAIN_S = 1.0
+"""A table that could not be reached is looked for no sooner."""
+
+
+class TableActor:
+    """The table in another process, found by its name; the first that looks for it makes it.
+
+    It outlives the process that made it, and starts empty if it has to start again.
+
+    Args:
+        app: name of the Ray Serve application.
+        settings: of the cluster.
+    """
+
+    def __init__(self, app: str, settings: ClusterSettings) -> None:
+        self.name = f"{app} {settings.policy} {settings.bound:g} {settings.pin_seconds:g} {settings.max_pins}"
+        self._settings = settings.mapping()
+        self._handle: Any = None
+        self._looked = 0.0
+
+    async def place(
+        self, session: str, tokens: int, parent: str | None, reports: Reports, gone: tuple[str, ...], missed: int
+    ) -> tuple[str, str]:
+        handle = await self._found()
+        try:
+            engine, reason = await handle.place.remote(session, tokens, parent, dict(reports), gone, missed)
+        except Exception:
+            self._handle = None
+            raise
+        return engine, reason
+
+    def turn(self, session: str, tokens: int) -> None:
+        if self._handle is not None:
+            self._handle.turn.remote(session, tokens)
+
+    async def finished(self, session: str, engine: str, context_tokens: int, last: bool) -> None:
+        """Does not wait for the table."""
+        (await self._found()).finished.remote(session, engine, context_tokens, last)
+
+    async def ready(self) -> None:
+        """Returns when the table can be asked: its process takes seconds to start."""
+        await self.shown()
+
+    async def shown(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = await (await self._found()).shown.remote()
+        return found
+
+    async def _found(self) -> Any:
+        """Its handle. Raises any exception if there is none, or there was none a moment ago."""
+        if self._handle is None:
+            if time.monotonic() - self._looked < FIND_AGAIN_S:
+                raise RuntimeError("the table of pins could not be reached a moment ago")
+            self._looked = time.monotonic()
+            # It may wait for Ray, and other requests must not.
+            self._handle = await asyncio.to_thread(self._find)
+        return self._handle
+
+    def _find(self) -> Any:
+        return (
+            ray.remote(PinTable)
+            .options(
+                name=self.name,
+                namespace=NAMESPACE,
+                get_if_exists=True,
+                lifetime="detached",
+                max_restarts=-1,
+                num_cpus=0,
+            )
+            .remote(self._settings)
+        )

@@ -1,0 +1,97 @@
+"""The Ray Serve application of a cluster, as `serve deploy` and `agentserve cluster serve` build it."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+
+from vllm_agentserve.bench.device import has_nvidia_driver, ranks
+from vllm_agentserve.cluster.actor import TableActor
+from vllm_agentserve.cluster.ingress import IngressApplication
+from vllm_agentserve.cluster.relay import Part, RelayedRequest
+from vllm_agentserve.cluster.server import EngineServer
+from vllm_agentserve.cluster.settings import ClusterSettings
+
+NAME = "agentserve"
+"""Of the application, unless a file says otherwise."""
+ROUTER = "vllm_agentserve.cluster.router.ConversationRouter"
+REPORT_S = 1.0
+"""Between two reports of an engine."""
+HEALTH_PERIOD_S = 1.0
+HEALTH_TIMEOUT_S = 30.0
+UNLIMITED = 1_000_000
+"""Calls that Ray gives to an engine or an ingress at once: vLLM has its own waiting line."""
+STOP_S = 30.0
+"""What an engine gets to end by itself."""
+
+
+class Ingress:
+    """The process that takes requests.
+
+    Args:
+        engines: the handle of their deployment.
+        settings: of the cluster.
+    """
+
+    def __init__(self, engines: DeploymentHandle[Any], settings: Mapping[str, Any]) -> None:
+        self._engines = engines.options(method_name="relay", stream=True)
+        found = ClusterSettings.from_mapping(settings)
+        self._table = TableActor(serve.get_replica_context().app_name, found)
+        self._client_names = found.client_names
+
+    async def __serve_build_asgi_app__(self) -> IngressApplication:
+        await self._table.ready()
+        return IngressApplication(self._send_to, self._table.shown, self._client_names)
+
+    async def _send_to(self, request: RelayedRequest) -> AsyncGenerator[Part, None]:
+        parts = self._engines.remote(request)
+        try:
+            async for part in parts:
+                yield part
+        except asyncio.CancelledError:
+            parts.cancel()
+            raise
+        except GeneratorExit:
+            parts.cancel()
+            raise
+
+
+def build(given: Mapping[str, Any]) -> Any:
+    """The application.
+
+    Args:
+        given: settings by name, see `ClusterSettings`; `app` is the application's name if it is not `agentserve`.
+
+    Raises:
+        SettingsError: one of them is not allowed.
+    """
+    rest = dict(given)
+    app = rest.pop("app", NAME)
+    settings = ClusterSettings.from_mapping(rest)
+    gpus = ranks(settings.options) if has_nvidia_driver() else 0
+    engines = serve.deployment(
+        EngineServer,
+        name="engines",
+        num_replicas=settings.engines,
+        max_ongoing_requests=UNLIMITED,
+        max_constructor_retry_count=2,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=STOP_S,
+        ray_actor_options={"num_cpus": 0 if gpus else 1, "num_gpus": gpus},
+        request_router_config=RequestRouterConfig(
+            request_router_class=ROUTER,
+            request_router_kwargs={"settings": settings.mapping(), "app": app},
+            request_routing_stats_period_s=REPORT_S,
+        ),
+    ).bind(settings.mapping())
+    return serve.deployment(
+        serve.ingress()(Ingress),
+        name="ingress",
+        num_replicas=settings.ingresses,
+        max_ongoing_requests=UNLIMITED,
+        ray_actor_options={"num_cpus": 0},
+    ).bind(engines, settings.mapping())

@@ -1,0 +1,192 @@
+"""One engine: a `vllm serve` that listens on a Unix socket, in a folder that no other user can read."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from vllm_agentserve.bench.server import first_cause
+from vllm_agentserve.cluster.relay import Failure, Head, Part, RelayedRequest, WholeEvents, end_to_end, is_stream
+
+if TYPE_CHECKING:
+    import aiohttp
+
+STOP_S = 20.0
+"""What a `vllm serve` gets to end by itself."""
+ENDING_S = 1.0
+LOG_LINES = 400
+"""Lines of its output that are kept to say why it ended."""
+OUR_HEADERS = (b"host", b"content-length", b"expect")
+"""Headers of a request that are written anew."""
+
+
+class EngineError(RuntimeError):
+    """An engine did not start; the message says why, as far as it is known."""
+
+
+class Engine:
+    """A `vllm serve` and a connection to it.
+
+    Args:
+        model: for `vllm serve`.
+        options: of `vllm serve`.
+        environment: of its process.
+    """
+
+    def __init__(self, model: str, options: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="agentserve-"))
+        self._socket = str(self._folder / "engine")
+        self.command = [
+            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model),
+            *(*options, "--uds", self._socket),
+        ]
+        self._environment = dict(environment)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._session: aiohttp.ClientSession | None = None
+        self._said: deque[str] = deque(maxlen=LOG_LINES)
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    def how_it_ended(self) -> str:
+        code = self._process.poll() if self._process is not None else None
+        return f"vllm serve ended with exit code {code}" if code is not None else "vllm serve does not answer"
+
+    async def start(self) -> None:
+        """Starts it, and returns when it is healthy.
+
+        Raises:
+            EngineError: it ended before that.
+        """
+        import aiohttp
+
+        wrapper = [sys.executable, str(Path(__file__).with_name("child.py")), str(os.getpid())]
+        self._process = subprocess.Popen(
+            [*wrapper, *self.command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=self._environment,
+            start_new_session=True,
+        )
+        assert self._process.stdout is not None
+        threading.Thread(target=self._pass_on, args=(self._process.stdout,), daemon=True).start()
+        self._session = aiohttp.ClientSession(
+            # A connection that is kept open may be closed by the server just as a request is sent.
+            connector=aiohttp.UnixConnector(self._socket, limit=0, force_close=True),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0),
+            auto_decompress=False,
+            # Only what the client sent goes on.
+            skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
+        )
+        while not await self.healthy(5.0):
+            if not self.alive:
+                said = "\n".join(self._said)
+                raise EngineError(f"{self.how_it_ended()} while starting: {first_cause(said) or said[-2000:]}")
+            await asyncio.sleep(0.25)
+
+    def _pass_on(self, output: IO[bytes]) -> None:
+        """Its output becomes ours, which Ray keeps."""
+        for line in output:
+            text = line.decode(errors="replace").rstrip("\n")
+            self._said.append(text)
+            print(text, flush=True)
+
+    async def page(self, path: str, timeout_s: float = 5.0) -> bytes | None:
+        """The contents of one of its pages; None if it cannot be had in that time."""
+        import aiohttp
+
+        if self._session is None:
+            return None
+        try:
+            limit = aiohttp.ClientTimeout(total=timeout_s)
+            async with self._session.get(f"http://engine{path}", timeout=limit) as answer:
+                return await answer.read() if answer.status == 200 else None
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return None
+
+    async def healthy(self, timeout_s: float) -> bool:
+        return self.alive and await self.page("/health", timeout_s) is not None
+
+    async def answer(self, request: RelayedRequest) -> AsyncIterator[Part]:
+        """What it answers: `Head` and bytes, or a `Failure`. The bytes of a stream are whole events, others come as one."""
+        import aiohttp
+
+        if self._session is None or not self.alive:
+            yield Failure(self.how_it_ended(), delivered=False)
+            return
+        given = end_to_end(request.headers, *OUR_HEADERS)
+        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in given]
+        begun = False
+        try:
+            async with self._session.request(
+                request.method,
+                f"http://engine{request.path}",
+                headers=headers,
+                data=request.body or None,
+                allow_redirects=False,
+            ) as answer:
+                sent = end_to_end(answer.raw_headers)
+                if not is_stream(sent):
+                    content = await answer.read()
+                    yield Head(answer.status, sent)
+                    yield content
+                    return
+                yield Head(answer.status, sent)
+                begun = True
+                events = WholeEvents()
+                async for more in answer.content.iter_any():
+                    if whole := events.feed(more):
+                        yield whole
+                if rest := events.rest():
+                    yield rest
+        except aiohttp.ClientConnectorError:
+            # Nobody listens: the request has gone nowhere. A server that lives has too much to do just now.
+            yield Failure(self.how_it_ended(), delivered=self.alive)
+        except (aiohttp.ClientError, OSError) as error:
+            await self._known_to_have_ended()
+            where = "in the middle of an answer" if begun else "before it answered"
+            yield Failure(f"the engine's server went away {where} ({type(error).__name__})", delivered=True)
+
+    async def _known_to_have_ended(self) -> None:
+        """Waits a moment: a process that is killed closes its connections first. The next request must not go to it."""
+        deadline = time.monotonic() + ENDING_S
+        while self.alive and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+
+    def stop(self) -> None:
+        """Asks it to end, then makes it; returns when it and all that it started are gone."""
+        process, self._process = self._process, None
+        if process is not None:
+            for kind, patience_s in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, 5.0)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, kind)
+                deadline = time.monotonic() + patience_s
+                while time.monotonic() < deadline and group_lives(process.pid):
+                    process.poll()
+                    time.sleep(0.05)
+            process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,53 @@
+"""One page of metrics for several engines."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+SAMPLE = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{(.*)\})?( .*)$")
+SERIES = "agentserve_cluster_"
+"""What the series of placement begin with."""
+LABEL = "replica"
+"""Names the engine. vLLM has a label `engine` of its own."""
+KINDS = {
+    "decisions_total": ("counter", "Calls placed, by the reason of their place."),
+    "moves_total": ("counter", "Conversations that went on at another engine."),
+    "pins": ("gauge", "Conversations that are pinned to an engine."),
+    "engine_resident_tokens": ("gauge", "Tokens of the conversations that are pinned to an engine."),
+}
+
+
+def merged(shown: Mapping[str, Any], pages: Mapping[str, str]) -> str:
+    """The page of a cluster: what the table of pins shows, and each engine's page with the label `replica`.
+
+    Args:
+        shown: see `PinTable.shown`.
+        pages: by the name of the engine.
+    """
+    families: dict[str, list[str]] = {}
+    for name, (kind, text) in KINDS.items():
+        families[SERIES + name] = [f"# HELP {SERIES}{name} {text}", f"# TYPE {SERIES}{name} {kind}"]
+    for reason, count in sorted(shown["decisions"].items()):
+        families[f"{SERIES}decisions_total"].append(f'{SERIES}decisions_total{{reason="{reason}"}} {count}')
+    families[f"{SERIES}moves_total"].append(f"{SERIES}moves_total {shown['moves']}")
+    families[f"{SERIES}pins"].append(f"{SERIES}pins {shown['pins']}")
+    for engine, tokens in sorted(shown["resident_tokens"].items()):
+        sample = f'{SERIES}engine_resident_tokens{{{LABEL}="{engine}"}} {tokens}'
+        families[f"{SERIES}engine_resident_tokens"].append(sample)
+    for engine, page in sorted(pages.items()):
+        add_page(families, engine, page)
+    return "\n".join(line for lines in families.values() for line in lines) + "\n"
+
+
+def add_page(families: dict[str, list[str]], engine: str, page: str) -> None:
+    """All samples of a family have to stand together, so those of every engine join those of the ones before."""
+    family: list[str] = []
+    for line in page.splitlines():
+        if line.startswith(("# HELP ", "# TYPE ")):
+            name = line.split(" ", 3)[2]
+            family = families.setdefault(name, [])
+            if not any(known.startswith(line[:7]) for known in family[:2]):
+                family.append(line)
+        elif found := SAMPLE.match(line):
+            name, labels, value = found.groups()
+            family.append(f'{name}{{{LABEL}="{engine}"{"," + labels if labels else ""}}}{value}')

@@ -1,0 +1,49 @@
+"""Ray Serve's router for the engines: asks for the engine of each request, and gives Ray that one only."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from vllm_agentserve.cluster.actor import TableActor
+from vllm_agentserve.cluster.chooser import Chooser
+from vllm_agentserve.cluster.load import rate_in, report_in
+from vllm_agentserve.cluster.relay import RelayedRequest
+from vllm_agentserve.cluster.settings import ClusterSettings
+
+UNDER_WAY = 4096
+"""Requests whose engine is remembered while Ray tries to send them."""
+
+
+class ConversationRouter(RequestRouter):
+    """Sends every request where the table of pins wants it. There is one in each ingress's process."""
+
+    def initialize_state(self, settings: Mapping[str, Any], app: str) -> None:
+        """Args: the cluster's settings, and the name of its Ray Serve application."""
+        found = ClusterSettings.from_mapping(settings)
+        self._chooser = Chooser(TableActor(app, found), found.policy, found.pin_seconds, found.max_pins)
+        self._chosen: OrderedDict[tuple[str, tuple[str, ...]], str] = OrderedDict()
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """The one replica that the request goes to. Ray asks again while that one cannot take it, or is gone."""
+        request = pending_request.args[0] if pending_request is not None and pending_request.args else None
+        if pending_request is None or not isinstance(request, RelayedRequest) or not candidate_replicas:
+            return [candidate_replicas]
+        replicas = {one.replica_id.unique_id: one for one in candidate_replicas}
+        if request.engine:
+            return [[replicas[request.engine]] if request.engine in replicas else candidate_replicas]
+        # Ray gives all calls that an ingress makes for one request the same number.
+        number = (pending_request.metadata.internal_request_id, request.avoid)
+        engine = self._chosen.get(number)
+        if engine not in replicas:
+            stats = {name: one.routing_stats or {} for name, one in replicas.items()}
+            tokens = request.caller.prompt_tokens(rate_in(list(stats.values())))
+            reports = {name: report_in(one) for name, one in stats.items()}
+            engine = await self._chooser.choose(request.caller, tokens, reports, request.avoid)
+            self._chosen[number] = engine
+            if len(self._chosen) > UNDER_WAY:
+                self._chosen.popitem(last=False)
+        return [[replicas[engine]]]
