@@ -8,7 +8,8 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
-from vllm_agentserve.bench.device import has_nvidia_driver, ranks
+from vllm_agentserve.bench.device import has_nvidia_driver
+from vllm_agentserve.bench.server import ranks
 from vllm_agentserve.cluster.actor import TableActor
 from vllm_agentserve.cluster.ingress import IngressApplication
 from vllm_agentserve.cluster.relay import Part, RelayedRequest

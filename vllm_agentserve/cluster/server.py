@@ -8,7 +8,8 @@ from typing import Any
 
 from ray import serve
 
-from vllm_agentserve.bench.server import bound_cores, has_nvidia_driver, ranks, serving_environment
+from vllm_agentserve.bench.device import has_nvidia_driver
+from vllm_agentserve.bench.server import bound_cores, ranks, serving_environment
 from vllm_agentserve.cluster.actor import TableActor
 from vllm_agentserve.cluster.engine import Engine
 from vllm_agentserve.cluster.load import Report, TokenRate, load_of, stats_of
