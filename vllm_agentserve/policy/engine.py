@@ -169,7 +169,14 @@ class EnginePolicy:
         uncached, level = call.request.num_tokens - cached, self.programs.level(call)
         resume_tokens = self.controller.resume_tokens
         key = admission_key(
-            self.phase(call, cached), uncached, call.number, resume_tokens, level, hints.batch, call.due
+            self.phase(call, cached),
+            uncached,
+            call.number,
+            resume_tokens,
+            level,
+            hints.batch,
+            call.due,
+            hints.priority,
         )
         if call.lost_ms is None and self._engine.is_preempted(call):
             return ahead(key, Urgency.PREEMPTED, call.number)
