@@ -420,6 +420,7 @@ def test_dynamos_waits_and_branches(tmp_path: Path) -> None:
     assert sent["child/1"] >= ended["child/0"] + 0.1
     assert sent["main/1"] >= max(ended["child/1"], ended["other/0"]) + 0.03
     assert sent["main#2/0"] < ended["child/0"] + 0.1
+    assert server.parents == {"main": None, "main#2": None, "child": "main", "other": "main"}
 
 
 def test_priorities_are_sent(tmp_path: Path) -> None:
@@ -458,8 +459,14 @@ def test_a_blocking_sub_agent_holds_its_parent_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([row("p1", "main"), row("c1", "child", blocks_parent=True)], "line 2: 'blocks_parent' is given, and no line of another"),
-        ([row("p1", "main", branches=["p2"]), row("p2", "main", blocks_parent=True)], "line 2: 'blocks_parent' is given, and no"),
+        (
+            [row("p1", "main"), row("c1", "child", blocks_parent=True)],
+            "line 2: 'blocks_parent' is given, and no line of another",
+        ),
+        (
+            [row("p1", "main", branches=["p2"]), row("p2", "main", blocks_parent=True)],
+            "line 2: 'blocks_parent' is given, and no",
+        ),
         (
             [
                 row("p1", "main", branches=["c1"]),
@@ -484,7 +491,6 @@ def test_a_blocking_sub_agent_holds_its_parent_back(tmp_path: Path) -> None:
 def test_wrong_fields_of_gateways_are_named(tmp_path: Path, rows: list[dict], words: str) -> None:
     with pytest.raises(WorkloadError, match=words):
         read_trace(written(tmp_path, *rows), TraceOptions(block_tokens=128), 0)
-    assert server.parents == {"main": None, "main#2": None, "child": "main", "other": "main"}
 
 
 def test_rows_replayed_by_the_clock_have_names_of_their_own(tmp_path: Path) -> None:

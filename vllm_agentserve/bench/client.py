@@ -174,7 +174,7 @@ class StreamingClient:
                 fields["session_id"] = session_id
             hints: dict[str, Any] = {} if parent is None else {PARENT_HINT: parent}
             if last:
-                hints[LAST_HINT] = "true"
+                hints[LAST_HINT] = True
             if priority is not None:
                 hints[PRIORITY_HINT] = priority
             if hints:
