@@ -80,7 +80,7 @@ def held_back(lines: Sequence[TraceLine], spawner: Mapping[str, TraceLine]) -> l
             if line.session_id in latest:
                 following[latest[line.session_id].number] = index
             latest[line.session_id] = line
-    waiting = []
+    waiting: list[tuple[int, tuple[str, ...]]] = []
     for line in lines:
         if not line.blocks_parent:
             continue
