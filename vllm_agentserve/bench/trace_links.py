@@ -71,7 +71,7 @@ def held_back(lines: Sequence[TraceLine], spawner: Mapping[str, TraceLine]) -> l
     Raises:
         WorkloadError: one of them has no name, or no line has spawned the session of a blocking request.
     """
-    spawned = {line.session_id: spawner[line.name] for line in lines if line.name in spawner}
+    spawned = {line.session_id: spawner[line.name] for line in lines if line.name is not None and line.name in spawner}
     following: dict[int, int] = {}
     """By number of a line: the place of the next one of its session."""
     latest: dict[str, TraceLine] = {}
