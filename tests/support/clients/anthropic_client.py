@@ -28,7 +28,7 @@ def run(url: str) -> dict:
     client = Anthropic(base_url=url, api_key="none", max_retries=0)
     model = client.models.list().data[0].id
     # This client has no argument for the temperature of every model.
-    asked: dict = {"model": model, "system": SYSTEM, "max_tokens": 64, "extra_body": {"temperature": 0}}
+    asked: dict = {"model": model, "system": SYSTEM, "max_tokens": 128, "extra_body": {"temperature": 0}}
     messages: list = [{"role": "user", "content": "How long is each file?"}]
     calls, contexts = 0, []
     for _ in range(TURNS):

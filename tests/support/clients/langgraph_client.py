@@ -27,7 +27,7 @@ def count_words(file: str) -> str:
 
 
 def run(url: str) -> dict:
-    model = ChatOpenAI(model="model", base_url=f"{url}/v1", api_key="none", temperature=0, max_tokens=64, max_retries=0)
+    model = ChatOpenAI(model="model", base_url=f"{url}/v1", api_key="none", temperature=0, max_tokens=128, max_retries=0)
     forced = model.bind_tools([count_words], tool_choice="count_words", strict=True)
     free = model.bind_tools([count_words], tool_choice="none")
 

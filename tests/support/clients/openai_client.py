@@ -37,7 +37,7 @@ LONGEST = 2000
 def run(url: str) -> dict:
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     model = client.models.list().data[0].id
-    asked: dict = {"model": model, "max_tokens": 64, "temperature": 0}
+    asked: dict = {"model": model, "max_tokens": 128, "temperature": 0}
     messages: list = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "How long is each file?"}]
     calls, contexts = 0, []
     for _ in range(TURNS):
