@@ -74,12 +74,10 @@ def guidellm(
     ]
     run(command, environment, folder)
     benchmark: dict[str, Any] = json.loads((folder / "result.json").read_text())["benchmarks"][0]
-    assert benchmark["metrics"]["request_totals"] == {
-        "successful": REQUESTS,
-        "errored": 0,
-        "incomplete": 0,
-        "total": REQUESTS,
-    }
+    totals = benchmark["metrics"]["request_totals"]
+    assert totals["errored"] == 0
+    # Of requests that end with the run it may leave some out.
+    assert totals["successful"] >= REQUESTS - CONCURRENCY
     return benchmark
 
 
@@ -90,7 +88,7 @@ def figures_of_guidellm(benchmark: dict[str, Any]) -> Figures:
     return {
         "ttft": statistics.median(one["time_to_first_token_ms"] for one in requests),
         "tpot": statistics.median(one["inter_token_latency_ms"] for one in requests),
-        "tokens_per_s": OUTPUT * REQUESTS / benchmark["duration"],
+        "tokens_per_s": OUTPUT * len(requests) / benchmark["duration"],
     }
 
 
@@ -169,7 +167,8 @@ def test_conversations_of_guidellm_are_found(
         guidellm(clients, hub, proxy.url, tmp_path / "chat", 1, TURNS, "/v1/chat/completions")
     counted = before.since()
     assert [sent.names for sent in proxy.generated] == [{}] * len(proxy.generated)
-    later = REQUESTS - CONVERSATIONS
+    begun = sum(len(sent.body["messages"]) == 1 for sent in proxy.generated)
+    later = len(proxy.generated) - begun
     words = f"{counted['inferred']} of {later} later turns were found"
     rows.append(Row(f"guidellm, {TURNS} turns", "none", words, "runs"))
     assert counted["explicit"] == counted["invalid"] == 0

@@ -164,7 +164,7 @@ def program_ids(server: VllmServer) -> set[float]:
 
 @pytest.mark.parametrize("client", [openai_client, anthropic_client])
 def test_clients_as_they_are(server: VllmServer, client: ModuleType) -> None:
-    """They name no session: the calls of their agent are found to be one program. Tools, streams and leaving work."""
+    """They name no session: turns are found by what they go on from. Tools, streams and leaving in the middle work."""
     before, generated = settled(server), total(server.url, "vllm:generation_tokens_total")
     left = total(server.url, "vllm:request_success_total", finished_reason="abort")
     with RecordingProxy(server.url) as proxy:
@@ -178,10 +178,9 @@ def test_clients_as_they_are(server: VllmServer, client: ModuleType) -> None:
     assert [sent.left for sent in proxy.generated] == [False] * (len(proxy.generated) - 1) + [True]
     after = settled(server)
     assert after.get("program_explicit_requests_total", 0) == before.get("program_explicit_requests_total", 0)
-    agent_calls = client.TURNS + 2
-    assert (
-        after["program_inferred_requests_total"] - before.get("program_inferred_requests_total", 0) >= agent_calls - 1
-    )
+    found = after["program_inferred_requests_total"] - before.get("program_inferred_requests_total", 0)
+    # A model with random weights writes a tool call in tokens that no tokenizer gives for its text; words come back as they were.
+    assert found >= client.TALKS
     assert total(server.url, "vllm:request_success_total", finished_reason="abort") == left + 1
     assert total(server.url, "vllm:generation_tokens_total") - generated < client.LONGEST
 

@@ -1,8 +1,8 @@
 """The Anthropic client as it is: a tool loop over messages, a stream, and one that is left in the middle.
 
-    python anthropic_client.py URL
+    python anthropic_client.py URL [SESSION]
 
-It names no session. Prints one line of JSON.
+It names a session only if one is given. Prints one line of JSON.
 """
 
 import json
@@ -20,12 +20,15 @@ PARAMETERS = {
 TOOLS = [{"name": NAME, "description": "Counts the words of a file.", "input_schema": PARAMETERS, "strict": True}]
 SYSTEM = "You look after a folder of text files. Use the tool to find out how long they are. " * 20
 TURNS = 3
+TALKS = 2
+"""Turns after those with a tool, each of which goes on from an answer in words."""
 LONGEST = 2000
 """Tokens of the answer that is not read to its end."""
 
 
-def run(url: str) -> dict:
-    client = Anthropic(base_url=url, api_key="none", max_retries=0)
+def run(url: str, session: str | None = None) -> dict:
+    headers = {"X-Session-ID": session} if session else None
+    client = Anthropic(base_url=url, api_key="none", max_retries=0, default_headers=headers)
     model = client.models.list().data[0].id
     # This client has no argument for the temperature of every model.
     asked: dict = {"model": model, "system": SYSTEM, "max_tokens": 128, "extra_body": {"temperature": 0}}
@@ -46,6 +49,11 @@ def run(url: str) -> dict:
             calls += 1
         messages.append({"role": "user", "content": results or "Go on."})
     final = client.messages.create(messages=messages, **asked)
+    talk, answer = list(messages), final
+    for _ in range(TALKS):
+        said = "".join(block.text for block in answer.content if block.type == "text")
+        talk += [{"role": "assistant", "content": said}, {"role": "user", "content": "Go on."}]
+        answer = client.messages.create(messages=talk, **asked)
     with client.messages.stream(messages=messages, **asked) as stream:
         texts = list(stream.text_stream)
         whole = stream.get_final_message()
@@ -70,4 +78,4 @@ def run(url: str) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(sys.argv[1])))
+    print(json.dumps(run(*sys.argv[1:])))

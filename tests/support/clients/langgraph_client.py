@@ -1,8 +1,8 @@
 """LangGraph over LangChain's OpenAI client, as they are: an agent with a tool and a memory, and a stream.
 
-    python langgraph_client.py URL
+    python langgraph_client.py URL [SESSION]
 
-The agent has a `thread_id`, as every agent with a memory has. Prints one line of JSON.
+The agent has a `thread_id`, as every agent with a memory has. It names a session only if one is given. Prints one line of JSON.
 """
 
 import json
@@ -18,6 +18,8 @@ from langgraph.prebuilt import ToolNode
 
 SYSTEM = "You look after a folder of text files. Use the tool to find out how long they are. " * 20
 TURNS = 3
+TALKS = 2
+"""Turns after those with a tool, each of which goes on from an answer in words."""
 
 
 @tool
@@ -26,8 +28,11 @@ def count_words(file: str) -> str:
     return json.dumps({"file": file, "words": 1000})
 
 
-def run(url: str) -> dict:
-    model = ChatOpenAI(model="model", base_url=f"{url}/v1", api_key="none", temperature=0, max_tokens=128, max_retries=0)
+def run(url: str, session: str | None = None) -> dict:
+    server = {"model": "model", "base_url": f"{url}/v1", "api_key": "none", "max_retries": 0}
+    if session:
+        server["default_headers"] = {"X-Session-ID": session}
+    model = ChatOpenAI(temperature=0, max_tokens=128, **server)
     forced = model.bind_tools([count_words], tool_choice="count_words", strict=True)
     free = model.bind_tools([count_words], tool_choice="none")
 
@@ -49,13 +54,13 @@ def run(url: str) -> dict:
     compiled = graph.compile(checkpointer=InMemorySaver())
     thread = {"configurable": {"thread_id": "thread-1"}, "recursion_limit": 50}
     state = compiled.invoke({"messages": [HumanMessage("How long is each file?")]}, thread)
+    for _ in range(TALKS - 1):
+        state = compiled.invoke({"messages": [HumanMessage("Go on.")]}, thread)
     told = compiled.stream({"messages": [HumanMessage("Thank you.")]}, thread, stream_mode="messages")
     texts = [part.content for part, _ in told if part.content]
     last = compiled.get_state(thread).values["messages"][-1]
     read = 0
-    for _ in ChatOpenAI(
-        model="model", base_url=f"{url}/v1", api_key="none", max_tokens=2000, extra_body={"ignore_eos": True}
-    ).stream("one two three"):
+    for _ in ChatOpenAI(max_tokens=2000, extra_body={"ignore_eos": True}, **server).stream("one two three"):
         read += 1
         if read == 3:
             break
@@ -75,4 +80,4 @@ def run(url: str) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(sys.argv[1])))
+    print(json.dumps(run(*sys.argv[1:])))

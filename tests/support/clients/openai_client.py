@@ -1,8 +1,8 @@
 """The OpenAI client as it is: a tool loop over chat completions, responses, a stream, and one that is left in the middle.
 
-    python openai_client.py URL
+    python openai_client.py URL [SESSION]
 
-It names no session. Prints one line of JSON.
+It names a session only if one is given. Prints one line of JSON.
 """
 
 import json
@@ -30,12 +30,15 @@ TOOLS = [
 ]
 SYSTEM = "You look after a folder of text files. Use the tool to find out how long they are. " * 20
 TURNS = 3
+TALKS = 2
+"""Turns after those with a tool, each of which goes on from an answer in words."""
 LONGEST = 2000
 """Tokens of the answer that is not read to its end."""
 
 
-def run(url: str) -> dict:
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+def run(url: str, session: str | None = None) -> dict:
+    headers = {"X-Session-ID": session} if session else None
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, default_headers=headers)
     model = client.models.list().data[0].id
     asked: dict = {"model": model, "max_tokens": 128, "temperature": 0}
     messages: list = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "How long is each file?"}]
@@ -54,6 +57,14 @@ def run(url: str) -> dict:
             )
             calls += 1
     final = client.chat.completions.create(messages=messages, tools=TOOLS, tool_choice="none", **asked)
+    talk, answer = list(messages), final
+    for _ in range(TALKS):
+        talk += [
+            {"role": "assistant", "content": answer.choices[0].message.content},
+            {"role": "user", "content": "Go on."},
+        ]
+        answer = client.chat.completions.create(messages=talk, tools=TOOLS, tool_choice="none", **asked)
+        contexts.append(answer.usage.prompt_tokens)
     parts = client.chat.completions.create(
         messages=messages,
         tools=TOOLS,
@@ -101,4 +112,4 @@ def run(url: str) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(sys.argv[1])))
+    print(json.dumps(run(*sys.argv[1:])))
