@@ -14,11 +14,13 @@ from tests.clients.results import Row
 from tests.support.agreement import CONCURRENCY, INPUT, OUTPUT, REQUESTS, Figures, agree, ours
 from tests.support.recording_proxy import RecordingProxy
 from tests.support.server_pages import Programs
+from tests.support.token_server import token_server
 from vllm_agentserve.bench.server import VllmServer, serving_environment
 
 pytestmark = pytest.mark.slow
 TURNS = 3
 Hub = tuple[str, dict[str, str]]
+COMPLETIONS = ("--endpoint-type", "completions", "--request-count", str(REQUESTS))
 
 
 def run(command: list[str], environment: Mapping[str, str], folder: Path) -> None:
@@ -97,12 +99,31 @@ def agreement(found: Figures, pairs: int) -> str:
     return ", ".join(f"{key} x{ratio:.2f}" for key, ratio in found.items()) + f" ({pairs} pairs; ours over theirs)"
 
 
+SCHEDULE = ("--first-s", "0.1", "--interval-s", "0.02")
+
+
+@pytest.mark.parametrize("name", ["aiperf", "guidellm"])
+def test_clients_agree_on_a_schedule(clients: Path, hub: Hub, rows: list[Row], tmp_path: Path, name: str) -> None:
+    """A server that sends the first token after 100 ms and then one every 20 ms: what they say can only be that."""
+    with token_server(*SCHEDULE) as url:
+
+        def theirs(seed: int) -> Figures:
+            folder = tmp_path / f"{seed}"
+            if name == "guidellm":
+                return figures_of_guidellm(guidellm(clients, hub, url, folder, seed))
+            return figures_of_aiperf(aiperf(clients, hub, url, folder, seed, *COMPLETIONS))
+
+        ours(url, 100)
+        found, pairs = agree(theirs, lambda seed: ours(url, seed))
+    assert 0.9 < found["tpot"] < 1.1
+    rows.append(Row(f"{name}, tokens on a schedule", "", "", agreement(found, pairs)))
+
+
 def test_aiperf_measures_what_we_measure(
     server: VllmServer, clients: Path, hub: Hub, rows: list[Row], tmp_path: Path
 ) -> None:
     def theirs(seed: int) -> Figures:
-        options = ("--endpoint-type", "completions", "--request-count", str(REQUESTS))
-        return figures_of_aiperf(aiperf(clients, hub, server.url, tmp_path / f"{seed}", seed, *options))
+        return figures_of_aiperf(aiperf(clients, hub, server.url, tmp_path / f"{seed}", seed, *COMPLETIONS))
 
     ours(server.url, 100)
     found, pairs = agree(theirs, lambda seed: ours(server.url, seed))
