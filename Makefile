@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-engine test-newest setup lint compat doctor bench bench-interference bench-lanes bench-pressure bench-programs bench-cost gpu-check torture torture-contents soak coverage mutants clean
+.PHONY: demo test test-fast test-engine test-newest setup lint compat doctor bench bench-interference bench-lanes bench-pressure bench-programs bench-cost gpu-check client-check torture torture-contents soak coverage mutants clean
 
 demo: setup
 	@$(RUN)/agentserve demo
@@ -102,6 +102,17 @@ mutants: setup
 	@rm -rf mutants && $(RUN)/mutmut run && $(RUN)/mutmut results | sed 's/^ *//' | { grep -E 'survived|timeout' || true; } > docs/results/mutants.txt && $(RUN)/mutmut export-cicd-stats
 	@cp mutants/mutmut-cicd-stats.json docs/results/mutants.json
 
+# Clients of others against a server of ours, in an environment of their own. The table goes into bench-results/clients.
+CLIENTS := .venv-clients
+client-check: setup $(CLIENTS)/ready
+	@AGENTSERVE_CLIENTS=$(CLIENTS) $(RUN)/python -m pytest -v --timeout 1800 tests/clients
+
+$(CLIENTS)/ready: tests/clients/requirements.txt
+	@echo "installing the clients into $(CLIENTS) (some minutes)"
+	@$(PYTHON) -m venv $(CLIENTS)
+	@$(CLIENTS)/bin/python -m pip --disable-pip-version-check install -q -r tests/clients/requirements.txt
+	@touch $@
+
 # Under ten minutes on a machine with one NVIDIA GPU; into bench-results/gpu-check.
 gpu-check: setup
 	@$(RUN)/python -m vllm_agentserve.gpucheck --output bench-results/gpu-check
@@ -111,4 +122,4 @@ setup:
 	@$(PYTHON) tools/bootstrap.py --venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

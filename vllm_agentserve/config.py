@@ -149,8 +149,9 @@ class AgentServeConfig:
         False,
         "",
         "Refuse a request with an invalid hint (`agent_parent`, `agent_thread`, `agent_deadline_ms`, "
-        "`agent_last`, `agent_tool`, `agent_class`, `agent_session`, `agent_previous`, `agentic_context`, `agent_hint` in "
-        "`vllm_xargs`, and the headers of clients) with status 400. Off: the hint is ignored and counted.",
+        "`agent_last`, `agent_tool`, `agent_class`, `agent_session`, `agent_previous`, `agent_priority`, "
+        "`agentic_context`, `agent_hint` in `vllm_xargs`, and the headers of clients) with status 400. Off: the hint is ignored "
+        "and counted.",
     )
     client_names: bool = option(
         True,

@@ -17,6 +17,7 @@ from vllm_agentserve.bench.records import digest
 from vllm_agentserve.bench.replay import Replay
 from vllm_agentserve.bench.sessions import Session, Turn, WorkloadError
 from vllm_agentserve.bench.trace import TraceOptions, read_trace, trace_path
+from vllm_agentserve.policy.hints import Hints, read_hints
 from vllm_agentserve.policy.load import MAX_HOLD_S
 
 
@@ -202,11 +203,13 @@ def test_options_of_the_client() -> None:
 
 
 def test_a_session_says_that_it_ends_where_the_server_knows_the_field() -> None:
-    assert msgspec.json.decode(StreamingClient("u").body([1], 1, "s", True, last=True))["vllm_xargs"] == {
-        "agent_last": "true"
-    }
+    alone = msgspec.json.decode(StreamingClient("u").body([1], 1, "s", True, last=True))["vllm_xargs"]
+    assert alone == {"agent_last": True}
+    assert read_hints(alone) == (Hints(last=True), [])
+    named = msgspec.json.decode(StreamingClient("u").body([1], 1, "s", True, parent="p", last=True, priority=-1))
+    assert read_hints(named["vllm_xargs"]) == (Hints(parent="p", last=True, priority=-1), [])
     both = StreamingClient("u").body([1], 1, "s", True, parent="p", last=True)
-    assert msgspec.json.decode(both)["vllm_xargs"] == {"agent_parent": "p", "agent_last": "true"}
+    assert msgspec.json.decode(both)["vllm_xargs"] == {"agent_parent": "p", "agent_last": True}
     assert "vllm_xargs" not in msgspec.json.decode(StreamingClient("u").body([1], 1, "s", True))
     assert "vllm_xargs" not in msgspec.json.decode(
         StreamingClient("u", extensions=False).body([1], 1, "s", True, last=True)

@@ -86,11 +86,13 @@ class Slow:
         self.ended: dict[str, float] = {}
         self.parents: dict[str, str | None] = {}
         self.prompts: dict[str, list[int]] = {}
+        self.priorities: dict[str, int | None] = {}
 
-    async def generate(self, kind, prompt, max_tokens, session_id=None, into=None, due=None, parent=None, **_):
+    async def generate(self, kind, prompt, max_tokens, session_id=None, into=None, due=None, parent=None, **more):
         name = f"{session_id}/{sum(one.rpartition('/')[0] == session_id for one in self.sent)}"
         into.sent = self.sent[name] = perf_counter()
         self.parents[session_id] = parent
+        self.priorities[name] = more["priority"]
         self.prompts[name] = msgspec.json.decode(prompt)
         assert self.replay is not None
         self.most = max(self.most, sum(len(one._json) for one in self.replay._contexts.values()))
@@ -225,10 +227,10 @@ def test_an_open_replay_loses_no_session_whose_name_looks_like_that_of_a_line(tm
 
 
 def test_ignored_fields_are_named_once(tmp_path: Path) -> None:
-    path = written(tmp_path, LINE | {"priority": 3, "tool_events": []}, LINE | {"priority": 4, "model": "m"})
+    path = written(tmp_path, LINE | {"cost": 3, "tool_events": []}, LINE | {"cost": 4, "model": "m"})
     said = Trace(path, TraceOptions()).summary()
     assert said[0].startswith("Trace trace.jsonl, Mooncake: 2 requests in 2 sessions, 20 tokens of prompts")
-    assert said[1:] == ["Fields of the trace that a replay does not use: priority, tool_events, model."]
+    assert said[1:] == ["Fields of the trace that a replay does not use: cost, tool_events, model."]
 
 
 @pytest.mark.parametrize("form", ["mark", "array", "lines of an array", "packed", "one object"])
@@ -419,6 +421,76 @@ def test_dynamos_waits_and_branches(tmp_path: Path) -> None:
     assert sent["main/1"] >= max(ended["child/1"], ended["other/0"]) + 0.03
     assert sent["main#2/0"] < ended["child/0"] + 0.1
     assert server.parents == {"main": None, "main#2": None, "child": "main", "other": "main"}
+
+
+def test_priorities_are_sent(tmp_path: Path) -> None:
+    lines = [{"session_id": "a", "priority": -2}, {"session_id": "a"}, {"session_id": "b", "priority": 0}]
+    path = written(tmp_path, *(LINE | {"timestamp": 0} | line for line in lines))
+    assert len(Trace(path, TraceOptions()).summary()) == 1
+    closed = replayed(read_trace(path, TraceOptions(), 0))
+    assert closed.priorities == {"a/0": -2, "a/1": None, "b/0": 0}
+    opened = replayed(read_trace(path, TraceOptions(pace="open"), 0))
+    assert opened.priorities == {"a.1/0": -2, "a.2/0": None, "b/0": 0}
+
+
+BLOCKING = [
+    row("p1", "main", timestamp=0, branches=["c1", "d1"]),
+    row("c1", "child", wait_for=["p1"], blocks_parent=True),
+    row("d1", "other", wait_for=["p1"], delay=200, blocks_parent=False),
+    row("c2", "child", wait_for=["c1"], delay=20, blocks_parent=True),
+    row("p2", "main", delay=10),
+    row("p3", "main", wait_for=["p2"]),
+]
+
+
+def test_a_blocking_sub_agent_holds_its_parent_back(tmp_path: Path) -> None:
+    """The next request of the parent waits for it, and for no other sub-agent."""
+    trace = Trace(written(tmp_path, *BLOCKING), TraceOptions(block_tokens=128))
+    sessions = by_name(trace.sessions(0))
+    assert list(sessions) == ["main", "child", "other"]
+    assert waits(sessions["main"]) == [(), (TurnKey("child", 0), TurnKey("child", 1)), ()]
+    assert len(trace.summary()) == 1
+    server = replayed(list(sessions.values()))
+    ended, sent = server.ended, server.sent
+    assert sent["main/1"] >= ended["child/1"] + 0.01
+    assert sent["main/1"] < ended["other/0"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (
+            [row("p1", "main"), row("c1", "child", blocks_parent=True)],
+            "line 2: 'blocks_parent' is given, and no line of another",
+        ),
+        (
+            [row("p1", "main", branches=["p2"]), row("p2", "main", blocks_parent=True)],
+            "line 2: 'blocks_parent' is given, and no",
+        ),
+        (
+            [
+                row("p1", "main", branches=["c1"]),
+                row("c1", "child", wait_for=["p1"]),
+                LINE | {"session_id": "child", "hash_ids": [1], "blocks_parent": True},
+            ],
+            "line 3: 'blocks_parent' is given; then it and the line",
+        ),
+        (
+            [
+                row("p1", "main", branches=["c1"]),
+                row("c1", "child", wait_for=["p2"], blocks_parent=True),
+                row("p2", "main"),
+            ],
+            "waits for .*, which waits for it: leave one wait out",
+        ),
+        ([row("p1", "main", blocks_parent="yes")], "'blocks_parent' = 'yes' is not allowed: it must be true or false"),
+        ([row("p1", "main", priority=1.5)], "'priority' = 1.5 is not allowed: it must be a whole number"),
+        ([row("p1", "main", priority=1 << 31)], "'priority' = 2147483648 is not allowed"),
+    ],
+)
+def test_wrong_fields_of_gateways_are_named(tmp_path: Path, rows: list[dict], words: str) -> None:
+    with pytest.raises(WorkloadError, match=words):
+        read_trace(written(tmp_path, *rows), TraceOptions(block_tokens=128), 0)
 
 
 def test_rows_replayed_by_the_clock_have_names_of_their_own(tmp_path: Path) -> None:

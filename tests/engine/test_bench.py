@@ -1,8 +1,6 @@
 """The benchmark against a real vLLM: its numbers agree with vLLM's own benchmark, and a whole small comparison runs."""
 
 import json
-import random
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,18 +9,15 @@ from pathlib import Path
 import pytest
 import uvloop
 
+from tests.support.agreement import CONCURRENCY, INPUT, OUTPUT, REQUESTS, agree, ours
 from vllm_agentserve.bench.client import StreamingClient
 from vllm_agentserve.bench.endpoint import find_endpoint, kv_blocks
 from vllm_agentserve.bench.experiment import in_session
-from vllm_agentserve.bench.measure import round_figures
-from vllm_agentserve.bench.metrics import METRICS
 from vllm_agentserve.bench.records import Results
 from vllm_agentserve.bench.replay import Replay
 from vllm_agentserve.bench.server import VllmServer, serving_environment
 from vllm_agentserve.bench.sessions import Session, Turn
-from vllm_agentserve.bench.tokens import draw_tokens
 
-CONCURRENCY, REQUESTS, INPUT, OUTPUT = 4, 24, 256, 64
 OPTIONS = ["--dtype", "bfloat16", "--max-model-len", "4096", "--enforce-eager", "--kv-cache-memory-bytes", str(1 << 30)]
 
 
@@ -54,45 +49,14 @@ def theirs(server: VllmServer, toy_model: Path, folder: Path, seed: int) -> dict
     }
 
 
-def ours(server: VllmServer, seed: int) -> dict[str, float]:
-    """The same work, replayed by our client."""
-    rng = random.Random(seed)
-    sessions = []
-    for worker in range(CONCURRENCY):
-        for number in range(REQUESTS // CONCURRENCY):
-            after = f"{worker}.{number - 1}" if number else None
-            turns = (Turn(draw_tokens(rng, INPUT), OUTPUT),)
-            sessions.append(Session(f"{worker}.{number}", f"{worker}", turns, after=after))
-    replay = Replay(StreamingClient(server.url), sessions, answers="fixed")
-    uvloop.run(in_session(replay))
-    figures = round_figures(0, replay.seconds, replay.records, {})
-    by_key = {metric.key: metric for metric in METRICS}
-    return {
-        "ttft": statistics.median(one.ttft_ms for one in replay.records),
-        "tpot": by_key["tpot_p50_ms"].of_sessions(figures.sessions),
-        "itl": by_key["itl_p50_ms"].of_sessions(figures.sessions),
-        "tokens_per_s": figures.tokens_per_s,
-    }
-
-
 def test_numbers_agree_with_vllm_bench_serve(server: VllmServer, toy_model: Path, tmp_path: Path) -> None:
     """Alternating: medians within a third of each other, which is the noise of two busy cores, after three, six or nine pairs.
 
     A kernel that lets a light process wait beside two busy cores spoils single runs of the other client.
     """
-    ours(server, 100)
-    pairs: list[tuple[dict[str, float], dict[str, float]]] = []
-    while len(pairs) < 9:
-        seeds = range(len(pairs) + 1, len(pairs) + 4)
-        pairs += [(theirs(server, toy_model, tmp_path, seed), ours(server, seed)) for seed in seeds]
-        ratios = {}
-        for key in ("ttft", "tpot", "itl", "tokens_per_s"):
-            their, our = (statistics.median(one[key] for one in side) for side in zip(*pairs, strict=True))
-            ratios[key] = our / their
-        print(f"after {len(pairs)} pairs, ours over vllm bench serve's: {ratios}")
-        if all(0.75 < ratio < 1.34 for ratio in ratios.values()):
-            return
-    raise AssertionError((ratios, pairs))
+    ours(server.url, 100)
+    found, _ = agree(lambda seed: theirs(server, toy_model, tmp_path, seed), lambda seed: ours(server.url, seed))
+    assert found.keys() == {"ttft", "tpot", "itl", "tokens_per_s"}
 
 
 def test_what_vllm_says_of_itself(server: VllmServer) -> None:

@@ -11,10 +11,16 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
+from prometheus_client.parser import text_string_to_metric_families as text_format
 
+from tests.support.clients import anthropic_client, openai_client
 from tests.support.paths import ROOT
+from tests.support.recording_proxy import RecordingProxy
+from tests.support.server_pages import total
 from vllm_agentserve.bench.server import ServerError, VllmServer, serving_environment
 from vllm_agentserve.policy.program import identifier
 
@@ -155,6 +161,55 @@ def program_ids(server: VllmServer) -> set[float]:
     with urllib.request.urlopen(server.url + "/metrics", timeout=30) as answer:
         lines = answer.read().decode().splitlines()
     return {float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:agentserve_program_row_id{")}
+
+
+@pytest.mark.parametrize("client", [openai_client, anthropic_client])
+def test_clients_as_they_are(server: VllmServer, client: ModuleType) -> None:
+    """They name no session: turns are found by what they go on from. Tools, streams and leaving in the middle work."""
+    before, generated = settled(server), total(server.url, "vllm:generation_tokens_total")
+    with RecordingProxy(server.url) as proxy:
+        said = client.run(proxy.url)
+    assert said["tool_calls"] == client.TURNS
+    assert said["contexts"] == sorted(set(said["contexts"]))
+    assert (said["streamed"], said["streamed_tokens"]) == (said["text"], said["tokens"])
+    assert said["chunks"] > 1
+    assert said["read"] == 3
+    assert [sent.names for sent in proxy.generated] == [{}] * len(proxy.generated)
+    assert [sent.left for sent in proxy.generated] == [False] * (len(proxy.generated) - 1) + [True]
+    after = settled(server)
+    assert after.get("program_explicit_requests_total", 0) == before.get("program_explicit_requests_total", 0)
+    found = after["program_inferred_requests_total"] - before.get("program_inferred_requests_total", 0)
+    # A model with random weights writes a tool call in tokens that no tokenizer gives for its text; words come back as they were.
+    assert found >= client.TALKS
+    assert total(server.url, "vllm:num_requests_running") == 0
+    assert total(server.url, "vllm:generation_tokens_total") - generated < client.LONGEST
+
+
+def test_the_metrics_page_is_what_parsers_expect(server: VllmServer) -> None:
+    """Both formats of Prometheus, each with its own strict parser: names, types, no series twice, counters end in _total.
+
+    Where colons are to be replaced, prometheus_client writes other names into the types than into the series, of vLLM's own too.
+    """
+    post(server, "/v1/completions", {"prompt": [5] * 20, "max_tokens": 5, "ignore_eos": True, "session_id": "s"})
+    settled(server)
+    accept = "application/openmetrics-text; version=1.0.0; escaping=allow-utf-8"
+    for path, parse in (("/metrics", text_format), ("/metrics/", openmetrics)):
+        request = urllib.request.Request(server.url + path, headers={"Accept": accept})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            kind, page = answer.headers["Content-Type"], answer.read().decode()
+        assert kind.startswith("application/openmetrics-text" if parse is openmetrics else "text/plain")
+        families = [family for family in parse(page) if family.name.startswith("vllm:agentserve_")]
+        assert len({family.name for family in families}) == len(families) > 50
+        assert {family.type for family in families} == {"counter", "gauge", "histogram"}
+        for family in families:
+            assert family.documentation
+            assert family.type == "counter" or not family.name.endswith("_total")
+            series = [(sample.name, tuple(sorted(sample.labels.items()))) for sample in family.samples]
+            assert len(set(series)) == len(series)
+            ends = {"counter": {"_total", "_created"}, "gauge": {""}}.get(
+                family.type, {"_bucket", "_count", "_sum", "_created"}
+            )
+            assert {sample.name.removeprefix(family.name) for sample in family.samples} <= ends
 
 
 def test_metrics_show_what_happened(server: VllmServer) -> None:

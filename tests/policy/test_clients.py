@@ -115,7 +115,7 @@ def test_fields_of_the_body_name_a_program(body: dict[str, Any], hints: Hints) -
                 "kv_retention_ttl_seconds": 5,
                 "step_id": [],
             },
-            Hints(session="agentic:p"),
+            Hints(session="agentic:p", priority=10),
         ),
         ({}, Hints()),
     ],

@@ -21,6 +21,7 @@ from vllm_agentserve.policy.hints import KNOWN, LONGEST_DEADLINE_MS, MOST_ERRORS
         ({"agent_deadline_ms": 86_400_000}, Hints(deadline_ms=LONGEST_DEADLINE_MS)),
         ({"agent_class": "batch"}, Hints(batch=True)),
         ({"agent_class": "interactive"}, Hints(batch=False)),
+        ({"agent_priority": -3}, Hints(priority=-3)),
         ({"session_id": 5, "kv_transfer_params": {}, "agents": 1}, Hints()),
     ],
 )
@@ -50,6 +51,10 @@ def test_right_hints_are_taken(given_: dict[str, Any] | None, hints: Hints) -> N
         ("agent_deadline_ms", 10**400, "= a huge number is"),
         ("agent_class", "urgent", "= 'urgent' is not allowed: it must be 'interactive' or 'batch'"),
         ("agent_class", None, "= None is"),
+        ("agent_priority", 1.5, "= 1.5 is not allowed: it must be a whole number"),
+        ("agent_priority", True, "= True is"),
+        ("agent_priority", "3", "= '3' is"),
+        ("agent_priority", 1 << 31, "= 2147483648 is"),
         ("agent_clas", "batch", "['agent_clas'] = 'batch' is not allowed: it must be named agent_parent, agent_thread"),
         ("agent_" + "x" * 10_000, 1, "is not allowed: it must be named"),
     ],

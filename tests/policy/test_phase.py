@@ -54,6 +54,7 @@ def test_sessions_are_forgotten_oldest_first() -> None:
         (RESUME, 257, {"program": 4}, AdmissionKey(Urgency.NORMAL, cold=True, program=4, arrival=7, tokens=257)),
         (RESUME, 9, {"program": 4}, AdmissionKey(Urgency.NORMAL, uncached=9, arrival=7, tokens=9)),
         (RESUME, 9, {"due": 5.0}, AdmissionKey(Urgency.NORMAL, due=5.0, uncached=9, arrival=7, tokens=9)),
+        (RESUME, 9, {"priority": 4}, AdmissionKey(Urgency.NORMAL, priority=-4, uncached=9, arrival=7, tokens=9)),
     ],
 )
 def test_admission_key(phase: Phase, uncached: int, given: dict, key: AdmissionKey) -> None:
@@ -66,7 +67,10 @@ def test_the_order_of_keys() -> None:
         ahead(admission_key(COLD, 9, 98, 256, level=3, batch=True), Urgency.PREEMPTED, 98),
         ahead(admission_key(RESUME, 9, 99, 256), Urgency.PREEMPTED, 99),
         ahead(admission_key(COLD, 9, 97, 256, due=5.0), Urgency.OVERDUE, 97),
+        ahead(admission_key(RESUME, 9, 97, 256, priority=-8), Urgency.OVERDUE, 97.5),
         ahead(admission_key(RESUME, 1, 98, 256, due=0.0), Urgency.OVERDUE, 98),
+        admission_key(COLD, 9, 99, 256, priority=2),
+        admission_key(COLD, 9, 99, 256, due=9.0, priority=1),
         admission_key(RESUME, 256, 97, 256, due=1.0),
         admission_key(COLD, 9, 96, 256, due=2.0),
         admission_key(RESUME, 8, 95, 256),
@@ -76,8 +80,9 @@ def test_the_order_of_keys() -> None:
         admission_key(COLD, 9, 5, 256, program=1),
         admission_key(COLD, 9, 6, 256, program=1),
         admission_key(COLD, 9, 4, 256, program=2),
-        admission_key(RESUME, 1, 0, 256, level=1, due=0.0),
-        admission_key(RESUME, 1, 0, 256, batch=True, due=0.0),
+        admission_key(RESUME, 1, 0, 256, due=0.0, priority=-1),
+        admission_key(RESUME, 1, 0, 256, level=1, due=0.0, priority=9),
+        admission_key(RESUME, 1, 0, 256, batch=True, due=0.0, priority=9),
         admission_key(RESUME, 1, 0, 256, due=0.0)._replace(urgency=Urgency.UNKEPT),
     ]
     assert sorted(reversed(rising)) == rising
@@ -98,7 +103,7 @@ def test_a_sequence_is_a_new_one_unless_something_is_known() -> None:
 
 def test_who_goes_ahead_leaves_class_and_level_behind() -> None:
     key = ahead(admission_key(RESUME, 9, 98, 256, level=3, batch=True, due=4.0), Urgency.OVERDUE, 98)
-    assert key == AdmissionKey(Urgency.OVERDUE, False, 0, 98, uncached=9, arrival=98, tokens=9)
+    assert key == AdmissionKey(Urgency.OVERDUE, False, 0, due=98, uncached=9, arrival=98, tokens=9)
     assert isinstance(key.batch, bool)
 
 

@@ -47,6 +47,32 @@ def test_earlier_deadlines_go_first_among_equals() -> None:
     assert served(scheduler, driver) == ["running", "soon", "late", "none"]
 
 
+def test_larger_priorities_go_first_among_equals() -> None:
+    """A gateway's `priority` is the same hint; deadlines decide among calls of one priority."""
+    scheduler, driver = one_place()
+    later = {"agent_priority": 2, "agent_deadline_ms": 60_000}
+    for name, hints in (
+        ("none", None),
+        ("behind", {"agent_priority": -1}),
+        ("batch", {"agent_priority": 9, "agent_class": "batch"}),
+        ("later", later),
+        ("sooner", later | {"agent_deadline_ms": 100}),
+        ("gateway", {"agentic_context": '{"program_id": "p", "priority": 3}'}),
+    ):
+        scheduler.add_request(make_request(name, 30, max_tokens=2, hints=hints))
+    assert served(scheduler, driver) == ["running", "gateway", "sooner", "later", "none", "behind", "batch"]
+
+
+def test_a_priority_does_not_lift_a_call_over_its_level() -> None:
+    scheduler, driver = started("plas")
+    have_run(scheduler, driver, "old", tokens=400)
+    scheduler.add_request(make_request("running", 20, max_tokens=5))
+    driver.step()
+    scheduler.add_request(make_request("old", 30, max_tokens=2, session="old", hints={"agent_priority": 1000}))
+    scheduler.add_request(make_request("new", 30, max_tokens=2, session="new"))
+    assert served(scheduler, driver) == ["running", "new", "old"]
+
+
 def test_a_deadline_does_not_lift_a_call_over_its_level() -> None:
     scheduler, driver = started("plas")
     have_run(scheduler, driver, "old", tokens=400)
@@ -61,7 +87,7 @@ def test_a_client_that_always_lies_starves_nobody() -> None:
     scheduler, driver = one_place("plas", max_bypass_steps=20, program_promote_ratio=100_000)
     scheduler.add_request(make_request("honest", 30, max_tokens=2, session="honest"))
     for step in range(60):
-        liar = {"agent_deadline_ms": 1, "agent_class": "interactive", "agent_thread": f"{step}"}
+        liar = {"agent_priority": 9, "agent_deadline_ms": 1, "agent_class": "interactive", "agent_thread": f"{step}"}
         scheduler.add_request(make_request(f"liar-{step}", 30, max_tokens=2, session=f"{step}", hints=liar))
         if "honest" in driver.step():
             break

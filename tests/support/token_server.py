@@ -33,7 +33,8 @@ class TokenServer:
         answer.force_close()
         await answer.prepare(request)
         begin = time.perf_counter()
-        stamps = []
+        stamps: list[float] = []
+        event: dict[str, Any] = {}
         for index in range(body["max_tokens"]):
             due = begin + self.options.first_s + index * self.options.interval_s
             await asyncio.sleep(max(due - time.perf_counter(), 0.0))
@@ -54,6 +55,10 @@ class TokenServer:
             }
             await answer.write(b"data: " + json.dumps(event).encode() + b"\n\n")
             stamps.append(time.perf_counter())
+        if (body.get("stream_options") or {}).get("include_usage"):
+            usage = {"prompt_tokens": 1, "completion_tokens": len(stamps), "total_tokens": 1 + len(stamps)}
+            event |= {"choices": [], "usage": usage}
+            await answer.write(b"data: " + json.dumps(event).encode() + b"\n\n")
         await answer.write(b"data: [DONE]\n\n")
         if self.options.stamps is not None:
             with self.options.stamps.open("a") as file:

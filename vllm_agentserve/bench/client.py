@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from vllm_agentserve.bench.sessions import LAST_HINT, PARENT_HINT
+from vllm_agentserve.bench.sessions import LAST_HINT, PARENT_HINT, PRIORITY_HINT
 from vllm_agentserve.pages import authorization
 
 SILENCE_S = 600.0
@@ -154,6 +154,7 @@ class StreamingClient:
         pinned: int | None = None,
         parent: str | None = None,
         last: bool = False,
+        priority: int | None = None,
     ) -> bytes:
         """The request as it goes over the wire."""
         fields: dict[str, Any] = {
@@ -171,7 +172,11 @@ class StreamingClient:
                 fields["allowed_token_ids"] = [pinned]
             if session_id is not None:
                 fields["session_id"] = session_id
-            hints = ({} if parent is None else {PARENT_HINT: parent}) | ({LAST_HINT: "true"} if last else {})
+            hints: dict[str, Any] = {} if parent is None else {PARENT_HINT: parent}
+            if last:
+                hints[LAST_HINT] = True
+            if priority is not None:
+                hints[PRIORITY_HINT] = priority
             if hints:
                 fields["vllm_xargs"] = hints
         return msgspec.json.encode(fields)
@@ -189,6 +194,7 @@ class StreamingClient:
         due: float | None = None,
         last: bool = False,
         rank: int | None = None,
+        priority: int | None = None,
     ) -> Stream:
         """Streams greedy tokens.
 
@@ -202,13 +208,14 @@ class StreamingClient:
             due: when it should have been sent, in seconds of `perf_counter()`: times are counted from then on.
             last: whether the session ends with it, for servers that know vLLM's fields.
             rank: the data-parallel engine that is to serve it, for vLLM; None leaves that to the server.
+            priority: of the request, for servers that know vLLM's fields; None for none.
 
         Raises:
             StreamError: the server cannot be reached, refuses the request, or breaks the stream off.
         """
         if self._session is None:
             raise RuntimeError("use `async with` to open the client first")
-        body = self.body(prompt, max_tokens, session_id, fixed, pinned, parent, last)
+        body = self.body(prompt, max_tokens, session_id, fixed, pinned, parent, last, priority)
         stream = into or Stream()
         stream.kind, stream.sent = kind, perf_counter() if due is None else due
         # Bytes are written at once, files in pieces between which other streams are read.

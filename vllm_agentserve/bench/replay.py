@@ -168,6 +168,7 @@ class Replay:
                 due=due.at_s if session.timed or (self._live.limited and not number) else None,
                 last=self._tells_last and last and not turn.spawns and session.name not in self._spawned_by,
                 rank=self._rank(session.name),
+                priority=turn.priority,
             )
         except StreamError as error:
             self._leave(session)

@@ -12,6 +12,8 @@ PARENT_HINT = "agent_parent"
 """Key of vLLM's `vllm_xargs` under which a forked session names the session that spawned it; stock vLLM ignores it."""
 LAST_HINT = "agent_last"
 """The same for saying that a session ends with a call."""
+PRIORITY_HINT = "agent_priority"
+"""The same for the priority of a call."""
 WARM_UP_PROGRAMS = 16
 WARM_UP_TOOL_S = 5.0
 """A scheduler that learns how long tools take has seen them then, as on a server in use."""
@@ -33,6 +35,7 @@ class Turn:
         context: the whole prompt, when it does not grow from what came before (recorded traces); `added` is then empty.
         waits: turns of other sessions that must be over as well.
         at_s: seconds after the beginning of the workload before which it does not start.
+        priority: sent as a hint; None for none.
     """
 
     added: Sequence[int]
@@ -42,6 +45,7 @@ class Turn:
     context: Sequence[int] | None = None
     waits: tuple["TurnKey", ...] = ()
     at_s: float = 0.0
+    priority: int | None = None
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,8 @@ class Trace:
             at_s = ((line.timestamp_s or 0.0) - begin_s) / speed if timed else 0.0
             added, context = ((), prompt) if whole else (prompt, None)
             waits = tuple(TurnKey(*key) for key in place.waits)
-            turns.append(Turn(added, self.answer(line), pause_s, context=context, waits=waits, at_s=at_s))
+            answer, priority = self.answer(line), line.priority
+            turns.append(Turn(added, answer, pause_s, context=context, waits=waits, at_s=at_s, priority=priority))
         first = places[0]
         start_s = 0.0 if first.waits else ((first.line.timestamp_s or begin_s) - begin_s) / speed
         return Session(
@@ -139,7 +140,7 @@ class Trace:
             single = f"{name}.{index + 1}" if len(group) > 1 else name
             while single != name and single in self._chains:
                 single += "."  # Another session of the trace has that name.
-            turn = Turn((), self.answer(line), context=prompt)
+            turn = Turn((), self.answer(line), context=prompt, priority=line.priority)
             known = line.number in self._known
             sessions.append(Session(single, name, (turn,), start_s=start_s, cached=known, timed=True, recorded=True))
         return sessions

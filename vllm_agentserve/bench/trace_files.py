@@ -36,7 +36,7 @@ class Entry:
     def wrong(self, what: str) -> WorkloadError:
         return WorkloadError(f"trace {self.where}: {what}")
 
-    def number_of(self, name: str, default: float | None, low: float, whole: bool) -> Any:
+    def number_of(self, name: str, default: float | None, low: float, whole: bool, high: float = MOST) -> Any:
         """The value of a field; `default` where it is missing or null. Raises `WorkloadError` where it is not allowed."""
         value = self.fields.get(name, default)
         if value is None:
@@ -44,14 +44,21 @@ class Entry:
         if (
             isinstance(value, bool)
             or not isinstance(value, (int, float))
-            or not low <= value <= MOST
+            or not low <= value <= high
             or (whole and value != int(value))
         ):
             kind = "whole number" if whole else "number"
             raise self.wrong(
-                f"{name!r} = {value!r} is not allowed: it must be a {kind} of at least {low:g}, at most {MOST:g}"
+                f"{name!r} = {value!r} is not allowed: it must be a {kind} of at least {low:g}, at most {high:g}"
             )
         return int(value) if whole else float(value)
+
+    def truth_of(self, name: str) -> bool:
+        """The value of a field that is true or false, false where it is missing or null."""
+        value = self.fields.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise self.wrong(f"{name!r} = {value!r} is not allowed: it must be true or false")
+        return bool(value)
 
     def list_of(self, name: str, kind: type, words: str) -> list[Any]:
         """The value of a field that is a list, empty where it is missing or null."""

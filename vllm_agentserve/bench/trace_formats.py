@@ -6,6 +6,7 @@
   `created_time`, `input_tokens`, `output_tokens`, `delay_ms`.
 - Dynamo's agentic rows (docs.nvidia.com/dynamo, "Agent Simulation"): the same, with `request_id`, `wait_for` (requests that
   must be over before), `tool_wait_ms` (added to `delay`), `branches` (requests that this one has spawned).
+- Both may have what gateways record of a request: `priority`, and `blocks_parent` of a request of a spawned session.
 - Bailian (github.com/alibaba-edu/qwen-bailian-usagetraces-anon): `timestamp` in seconds, one hash id per 16 tokens, `chat_id`
   and `parent_chat_id`, -1 for the first request of a chat. Chats with thinking are no different: where the application leaves
   the thoughts out of the next prompt, its hash ids do.
@@ -32,6 +33,7 @@ ALIASES = {
 }
 TEXTS = ("text_input", "input_text", "messages", "prompt")
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+LARGEST_PRIORITY = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class TraceLine:
         name: by which other requests name it.
         waits: names of the requests that must be over before it.
         branches: names of the requests that it has spawned.
+        blocks_parent: whether the session that has spawned its own goes on only when it is over.
+        priority: that its client has named; None where the trace does not say.
         parent: the session that has spawned its own.
         scope: equal hash ids mean equal tokens within one scope.
         block: tokens per hash id; None where the trace does not say.
@@ -62,6 +66,8 @@ class TraceLine:
     name: str | None = None
     waits: tuple[str, ...] = ()
     branches: tuple[str, ...] = ()
+    blocks_parent: bool = False
+    priority: int | None = None
     parent: str | None = None
     scope: str = ""
     block: int | None = None
@@ -162,6 +168,7 @@ def mooncake_lines(entry: Entry, reading: TraceReading) -> Iterator[TraceLine]:
     if waits and delay_s is None:
         delay_s = 0.0
     known = [*names.values(), "delay", "hash_ids", "session_id", "request_id", "wait_for", "branches", "tool_wait_ms"]
+    known += ["blocks_parent", "priority"]
     reading.ignore(entry, known if "delay" in entry.fields else [*known, "delay_ms"])
     yield TraceLine(
         number=entry.number,
@@ -175,6 +182,8 @@ def mooncake_lines(entry: Entry, reading: TraceReading) -> Iterator[TraceLine]:
         name=None if request is None else str(request),
         waits=waits,
         branches=tuple(entry.list_of("branches", str, "names of requests")),
+        blocks_parent=entry.truth_of("blocks_parent"),
+        priority=entry.number_of("priority", None, -LARGEST_PRIORITY, whole=True, high=LARGEST_PRIORITY),
     )
 
 

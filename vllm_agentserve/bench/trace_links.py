@@ -33,7 +33,7 @@ def chained(lines: Sequence[TraceLine], limit: int | None, chats: bool) -> tuple
     Raises:
         WorkloadError: a name is given twice, or not at all, or lines wait for each other.
     """
-    if not any(line.waits or line.branches for line in lines):
+    if not any(line.waits or line.branches or line.blocks_parent for line in lines):
         groups: dict[str, list[Place]] = {}
         for line in lines:
             name = line.session_id if line.session_id is not None else f"line-{line.number}"
@@ -57,7 +57,47 @@ def chained(lines: Sequence[TraceLine], limit: int | None, chats: bool) -> tuple
             raise WorkloadError(f"trace {line.where}: waits for {missing[0]!r}, {why}")
         orphans += bool(missing)
         waits[index] = tuple(dict.fromkeys(name for name in given if name in named))
+    for index, names in held_back(lines, spawner):
+        waits[index] = tuple(dict.fromkeys((*waits[index], *names)))
     return in_sessions(lines, named, waits, spawner), orphans
+
+
+def held_back(lines: Sequence[TraceLine], spawner: Mapping[str, TraceLine]) -> list[tuple[int, tuple[str, ...]]]:
+    """What `blocks_parent` adds: the next request of the session that has spawned a blocking one waits for that one.
+
+    Returns:
+        By place of the request that waits: the names of the request before in its session, and of the blocking one.
+
+    Raises:
+        WorkloadError: one of them has no name, or no line has spawned the session of a blocking request.
+    """
+    spawned = {line.session_id: spawner[line.name] for line in lines if line.name is not None and line.name in spawner}
+    following: dict[int, int] = {}
+    """By number of a line: the place of the next one of its session."""
+    latest: dict[str, TraceLine] = {}
+    for index, line in enumerate(lines):
+        if line.session_id is not None:
+            if line.session_id in latest:
+                following[latest[line.session_id].number] = index
+            latest[line.session_id] = line
+    waiting: list[tuple[int, tuple[str, ...]]] = []
+    for line in lines:
+        if not line.blocks_parent:
+            continue
+        parent = spawner.get(line.name or "") or spawned.get(line.session_id)
+        if parent is None or parent.session_id in (None, line.session_id):
+            raise WorkloadError(
+                f"trace {line.where}: 'blocks_parent' is given, and no line of another session names a request of its session "
+                "in 'branches'"
+            )
+        if line.name is None or parent.name is None:
+            raise WorkloadError(
+                f"trace {line.where}: 'blocks_parent' is given; then it and the line that has spawned its session need a "
+                "'request_id'"
+            )
+        if parent.number in following:
+            waiting.append((following[parent.number], (parent.name, line.name)))
+    return waiting
 
 
 def by_name(lines: Sequence[TraceLine]) -> dict[str, int]:

@@ -191,7 +191,17 @@ class EnginePolicy:
         cached, hints = self._engine.cached_tokens(call), call.hints
         uncached, level, phase = call.request.num_tokens - cached, self.programs.level(call), self.phase(call, cached)
         call.found_resume = phase is Phase.RESUME_PREFILL
-        key = admission_key(phase, uncached, call.number, self._resume_budget, level, hints.batch, call.due, call.began)
+        key = admission_key(
+            phase,
+            uncached,
+            call.number,
+            self._resume_budget,
+            level,
+            hints.batch,
+            call.due,
+            priority=hints.priority,
+            program=call.began,
+        )
         if call.lost_ms is None and self._engine.is_preempted(call):
             return ahead(key, Urgency.PREEMPTED, call.number)
         return key
@@ -337,7 +347,9 @@ class EnginePolicy:
         elif key.urgency is Urgency.NORMAL:
             return key
         hints, level = call.hints, self.programs.level(call)
-        return key._replace(urgency=Urgency.NORMAL, batch=hints.batch, level=level, due=call.due)
+        return key._replace(
+            urgency=Urgency.NORMAL, batch=hints.batch, level=level, priority=-hints.priority, due=call.due
+        )
 
     def _resume_tokens(self, places: int) -> int:
         """Tokens of the resume prefills that go before the first cold prompt of the step, which may be asked for before them.
@@ -353,7 +365,11 @@ class EnginePolicy:
             def counts(key: AdmissionKey) -> bool:
                 if not self.decodes:
                     return key < first
-                return key.urgency < Urgency.NORMAL or (key.batch, key.due) <= (first.batch, first.due)
+                return key.urgency < Urgency.NORMAL or (key.batch, key.priority, key.due) <= (
+                    first.batch,
+                    first.priority,
+                    first.due,
+                )
 
             waiting = self.waiting.waiting_resume_tokens(places, counts) if waiting else 0
             running = [call for call in running if counts(place(call))]

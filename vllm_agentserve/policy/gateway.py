@@ -43,6 +43,7 @@ def is_count(value: Any) -> bool:
 
 NAME = f"a string of 1 to {LONGEST_NAME} printable characters"
 TRUTH = "true or false"
+WHOLE = "a whole number"
 Check = tuple[Callable[[Any], bool], str]
 CONTEXT: dict[str, Check] = {
     **dict.fromkeys(("program_id", "task_id", "session_id", "agent_id"), (is_name, NAME)),
@@ -50,8 +51,8 @@ CONTEXT: dict[str, Check] = {
     **dict.fromkeys(("blocks_parent", "expected_resume"), (is_truth, TRUTH)),
     "deadline_seconds": (is_time, f"a number of seconds above 0, at most {LONGEST_S}"),
     "kv_retention_ttl_seconds": (is_duration, f"a number of seconds from 0 to {LONGEST_S}"),
-    "priority": (is_count, "a whole number"),
-    "expected_output_length": (is_count, "a whole number"),
+    "priority": (is_count, WHOLE),
+    "expected_output_length": (is_count, WHOLE),
 }
 """Fields of `agentic_context`: what is right, and how a message says it."""
 AGENT_HINT: dict[str, Check] = {
@@ -100,6 +101,8 @@ def read_gateway(form: str, given: Any) -> tuple[dict[str, Any], list[Fault]]:
         found["last"] = True
     if "deadline_seconds" in right:
         found["deadline_ms"] = right["deadline_seconds"] * 1000.0
+    if "priority" in right:
+        found["priority"] = right["priority"]
     if right.get("blocks_parent") and "parent" not in found:
         more.append((f"{form}.blocks_parent", True, "given together with the parent that it blocks"))
     return found, faults + more

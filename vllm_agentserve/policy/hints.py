@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_agentserve.policy.gateway import FIELDS, FORMS, NAME, is_name, read_gateway
+from vllm_agentserve.policy.gateway import FIELDS, FORMS, NAME, WHOLE, is_count, is_name, read_gateway
 
 LONGEST_DEADLINE_MS = 86_400_000.0
 """A day."""
@@ -33,6 +33,7 @@ class Hints:
         tool: what the program does after the call, until its next one.
         session: the program, in place of the `session_id` that vLLM reads.
         previous: id of the response that the request goes on from.
+        priority: the larger one goes first among calls of one class and level.
     """
 
     parent: str | None = None
@@ -43,6 +44,7 @@ class Hints:
     tool: str | None = None
     session: str | None = None
     previous: str | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,10 @@ def truth(value: Any) -> bool | None:
     return bool(value) if isinstance(value, (bool, int)) and value in (0, 1) else None
 
 
+def count(value: Any) -> int | None:
+    return value if is_count(value) else None
+
+
 KNOWN: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "agent_parent": ("parent", name, NAME),
     "agent_thread": ("thread", name, NAME),
@@ -85,6 +91,7 @@ KNOWN: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "agent_class": ("batch", is_batch, " or ".join(repr(one) for one in CLASSES)),
     "agent_session": ("session", name, NAME),
     "agent_previous": ("previous", name, NAME),
+    "agent_priority": ("priority", count, WHOLE),
 }
 """By name in `vllm_xargs`: the field, what reads it (None where it is wrong), and what is allowed."""
 PREFIX = "agent_"

@@ -2,11 +2,12 @@
 
 First preempted requests (they had a place already), then overdue ones, then all others but those that wait for KV blocks that are
 not kept for programs, and these last. Within each of these: interactive ones before batch, by the
-level of their program (one level for all where programs are not told apart), by deadline where a client named one. Among
-equals come resume prefills, the shortest first, then cold prefills: those of the program that began first, then by arrival.
-Shortest first minimises the mean time to the next token of agents that wait for a tool result to be read. The oldest program
-first matters where contexts do not fit into the KV cache, so that returning calls are cold too: fewer programs take turns then,
-and each ends sooner. The overdue class keeps all of this, the levels and the hints of clients from starving anybody.
+level of their program (one level for all where programs are not told apart), by the priority and then by the deadline that a
+client named. Among equals come resume prefills, the shortest first, then cold prefills: those of the program that began first,
+then by arrival. Shortest first minimises the mean time to the next token of agents that wait for a tool result to be read. The
+oldest program first matters where contexts do not fit into the KV cache, so that returning calls are cold too: fewer programs
+take turns then, and each ends sooner. The overdue class keeps all of this, the levels and the hints of clients from starving
+anybody.
 """
 
 import enum
@@ -41,6 +42,7 @@ class AdmissionKey(NamedTuple):
         urgency: of the request.
         batch: whether its client said that nobody waits for it.
         level: of its program.
+        priority: that its client named, negated: the larger one goes first.
         due: when its client wants it through, on one clock for all; infinite where it did not say. For requests that go ahead
             of their class and level (`ahead`): when they came.
         cold: whether it stands in line with the cold prefills.
@@ -53,6 +55,7 @@ class AdmissionKey(NamedTuple):
     urgency: int
     batch: bool = False
     level: int = 0
+    priority: int = 0
     due: float = inf
     cold: bool = False
     uncached: int = 0
@@ -69,6 +72,7 @@ def admission_key(
     level: int = 0,
     batch: bool = False,
     due: float = inf,
+    priority: int = 0,
     program: int = 0,
 ) -> AdmissionKey:
     """The sort key of a waiting request that has not run yet.
@@ -80,18 +84,19 @@ def admission_key(
         resume_budget: a resume prefill with more uncached tokens than this stands in line with the cold ones.
         level: of its program, 0 is the first.
         batch: nobody waits for it.
-        due: when it should be through; earlier ones go first among those of one class and level.
+        due: when it should be through; earlier ones go first among those of one class, level and priority.
+        priority: larger ones go first among those of one class and level.
         program: number of its program, in the order in which programs began; of two cold prefills the older one's goes first.
     """
     cold = phase is not Phase.RESUME_PREFILL or uncached_tokens > resume_budget
     uncached = 0 if cold else uncached_tokens
     program = program if cold else 0
-    return AdmissionKey(Urgency.NORMAL, batch, level, due, cold, uncached, program, arrival, uncached_tokens)
+    return AdmissionKey(Urgency.NORMAL, batch, level, -priority, due, cold, uncached, program, arrival, uncached_tokens)
 
 
 def ahead(key: AdmissionKey, urgency: Urgency, arrival: float) -> AdmissionKey:
     """The key of a request that goes before its class and level: in order of arrival, but still known for what it is."""
-    return key._replace(urgency=urgency, batch=False, level=0, due=arrival)
+    return key._replace(urgency=urgency, batch=False, level=0, priority=0, due=arrival)
 
 
 Waiter = TypeVar("Waiter")

@@ -1,9 +1,9 @@
 """Who goes before whom among the prompts of one step: those that are being computed, and those that wait and are better.
 
-The order is that of waiting calls (`order.py`) without its first rule: class, level, deadline, resume prefills with the least
-left first, cold ones by arrival; overdue calls before all of them. The age of programs does not count: a prompt that has begun
-is not put off for one of an older program. vLLM asks for running requests in the order in which they were admitted. So
-a prompt that is asked for before a better one leaves it the tokens that it needs.
+The order is that of waiting calls (`order.py`) without its first rule: class, level, priority, deadline, resume prefills with
+the least left first, cold ones by arrival; overdue calls before all of them. The age of programs does not count: a prompt that has
+begun is not put off for one of an older program. vLLM asks for running requests in the order in which they were admitted. So a
+prompt that is asked for before a better one leaves it the tokens that it needs.
 """
 
 from collections.abc import Iterable
@@ -13,8 +13,8 @@ from vllm_agentserve.policy.call import Call
 from vllm_agentserve.policy.order import AdmissionKey, Urgency, ahead
 from vllm_agentserve.policy.phase import Phase
 
-Kind = tuple[bool, float, bool]
-"""Class, deadline, and whether it is cold: prompts of one kind share a step that nobody decodes in."""
+Kind = tuple[bool, int, float, bool]
+"""Class, priority, deadline, and whether it is cold: prompts of one kind share a step that nobody decodes in."""
 
 
 def place(call: Call) -> AdmissionKey:
@@ -35,7 +35,7 @@ def by_arrival(key: AdmissionKey) -> AdmissionKey:
 
 def kind(call: Call, key: AdmissionKey) -> Kind:
     """What has to be alike so that nobody minds a prompt beside it."""
-    return call.hints.batch, call.due, key.cold
+    return call.hints.batch, call.hints.priority, call.due, key.cold
 
 
 class NoOrder:
