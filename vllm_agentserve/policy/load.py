@@ -208,6 +208,7 @@ class LoadControl:
         if program.turns and context_tokens > program.context:
             self.turns.growth.add(context_tokens - program.context)
         found = bool(program.turns) and 0 < read_tokens <= call.prompt_tokens / 2
+        self.limit.check.answered(not program.turns, read_s)
         program.answered(now_s, context_tokens, tool, child)
         self._idle_since_s = inf
         self.turns.answered(read_s, read_tokens, decode_s, beside_s, found)

@@ -5,6 +5,7 @@ from math import exp, inf
 from typing import Literal
 
 from vllm_agentserve.policy.claims import Claims
+from vllm_agentserve.policy.limit_check import LimitCheck
 from vllm_agentserve.policy.tier import Tier, UnmeasuredTier
 from vllm_agentserve.policy.turn_means import TurnMeans
 from vllm_agentserve.policy.turn_rate import CLIFF, Forecast, TurnCost, hit_ratio, turns_per_second
@@ -119,6 +120,7 @@ class Limit:
         """Of the last decision for which it mattered."""
         self.better_if_more = True
         """Whether there would be a limit if many more came."""
+        self.check = LimitCheck()
         self._restores = True
         """Whether contexts come back cheaply from host memory."""
         self._decided_s = -inf
@@ -152,6 +154,9 @@ class Limit:
             self.tokens, self.reason, self.better_if_more = inf, "fits", True
             return
         without, (best, limit) = forecast.without(), forecast.limited()
+        if not self.none and best:
+            self.check.expects(now_s, best, gap_s)
+        best *= self.check.share(now_s)
         if best and demand.surely >= (1 + CLIFF) * forecast.kept:
             best = min(best, self._later(forecast, demand))
         self.weighed = Weighed(everybody.programs, best, without, forecast.turn)
@@ -160,7 +165,10 @@ class Limit:
             return
         self.tokens, self.reason = inf, "faster without"
         crowds = CROWDS if demand.surely <= forecast.kept else ()
-        self.better_if_more = any(forecast.limited(times)[0] > forecast.without(times) * COMES for times in crowds)
+        gives = self.check.share(now_s)
+        self.better_if_more = any(
+            forecast.limited(times)[0] * gives > forecast.without(times) * COMES for times in crowds
+        )
 
     def _forecast(self, everybody: Claims, gap_s: float) -> Forecast:
         turns, room = self._turns, self._room
