@@ -9,12 +9,20 @@ from hypothesis import strategies as st
 from vllm_agentserve.policy.limit_check import FADE_S, LEAST, LimitCheck
 
 
-def counted(rate: float, expected: float, seconds: float = 60.0, firsts: int = 0, first_s: float = 0.0) -> LimitCheck:
-    """After so long with `rate` turns per second; `firsts`: one in so many is a first call."""
+def counted(
+    rate: float,
+    expected: float,
+    seconds: float = 60.0,
+    firsts: int = 0,
+    first_s: float = 0.0,
+    without: float | None = None,
+) -> LimitCheck:
+    """After so long with `rate` turns per second; `firsts`: one in so many is a first call; `without`: what is expected without
+    a limit, as much as with one where it is not given."""
     check, done = LimitCheck(), 0
     for step in range(int(seconds * 4)):
         now = step / 4
-        check.expects(now, expected, 1.0)
+        check.expects(now, expected, expected if without is None else without, 1.0)
         while done < rate * now:
             done += 1
             first = bool(firsts) and done % firsts == 0
@@ -30,6 +38,13 @@ def counted(rate: float, expected: float, seconds: float = 60.0, firsts: int = 0
 def test_the_share_of_what_was_expected(rate: float, expected: float, share: float) -> None:
     check = counted(rate, expected)
     assert check.share(max(check.found_s, 0.0)) == pytest.approx(share, rel=0.07)
+
+
+def test_what_is_only_thought_too_large_is_left_to_the_model() -> None:
+    """Half of what was expected, and still more than would come without a limit; or nearly as much."""
+    assert counted(5.0, 10.0, without=4.0).share(60.0) == 1.0
+    assert counted(3.0, 10.0, without=5.0).share(60.0) == 1.0
+    assert counted(2.0, 10.0, without=5.0).share(60.0) < 0.4
 
 
 def test_nothing_is_said_after_a_few_turns() -> None:
@@ -58,11 +73,11 @@ def test_while_nobody_waits_nothing_is_counted() -> None:
     """The limit did not bound what was given: asked again a minute later, the count begins anew."""
     check = LimitCheck()
     for step in range(12):
-        check.expects(step / 4, 5.0, 1.0)
+        check.expects(step / 4, 5.0, 5.0, 1.0)
     for _ in range(40):
         check.answered(False, 0.02)
-    check.expects(60.0, 5.0, 1.0)
-    check.expects(60.25, 5.0, 1.0)
+    check.expects(60.0, 5.0, 5.0, 1.0)
+    check.expects(60.25, 5.0, 5.0, 1.0)
     assert check.share(60.25) == 1.0
 
 
@@ -78,5 +93,5 @@ def test_it_is_always_a_share(steps: list[tuple[float, int, bool, float]], gap_s
         now += took
         for _ in range(turns):
             check.answered(first, read_s)
-        check.expects(now, rate, gap_s)
+        check.expects(now, rate, rate, gap_s)
         assert LEAST <= check.share(now) <= 1.0

@@ -1,4 +1,4 @@
-"""Whether a limit gives as many turns per second as was expected of it.
+"""Whether a limit gives as many turns per second as was expected of it, or far fewer.
 
 The model of turns may be wrong, for example where something else slows the machine. Programs that were let in cannot be put out
 again, but a limit can go at any time: so what it gives is counted while it is in force.
@@ -12,6 +12,9 @@ TURNS, GAPS = 16, 2.0
 """A count ends with so many turns, and after so many mean gaps at least."""
 FIRST = 0.25
 """A count with a larger share of first calls says nothing: their prompts are read once."""
+BADLY = 0.55
+"""A limit that gives more than this share of what is expected without one is left to the model: what that says of limits is often
+too large, and as much of none."""
 LEAST = 0.25
 """A limit is never thought to give less than this share of what was expected."""
 FADE_S = 120.0
@@ -31,7 +34,8 @@ class LimitCheck:
         self._turns = self._firsts = 0
         self._first_s = 0.0
         """Engine time of the prompts of first calls."""
-        self._expected, self._asks = 0.0, 0
+        self._expected = self._without = 0.0
+        self._asks = 0
 
     def share(self, now_s: float) -> float:
         """Of the turns per second that are expected of a limit, the share that it gives; 1 where nothing is known."""
@@ -48,10 +52,12 @@ class LimitCheck:
         self._firsts += first
         self._first_s += read_s if first else 0.0
 
-    def expects(self, now_s: float, rate: float, gap_s: float) -> None:
-        """A limit is in force, somebody waits, and so many turns per second are expected.
+    def expects(self, now_s: float, rate: float, without: float, gap_s: float) -> None:
+        """A limit is in force, and somebody waits.
 
         Args:
+            rate: turns per second that are expected with it.
+            without: and without one.
             gap_s: the mean gap.
         """
         if now_s - self._asked_s > PAUSE_S:
@@ -61,17 +67,19 @@ class LimitCheck:
             self._begin()
             return
         self._expected += rate
+        self._without += without
         self._asks += 1
         took_s = now_s - self._from_s
         if self._turns < TURNS or took_s < GAPS * gap_s:
             return
         if self._firsts <= FIRST * self._turns and self._expected:
             given = self._turns / max(took_s - self._first_s, 0.5 * took_s)
-            self._found = min(max(given * self._asks / self._expected, LEAST), 1.0)
+            badly = given * self._asks < BADLY * self._without
+            self._found = min(max(given * self._asks / self._expected, LEAST), 1.0) if badly else 1.0
             self.found_s = now_s
         self._from_s = now_s
         self._begin()
 
     def _begin(self) -> None:
         self._turns = self._firsts = self._asks = 0
-        self._first_s = self._expected = 0.0
+        self._first_s = self._expected = self._without = 0.0

@@ -155,7 +155,7 @@ class Limit:
             return
         without, (best, limit) = forecast.without(), forecast.limited()
         if not self.none and best:
-            self.check.expects(now_s, best, gap_s)
+            self.check.expects(now_s, best, without, gap_s)
         best *= self.check.share(now_s)
         if best and demand.surely >= (1 + CLIFF) * forecast.kept:
             best = min(best, self._later(forecast, demand))
