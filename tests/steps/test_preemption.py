@@ -8,8 +8,16 @@ from vllm.v1.request import RequestStatus
 
 from tests.support.program_steps import served, started
 from tests.support.schedulers import Driver, make_request
+from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.order import DECIDE_STEPS
 from vllm_agentserve.scheduler.features.preemption import Preemption
+
+
+class Priced(BudgetController):
+    """What is lost does not depend on how long the first prompt took here."""
+
+    def prompt_ms(self, tokens: int, context: int) -> float:
+        return 0.001 * tokens
 
 
 def with_share(share: float, asynchronous: bool = False, **given: Any) -> tuple[Any, Driver]:
@@ -73,7 +81,7 @@ def test_a_small_share_is_kept() -> None:
 
 
 def test_batch_gives_way_even_at_the_first_level() -> None:
-    scheduler, driver = with_share(0.5)
+    scheduler, driver = with_share(0.5, controller=Priced)
     run_long(scheduler, driver, {"agent_class": "batch"})
     scheduler.add_request(make_request("new", 30, max_tokens=8, session="new"))
     order = []

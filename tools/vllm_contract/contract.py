@@ -118,7 +118,6 @@ CONTRACT = (
     *reads("vllm.v1.kv_cache_interface:KVCacheSpec", COMPAT, "page_size_bytes"),
     # Where vLLM puts the size of its host memory.
     *says("vllm.config:VllmConfig._post_init_kv_transfer_config", COMPAT, "cpu_bytes_to_use"),
-    *reads("vllm.config:KVTransferConfig", COMPAT, "kv_connector_extra_config"),
     *reads("vllm.config:ParallelConfig", COMPAT, "world_size"),
     *reads(SCHEDULER, COMPAT, "max_model_len"),
     *reads(SCHEDULER, f"{COMPAT} {HOST}", "kv_cache_config"),

@@ -21,7 +21,7 @@ HOST_MEMORY = (
         HOST,
         KVTransferConfig="kv_connector= kv_role= kv_load_failure_policy= kv_connector_extra_config=",
     ),
-    *reads("vllm.config:KVTransferConfig", HOST, "kv_connector_extra_config"),
+    *reads("vllm.config:KVTransferConfig", f"{HOST} {COMPAT}", "kv_connector_extra_config"),
     *calls("vllm.platforms.interface:Platform", HOST, is_cuda_alike="", is_xpu=""),
     *reads("vllm.platforms.interface:Platform", HOST, "device_name"),
     *says(f"{SPEC}.__init__", HOST, "'cpu_bytes_to_use'", "'eviction_policy'"),
