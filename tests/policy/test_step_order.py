@@ -18,6 +18,7 @@ from vllm_agentserve.policy.budget import UNLIMITED, ChunkRules, Standing, StepB
 from vllm_agentserve.policy.call import Call, Chunk
 from vllm_agentserve.policy.controller import BudgetController, BudgetLimits
 from vllm_agentserve.policy.engine import EnginePolicy, NoAttribution, NoPrograms
+from vllm_agentserve.policy.order import Urgency
 from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.policy.step_order import StepOrder, place
 from vllm_agentserve.policy.waiting import WaitingList
@@ -62,6 +63,15 @@ def budget(prefill_ms: float, **given: Any) -> StepBudget:
             [984, 16],
         ),
         (10.0, {"alone": True}, [(COLD, 5000, Standing(behind=False))], [1000]),
+        # a resume prefill leaves a better one its part of the resume budget too
+        (100.0, {}, [(RESUME, 256, Standing(50, True, resumes=50)), (RESUME, 50, Standing(behind=False))], [192, 50]),
+        # what is left is not enough for the floor of a worse one
+        (
+            10.0,
+            {"alone": True, "tokens": 100},
+            [(RESUME, 90, Standing(behind=False)), (RESUME, 8, Standing(behind=False, followed=True))],
+            [90, 0],
+        ),
         # a step so small that two floors do not fit
         (10.0, {"tokens": 10}, [(COLD, 500, Standing(500, True)), (COLD, 5, Standing())], [5, 5]),
     ],
@@ -273,3 +283,35 @@ def test_a_resume_prefill_of_any_length_is_one_while_nobody_decodes() -> None:
     assert waits.served_as is COLD
     walk.policy._follow_decodes(0)
     assert waits.served_as is RESUME
+
+
+def test_one_that_has_its_kv_goes_before_a_worse_one() -> None:
+    """It was copied back from host memory. It needs a place, and no KV blocks."""
+    walk, long, better = a_better_one_waits()
+    walk.waiting.remove(better)
+    walk.policy.restores(better)
+    walk.policy.plan(0, 0, STEP_TOKENS, PLACES - 1, False)
+    assert walk.policy._order.standing(long, False).ahead == 0, "not all is there"
+    walk.policy.is_restored(better)
+    walk.policy.plan(0, 0, STEP_TOKENS, 0, False)
+    assert walk.policy._order.standing(long, False).ahead == 0, "there is no place"
+    walk.policy.plan(0, 0, STEP_TOKENS, PLACES - 1, False)
+    assert walk.policy._order.standing(long, False).ahead == 40
+
+
+def test_one_whose_kv_comes_back_is_overdue_after_as_many_steps() -> None:
+    walk, _, better = a_better_one_waits()
+    walk.waiting.remove(better)
+    walk.policy.restores(better)
+    walk.policy.begin_step(walk.step + BOUND)
+    walk.policy.is_restored(better)
+    walk.policy.admit(better, 0)
+    assert place(better).urgency == Urgency.OVERDUE
+
+
+def test_a_resume_prefill_leaves_a_shorter_one_its_share_of_the_resume_budget() -> None:
+    walk = Walk()
+    longer, shorter = (walk.arrive(call(name, left, 400)) for name, left in (("longer", 200), ("shorter", 50)))
+    for one in (longer, shorter):
+        walk.policy.admit(one, 400)
+    assert StepOrder([longer, shorter], inf).standing(longer, False) == Standing(50, True, False, False, 50)

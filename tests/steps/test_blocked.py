@@ -10,7 +10,7 @@ from vllm.v1.request import RequestStatus
 
 from tests.support.program_steps import started as started_programs
 from tests.support.schedulers import Driver, make_request, make_scheduler
-from vllm_agentserve.policy.order import DECIDE_STEPS
+from vllm_agentserve.policy.order import DECIDE_STEPS, LOOK_AHEAD
 
 BOUND = 8
 both = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
@@ -171,4 +171,58 @@ def test_a_grammar_that_is_ready_is_noticed_while_a_long_prompt_takes_whole_step
     assert driver.step() == {"long": 2048}
     request.structured_output_request = SimpleNamespace(grammar=SimpleNamespace())
     assert scheduler.schedule().num_scheduled_tokens["short"] == 300
+    assert scheduler.integrity.faults() == []
+
+
+@both
+def test_a_grammar_behind_many_that_are_not_ready_is_noticed(asynchronous: bool) -> None:
+    """More wait for their grammars than are looked at in a step."""
+    scheduler, driver = started(asynchronous, num_blocks=2000)
+    scheduler.add_request(make_request("long", 15_000, hints={"agent_class": "batch"}))
+    driver.step()
+    for number in range(2 * LOOK_AHEAD):
+        blocked(scheduler, f"slow {number}", 300)
+    request = blocked(scheduler, "short", 300)
+    request.structured_output_request = SimpleNamespace(grammar=SimpleNamespace())
+    rows = [scheduler.schedule().num_scheduled_tokens for _ in range(4)]
+    assert any("short" in row for row in rows)
+    assert scheduler.integrity.faults() == []
+
+
+@both
+def test_a_paused_engine_is_not_crowded(asynchronous: bool) -> None:
+    scheduler, driver = started(asynchronous)
+    scheduler.add_request(make_request("runs", 40))
+    steps(driver, 2)
+    scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    scheduler.add_request(make_request("waits", 40))
+    steps(driver, 2)
+    assert not scheduler.engine_policy.backlog().crowded
+
+
+@both
+def test_an_engine_is_crowded_while_prompts_that_clients_wait_for_have_no_place(asynchronous: bool) -> None:
+    scheduler, driver = started(asynchronous, max_num_seqs=1)
+    scheduler.add_request(make_request("runs", 40, max_tokens=100))
+    steps(driver, 2)
+    scheduler.add_request(make_request("batch", 40, hints={"agent_class": "batch"}))
+    steps(driver, 2)
+    assert not scheduler.engine_policy.backlog().crowded
+    scheduler.add_request(make_request("waits", 40))
+    steps(driver, 2)
+    assert scheduler.engine_policy.backlog().crowded
+
+
+@both
+def test_a_paused_engine_lets_nobody_age_while_others_come(asynchronous: bool) -> None:
+    scheduler, driver = started(asynchronous)
+    scheduler.add_request(make_request("runs", 40))
+    steps(driver, 2)
+    scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    for number in range(3 * BOUND):
+        scheduler.add_request(make_request(f"waits {number}", 40))
+        driver.step()
+    assert scheduler.counts["overdue_requests"] == 0
+    scheduler.set_pause_state(PauseState.UNPAUSED)
+    assert "waits 0" in driver.step()
     assert scheduler.integrity.faults() == []

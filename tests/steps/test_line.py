@@ -144,3 +144,19 @@ def test_a_region_shrinks_where_chunks_far_inside_take_far_too_long() -> None:
     for _ in range(3):
         region.tried_beside_decodes([(Phase.COLD_PREFILL, 400, 0)], ratio=10.0)
     assert region._tokens == pytest.approx(1000.0)
+
+
+def test_nobody_has_waited_for_less_than_no_time() -> None:
+    """The engine has run for months, and the queue was never empty: what is left of the sum of times is not exact."""
+    made = Line()
+    waits: Any = None
+    for number in range(2000):
+        came = 1e7 + 0.1 * number
+        call = call_of(f"r{number}")
+        call.wait_since_s = came
+        entry = (key(number, True), number, call)
+        made.add(entry)
+        if waits is not None:
+            made.remove(waits)
+        waits = entry
+        assert made.backlog(came).waited_ms >= 0.0

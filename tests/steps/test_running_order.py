@@ -250,3 +250,143 @@ def test_a_call_whose_grammar_is_compiled_does_not_hide_the_better_one_behind_it
     assert driver.step() == {"long": FLOOR, "short": 300}
     blocked.status = RequestStatus.WAITING
     run(scheduler, driver)
+
+
+@both
+def test_one_that_has_begun_is_not_put_off_for_an_equal_one_that_came_earlier(asynchronous: bool) -> None:
+    """The call of the older program came later and goes first in line. It goes on until its prompt is computed."""
+    scheduler, driver, _ = started(asynchronous)
+    scheduler.add_request(make_request("first", 20, max_tokens=1, session="old"))
+    run(scheduler, driver)
+    scheduler.add_request(make_request("young", 3000, max_tokens=2, session="young"))
+    scheduler.add_request(make_request("old", 6000, max_tokens=2, session="old"))
+    rows = [driver.step() for _ in range(3)]
+    assert rows == [{"old": 2048}, {"old": 2048}, {"old": 1904, "young": 144}]
+    run(scheduler, driver)
+
+
+def test_the_bound_holds_for_one_that_was_preempted_and_waited() -> None:
+    """It waits for a place for longer than the bound. While it is computed again, no call that came later goes before it."""
+    scheduler, driver, _ = started(
+        options={"max_bypass_steps": 10}, max_num_batched_tokens=64, max_num_seqs=2, prefix_caching=False
+    )
+    scheduler.add_request(make_request("preempted", 600, max_tokens=3))
+    request = scheduler.requests["preempted"]
+    while not request.num_output_tokens:
+        driver.step()
+    scheduler.running.remove(request)
+    scheduler._preempt_request(request, 0.0)
+    scheduler.waiting.remove_request(request)
+    for name in ("stream", "other stream"):
+        scheduler.add_request(make_request(name, 10, max_tokens=20))
+    driver.step()
+    scheduler.waiting.add_request(request)
+    rows = []
+    while len(rows) < 60 and request.num_output_tokens == 1:
+        if any("preempted" in row for row in rows):
+            name = f"call {len(rows)}"
+            scheduler.add_request(make_request(name, 40, max_tokens=1, hints={"agent_deadline_ms": 60_000}))
+        rows.append(driver.step())
+    chunks = [row["preempted"] for row in rows if "preempted" in row]
+    assert sum(chunks) >= 600
+    assert set(chunks[:-1]) == {64}
+    run(scheduler, driver)
+
+
+def test_one_that_was_preempted_with_a_token_under_way_is_looked_at_again() -> None:
+    """vLLM passes it over until that token is there. A long prompt takes the next steps whole, so that vLLM looks at nobody."""
+    scheduler, driver, _ = started(asynchronous=True)
+    scheduler.add_request(make_request("call", 300, max_tokens=50))
+    for _ in range(4):
+        driver.step()
+    scheduler.add_request(make_request("long", LONG, max_tokens=2, hints=BATCH))
+    driver.step()
+    request = scheduler.requests["call"]
+    scheduler.running.remove(request)
+    scheduler._preempt_request(request, 0.0)
+    assert request.num_stale_output_tokens
+    rows = [driver.step() for _ in range(4)]
+    assert any("call" in row for row in rows)
+    run(scheduler, driver)
+
+
+@both
+def test_a_call_that_vllm_passes_over_does_not_close_the_line_to_a_better_one(asynchronous: bool) -> None:
+    """It waits for its grammar, and not for a place or KV blocks."""
+    from vllm.v1.request import RequestStatus
+
+    scheduler, driver, context = started(asynchronous)
+    scheduler.add_request(make_request("stream", 20, max_tokens=200))
+    driver.step()
+    scheduler.add_request(make_request("long", LONG, max_tokens=2, hints=BATCH))
+    driver.step()
+    blocked = make_request("blocked", context + list(range(50)), max_tokens=2)
+    blocked.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+    scheduler.add_request(blocked)
+    driver.step()
+    assert not scheduler.engine_policy.backlog().crowded
+    scheduler.add_request(make_request("short", 300, max_tokens=2))
+    row = driver.step()
+    assert row["long"] == FLOOR
+    assert row["short"] >= 70
+    blocked.status = RequestStatus.WAITING
+    run(scheduler, driver)
+
+
+def part(name: str, tokens: int, **given: Any) -> Any:
+    """A part of a streamed session."""
+    return make_request(name, tokens, session=name, resumable=True, **given)
+
+
+def suspended(scheduler: Any, driver: Driver, tokens: int) -> None:
+    """A streamed session has answered its first part."""
+    scheduler.add_request(part("streamed", tokens, max_tokens=1))
+    while not scheduler.num_waiting_for_streaming_input:
+        driver.step()
+    while driver.in_flight:
+        driver.finish()
+
+
+@both
+def test_the_next_part_of_a_streamed_session_does_not_wait_for_a_long_prompt_of_class_batch(asynchronous: bool) -> None:
+    scheduler, driver, _ = started(asynchronous)
+    suspended(scheduler, driver, 40)
+    scheduler.add_request(make_request("long", LONG, max_tokens=2, hints=BATCH))
+    driver.step()
+    scheduler.add_request(part("streamed", 300, max_tokens=1))
+    row = driver.step()
+    assert row["long"] == FLOOR
+    assert row["streamed"] >= 300
+    assert scheduler.integrity.faults() == []
+
+
+@both
+def test_the_bound_of_a_streamed_session_begins_with_each_part(asynchronous: bool) -> None:
+    """The first part takes longer than the bound, which says nothing of the second: calls with deadlines go before that, until it
+    has been there for as long."""
+    bound = 6
+    scheduler, driver, _ = started(asynchronous, options={"max_bypass_steps": bound}, max_num_batched_tokens=256)
+    suspended(scheduler, driver, 256 * (bound + 3))
+    assert scheduler.calls["streamed"].overdue
+    scheduler.add_request(part("streamed", 3000, max_tokens=1))
+    got = [driver.step()["streamed"]]
+    for number in range(3 * bound):
+        scheduler.add_request(make_request(f"call {number}", 300, max_tokens=1, hints={"agent_deadline_ms": 60_000}))
+        got.append(driver.step().get("streamed", 0))
+    overtaken = got.count(FLOOR)
+    assert overtaken in (bound - 2, bound - 1, bound)
+    assert got[1 : overtaken + 1] == [FLOOR] * overtaken
+    assert scheduler.integrity.faults() == []
+
+
+def test_the_order_of_a_burst_takes_time_in_proportion_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_agentserve.policy import step_order
+
+    scheduler, driver, _ = started(max_num_seqs=256)
+    kind, asked = step_order.kind, []
+    monkeypatch.setattr(step_order, "kind", lambda *given: asked.append(given) or kind(*given))
+    for number in range(200):
+        scheduler.add_request(make_request(f"r{number}", 8, max_tokens=1))
+    assert len(driver.step()) == 200
+    assert len(asked) <= 5 * 200
+    run(scheduler, driver)

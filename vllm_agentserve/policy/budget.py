@@ -38,12 +38,14 @@ class Standing(NamedTuple):
         behind: whether the step has a prompt of a better class or kind. Where nobody decodes, no time bounds a prompt that has
             none before it.
         followed: whether a worse one that is being computed is asked for later in the step.
+        resumes: how many of the tokens `ahead` are of resume prefills.
     """
 
     ahead: int = 0
     yields: bool = False
     behind: bool = True
     followed: bool = False
+    resumes: int = 0
 
 
 BY_ITSELF = Standing()
@@ -254,9 +256,10 @@ class StepBudget:
             tokens = min(wanted, max(self._rest(reserved, standing), min(self.rules.floor_tokens, self.tokens)))
         elif phase is Phase.RESUME_PREFILL:
             fits = self._rest(reserved, standing) if untimed else self._fitting(context, reserved, wanted)
-            tokens = min(wanted, fits, self.resume_tokens)
+            tokens = min(wanted, fits, self.resume_tokens - standing.resumes)
         else:
             tokens = min(wanted, self._cold_fitting(wanted, context, reserved))
+        tokens = max(tokens, 0)
         if tokens == wanted and self.stretch_ms and self._time_for(context, 0) < wanted:
             self.target_ms, self.stretch_ms = self._stretched_target_ms, 0.0
         allowed = tokens

@@ -42,7 +42,7 @@ class Backlog:
         prompts: how many.
         tokens: what is left to compute of them all.
         waited_ms: how long those that wait have waited, on average.
-        crowded: whether one had no place or no KV blocks since none waited.
+        crowded: whether one that waits had no place or no KV blocks since none waited; those of class batch do not count.
     """
 
     prompts: int = 0

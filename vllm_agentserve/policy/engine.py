@@ -22,7 +22,7 @@ from vllm_agentserve.policy.order import (
 from vllm_agentserve.policy.phase import Phase, SessionTable, classify
 from vllm_agentserve.policy.preemption import Rank
 from vllm_agentserve.policy.program import Beginnings, bounded
-from vllm_agentserve.policy.step_order import NO_ORDER, NoOrder, StepOrder, by_arrival, place
+from vllm_agentserve.policy.step_order import NO_ORDER, NoOrder, StepOrder, by_arrival, not_begun, overdue_first, place
 from vllm_agentserve.policy.waiting import VllmOrder, WaitingList
 
 
@@ -156,8 +156,8 @@ class EnginePolicy:
         self.prefilling: list[Call] = []
         """Calls whose prompts are being computed in steps, in order of admission."""
         self.restoring: dict[Call, bool] = {}
-        """Calls whose KV is copied back from host memory before a step takes them up, and whether all is there. They hold KV
-        blocks, and need places."""
+        """Calls whose KV is copied back from host memory before a step takes them up, and streamed sessions whose next part is
+        there; and whether all of their KV is there. They hold KV blocks, and need places."""
         self.budget: StepBudget | None = None
         """Of the step that is being scheduled; None where nothing is cut."""
         self._crowded = False
@@ -260,11 +260,12 @@ class EnginePolicy:
             return None
         self._follow_decodes(decodes)
         restored = [(call, self._serves(call, call.request.num_computed_tokens)) for call in self.restored()]
+        coming = restored[: max(places, 0)]
         # If none could be admitted in the last step, the KV cache has no room, or as many run as may.
         places = max(places - len(self.restoring), 0) if waits and not self.waiting.blocked else 0
         # A cold prompt may still be for the lane, unless one was found to be for steps, and to have to wait.
         for_lane = lane_room and not self._cold_waited
-        begins, ranked = self._line_up(places, begin=not for_lane)
+        begins, ranked = self._line_up(places, coming, begin=not for_lane)
         phases = {call.served_as for call in self.prefilling} | {served for _, served in restored}
         resume_tokens = self._resume_tokens(places)
         resume_tokens += sum(max(call.left, 1) for call, served in restored if served is Phase.RESUME_PREFILL)
@@ -297,11 +298,14 @@ class EnginePolicy:
             short = call.phase is Phase.RESUME_PREFILL and call.left <= longest
             call.served_as = Phase.RESUME_PREFILL if short else Phase.COLD_PREFILL
 
-    def _line_up(self, places: int, begin: bool) -> tuple[dict[Call, AdmissionKey], bool]:
+    def _line_up(
+        self, places: int, coming: Sequence[tuple[Call, Phase]], begin: bool
+    ) -> tuple[dict[Call, AdmissionKey], bool]:
         """Orders the prompts of the step.
 
         Args:
             places: calls that can be admitted.
+            coming: calls that have KV and find a place, with the queues they are served from.
             begin: whether a cold prompt that waits may begin before one that is being computed.
 
         Returns:
@@ -309,15 +313,20 @@ class EnginePolicy:
         """
         computed, alone = self.prefilling, not self.decodes
         self._order = NO_ORDER
-        if not self._orders or not (len(computed) > 1 or (places > 0 and (alone or self._one_goes_before(computed)))):
+        several = len(computed) > 1 or bool(computed and coming)
+        if not self._orders or not (several or (places > 0 and (alone or self._one_goes_before(computed)))):
             return {}, False
         self._order = order = StepOrder(computed, self._longest_chunk)
         begins: dict[Call, AdmissionKey] = {}
         places = min(places, LOOK_AHEAD)
         last = order.last()
+        for call, served in coming if computed else ():
+            key = self._place_of(call, served)
+            if key < last:
+                order.join(call, key)
         for call in self.waiting.in_order(places) if computed else ():
             assert call.key is not None
-            key = by_arrival(self._normal(call, call.key) if call.key.urgency is Urgency.PREEMPTED else call.key)
+            key = self._would_stand(call, call.key)
             if key < last and not key.cold:
                 order.join(call, key)
             elif key < last and begin and (begins or self._may_begin(call)):
@@ -335,7 +344,19 @@ class EnginePolicy:
         first = self.waiting.front() if computed else None
         if first is None or first.key is None:
             return False
-        return by_arrival(first.key) < place(computed[0])
+        return self._would_stand(first, first.key) < place(computed[0])
+
+    def _would_stand(self, call: Call, key: AdmissionKey) -> AdmissionKey:
+        """The place of a call that waits, were its prompt computed; one that vLLM preempted had begun before."""
+        if key.urgency is not Urgency.PREEMPTED:
+            return not_begun(key)
+        return overdue_first(call, by_arrival(self._normal(call, key)))
+
+    def _place_of(self, call: Call, served: Phase) -> AdmissionKey:
+        """The place of a call that has KV and waits for its next step."""
+        cold, left = served is Phase.COLD_PREFILL, max(call.left, 1)
+        key = self._normal(call, None)._replace(cold=cold, uncached=0 if cold else left, tokens=left)
+        return overdue_first(call, key)
 
     def _may_begin(self, call: Call) -> bool:
         return not self.waiting.turned_away(call) and self._engine.has_room(call)
@@ -469,6 +490,7 @@ class EnginePolicy:
     def computes(self, call: Call, chunk: Chunk, first: bool, last: bool) -> None:
         """A chunk of a prompt is scheduled: the `first` since the call was admitted, the `last` of the prompt, or both."""
         if first:
+            self.restoring.pop(call, None)
             self._runs(call, chunk.context)
         self._takes(call, chunk)
         if not self._has_prompt:
@@ -503,11 +525,15 @@ class EnginePolicy:
     def suspends(self, call: Call) -> None:
         """A streamed session has answered a part of its input and waits for the next one; it does not run."""
         self.stops(call)
+        self.restoring.pop(call, None)
         self.programs.suspends(call, self._now())
 
     def continues(self, call: Call) -> None:
         """The next part of a streamed session is there: it waits for a step, with its KV."""
         self.stops(call)
+        if call.key is None:
+            self.restoring[call] = True
+            self.waiting.waits_anew(call)
         self.programs.continues(call, self._now())
 
     def retag(self) -> None:
@@ -517,7 +543,7 @@ class EnginePolicy:
     def end_step(self, tokens_left: bool) -> None:
         """A step has been scheduled; whether it could have had more tokens."""
         self.waiting.end_step(tokens_left)
-        self._crowded = self.waiting.blocked or (self._crowded and self.waiting.tokens > 0)
+        self._crowded = (self.waiting.blocked or self._crowded) and self.waiting.backlog().prompts > 0
 
     def observe(
         self,

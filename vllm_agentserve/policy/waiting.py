@@ -112,7 +112,11 @@ class Line:
     def backlog(self, now_s: float) -> Backlog:
         """The prompts that clients wait for, and how long they have waited on average; not those of class batch."""
         prompts = self._waited_for
-        return Backlog(prompts, self._waited_tokens, 1000 * (now_s - self._came_s / prompts)) if prompts else Backlog()
+        if not prompts:
+            return Backlog()
+        # The sum loses digits while calls come and go: who came just now would have waited for less than no time.
+        waited_ms = max(1000 * (now_s - self._came_s / prompts), 0.0)
+        return Backlog(prompts, self._waited_tokens, waited_ms)
 
     def faults(self) -> list[str]:
         """What does not agree; O(n)."""
@@ -215,6 +219,9 @@ class VllmOrder:
     def let_pass(self, call: Call, pass_it: bool) -> None:
         """Whether a call waits for KV blocks that are not kept for programs: others, who may need none of these, go before it."""
 
+    def waits_anew(self, call: Call) -> None:
+        """A call begins to wait that the engine does not put into this list: the next part of a streamed session."""
+
     def retag(self, limit: int) -> None:
         """Asks again for the keys of the first `limit` cold calls: what they share may be cached by now."""
 
@@ -280,6 +287,12 @@ class WaitingList(VllmOrder):
         """The call that was granted tokens last in this step."""
         self._until_ready: dict[Call, None] = {}
         """Those that cannot run, for a reason that the engine can tell."""
+        self._passed_over: dict[Call, None] = {}
+        """Those that the engine passed over for another one."""
+        self._looked = False
+        """Whether the engine has looked at anybody since the step began."""
+        self._admits = True
+        """Whether the engine admits any call in this step."""
         self._turned_away: tuple[Call | None, int] = None, 0
         """The last one that was let in and was not admitted, and in which step."""
         self._stale: Call | None = None
@@ -295,28 +308,47 @@ class WaitingList(VllmOrder):
             self._block(call, passed_over)
             self._insert(call)
             return
-        call.overdue = call.has_waited = call.waits_for_unkept = False
-        call.wait_number, call.wait_since_s = self._arrivals, self._clock()
-        self._arrivals += 1
+        self._wait(call)
         self._block(call, self._is_blocked(call))
         self._insert(call)
         self._enter(call)
 
     def _block(self, call: Call, blocked: bool) -> None:
         call.blocked = blocked
-        if blocked and self._is_blocked(call):
-            self._until_ready[call] = None
+        if blocked:
+            (self._until_ready if self._is_blocked(call) else self._passed_over)[call] = None
 
     def _look_again(self, limit: int) -> None:
         """Calls that wait for no grammar or adapter any more count again, although the engine has not looked at them since: while
-        one long prompt takes whole steps it looks at nobody."""
+        one long prompt takes whole steps it looks at nobody. In turns, so that all are seen. Those that it passed over for
+        reasons of its own count again once it has looked at nobody for a step."""
         for call in list(islice(self._until_ready, limit)):
-            if not self._is_blocked(call):
-                entry = entry_of(call)
-                self._line.remove(entry)
-                call.blocked = False
-                self._line.add(entry)
-                del self._until_ready[call]
+            del self._until_ready[call]
+            if self._is_blocked(call):
+                self._until_ready[call] = None
+            else:
+                self._count_again(call)
+        if not self._looked:
+            for call in list(islice(self._passed_over, limit)):
+                del self._passed_over[call]
+                self._count_again(call)
+        self._looked = False
+
+    def _count_again(self, call: Call) -> None:
+        entry = entry_of(call)
+        self._line.remove(entry)
+        call.blocked = False
+        self._line.add(entry)
+
+    def waits_anew(self, call: Call) -> None:
+        self._wait(call)
+        self._enter(call)
+
+    def _wait(self, call: Call) -> None:
+        """A wait of the call begins: what it waited earlier is forgotten."""
+        call.overdue = call.has_waited = call.waits_for_unkept = False
+        call.wait_number, call.wait_since_s = self._arrivals, self._clock()
+        self._arrivals += 1
 
     def _enter(self, call: Call) -> None:
         """The bound on the call's wait begins."""
@@ -327,6 +359,7 @@ class WaitingList(VllmOrder):
 
     def first(self) -> Call | None:
         """The call that is offered next, None if there is none."""
+        self._looked = True
         line = self._line.offered(self._colds_wait)
         entry = line[0] if line else None
         if self._let_begin and (begins := self._begins_next()) is not None:
@@ -431,6 +464,7 @@ class WaitingList(VllmOrder):
         self._line.remove(entry)
         call.blocked = False
         self._until_ready.pop(call, None)
+        self._passed_over.pop(call, None)
         call.parked, call.awaited = True, awaited
         insort(self._parked, entry)
 
@@ -462,10 +496,9 @@ class WaitingList(VllmOrder):
     # -- steps ----------------------------------------------------------------------------------------------------------
 
     def begin_step(self, step: int, relevels: bool, admits: bool = True) -> int:
-        if not admits:
-            self._closed_steps += max(step - self.step, 0)
-        self.step = step
-        if self._until_ready:
+        self._closed_steps += not admits
+        self.step, self._admits = step, admits
+        if self._until_ready or self._passed_over:
             self._look_again(LOOK_AHEAD)
         promoted = self.promote_overdue()
         if relevels and step % self._decide_steps == 0:
@@ -477,8 +510,8 @@ class WaitingList(VllmOrder):
         promoted = 0
         for call in (*self._patience.overdue(self._steps), *self._batch_patience.overdue(self._steps)):
             if call.key is None:
-                # One whose prompt is being computed goes on before all that came later.
-                call.overdue |= call.served_as is not None
+                # One whose prompt is being computed, or will be with the KV that it has, goes on before all that came later.
+                call.overdue = True
                 continue
             if self._is_blocked(call):
                 # Nobody has overtaken it: it could not have run.
@@ -490,6 +523,9 @@ class WaitingList(VllmOrder):
                 call.overdue = True
                 self._rekey([call])
                 promoted += 1
+            else:
+                # It goes first where it waits. So it does once its prompt is being computed.
+                call.overdue = True
         return promoted
 
     def hold_colds(self, but: Sequence[Call] = ()) -> None:
@@ -518,10 +554,18 @@ class WaitingList(VllmOrder):
         elif tokens_left and not self.closed and self._let_begin and self._let_begin[0].key is not None:
             # The engine did not even ask for its tokens: it has no room for its images, or took places away in this step.
             self._turned_away = self._let_begin[0], self.step
-        self.blocked, self._tried = tokens_left and (refused or self.open), None
+        self.blocked = tokens_left and self._admits and (refused or self._leaves_any())
+        self._tried = None
         stale, self._stale = self._stale, None
         if stale is not None and stale.key is not None and not stale.parked:
             self._rekey([stale])
+
+    def _leaves_any(self) -> bool:
+        """Whether a call is still offered that can run."""
+        if self.closed:
+            return False
+        offered = self._line.can_run(self._line.offered(self._colds_wait))
+        return any(True for _ in offered) or any(call.key is not None and not call.blocked for call in self._let_begin)
 
     def reopen(self) -> None:
         self.closed = self._colds_wait = False
@@ -587,6 +631,7 @@ class WaitingList(VllmOrder):
             self._line.remove(entry)
         call.key, call.blocked = None, False
         self._until_ready.pop(call, None)
+        self._passed_over.pop(call, None)
 
     def faults(self, calls: Iterable[Call]) -> list[str]:
         entries = [*self._line.entries, *self._parked]

@@ -355,6 +355,7 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         ended = bool(super()._handle_stopped_request(request))
         if not ended:
             # It is a streamed session: its next part is there already, or it waits for that.
+            policy.waiting.step = self.current_step
             (policy.continues if request.status is RequestStatus.WAITING else policy.suspends)(call)
         return ended
 
