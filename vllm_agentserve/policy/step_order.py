@@ -2,8 +2,8 @@
 
 The order is that of waiting calls (`order.py`) without its first rule: class, level, priority, deadline, resume prefills with
 the least left first, cold ones by arrival; overdue calls before all of them. The age of programs does not count: a prompt that
-has begun is not put off for one of an older program. vLLM asks for running requests in the order in which they were admitted. So a
-prompt that is asked for before a better one leaves it the tokens that it needs.
+has begun is not put off for one of an older program. vLLM asks for running requests in the order in which they were admitted. So
+a prompt that is asked for before a better one leaves it the tokens that it needs.
 """
 
 from collections.abc import Iterable
