@@ -158,6 +158,8 @@ class EnginePolicy:
         self.restoring: dict[Call, bool] = {}
         """Calls whose KV is copied back from host memory before a step takes them up, and whether all is there. They hold KV
         blocks, and need places."""
+        self._held: list[Call] = []
+        """Those of them that cannot begin in the step that is being scheduled."""
         self.budget: StepBudget | None = None
         """Of the step that is being scheduled; None where nothing is cut."""
         self._crowded = False
@@ -256,6 +258,7 @@ class EnginePolicy:
             beside_lane: whether a prefill lane has part of the device.
             lane_room: whether a prefill lane can take a prompt.
         """
+        self._held = []
         if not self.cuts:
             return None
         self._follow_decodes(decodes)
@@ -282,7 +285,7 @@ class EnginePolicy:
             ranked=ranked,
         )
         if not for_lane:
-            self._hold_colds(budget, begins)
+            self._hold_colds(budget, begins, [call for call, served in restored if served is Phase.COLD_PREFILL])
         self._cold_waited = False
         return budget
 
@@ -385,7 +388,7 @@ class EnginePolicy:
             keys.append(by_arrival(self._normal(front, front.key) if self.decodes else front.key))
         return min(keys, default=None)
 
-    def _hold_colds(self, budget: StepBudget, begins: dict[Call, AdmissionKey]) -> None:
+    def _hold_colds(self, budget: StepBudget, begins: dict[Call, AdmissionKey], restored: list[Call]) -> None:
         """While a cold prompt that is being computed does not end in this step, no other can begin in it that is not better."""
         going_on = [
             call
@@ -393,6 +396,8 @@ class EnginePolicy:
             if call.served_as is Phase.COLD_PREFILL
             and not budget.finishes(call.left, call.request.num_computed_tokens, self._order.standing(call, False))
         ]
+        if going_on:
+            self._held = restored
         if going_on and begins:
             first = min(place(call) for call in going_on)
             self.waiting.hold_colds([call for call, key in begins.items() if key < first])
@@ -439,6 +444,10 @@ class EnginePolicy:
     def restored(self) -> list[Call]:
         """The calls for which that is done: the next step can take them up."""
         return [call for call, done in self.restoring.items() if done]
+
+    def holds(self, call: Call) -> bool:
+        """Whether a restored call cannot begin in the step that is being scheduled: a cold prompt that goes on takes its time."""
+        return call in self._held
 
     def grant(self, call: Call, wanted: int, computed: int, new: bool) -> int:
         """How many of the `wanted` tokens of a prompt the step computes, over `computed` ones.
