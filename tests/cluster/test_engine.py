@@ -21,7 +21,12 @@ SERVER = """
     async def health(request): return web.Response()
     async def echo(request):
         body = await request.read()
-        return web.json_response({"headers": sorted(request.headers), "body": body.decode(), "path": request.raw_path})
+        names = [value.hex() for name, value in request.raw_headers if name.lower() == b"x-session-id"]
+        return web.json_response(
+            {"headers": sorted(request.headers), "body": body.decode(), "path": request.raw_path, "names": names}
+        )
+    async def cookie(request):
+        return web.Response(text=request.headers.get("Cookie", ""), headers={"Set-Cookie": "who=first; Path=/"})
     async def stream(request):
         answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await answer.prepare(request)
@@ -35,7 +40,9 @@ SERVER = """
     if "--bad-option" in sys.argv:
         sys.exit("vllm: error: unrecognized arguments: --bad-option")
     app = web.Application()
-    app.add_routes([web.get("/health", health), web.post("/echo", echo), web.post("/stream", stream), web.post("/dies", dies)])
+    app.add_routes([web.get("/health", health), web.post("/echo", echo), web.post("/stream", stream), web.post("/dies", dies),
+        web.post("/cookie", cookie),
+    ])
     web.run_app(app, path=sys.argv[sys.argv.index("--uds") + 1], print=None)
 """
 
@@ -74,6 +81,20 @@ async def test_an_answer_comes_whole(engine: Engine) -> None:
     assert b'["Connection", "Content-Length", "Content-Type", "Host", "x-session-id"]' in content.replace(
         b"X-Session-Id", b"x-session-id"
     )
+
+
+@pytest.mark.parametrize("name", ["plain", "café", "日本", "“ß”"])
+async def test_names_in_headers_reach_the_engine_as_they_came(engine: Engine, name: str) -> None:
+    """Otherwise the ingress pins a name that the engine's scheduler does not know."""
+    _, content = await parts(engine, "/echo", headers=((b"x-session-id", name.encode()),))
+    assert isinstance(content, bytes)
+    assert f'"names": ["{name.encode().hex()}"]'.encode() in content
+
+
+async def test_a_cookie_of_one_client_is_not_sent_for_another(engine: Engine) -> None:
+    assert (await parts(engine, "/cookie"))[1] == b""
+    assert (await parts(engine, "/cookie"))[1] == b""
+    assert (await parts(engine, "/cookie", headers=((b"cookie", b"who=third"),)))[1] == b"who=third"
 
 
 async def test_a_stream_comes_in_whole_events(engine: Engine) -> None:

@@ -35,6 +35,11 @@ def test_the_load_of_an_engine_is_on_its_page() -> None:
     assert load_of("") == EngineLoad(0, 0, 0, 0)
 
 
+def test_all_kv_caches_of_an_engine_with_data_parallelism_are_its_own() -> None:
+    second = PAGE.replace('engine="0"', 'engine="1"').replace("} 0.25", "} 0.75")
+    assert load_of(PAGE + second) == EngineLoad(6, 4, 12_800, 25_600)
+
+
 def test_a_report_says_what_is_known() -> None:
     report = Report(7, EngineLoad(3, 2, 3200, 12_800))
     assert report_in(stats_of(report, 0.5)) == report

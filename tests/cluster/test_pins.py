@@ -9,7 +9,7 @@ from vllm_agentserve.cluster.caller import Caller
 from vllm_agentserve.cluster.chooser import KNOWN_S, Chooser
 from vllm_agentserve.cluster.load import Report
 from vllm_agentserve.cluster.settings import ClusterSettings
-from vllm_agentserve.cluster.table import PinTable, Reports
+from vllm_agentserve.cluster.table import UNREACHED_S, PinTable, Reports
 from vllm_agentserve.policy.fleet import rendezvous
 from vllm_agentserve.policy.placement import EngineLoad
 
@@ -27,7 +27,8 @@ class Near:
     """A table in this process that counts how often it is asked, and may not be reached."""
 
     def __init__(self, clock: Clock, **settings: Any) -> None:
-        self.table = PinTable(ClusterSettings("model", **settings).mapping(), clock)
+        self._settings, self._clock = ClusterSettings("model", **settings).mapping(), clock
+        self.table = PinTable(self._settings, clock)
         self.asked = self.turns = 0
         self.up = True
         self.slow_s = 0.0
@@ -41,11 +42,15 @@ class Near:
         self.asked += 1
         return self.table.place(session, tokens, parent, reports, gone, missed)
 
-    def turn(self, session: str, tokens: int) -> None:
+    def turn(self, session: str, tokens: int, engine: str) -> None:
         if not self.up:
             raise RuntimeError("the actor has died")
         self.turns += 1
-        self.table.turn(session, tokens)
+        self.table.turn(session, tokens, engine)
+
+    def start_again(self) -> None:
+        """Empty."""
+        self.table = PinTable(self._settings, self._clock)
 
 
 @pytest.fixture
@@ -190,11 +195,73 @@ def test_tokens_that_live_on_engines_are_counted(clock: Clock) -> None:
 
 def test_a_table_that_has_just_begun_knows_no_engines(clock: Clock) -> None:
     table = PinTable(ClusterSettings("model").mapping(), clock)
-    table.turn("s", 100)
+    table.turn("s", 100, "a")
     table.finished("s", "a", 100, last=False)
     with pytest.raises(LookupError):
         table.place("s", 100, None, {})
     assert table.place("s", 100, None, {"a": None}) == ("a", "first")
+
+
+async def test_conversations_that_an_ingress_knows_outlive_a_table_that_starts_again(clock: Clock) -> None:
+    """It learns from their next turns where they live. Neither time nor another ingress moves them then."""
+    near = Near(clock)
+    one, other = Chooser(near, clock=clock), Chooser(near, clock=clock)
+    names = [f"{number}" for number in range(30)]
+    places = {name: await one.choose(Caller(name), 100, LOADS) for name in names}
+    near.start_again()
+    await other.choose(Caller("somebody else"), 5000, LOADS)
+    assert {name: await one.choose(Caller(name), 100, LOADS) for name in names} == places
+    assert {name: await other.choose(Caller(name), 100, LOADS) for name in names} == places
+    clock.now = KNOWN_S
+    assert {name: await one.choose(Caller(name), 100, LOADS) for name in names} == places
+
+
+async def test_a_conversation_that_goes_on_after_its_last_call_stays_where_its_context_is(clock: Clock) -> None:
+    near = Near(clock)
+    chooser = Chooser(near, clock=clock)
+    engine = await chooser.choose(Caller("s"), 100, LOADS)
+    near.table.finished("s", engine, 150, last=True)
+    near.table.place("large", 5000, None, {engine: Report(2, EngineLoad(9, 9, 9000, 10_000))})
+    assert await chooser.choose(Caller("s"), 200, LOADS) == engine
+    clock.now = KNOWN_S
+    assert await chooser.choose(Caller("s"), 200, LOADS) == engine
+
+
+async def test_a_turn_to_an_engine_that_is_gone_pins_nothing_to_it(clock: Clock) -> None:
+    """One ingress has found out that it is, the other one has not yet."""
+    near = Near(clock)
+    one, other = Chooser(near, clock=clock), Chooser(near, clock=clock)
+    engine = await one.choose(Caller("s"), 100, LOADS)
+    await other.choose(Caller("t"), 100, LOADS, avoid=(engine,))
+    near.table.finished("s", engine, 100, last=True)
+    assert await one.choose(Caller("s"), 100, LOADS) == engine
+    assert near.table.place("s", 100, None, LOADS)[0] != engine
+
+
+def test_engines_that_no_ingress_reaches_any_more_get_no_calls(clock: Clock) -> None:
+    """The table outlives a deployment whose engines and ingresses have all ended: nobody says that its engines have."""
+    table = PinTable(ClusterSettings("model").mapping(), clock)
+    for number in range(6):
+        table.place(f"before {number}", 100, None, {"a": None, "b": None})
+    clock.now = UNREACHED_S + 1
+    now: Reports = {"c": None, "d": None}
+    names = [*(f"before {number}" for number in range(6)), *(f"after {number}" for number in range(20))]
+    assert {table.place(name, 100, None, now)[0] for name in names} == {"c", "d"}
+    assert set(table.shown()["resident_tokens"]) == {"c", "d"}
+
+
+def test_an_engine_that_one_ingress_reaches_late_keeps_its_conversations(clock: Clock) -> None:
+    table = PinTable(ClusterSettings("model").mapping(), clock)
+    engine, _ = table.place("s", 100, None, {"a": None, "b": None})
+    left: Reports = {name: None for name in "ab" if name != engine}
+    clock.now = UNREACHED_S / 2
+    table.place("t", 100, None, left)
+    assert table.place("s", 100, None, {"a": None, "b": None}) == (engine, "pinned")
+    clock.now = 10 * UNREACHED_S
+    table.place("t", 100, None, left)
+    table.turn("s", 100, engine)
+    assert table.place("u", 100, None, {"a": None, "b": None})[0] in ("a", "b")
+    assert set(table.shown()["resident_tokens"]) == {"a", "b"}
 
 
 def test_the_name_of_an_engine_that_is_gone_does_not_come_back(clock: Clock) -> None:

@@ -101,3 +101,14 @@ def test_the_application_is_what_its_settings_say() -> None:
     for wrong in ({"model": "model", "engine": 3}, {}, {"model": "model", "policy": "best"}):
         with pytest.raises(SettingsError):
             build(wrong)
+
+
+def test_what_ray_shows_of_a_deployment_holds_no_option_of_an_engine() -> None:
+    """Whoever can ask Ray for its status sees what the router is given."""
+    from vllm_agentserve.cluster.application import build
+
+    application = build({"model": "model", "options": ["--api-key", "secret"]})
+    ingress = application._bound_deployment
+    deployments = [ingress, *(one._bound_deployment for one in ingress.init_args if hasattr(one, "_bound_deployment"))]
+    assert len(deployments) == 2
+    assert "secret" not in str([one._deployment_config.model_dump() for one in deployments])

@@ -156,6 +156,33 @@ def test_what_requests_wait_for_is_copied_first(bench: Bench, monkeypatch: pytes
     assert rest == [5, 3, 4, 2]
 
 
+def test_a_store_that_a_step_waits_for_does_not_wait_for_loads(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All loads that are queued may take seconds, in which no stream would get a token."""
+    order, waits = [], threading.Event()
+    copy = BlockCopies._copy
+
+    def slow(self: BlockCopies, job: Any) -> int:
+        order.append(job.number)
+        waits.wait(20)
+        return copy(self, job)
+
+    monkeypatch.setattr(BlockCopies, "_copy", slow)
+    cache, host = GPULoadStoreSpec([1], [1, 0], [0, 0]), CPULoadStoreSpec([1])
+    for number in (1, 2, 3, 4):
+        bench.copies.submit_load(number, host, cache)
+    for number in (5, 6):
+        bench.copies.submit_store(number, cache, host)
+    while not order:
+        pass
+    changed = bench.copies._changed
+    wait_for = changed.wait_for
+    monkeypatch.setattr(changed, "wait_for", lambda *given: (waits.set(), wait_for(*given))[1])
+    bench.copies.wait({6, 3})
+    assert order[:3] == [1, 3, 6]
+    bench.copies.wait({1, 2, 3, 4, 5, 6})
+    assert order[3:] == [2, 4, 5]
+
+
 def test_a_step_waits_for_loads_and_not_for_long(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     may_go = threading.Event()
     copy = BlockCopies._copy

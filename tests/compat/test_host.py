@@ -109,6 +109,38 @@ def test_more_than_the_machine_has_is_refused(
     add_host(arguments, options(kv_host_gib=3))
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"data_parallel_size": 4, "data_parallel_size_local": 0},
+        {"data_parallel_size": 4, "data_parallel_size_local": 1},
+        {"data_parallel_size": 4, "data_parallel_rank": 1},
+        {"data_parallel_size": 4, "data_parallel_external_lb": True},
+    ],
+    ids=["all elsewhere", "one here", "a server each", "a server each, by its node"],
+)
+def test_engines_on_other_machines_take_no_memory_here(
+    toy_model: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(host, "available_bytes", lambda: 4 * 2**30)
+    arguments = engine_arguments(toy_model, **given)
+    add_host(arguments, options(kv_host_gib=3))
+    assert arguments.kv_transfer_config.kv_connector == "OffloadingConnector"
+
+
+def test_one_of_several_api_servers_does_not_count_what_the_engines_have_taken(
+    toy_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "available_bytes", lambda: 2**30)
+    arguments = engine_arguments(toy_model)
+    arguments._api_process_count, arguments._api_process_rank = 2, -1
+    with pytest.raises(OptionError, match="3 GiB are needed"):
+        add_host(arguments, options(kv_host_gib=3))
+    arguments._api_process_rank = 1
+    add_host(arguments, options(kv_host_gib=3))
+    assert arguments.kv_transfer_config.kv_connector == "OffloadingConnector"
+
+
 def test_shared_memory_must_have_room_on_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from vllm.platforms import current_platform
 

@@ -221,6 +221,16 @@ def test_a_conversation_stays(policy: str) -> None:
     assert made.resident_tokens(first.engine) == LONG + 900
 
 
+@pytest.mark.parametrize("policy", ["conserve", "sticky"])
+def test_a_conversation_is_pinned_where_its_call_has_gone_unless_it_is_pinned(policy: str) -> None:
+    made = placement(policy)
+    for engine in "abc":
+        assert made.place(f"to {engine}", 100, 0.0, known=engine) == Decision(engine, "pinned")
+        assert made.pins[f"to {engine}"] == engine
+    assert made.place("to a", 100, 1.0, known="b") == Decision("a", "pinned")
+    assert made.place("to one that does not live", 100, 1.0, known="d").reason == "first"
+
+
 @pytest.mark.parametrize("policy", PINNING)
 def test_a_dead_engines_conversation_moves_once(policy: str) -> None:
     made = placement(policy, "ab")

@@ -7,7 +7,9 @@ import pytest
 from vllm.v1.request import RequestStatus
 
 from tests.support.host_driver import HostDriver
+from tests.support.pinned import PinnedController
 from tests.support.schedulers import make_request, make_scheduler
+from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.vllm_compat.cpu_offload import BlockCopies
 from vllm_agentserve.vllm_compat.host import Host, NoHost
@@ -21,6 +23,7 @@ def started(
     holds: bool = False,
     max_num_seqs: int = 64,
     asynchronous: bool = False,
+    controller: type[BudgetController] = BudgetController,
     **options: Any,
 ) -> tuple[Any, HostDriver]:
     """A KV cache of 1024 tokens and a host of 8192."""
@@ -30,6 +33,7 @@ def started(
         num_blocks=num_blocks,
         max_num_seqs=max_num_seqs,
         host_chunks=chunks,
+        controller=controller,
     )
     return scheduler, HostDriver(scheduler, holds, depth=2 if asynchronous else 1)
 
@@ -215,6 +219,32 @@ def test_blocks_are_not_filled_for_prompts_without_a_place() -> None:
     finished(scheduler, driver)
 
 
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_a_restored_prompt_that_waits_for_a_cold_one_holds_nobody_up(asynchronous: bool) -> None:
+    """vLLM looks at it before those that have no KV blocks, and at nobody behind one that gets no tokens."""
+    scheduler, driver = started(500, 2048, asynchronous=asynchronous, controller=PinnedController, tpot_slo_ms=10)
+    ask(scheduler, "a", 400)
+    finished(scheduler, driver)
+    for number in range(9):
+        ask(scheduler, f"other {number}", 900)
+        finished(scheduler, driver)
+    ask(scheduler, "b", 200)
+    finished(scheduler, driver)
+    ask(scheduler, "stream", 32, max_tokens=400)
+    driver.step()
+    ask(scheduler, "a", 400 + 1500, number=1)
+    cold = ask(scheduler, "cold", 3000)
+    for _ in range(3):
+        driver.step()
+    assert [call.name for call in scheduler.engine_policy.restored()] == ["a-1"]
+    ask(scheduler, "b", 210, number=1)
+    rows = [driver.step() for _ in range(3)]
+    assert any("b-1" in row for row in rows)
+    assert all("a-1" not in row for row in rows)
+    assert cold.num_computed_tokens < 2000
+    finished(scheduler, driver)
+
+
 def test_vllms_own_order_is_left_as_it_is() -> None:
     """Mode stock admits whom vLLM would; prompts come back, and are counted."""
     scheduler, driver = started(mode="stock", max_num_seqs=2)
@@ -286,6 +316,53 @@ def test_a_reset_takes_restored_prompts_back_that_wait_for_a_step() -> None:
     assert scheduler.reset_prefix_cache(reset_running_requests=True)
     assert not scheduler.engine_policy.restoring
     assert driver.step() == {"a-1": 440}
+    finished(scheduler, driver)
+
+
+def test_a_reset_is_refused_before_anybody_loses_a_place_while_blocks_of_an_aborted_call_are_filled() -> None:
+    scheduler, driver = started()
+    pushed_out(scheduler, driver, "a")
+    ask(scheduler, "stream", 32, max_tokens=100)
+    driver.step()
+    driver.holds = True
+    ask(scheduler, "a", 440, number=1)
+    driver.step()
+    scheduler.finish_requests("a-1", RequestStatus.FINISHED_ABORTED)
+    with pytest.raises(RuntimeError, match="is being copied back from host memory"):
+        scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert [request.request_id for request in scheduler.running] == ["stream-0"]
+    driver.copies.let_go()
+    driver.step()
+    assert scheduler.reset_prefix_cache(reset_running_requests=True)
+    driver.holds = False
+    finished(scheduler, driver)
+
+
+def test_a_reset_can_follow_another_one() -> None:
+    """The engine has nothing to do in between, so that it runs no step. What was being stored then is still waited for."""
+    scheduler, driver = started(holds=True)
+    ask(scheduler, "a", 400)
+    for _ in range(8):
+        driver.step()
+    assert not scheduler.running
+    assert driver.copies.held
+    for _ in range(3):
+        assert scheduler.reset_prefix_cache()
+    ask(scheduler, "b", 440)
+    assert driver.step() == {"b-0": 440}
+    assert driver.copies.waited
+    driver.holds = False
+    finished(scheduler, driver)
+
+
+def test_a_prompt_that_is_computed_whole_in_any_case_is_no_restored_one() -> None:
+    scheduler, driver = started()
+    pushed_out(scheduler, driver, "a")
+    request = make_request("all", prompt("a", 440), max_tokens=4, session="a")
+    request.skip_reading_prefix_cache = True  # as with prompt_logprobs
+    scheduler.add_request(request)
+    assert scheduler.waiting.key("all").cold
+    assert driver.step() == {"all": 440}
     finished(scheduler, driver)
 
 

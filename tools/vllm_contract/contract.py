@@ -47,6 +47,14 @@ CONTRACT = (
         _preempt_request="request ...",
         _free_request="request ...",
         _handle_stopped_request="request",
+        _handle_blocked_waiting_request="request",
+    ),
+    # A request that is not ready is passed over, and those behind it are looked at.
+    *says(
+        f"{SCHEDULER}.schedule",
+        SCHED,
+        "ready_to_schedule = self._handle_blocked_waiting_request(request)",
+        "skip_request(request_queue)",
     ),
     # A request that has stopped, and is no streamed session, has ended; a session is no longer in `running`.
     *says(f"{SCHEDULER}._handle_stopped_request", SCHED, "if not request.resumable:", "return True"),
@@ -169,6 +177,7 @@ CONTRACT = (
     *reads(REQUEST, f"{COMPAT} {LANES}", "has_encoder_inputs"),
     *reads(REQUEST, COMPAT, "resumable"),
     *reads(REQUEST, COMPAT, "kv_transfer_params num_stale_output_tokens"),
+    *reads(REQUEST, HOST, "skip_reading_prefix_cache"),
     *reads(REQUEST, f"{COMPAT} policy/attribution.py", "num_output_tokens"),
     *reads(REQUEST, f"{SCHED} {COMPAT} {LANES} policy/call.py", "lora_request"),
     *reads("vllm.lora.request:LoRARequest", f"{SCHED} {COMPAT}", "lora_int_id"),

@@ -15,7 +15,8 @@ SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 HOST_MEMORY = (
     # The connector, by its name, and what we tell it.
     *exports("vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector", HOST, "OffloadingConnector"),
-    *reads(ARGS, HOST, "data_parallel_size_local"),
+    *reads(ARGS, HOST, "data_parallel_external_lb data_parallel_rank data_parallel_size_local"),
+    *reads(ARGS, HOST, "_api_process_count _api_process_rank"),
     *calls(
         "vllm.config",
         HOST,
@@ -97,4 +98,10 @@ HOST_MEMORY = (
     *reads(f"{OFFLOADING}.common:DirectionalTransferStats", HOST, "bytes time"),
     # A reset forgets the copies, too, and it is the connector that does.
     *says(f"{SCHEDULER}.reset_prefix_cache", SCHED, "if reset_connector:", "self.reset_connector_cache()"),
+    *reads(f"{OFFLOADING}.scheduler:OffloadingConnectorScheduler", HOST, "_current_batch_jobs_to_flush"),
+    *says(
+        f"{OFFLOADING}.scheduler:OffloadingConnectorScheduler.reset_cache",
+        HOST,
+        "assert not self._current_batch_jobs_to_flush",
+    ),
 )

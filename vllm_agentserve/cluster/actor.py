@@ -26,8 +26,9 @@ class TableActor:
 
     def __init__(self, app: str, settings: ClusterSettings) -> None:
         self.name = f"{app} {settings.policy} {settings.bound:g} {settings.pin_seconds:g} {settings.max_pins}"
-        self._settings = settings.mapping()
+        self._settings = settings.without_options().mapping()
         self._handle: Any = None
+        self._search: asyncio.Task[Any] | None = None
         self._looked = 0.0
 
     async def place(
@@ -41,9 +42,9 @@ class TableActor:
             raise
         return engine, reason
 
-    def turn(self, session: str, tokens: int) -> None:
+    def turn(self, session: str, tokens: int, engine: str) -> None:
         if self._handle is not None:
-            self._handle.turn.remote(session, tokens)
+            self._handle.turn.remote(session, tokens, engine)
 
     async def finished(self, session: str, engine: str, context_tokens: int, last: bool) -> None:
         """Does not wait for the table."""
@@ -60,12 +61,22 @@ class TableActor:
     async def _found(self) -> Any:
         """Its handle. Raises any exception if there is none, or there was none a moment ago."""
         if self._handle is None:
-            if time.monotonic() - self._looked < FIND_AGAIN_S:
-                raise RuntimeError("the table of pins could not be reached a moment ago")
-            self._looked = time.monotonic()
+            if self._search is None:
+                if time.monotonic() - self._looked < FIND_AGAIN_S:
+                    raise RuntimeError("the table of pins could not be reached a moment ago")
+                self._looked = time.monotonic()
+                self._search = asyncio.ensure_future(self._look())
+            # All that come meanwhile wait for the same search, and it goes on if they leave.
+            return await asyncio.shield(self._search)
+        return self._handle
+
+    async def _look(self) -> Any:
+        try:
             # It may wait for Ray, and other requests must not.
             self._handle = await asyncio.to_thread(self._find)
-        return self._handle
+            return self._handle
+        finally:
+            self._search = None
 
     def _find(self) -> Any:
         return (

@@ -85,7 +85,8 @@ def build(given: Mapping[str, Any]) -> Any:
         ray_actor_options={"num_cpus": 0 if gpus else 1, "num_gpus": gpus},
         request_router_config=RequestRouterConfig(
             request_router_class=ROUTER,
-            request_router_kwargs={"settings": settings.mapping(), "app": app},
+            # Ray shows them to whoever asks for its status. An API key may be among the options.
+            request_router_kwargs={"settings": settings.without_options().mapping(), "app": app},
             request_routing_stats_period_s=REPORT_S,
         ),
     ).bind(settings.mapping())

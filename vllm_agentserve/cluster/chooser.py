@@ -28,7 +28,7 @@ class Table(Protocol):
         self, session: str, tokens: int, parent: str | None, reports: Reports, gone: tuple[str, ...], missed: int
     ) -> tuple[str, str]: ...
 
-    def turn(self, session: str, tokens: int) -> None:
+    def turn(self, session: str, tokens: int, engine: str) -> None:
         """Does not wait."""
 
 
@@ -79,7 +79,7 @@ class Chooser:
         now = self._clock()
         engine, until = self._known.get(caller.session, ("", 0.0))
         if engine in left and now < until:
-            self._say_turn(caller.session, tokens)
+            self._say_turn(caller.session, tokens, engine)
             return engine
         gone = tuple(self._lost)
         try:
@@ -101,8 +101,8 @@ class Chooser:
                 self._known.popitem(last=False)
         return engine
 
-    def _say_turn(self, session: str, tokens: int) -> None:
+    def _say_turn(self, session: str, tokens: int, engine: str) -> None:
         try:
-            self._table.turn(session, tokens)
+            self._table.turn(session, tokens, engine)
         except Exception:  # it counts one call less
             return

@@ -91,6 +91,8 @@ class Engine:
             connector=aiohttp.UnixConnector(self._socket, limit=0, force_close=True),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0),
             auto_decompress=False,
+            # Cookies are between a client and the engine. This session is that of all clients.
+            cookie_jar=aiohttp.DummyCookieJar(),
             # Only what the client sent goes on.
             skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
         )
@@ -131,7 +133,7 @@ class Engine:
             yield Failure(self.how_it_ended(), delivered=False)
             return
         given = end_to_end(request.headers, *OUR_HEADERS)
-        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in given]
+        headers = [(as_text(name), as_text(value)) for name, value in given]
         begun = False
         try:
             async with self._session.request(
@@ -182,6 +184,17 @@ class Engine:
                     time.sleep(0.05)
             process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def as_text(raw: bytes) -> str:
+    """A part of a header as aiohttp takes it. It writes texts in UTF-8, so what is in UTF-8 goes on as the bytes it was.
+
+    Other bytes above 127 become two each: aiohttp cannot write them.
+    """
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
 
 
 def group_lives(group: int) -> bool:

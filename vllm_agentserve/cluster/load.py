@@ -17,21 +17,24 @@ WEIGHT = 0.1
 
 
 def load_of(page: str) -> EngineLoad:
-    """The load that an engine's `/metrics` shows."""
-    running = waiting = used = 0.0
-    capacity = 0
+    """The load that an engine's `/metrics` shows. With data parallelism an engine has several KV caches, and uses them all."""
+    running = waiting = 0.0
+    used: dict[str, float] = {}
+    capacity: dict[str, int] = {}
     for name, labels, value in SAMPLE.findall(page):
+        known = dict(LABEL.findall(labels))
+        rank = known.get("engine", "")
         if name == "vllm:num_requests_running":
             running += float(value)
         elif name == "vllm:num_requests_waiting":
             waiting += float(value)
         elif name == "vllm:kv_cache_usage_perc":
-            used = float(value)
+            used[rank] = float(value)
         elif name == "vllm:cache_config_info":
-            known = dict(LABEL.findall(labels))
             blocks, size = known.get("num_gpu_blocks", ""), known.get("block_size", "")
-            capacity = int(blocks) * int(size) if blocks.isdigit() and size.isdigit() else 0
-    return EngineLoad(int(running), int(waiting), int(used * capacity), capacity)
+            capacity[rank] = int(blocks) * int(size) if blocks.isdigit() and size.isdigit() else 0
+    tokens = sum(used.get(rank, 0.0) * own for rank, own in capacity.items())
+    return EngineLoad(int(running), int(waiting), int(tokens), sum(capacity.values()))
 
 
 @dataclass(frozen=True, slots=True)

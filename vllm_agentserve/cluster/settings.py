@@ -102,6 +102,10 @@ class ClusterSettings:
         """The same as JSON can hold it."""
         return dataclasses.asdict(self) | {"options": list(self.options)}
 
+    def without_options(self) -> "ClusterSettings":
+        """What those need that do not run engines."""
+        return dataclasses.replace(self, options=())
+
     def placement(self) -> Placement:
         """A placement of these settings."""
         return Placement(self.policy, bound=self.bound, pin_seconds=self.pin_seconds, max_pins=self.max_pins)

@@ -8,6 +8,8 @@ from vllm_agentserve.cluster.load import Report
 from vllm_agentserve.cluster.settings import ClusterSettings
 
 NAMESPACE = "agentserve"
+UNREACHED_S = 30.0
+"""An engine that no ingress has been able to reach for so long does not live."""
 Reports = Mapping[str, Report | None]
 """Engines that can be reached, with what each last said of itself."""
 
@@ -25,6 +27,8 @@ class PinTable:
         self._clock = clock
         self._engines: dict[str, int] = {}
         """Engines that live, with the number of their last report; 0 before the first."""
+        self._reached_s: dict[str, float] = {}
+        """When an ingress could last reach each of them."""
         self._gone: dict[str, None] = {}
         self._decisions: dict[str, int] = {}
         self._moves = 0
@@ -52,15 +56,20 @@ class PinTable:
         self._see(reports, gone, now)
         if missed:
             self._decisions["unreachable"] = self._decisions.get("unreachable", 0) + missed
-        decision = self._placement.place(session, tokens, now, parent)
+        return self._place(session, tokens, now, parent)
+
+    def _place(
+        self, session: str, tokens: int, now: float, parent: str | None, known: str | None = None
+    ) -> tuple[str, str]:
+        decision = self._placement.place(session, tokens, now, parent, known)
         self._decisions[decision.reason] = self._decisions.get(decision.reason, 0) + 1
         self._moves += decision.moved_from is not None
         return decision.engine, decision.reason
 
-    def turn(self, session: str, tokens: int) -> None:
-        """A call of a conversation whose engine its ingress knew."""
+    def turn(self, session: str, tokens: int, engine: str) -> None:
+        """A call of a conversation whose engine its ingress knew. A table that has started again learns it from this."""
         try:
-            self.place(session, tokens, None, {})
+            self._place(session, tokens, self._clock(), None, engine)
         except LookupError:
             return  # nothing is known yet, after a restart
 
@@ -86,8 +95,12 @@ class PinTable:
         for name in reports:
             if name not in self._gone:
                 self._engines.setdefault(name, 0)
-        for name in gone:
+                self._reached_s[name] = now
+        # Whoever knew that they have ended may be gone too, as after a new deployment.
+        unreached = [name for name, reached_s in self._reached_s.items() if now - reached_s > UNREACHED_S]
+        for name in (*gone, *(unreached if reports else ())):
             self._engines.pop(name, None)
+            self._reached_s.pop(name, None)
         if set(self._engines) != before:
             self._placement.engines(self._engines, now)
         for name, report in reports.items():

@@ -158,6 +158,8 @@ class EnginePolicy:
         self.restoring: dict[Call, bool] = {}
         """Calls whose KV is copied back from host memory before a step takes them up, and streamed sessions whose next part is
         there; and whether all of their KV is there. They hold KV blocks, and need places."""
+        self._held: list[Call] = []
+        """Those of them that cannot begin in the step that is being scheduled."""
         self.budget: StepBudget | None = None
         """Of the step that is being scheduled; None where nothing is cut."""
         self._crowded = False
@@ -256,6 +258,7 @@ class EnginePolicy:
             beside_lane: whether a prefill lane has part of the device.
             lane_room: whether a prefill lane can take a prompt.
         """
+        self._held = []
         if not self.cuts:
             return None
         self._follow_decodes(decodes)
@@ -283,7 +286,7 @@ class EnginePolicy:
             ranked=ranked,
         )
         if not for_lane:
-            self._hold_colds(budget, begins)
+            self._hold_colds(budget, begins, [call for call, served in restored if served is Phase.COLD_PREFILL])
         self._cold_waited = False
         return budget
 
@@ -406,7 +409,7 @@ class EnginePolicy:
             keys.append(by_arrival(self._normal(front, front.key) if self.decodes else front.key))
         return min(keys, default=None)
 
-    def _hold_colds(self, budget: StepBudget, begins: dict[Call, AdmissionKey]) -> None:
+    def _hold_colds(self, budget: StepBudget, begins: dict[Call, AdmissionKey], restored: list[Call]) -> None:
         """While a cold prompt that is being computed does not end in this step, no other can begin in it that is not better."""
         going_on = [
             call
@@ -414,11 +417,13 @@ class EnginePolicy:
             if call.served_as is Phase.COLD_PREFILL
             and not budget.finishes(call.left, call.request.num_computed_tokens, self._order.standing(call, False))
         ]
-        if going_on and begins:
-            first = min(place(call) for call in going_on)
-            self.waiting.hold_colds([call for call, key in begins.items() if key < first])
-        elif going_on:
-            self.waiting.hold_colds()
+        if not going_on:
+            return
+        first = min(place(call) for call in going_on)
+        self._held = [
+            call for call in restored if not self._orders or self._place_of(call, Phase.COLD_PREFILL) >= first
+        ]
+        self.waiting.hold_colds([call for call, key in begins.items() if key < first])
 
     def backlog(self) -> Backlog:
         """The prompts for which a longer step is worth something: those that are being computed and those that clients wait for.
@@ -460,6 +465,10 @@ class EnginePolicy:
     def restored(self) -> list[Call]:
         """The calls for which that is done: the next step can take them up."""
         return [call for call, done in self.restoring.items() if done]
+
+    def holds(self, call: Call) -> bool:
+        """Whether a restored call cannot begin in the step that is being scheduled: a cold prompt that goes on takes its time."""
+        return call in self._held
 
     def grant(self, call: Call, wanted: int, computed: int, new: bool) -> int:
         """How many of the `wanted` tokens of a prompt the step computes, over `computed` ones.

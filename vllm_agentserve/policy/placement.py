@@ -104,7 +104,9 @@ class Placement:
         self._fleet.report(engine, load, now)
         self._pins.expire(now)
 
-    def place(self, session: str, tokens: int, now: float, parent: str | None = None) -> Decision:
+    def place(
+        self, session: str, tokens: int, now: float, parent: str | None = None, known: str | None = None
+    ) -> Decision:
         """Where a call goes. `finished` has to be told of every call that was placed, however it ended.
 
         Args:
@@ -112,6 +114,8 @@ class Placement:
                 pinned.
             tokens: of its whole prompt.
             parent: session of the agent that started this one.
+            known: under `conserve` and `sticky`, the engine that the call has gone to already. Its conversation is pinned there
+                unless it is pinned.
 
         Raises:
             NoEngineError: no engine lives.
@@ -121,7 +125,11 @@ class Placement:
         self._pins.expire(now)
         self._pins.drop_expired(session, now)
         was = self._pins.get(session)
-        engine, reason = self._choose(session, tokens, was, parent)
+        reason: Reason
+        if was is None and known is not None and known in self._fleet:
+            engine, reason = known, "pinned"
+        else:
+            engine, reason = self._choose(session, tokens, was, parent)
         pins = reason not in ("short", "per-call") and 0 < len(session) <= LONGEST_NAME
         if pins:
             self._pins.pin(session, engine, tokens, now)

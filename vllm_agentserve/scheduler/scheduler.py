@@ -31,7 +31,7 @@ from vllm_agentserve.scheduler.upstream import UpstreamHooks, require_hooks
 from vllm_agentserve.scheduler.waiting import AgentQueue
 from vllm_agentserve.vllm_compat import STATS_FIELD, hooks
 from vllm_agentserve.vllm_compat import scheduler as compat
-from vllm_agentserve.vllm_compat.host import host_of
+from vllm_agentserve.vllm_compat.host import host_of, repeated_reset
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -189,6 +189,15 @@ class AgentScheduler(UpstreamHooks, Scheduler):
             if call.request.status is not RequestStatus.RUNNING:
                 self.engine_policy.stops(call)
 
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """Whether vLLM may take up a waiting request now.
+
+        vLLM looks at those that hold KV blocks first, and at nobody behind one that gets no tokens.
+        """
+        ready = bool(super()._handle_blocked_waiting_request(request))
+        call = self.calls.get(request.request_id)
+        return ready and not (call is not None and self.engine_policy.holds(call))
+
     def _count_decodes(self) -> int:
         """The sequences whose streams would notice a long step."""
         running, prefills = self.running, len(self.engine_policy.prefilling)
@@ -290,7 +299,8 @@ class AgentScheduler(UpstreamHooks, Scheduler):
             for before_reset in self._events.before_reset:
                 before_reset()
         # Host memory that our option asked for holds nothing that the cache is to have forgotten.
-        done = super().reset_prefix_cache(reset_running_requests, reset_connector or self._clears_host)
+        with repeated_reset(self):
+            done = super().reset_prefix_cache(reset_running_requests, reset_connector or self._clears_host)
         if done:
             for after_reset in self._events.after_reset:
                 after_reset()

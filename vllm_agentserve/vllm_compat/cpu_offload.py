@@ -61,8 +61,8 @@ def runs(source: Places, target: Places) -> list[tuple[int, int, int]]:
 
 
 class BlockCopies(OffloadingWorker):
-    """Copies blocks on a thread of its own while the model runs: what requests wait for first, and else in the order in which it
-    is asked for. vLLM itself waits for copies of blocks that it is about to use for something else.
+    """Copies blocks on a thread of its own while the model runs: what a step waits for first, then what requests wait for, and
+    else in the order in which it is asked for. vLLM itself waits for copies of blocks that it is about to use for something else.
 
     NumPy copies whole runs of blocks and lets other threads run meanwhile. Copies by torch would wait for the threads of OpenMP
     that compute the model.
@@ -83,6 +83,8 @@ class BlockCopies(OffloadingWorker):
         self._tensors = [sorted({ref.tensor_idx for ref in refs}) for refs in caches.group_data_refs]
         """Of each group of layers."""
         self._changed = Condition()
+        self._first: deque[Job] = deque()
+        """Those that a step waits for."""
         self._loads: deque[Job] = deque()
         self._stores: deque[Job] = deque()
         self._open: dict[int, bool] = {}
@@ -114,6 +116,7 @@ class BlockCopies(OffloadingWorker):
 
     def wait(self, job_ids: set[int]) -> None:
         with self._changed:
+            self._bring_forward(job_ids)
             self._changed.wait_for(lambda: self._error is not None or self._open.keys().isdisjoint(job_ids))
             self._raise_error()
 
@@ -155,6 +158,18 @@ class BlockCopies(OffloadingWorker):
             self._changed.notify_all()
         return True
 
+    def _bring_forward(self, job_ids: set[int]) -> None:
+        """A step that needs a block waits for its store. It must not wait for all loads that are queued, too.
+
+        Loads still go before stores: after a reset a store may go to a place that a load of before reads.
+        """
+        for queue in (self._loads, self._stores):
+            others = [job for job in queue if job.number not in job_ids]
+            if len(others) < len(queue):
+                self._first.extend(job for job in queue if job.number in job_ids)
+                queue.clear()
+                queue.extend(others)
+
     def _raise_error(self) -> None:
         if self._error is not None:
             raise RuntimeError("copying KV blocks between the KV cache and host memory failed") from self._error
@@ -162,10 +177,10 @@ class BlockCopies(OffloadingWorker):
     def _copy_all(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._loads or self._stores or self._stops)
+                self._changed.wait_for(lambda: self._first or self._loads or self._stores or self._stops)
                 if self._stops:
                     return
-                job = (self._loads or self._stores).popleft()
+                job = (self._first or self._loads or self._stores).popleft()
             began = perf_counter()
             try:
                 size = self._copy(job)

@@ -3,7 +3,8 @@
 import os
 import re
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,9 @@ def add_host(arguments: Any, options: AgentServeConfig) -> None:
     if given is not None and is_host(given) and given.kv_connector_extra_config == wanted["kv_connector_extra_config"]:
         # vLLM asks twice where it makes one configuration from another.
         return
-    obstacle = arguments_obstacle(arguments) or memory_obstacle(options.kv_host_gib * engines(arguments))
+    obstacle = arguments_obstacle(arguments)
+    if obstacle is None and not engines_start_already(arguments):
+        obstacle = memory_obstacle(options.kv_host_gib * engines(arguments))
     if obstacle is not None:
         raise OptionError(f"{KEY} option 'kv_host_gib' = {options.kv_host_gib:g} cannot be fulfilled: {obstacle}.")
     arguments.kv_transfer_config = KVTransferConfig(**wanted)
@@ -76,7 +79,19 @@ def is_host(connector: Any) -> bool:
 
 def engines(arguments: Any) -> int:
     """Engines of a server on this machine; each has host memory of its own."""
-    return int(arguments.data_parallel_size_local or arguments.data_parallel_size)
+    if arguments.data_parallel_external_lb or arguments.data_parallel_rank is not None:
+        # Each engine has a server of its own.
+        return 1
+    local = arguments.data_parallel_size_local
+    return int(arguments.data_parallel_size if local is None else local)
+
+
+def engines_start_already(arguments: Any) -> bool:
+    """Whether these are the arguments of one of several API servers: their parent has looked at them, and started the engines.
+
+    Weights, KV cache and host memory may have taken their memory by now.
+    """
+    return bool(arguments._api_process_count > 1 and arguments._api_process_rank >= 0)
 
 
 def arguments_obstacle(arguments: Any) -> str | None:
@@ -181,6 +196,9 @@ class Host(NoHost):
         return self.tokens - int(self._manager._get_num_free_chunks()) * self._chunk_tokens
 
     def restorable_tokens(self, request: "Request", cached: int) -> int:
+        if request.skip_reading_prefix_cache:
+            # It asks for something of every token of its prompt, such as log-probabilities.
+            return 0
         hashes, size = request.block_hashes, self._chunk_tokens
         first, last = cached // size, min(request.num_tokens // size, len(hashes) // self._hashes)
 
@@ -223,6 +241,25 @@ class Host(NoHost):
 
         self._connector.get_num_new_matched_tokens = get_num_new_matched_tokens
         self._connector.update_connector_output = update_connector_output
+
+
+@contextmanager
+def repeated_reset(scheduler: "Scheduler") -> Iterator[None]:
+    """The cache can be reset inside, also if there was no step since the last reset. The next step waits for the copies that were
+    under way at each of them.
+
+    Retired by: `OffloadingConnectorScheduler.reset_cache` without the assertion that it leaves nothing for the next step.
+    """
+    if type(scheduler.connector).__name__ != CONNECTOR:
+        yield
+        return
+    waited = scheduler.connector.connector_scheduler._current_batch_jobs_to_flush
+    before = {*waited}
+    waited.clear()
+    try:
+        yield
+    finally:
+        waited |= before
 
 
 def host_of(scheduler: "Scheduler") -> NoHost:

@@ -102,11 +102,11 @@ class HostMemory(Feature):
             self._counts["host_stored_tokens"] += round(stored_bytes / self.host.token_bytes)
 
     def before_reset(self) -> None:
-        copied = sum(not done for done in self._policy.restoring.values())
-        if copied:
+        # The blocks of those that have ended meanwhile are held until their copies are there.
+        if self._tokens:
             raise RuntimeError(
-                f"{copied} prompts wait for KV that is being copied back from host memory, so the prefix cache cannot be reset "
-                "now. Try again in a moment."
+                f"the KV of {len(self._tokens)} prompts is being copied back from host memory, so the prefix cache cannot be "
+                "reset now. Try again in a moment."
             )
         if self.host.takes_back:
             # Those that have their copies and wait for a step give their blocks back, as running ones do.
