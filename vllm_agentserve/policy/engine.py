@@ -419,10 +419,12 @@ class EnginePolicy:
         ]
         if not going_on:
             return
+        if not self._orders:
+            self._held = restored
+            self.waiting.hold_colds()
+            return
         first = min(place(call) for call in going_on)
-        self._held = [
-            call for call in restored if not self._orders or self._place_of(call, Phase.COLD_PREFILL) >= first
-        ]
+        self._held = [call for call in restored if self._place_of(call, Phase.COLD_PREFILL) >= first]
         self.waiting.hold_colds([call for call, key in begins.items() if key < first])
 
     def backlog(self) -> Backlog:
