@@ -18,9 +18,9 @@ too large, and as much of none."""
 LEAST = 0.25
 """A limit is never thought to give less than this share of what was expected."""
 FADE_S = 120.0
-"""What was found is half forgotten after about so long without another count."""
+"""What was found counts 1/e after so long without another count."""
 PAUSE_S = 2.0
-"""Where nobody was asked for, for so long, nobody waited: then a limit did not bound what was given."""
+"""Where no decision was asked for in so long, nobody waited, and the limit did not bound the rate: the count begins anew."""
 
 
 class LimitCheck:
@@ -29,7 +29,7 @@ class LimitCheck:
     def __init__(self) -> None:
         self._found = 1.0
         self.found_s = -inf
-        """When that was."""
+        """When that was found, in s on the clock of the events."""
         self._asked_s = self._from_s = -inf
         self._turns = self._firsts = 0
         self._first_s = 0.0
@@ -46,7 +46,7 @@ class LimitCheck:
 
         Args:
             first: whether it was the first of its program.
-            read_s: engine time of its prompt.
+            read_s: engine time of its prompt, in s.
         """
         self._turns += 1
         self._firsts += first
@@ -58,7 +58,7 @@ class LimitCheck:
         Args:
             rate: turns per second that are expected with it.
             without: and without one.
-            gap_s: the mean gap.
+            gap_s: the mean gap, in s.
         """
         if now_s - self._asked_s > PAUSE_S:
             self._from_s = now_s + max(SETTLE_GAPS * gap_s, SETTLE_S)
