@@ -57,7 +57,7 @@ def without(case: Cell, seed: int = 0) -> dict[str, float]:
     return figures(case.machine.engine(FixedLimit()).run(case.traffic(seed)), 0.0)
 
 
-@pytest.mark.parametrize("warm", ["same", "two-turns"])
+@pytest.mark.parametrize("warm", ["same", "two-turns", "benchmark"])
 def test_a_limit_that_gives_as_many_turns_is_chosen(warm: str) -> None:
     """Twice the KV cache, tools of 1 s, on the machine as measured: with eight programs under way the engine gives as many turns
     per second as without a limit, and sessions end a fifth sooner."""

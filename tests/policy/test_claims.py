@@ -181,6 +181,18 @@ def test_what_is_assumed_doubles_a_context_at_most() -> None:
     assert claim(1000, 300, learned).ahead[-1] == 1000 + 32 * 300
 
 
+def test_what_is_guessed_is_less_than_what_is_assumed_at_most() -> None:
+    """Whether a limit pays is decided for what is likely, who may begin for what may be."""
+    unknown = claim(1000, 300, [(0.0, 1.0) for _ in AHEAD])
+    assert unknown.guessed[:5] == (1000, 1300, 1600, 1600, 1600)
+    assert (unknown.likely, unknown.most) == (1600, 2000)
+    known = claim(1000, 300, [(1.0, 1.0) for _ in AHEAD])
+    assert known.likely == known.most == 1000 + 32 * 300
+    two = unknown + known
+    assert two.guessed == tuple(one + other for one, other in zip(unknown.guessed, known.guessed, strict=True))
+    assert two.likely == 1600 + 1000 + 32 * 300
+
+
 def test_claims_are_added_up() -> None:
     nobody = Claims()
     assert (nobody.programs, nobody.now, nobody.most) == (0.0, 0.0, 0.0)

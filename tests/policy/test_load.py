@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.support.load_server import BEGAN, Server, fill, learned
 from vllm_agentserve.policy import claim_count, known_programs
 from vllm_agentserve.policy.claims import LoadCall, Program, claim, presence, stays
+from vllm_agentserve.policy.first_calls import QUEUED, WAIT_READS, WAIT_S
 from vllm_agentserve.policy.load_limit import FIRST_ROOM
 from vllm_agentserve.policy.turn_means import Mean
 from vllm_agentserve.policy.turn_rate import TurnCost, hit_ratio, turns_per_second
@@ -273,6 +274,78 @@ def test_the_first_that_might_not_fit_waits_for_others_no_longer_than_a_moment(i
     server.now += 0.02
     assert server.may("6/0")
     assert server.load.report().reason == "fits"
+
+
+def unlimited(programs: int = 16) -> Server:
+    """Tools take so long that no limit pays, and so many programs come at once that do not fit."""
+    server = Server()
+    server.learn(gap_s=5.0)
+    for index in range(programs):
+        server.arrive(f"{index}/0", f"{index}")
+    return server
+
+
+def test_whether_one_may_begin_that_might_not_fit_is_decided_when_the_engine_has_room_for_it() -> None:
+    """Nobody is put out again, so a yes is not given to a call that would wait anyway."""
+    server = unlimited()
+    asked = [server.may(f"{index}/0") for index in range(16)]
+    fit = sum(asked)
+    assert asked == [True] * fit + [False] * (16 - fit)
+    assert QUEUED <= fit < 10
+    for index in range(fit - QUEUED):
+        server.begin(f"{index}/0")
+        assert not server.may(f"{fit}/0")
+    # From now on one may begin for each that is scheduled.
+    for index in range(fit, 16):
+        assert not server.may(f"{index}/0")
+        server.begin(f"{index - QUEUED}/0")
+        assert not server.load.closed(server.now)
+        assert server.may(f"{index}/0")
+    assert server.load.report().held == 0
+    assert server.faults() == []
+
+
+def test_what_is_learned_meanwhile_counts() -> None:
+    """Reading takes five times as long by then, so that a limit pays for those that were not let in at once."""
+    server = unlimited()
+    fit = [server.may(f"{index}/0") for index in range(16)].count(True)
+    for _ in range(200):
+        server.load.turns.read_s_per_token.add(1e-3, 1000)
+    for index in range(fit):
+        server.begin(f"{index}/0")
+    server.now += 0.3
+    assert not server.may(f"{fit}/0")
+    assert server.load.report().reason == "model"
+
+
+@pytest.mark.parametrize(("prompt", "waits_s"), [(1000, WAIT_S), (10_000, WAIT_READS * 2.0)])
+def test_those_before_a_call_that_are_kept_by_something_else_do_not_keep_it(prompt: int, waits_s: float) -> None:
+    """None of them was scheduled for a second, or for twice as long as its own prompt takes to read: 0.2 s per 1000 tokens."""
+    server = unlimited()
+    fit = [server.may(f"{index}/0") for index in range(16)].count(True)
+    server.abort(f"{fit}/0")
+    for index in range(fit + 1, 16):
+        server.abort(f"{index}/0")
+    server.arrive("late/0", "late", prompt)
+    server.now += waits_s - 0.01
+    assert not server.may("late/0")
+    server.now += 0.12
+    assert server.may("late/0")
+
+
+def test_those_that_give_up_keep_nobody() -> None:
+    server = unlimited()
+    fit = [server.may(f"{index}/0") for index in range(16)].count(True)
+    for index in range(fit - QUEUED + 1):
+        server.abort(f"{index}/0")
+    assert server.may(f"{fit}/0")
+
+
+def test_an_idle_engine_decides_at_once() -> None:
+    server = unlimited()
+    fit = [server.may(f"{index}/0") for index in range(16)].count(True)
+    server.now += 0.2
+    assert server.may(f"{fit}/0", idle=True)
 
 
 def test_a_newcomer_does_not_pass_those_that_are_held() -> None:

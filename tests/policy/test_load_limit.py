@@ -27,7 +27,8 @@ class Measured:
 
 def claims(programs: float, tokens: float) -> Claims:
     """Of programs that want so many tokens each, now and later."""
-    return Claims(programs, (programs * tokens,) * len(AHEAD))
+    of_all = (programs * tokens,) * len(AHEAD)
+    return Claims(programs, of_all, of_all)
 
 
 def demand(under_way: int, waiting: int = 0, tokens: float = 1000.0, surely: float | None = None) -> Demand:
@@ -166,6 +167,16 @@ def test_where_those_under_way_find_nothing_it_only_helps_those_that_wait(waitin
     fresh.decide(0.0, demand(16, waiting, surely=15_199.0), GAP_S)
     assert fresh.weighed is not None
     assert fresh.weighed.limited == pytest.approx(turns_per_second(9.5, weighed.turn, 1.0))
+
+
+def test_a_limit_is_weighed_for_what_is_likely() -> None:
+    """With contexts of 2000 tokens four programs fit, which give too few turns, and with contexts of 1600 six do."""
+    most, guessed = claims(16, 2000.0), claims(16, 1600.0)
+    for chosen in (most, guessed):
+        one = limit(decode_s=0.1, parts=0.5)
+        everybody = Claims(16, most.ahead, chosen.ahead)
+        one.decide(0.0, Demand(Claims(), 0.0, 16, everybody), 3.0)
+        assert (one.reason == "model") is (chosen is guessed)
 
 
 def test_a_program_that_is_larger_than_the_cache_is_not_limited() -> None:

@@ -92,6 +92,37 @@ def test_first_calls_are_held_while_the_contexts_fill_the_cache(clock: Clock, as
     assert scheduler.integrity.faults() == []
 
 
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_without_a_limit_a_burst_is_let_in_as_the_engine_takes_it(clock: Clock, asynchronous: bool) -> None:
+    """Tools of a minute: no limit pays. Who might not fit is decided on when those before it are scheduled."""
+    scheduler, driver, load = started(asynchronous=asynchronous)
+    for number in range(6):
+        for name in ("warm", "wram"):
+            turn(scheduler, name, number, 200)
+        serve(scheduler, driver, clock)
+        clock.now += 60.0
+    names = [f"burst-{index}" for index in range(16)]
+    for name in names:
+        turn(scheduler, name, 0)
+    waiting = held(scheduler)
+    assert len(waiting) > 4
+    seen = set(names) - {name.removesuffix("-0") for name in waiting}
+    order = [*seen]
+    for _ in range(200):
+        if not scheduler.requests:
+            break
+        clock.now += 0.02
+        driver.step()
+        queued = load.control.firsts.queued
+        assert len(queued) <= max(len(seen), 4)
+        order += [name for name in names if name not in order and f"{name}-0" not in held(scheduler)]
+        assert scheduler.integrity.faults() == []
+    assert not scheduler.requests
+    assert load.control.limit.reason != "model"
+    assert order[len(seen) :] == [name for name in names if name not in seen]
+    assert not load.control.firsts.queued
+
+
 def test_a_program_that_came_back_is_never_held(clock: Clock) -> None:
     scheduler, driver, load = started()
     learned(scheduler, driver, clock)

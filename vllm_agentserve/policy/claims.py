@@ -14,6 +14,9 @@ LEAST_CALLS, ENOUGH = 5, 24
 """A program is assumed to have so many calls until that many programs were seen after a call of that turn: claims that are too
 small cannot be taken back, since who has begun is never held, while claims that are too large end with their programs. Contexts
 are assumed to grow to twice their size by that, no more."""
+AT_MOST, LIKELY = 2.0, 1.6
+"""Times their size to which contexts are assumed to grow while that is not known: who may begin is decided for the first,
+whether a limit is worth having for the second."""
 FEW = 4
 """Contexts are assumed to grow to more than twice their size only where so many programs were seen to go on so far."""
 HELD_BACK = 0.95
@@ -166,10 +169,12 @@ class Claims:
     Args:
         programs: how many there are; one that comes back with probability 0.5 counts a half.
         ahead: tokens of their contexts so many turns later, for each of `AHEAD`.
+        guessed: the same, where what is not known is guessed and not bounded.
     """
 
     programs: float = 0.0
     ahead: tuple[float, ...] = (0.0,) * len(AHEAD)
+    guessed: tuple[float, ...] = (0.0,) * len(AHEAD)
 
     @property
     def now(self) -> float:
@@ -181,9 +186,15 @@ class Claims:
         """The most tokens they will want together."""
         return max(self.ahead)
 
+    @property
+    def likely(self) -> float:
+        """The most tokens they are likely to want together."""
+        return max(self.guessed)
+
     def __add__(self, other: "Claims") -> "Claims":
         ahead = tuple(one + more for one, more in zip(self.ahead, other.ahead, strict=True))
-        return Claims(self.programs + other.programs, ahead)
+        guessed = tuple(one + more for one, more in zip(self.guessed, other.guessed, strict=True))
+        return Claims(self.programs + other.programs, ahead, guessed)
 
 
 def claim(tokens: float, growth: float, stay: Iterable[Stay], share: float = 1.0) -> Claims:
@@ -193,8 +204,12 @@ def claim(tokens: float, growth: float, stay: Iterable[Stay], share: float = 1.0
         stay: the probability that it is still there, for each of `AHEAD`.
         share: the probability that it comes back at all; or how many such programs there are, `tokens` being their mean.
     """
-    ahead = tuple(
-        share * max(learned * (tokens + turns * growth), assumed * min(tokens + turns * growth, 2 * tokens))
-        for (learned, assumed), turns in zip(stay, AHEAD, strict=True)
-    )
-    return Claims(share, ahead)
+    by_turn = [*zip(stay, AHEAD, strict=True)]
+
+    def grown(times: float) -> tuple[float, ...]:
+        return tuple(
+            share * max(learned * (tokens + turns * growth), assumed * min(tokens + turns * growth, times * tokens))
+            for (learned, assumed), turns in by_turn
+        )
+
+    return Claims(share, grown(AT_MOST), grown(LIKELY))

@@ -9,6 +9,10 @@ from vllm_agentserve.policy.claims import LoadCall, Program
 SETTLE_S, BURST = 0.3, 0.5
 """Programs that come together are decided on together: the first that might not fit waits so long for the others, while this
 share of all programs came within that time."""
+QUEUED, WAIT_S, WAIT_READS = 4, 1.0, 2.0
+"""Where so many calls that may begin still wait for the engine, it is not decided yet whether another one may that might not fit:
+it would wait anyway, and more is known later. But not where none of them was scheduled for so long, or for so many times as its
+own prompt takes to read if that is longer: something else keeps them."""
 
 
 class Burst:
@@ -37,6 +41,10 @@ class FirstCalls:
 
     def __init__(self) -> None:
         self.waiting: dict[LoadCall, None] = {}
+        self.queued: dict[LoadCall, None] = {}
+        """First calls that may begin and are not scheduled yet."""
+        self._began_s = -inf
+        """When one of those was scheduled last."""
         self.held = 0
         """How many of them are held."""
         self.passed = 0
@@ -65,6 +73,29 @@ class FirstCalls:
         """Whether others may begin before this call."""
         self.passed += others - call.passed
         call.passed = others
+
+    def may_begin(self, call: LoadCall) -> None:
+        """A first call may begin, and waits to be scheduled."""
+        self.queued[call] = None
+
+    def began(self, call: LoadCall, now_s: float) -> None:
+        """A call was scheduled."""
+        if self.leaves(call):
+            self._began_s = now_s
+
+    def leaves(self, call: LoadCall) -> bool:
+        """A call does not wait to be scheduled; returns whether it was one that may begin."""
+        if call not in self.queued:
+            return False
+        del self.queued[call]
+        self.open()
+        return True
+
+    def would_wait(self, call: LoadCall, now_s: float, read_s: float) -> bool:
+        """Whether a call would wait for others if it might begin now; `read_s`: what its prompt takes to read."""
+        if len(self.queued) < QUEUED:
+            return False
+        return now_s - max(call.came_s, self._began_s) < max(WAIT_S, WAIT_READS * read_s)
 
     @property
     def in_order(self) -> int:
@@ -95,6 +126,9 @@ class FirstCalls:
 
     def faults(self, live: Mapping[str, Program]) -> Iterator[str]:
         """What does not agree, `live` being the programs there are."""
+        for call in self.queued:
+            if call.over or call.begun:
+                yield f"a first call of {call.program.name!r} that may begin is no longer waiting"
         for call in self.waiting:
             if call.over or live.get(call.program.name) is not call.program:
                 yield f"a first call of {call.program.name!r} is gone"

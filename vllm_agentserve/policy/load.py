@@ -143,6 +143,7 @@ class LoadControl:
         self._idle_since_s = inf
         program = call.program
         self._release(call)
+        self.firsts.began(call, now_s)
         if program.turns:
             self._resumed(program, now_s, call.prompt_tokens, None if child else cached_tokens)
         # A program whose only call cannot return wants nothing later.
@@ -223,6 +224,7 @@ class LoadControl:
             return False
         call.over = True
         self.firsts.remove(call)
+        self.firsts.leaves(call)
         del call.program.calls[call]
         return True
 
@@ -276,6 +278,8 @@ class LoadControl:
         if call.why is None:
             self._begun[why] += 1
             call.why = why
+            if not call.begun and call in self.firsts.waiting:
+                self.firsts.may_begin(call)
         self._release(call)
         return True
 
@@ -301,7 +305,8 @@ class LoadControl:
         if self.limit.due(now_s, wanted, known):
             self.limit.decide(now_s, self._demand(), self.returns.gaps.mean_s)
         if self.limit.none:
-            return None if self._others_may_come(call, now_s, idle, wanted, known) else "unlimited"
+            waits = self._others_may_come(call, now_s, idle, wanted, known) or self._would_wait(call, now_s, idle, wanted)
+            return None if waits else "unlimited"
         if not self.count.claims.programs:
             return "alone"
         return self._room_for(call, now_s, idle, wanted, large=newcomer.most > LARGE * self.limit.tokens)
@@ -313,6 +318,15 @@ class LoadControl:
         if not (unsure and self.count.claims.programs) or idle or now_s - call.came_s >= SETTLE_S:
             return False
         self.firsts.close(min(now_s + COUNT_S, call.came_s + SETTLE_S))
+        return True
+
+    def _would_wait(self, call: LoadCall, now_s: float, idle: bool, wanted: float) -> bool:
+        """Whether a call might not fit and would wait for others first: who has begun cannot be put out again."""
+        if idle or self.limit.reason == "fits" or wanted <= self.limit.fitting_tokens:
+            return False
+        if not self.firsts.would_wait(call, now_s, call.prompt_tokens * self.turns.read_s_per_token.value):
+            return False
+        self.firsts.close(now_s + COUNT_S)
         return True
 
     def _room_for(self, call: LoadCall, now_s: float, idle: bool, wanted: float, large: bool) -> Begins | None:

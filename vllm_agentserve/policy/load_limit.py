@@ -185,7 +185,7 @@ class Limit:
         )
         pool = room.tokens
         kept = room.kept_tokens * room.share
-        return Forecast(everybody.programs, everybody.most, pool, kept, turn, max(pool / context, 1.0))
+        return Forecast(everybody.programs, everybody.likely, pool, kept, turn, max(pool / context, 1.0))
 
     def _later(self, forecast: Forecast, demand: Demand) -> float:
         """Turns per second with a limit where those under way find nothing, whether others are held or not: it only helps those

@@ -313,29 +313,32 @@ def averaged(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def warm_up(cell: Cell, engine: PressureEngine, seed: int) -> None:
-    """A few programs of the same kind before, as a server in use has seen them, or short ones: two turns each, tools of
-    50 ms, one program every 0.2 s."""
+    """A few programs before, which the engine learns from.
+
+    `same`: of the same kind, as a server in use has seen them. `two-turns`: two turns each, tools of 50 ms. `benchmark`: two
+    turns each, answers half as long, one program every 0.2 s, and the traffic follows at once, as after the warm-up of
+    `agentserve bench`.
+    """
     if cell.warm == "none":
         return
-    programs = cell.programs
-    turns = programs.turns if cell.warm == "same" else (min(2, programs.turns[0]), min(2, programs.turns[1]))
+    programs, same = cell.programs, cell.warm == "same"
     few = Programs(
         min(programs.number, 16),
-        turns,
+        programs.turns if same else (min(2, programs.turns[0]), min(2, programs.turns[1])),
         programs.first,
         programs.added,
         programs.answer,
-        programs.gap_s if cell.warm == "same" else 0.05,
-        5.0 if cell.warm == "same" else 0.2,
-        programs.heavy and cell.warm == "same",
-        burst=cell.warm != "same",
+        0.05 if cell.warm == "two-turns" else programs.gap_s,
+        5.0 if same else 0.2,
+        programs.heavy and same,
+        burst=0 if same else 1,
         told=programs.told,
     )
     agents = few.draw(seed + 1000, "warm-up")
     if cell.one_shots:
         agents += cell.one_shots.draw(seed + 1000, "warm-up one-shot")
     engine.run(agents)
-    engine.now_s += 10.0
+    engine.now_s += 0.1 if cell.warm == "benchmark" else 10.0
 
 
 def controlled(cell: Cell, seed: int, ends: Ends = "told") -> dict[str, float]:
@@ -380,7 +383,7 @@ def measure(cell: Cell) -> dict[str, Any]:
 HEAD = """# Load control in the simulator
 
     python -m vllm_agentserve.simulator.load_search --output docs/results/load-simulated.json
-    python -m vllm_agentserve.simulator.load_search --output FILE --groups pressure --warm two-turns    # or none
+    python -m vllm_agentserve.simulator.load_search --output FILE --groups pressure --warm two-turns    # or benchmark, none
 
 The first command writes a page with its tables only; those of the second are put in by hand, so give it another FILE to compare.
 
@@ -450,7 +453,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="JSON file; the table goes beside it, as .md")
     parser.add_argument("--groups", nargs="*", help="only these")
-    parser.add_argument("--warm", choices=("same", "two-turns", "none"), default="same")
+    parser.add_argument("--warm", choices=("same", "two-turns", "benchmark", "none"), default="same")
     given = parser.parse_args()
     cells = [
         cell
