@@ -305,8 +305,9 @@ class LoadControl:
         if self.limit.due(now_s, wanted, known):
             self.limit.decide(now_s, self._demand(), self.returns.gaps.mean_s)
         if self.limit.none:
-            waits = self._others_may_come(call, now_s, idle, wanted, known) or self._would_wait(call, now_s, idle, wanted)
-            return None if waits else "unlimited"
+            if self._others_may_come(call, now_s, idle, wanted, known):
+                return None
+            return None if self._would_wait(call, now_s, idle, wanted) else "unlimited"
         if not self.count.claims.programs:
             return "alone"
         return self._room_for(call, now_s, idle, wanted, large=newcomer.most > LARGE * self.limit.tokens)
