@@ -333,6 +333,32 @@ def test_those_before_a_call_that_are_kept_by_something_else_do_not_keep_it(prom
     assert server.may("late/0")
 
 
+@pytest.mark.parametrize(
+    ("queued", "asked", "waits"),
+    [
+        ({}, {}, True),
+        ({"batch": True}, {}, False),
+        ({}, {"batch": True}, True),
+        ({"batch": True}, {"batch": True}, True),
+        ({}, {"ahead": True}, False),
+        ({"ahead": True}, {}, True),
+    ],
+)
+def test_only_calls_that_go_before_it_keep_another(
+    queued: dict[str, bool], asked: dict[str, bool], waits: bool
+) -> None:
+    server = unlimited(0)
+    server.arrive("one/0", "one", 4000)
+    assert server.may("one/0", idle=True)
+    server.begin("one/0")
+    for index in range(QUEUED):
+        server.arrive(f"{index}/0", f"{index}", **queued)
+        assert server.may(f"{index}/0")
+    server.arrive("another/0", "another", **asked)
+    assert server.may("another/0") is not waits
+    assert server.faults() == []
+
+
 def test_those_that_give_up_keep_nobody() -> None:
     server = unlimited()
     fit = [server.may(f"{index}/0") for index in range(16)].count(True)

@@ -48,6 +48,8 @@ class LoadCall:
         came_s: when.
         prompt_tokens: tokens of its prompt.
         can_return: whether another call can go on from its answer.
+        batch: whether every interactive call goes before it.
+        ahead: whether it goes before others of its class that came before it: it has a deadline, or a priority.
         why: it may begin, once that is known.
         held: whether it was asked for and may not begin yet.
         passed: whether others may begin before it meanwhile: it wants most of the limit.
@@ -59,6 +61,8 @@ class LoadCall:
     came_s: float
     prompt_tokens: int
     can_return: bool = True
+    batch: bool = False
+    ahead: bool = False
     why: Begins | None = None
     held: bool = False
     passed: bool = False

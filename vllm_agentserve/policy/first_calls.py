@@ -43,6 +43,8 @@ class FirstCalls:
         self.waiting: dict[LoadCall, None] = {}
         self.queued: dict[LoadCall, None] = {}
         """First calls that may begin and are not scheduled yet."""
+        self._queued_batch = 0
+        """How many of them are of class batch."""
         self._began_s = -inf
         """When one of those was scheduled last."""
         self.held = 0
@@ -76,7 +78,9 @@ class FirstCalls:
 
     def may_begin(self, call: LoadCall) -> None:
         """A first call may begin, and waits to be scheduled."""
-        self.queued[call] = None
+        if call not in self.queued:
+            self.queued[call] = None
+            self._queued_batch += call.batch
 
     def began(self, call: LoadCall, now_s: float) -> None:
         """A call was scheduled."""
@@ -88,12 +92,14 @@ class FirstCalls:
         if call not in self.queued:
             return False
         del self.queued[call]
+        self._queued_batch -= call.batch
         self.open()
         return True
 
     def would_wait(self, call: LoadCall, now_s: float, read_s: float) -> bool:
         """Whether a call would wait for others if it might begin now; `read_s`: what its prompt takes to read."""
-        if len(self.queued) < QUEUED:
+        before = len(self.queued) if call.batch else len(self.queued) - self._queued_batch
+        if call.ahead or before < QUEUED:
             return False
         return now_s - max(call.came_s, self._began_s) < max(WAIT_S, WAIT_READS * read_s)
 
@@ -126,6 +132,9 @@ class FirstCalls:
 
     def faults(self, live: Mapping[str, Program]) -> Iterator[str]:
         """What does not agree, `live` being the programs there are."""
+        batch = sum(call.batch for call in self.queued)
+        if batch != self._queued_batch:
+            yield f"{self._queued_batch} calls of class batch are said to wait for the engine, and {batch} do"
         for call in self.queued:
             if call.over or call.begun:
                 yield f"a first call of {call.program.name!r} that may begin is no longer waiting"

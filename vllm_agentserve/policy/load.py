@@ -108,7 +108,15 @@ class LoadControl:
     # Events.
 
     def arrive(
-        self, name: str, now_s: float, prompt_tokens: int, *, named: bool = True, can_return: bool = True
+        self,
+        name: str,
+        now_s: float,
+        prompt_tokens: int,
+        *,
+        named: bool = True,
+        can_return: bool = True,
+        batch: bool = False,
+        ahead: bool = False,
     ) -> LoadCall:
         """A call came. Returns what the other events are told of.
 
@@ -116,9 +124,11 @@ class LoadControl:
             name: of its program; sub-agents are calls of the program that started them.
             named: whether the client said so; otherwise it was inferred.
             can_return: False for what cannot come back: pooling, or no prefix cache.
+            batch: whether every interactive call goes before it.
+            ahead: whether it goes before others of its class that came before it.
         """
         program, came_s = self.programs.comes(name, now_s, named)
-        call = LoadCall(program, came_s, prompt_tokens, can_return)
+        call = LoadCall(program, came_s, prompt_tokens, can_return, batch, ahead)
         if program.turns or program.begun:
             call.why = "returning"
         elif not can_return:

@@ -104,6 +104,8 @@ class Load(Feature):
             call.request.num_prompt_tokens,
             named=owner.source == "explicit",
             can_return=compat.can_return(self._scheduler, call.request),
+            batch=call.hints.batch,
+            ahead=call.hints.deadline_ms is not None or call.hints.priority > 0,
         )
         if call.key is None or compat.fetches_prompt(call.request):
             # A part of a prompt that is streamed is not in the list yet. Blocks to fetch are kept by another engine meanwhile.
