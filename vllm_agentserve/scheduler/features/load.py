@@ -104,6 +104,7 @@ class Load(Feature):
             call.request.num_prompt_tokens,
             named=owner.source == "explicit",
             can_return=compat.can_return(self._scheduler, call.request),
+            tenant=call.tenant,
         )
         if call.key is None or compat.fetches_prompt(call.request):
             # A part of a prompt that is streamed is not in the list yet. Blocks to fetch are kept by another engine meanwhile.
