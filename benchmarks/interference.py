@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.interference_figures import Run, alone_summary, ratios, rounded, summary, table
+from vllm_agentserve.bench.arguments import add_start_timeout
 from vllm_agentserve.bench.client import Stream, StreamingClient
 from vllm_agentserve.bench.endpoint import read_counters
 from vllm_agentserve.bench.measure import quantiles, split_gaps
 from vllm_agentserve.bench.replay import undisturbed
-from vllm_agentserve.bench.server import VllmServer, serving_environment
+from vllm_agentserve.bench.server import START_TIMEOUT_S, VllmServer, serving_environment
 from vllm_agentserve.config import SERIES
 from vllm_agentserve.processes.starter import call
 from vllm_agentserve.toy import make_toy_model
@@ -197,11 +198,11 @@ def run_engine(arm: str, seed: int, only_alone: bool = False) -> Run:
     return run
 
 
-def run_arm(path: str, arm: str, seed: int, resumes: bool = False) -> Run:
+def run_arm(path: str, arm: str, seed: int, resumes: bool = False, start_timeout_s: float = START_TIMEOUT_S) -> Run:
     """Runs one arm in processes of its own and returns what it gave."""
     if path == "http":
         options = [text for key, value in {**ENGINE_OPTIONS, **ARMS[arm]}.items() for text in serve_option(key, value)]
-        with VllmServer(make_toy_model(), options) as server, undisturbed():
+        with VllmServer(make_toy_model(), options, start_timeout_s=start_timeout_s) as server, undisturbed():
             return asyncio.run(run_http(server.url, seed, resumes))
     environment = serving_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
     return Run(**call(f"{__spec__.name}:work", {"arm": arm, "seed": seed, "path": path}, environment))
@@ -227,6 +228,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resumes", action="store_true", help="one more agent takes short turns; with --path http")
     parser.add_argument("--output", type=Path, help="where the raw intervals and the summary go, as JSON")
+    add_start_timeout(parser, "a server, with --path http,", START_TIMEOUT_S)
     arguments = parser.parse_args()
     if arguments.resumes and arguments.path != "http":
         parser.error(
@@ -239,7 +241,7 @@ def main() -> int:
     for number in range(arguments.rounds):
         # Every other round runs backwards, so that no arm always follows the same one.
         for arm in arguments.arms if number % 2 == 0 else reversed(arguments.arms):
-            run = run_arm(arguments.path, arm, arguments.seed + number, arguments.resumes)
+            run = run_arm(arguments.path, arm, arguments.seed + number, arguments.resumes, arguments.start_timeout)
             runs[arm].append(run)
             if arguments.path == "alone":
                 print(

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_agentserve import __version__
 from vllm_agentserve.bench.arguments import add_arguments as add_bench_arguments
-from vllm_agentserve.bench.arguments import number_from, port_argument
+from vllm_agentserve.bench.arguments import add_start_timeout, number_from, port_argument
 from vllm_agentserve.cluster.arguments import add_arguments as add_cluster_arguments
 from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
 from vllm_agentserve.extras import MissingExtraError, remedy_for, require
@@ -75,6 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--agents", type=number_from(1, 64), default=5, help="agents at work (default: %(default)s)")
     demo.add_argument("--turns", type=number_from(1, 64), default=6, help="turns of each agent (default: %(default)s)")
     demo.add_argument("--port", type=port_argument, help="where the servers listen (default: a free port)")
+    add_start_timeout(demo, "a server", 300.0)
     demo.add_argument("--options", type=options_argument, default={}, help=f'options of "{KEY}", as a JSON object')
 
     cluster = commands.add_parser("cluster", help="several engines behind one address, on Ray Serve")
@@ -105,7 +106,15 @@ def demo(arguments: argparse.Namespace) -> int:
         console.print("Making the toy model (random weights: the answers mean nothing, the timing does) ...")
     model = str(make_toy_model() if toy else arguments.model)
     try:
-        plan = demo_plan(model, toy, arguments.agents, arguments.turns, arguments.port, arguments.options)
+        plan = demo_plan(
+            model,
+            toy,
+            arguments.agents,
+            arguments.turns,
+            arguments.port,
+            arguments.options,
+            arguments.start_timeout,
+        )
     except WorkloadError as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 2

@@ -17,6 +17,7 @@ from aiohttp import web
 from rich.console import Console
 
 from vllm_agentserve import cli
+from vllm_agentserve.bench import demo
 from vllm_agentserve.bench.arms import Arm, hidden, parse_arm, parse_arms, parse_url_arm
 from vllm_agentserve.bench.client import StreamingClient
 from vllm_agentserve.bench.command import make_plan
@@ -139,6 +140,16 @@ def test_the_time_to_start_can_be_set(tmp_path: Path) -> None:
         server = Experiment(plan, tmp_path / str(wanted), Quiet()).server(plan.arms[0], tmp_path / "log")  # type: ignore[arg-type]
         assert isinstance(server, VllmServer)
         assert server._start_timeout_s == wanted
+
+
+def test_the_time_to_start_can_be_set_for_the_demo_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The error of a server that is too slow names the option."""
+    plans: list[Plan] = []
+    monkeypatch.setattr(demo, "run_demo", lambda plan, console: plans.append(plan) or 0)
+    monkeypatch.setattr(demo, "check_model", lambda *given: None)
+    for more in ((), ("--start-timeout", "900")):
+        assert cli.main(["demo", "--model", str(tmp_path), *more]) == 0
+    assert [plan.start_timeout_s for plan in plans] == [START_TIMEOUT_S, 900.0]
 
 
 class Quiet:

@@ -37,6 +37,9 @@ SERVER = """
         await asyncio.sleep(0.1)
         os.kill(os.getpid(), signal.SIGKILL)
     async def dies(request): os.kill(os.getpid(), signal.SIGKILL)
+    if "--never-ready" in sys.argv:
+        print("loading weights", flush=True)
+        signal.pause()
     if "--bad-option" in sys.argv:
         sys.exit("vllm: error: unrecognized arguments: --bad-option")
     app = web.Application()
@@ -48,8 +51,9 @@ SERVER = """
 
 
 class SmallEngine(Engine):
-    def __init__(self, folder: Path, *options: str) -> None:
-        super().__init__("model", options, {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]})
+    def __init__(self, folder: Path, *options: str, start_timeout_s: float = 60.0) -> None:
+        environment = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
+        super().__init__("model", options, environment, start_timeout_s)
         script = folder / "server.py"
         script.write_text(textwrap.dedent(SERVER))
         self.command = [sys.executable, str(script), *self.command[4:]]
@@ -130,6 +134,16 @@ async def test_a_wrong_option_is_said(tmp_path: Path) -> None:
     ):
         await asyncio.wait_for(found.start(), 30)
     found.stop()
+
+
+async def test_an_engine_that_is_never_ready_is_given_up(tmp_path: Path) -> None:
+    found = SmallEngine(tmp_path, "--never-ready", start_timeout_s=2.0)
+    with pytest.raises(
+        EngineError, match=r"not healthy within 2 s \(give it more with --start-timeout\): loading weights"
+    ):
+        await asyncio.wait_for(found.start(), 30)
+    found.stop()
+    assert not found.alive
 
 
 async def test_nobody_else_can_read_its_socket(engine: Engine) -> None:

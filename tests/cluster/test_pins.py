@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
+from vllm_agentserve.cluster import table
 from vllm_agentserve.cluster.caller import Caller
 from vllm_agentserve.cluster.chooser import KNOWN_S, Chooser
 from vllm_agentserve.cluster.load import Report
 from vllm_agentserve.cluster.settings import ClusterSettings
-from vllm_agentserve.cluster.table import UNREACHED_S, PinTable, Reports
+from vllm_agentserve.cluster.table import NAMED_S, UNREACHED_S, PinTable, Reports
 from vllm_agentserve.policy.fleet import rendezvous
 from vllm_agentserve.policy.placement import EngineLoad
 
@@ -282,3 +283,24 @@ def test_a_report_counts_once_however_many_calls_bring_it(clock: Clock) -> None:
     assert "a" not in placed
     old = [table.place("", 100, None, LOADS)[0] for _ in range(10)]
     assert "a" not in old
+
+
+def test_engines_that_are_gone_are_not_remembered_for_ever(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster whose engines start again and again: nobody names the old ones after a while."""
+    made = PinTable(ClusterSettings("model").mapping(), clock)
+    for number in range(2000):
+        clock.now += 1.0
+        made.place("s", 100, None, {"a": None}, gone=(f"engine {number}",))
+    assert len(made._gone) <= NAMED_S + 1
+    monkeypatch.setattr(table, "MOST_GONE", 10)
+    made.place("s", 100, None, {"a": None}, gone=tuple(f"engine {number}" for number in range(2000, 2020)))
+    assert list(made._gone) == [f"engine {number}" for number in range(2010, 2020)]
+
+
+def test_an_engine_that_is_gone_stays_so_while_an_ingress_still_names_it(clock: Clock) -> None:
+    made = PinTable(ClusterSettings("model").mapping(), clock)
+    made.place("s", 100, None, {"a": None, "b": None}, gone=("a",))
+    for _ in range(5):
+        clock.now += NAMED_S / 2
+        assert made.place("s", 100, None, {"a": None, "b": None})[0] == "b"
+    assert list(made._gone) == ["a"]

@@ -10,8 +10,8 @@ import pytest
 from tests.support.paths import ROOT
 from vllm_agentserve import cli
 from vllm_agentserve.cluster.arguments import POLICIES
-from vllm_agentserve.cluster.command import execute
-from vllm_agentserve.cluster.settings import ClusterSettings, SettingsError
+from vllm_agentserve.cluster.command import execute, settings_of
+from vllm_agentserve.cluster.settings import START_TIMEOUT_S, ClusterSettings, SettingsError
 from vllm_agentserve.policy.placement import Policy
 
 
@@ -34,6 +34,12 @@ def test_settings_survive_a_file() -> None:
         ({"model": "m", "bound": 0.5}, "bound = 0.5"),
         ({"model": "m", "bound": None}, "bound"),
         ({"model": "m", "pin_seconds": 0}, "pin_seconds = 0"),
+        (
+            {"model": "m", "start_timeout_s": 0},
+            "start_timeout_s = 0 is not allowed: it must be a number from 1 to 86400",
+        ),
+        ({"model": "m", "start_timeout_s": float("nan")}, "start_timeout_s = nan"),
+        ({"model": "m", "start_timeout_s": "60"}, "start_timeout_s = '60'"),
         ({"model": "m", "options": "--max-model-len 8192"}, "options = "),
         ({"model": "m", "options": ["--port", "1"]}, "--port cannot be given"),
         ({"model": "m", "options": ["--port=1"]}, "--port cannot be given"),
@@ -70,6 +76,13 @@ def test_ingresses_read_names_as_their_engines_do(options: tuple[str, ...], name
 
 def test_all_policies_can_be_chosen() -> None:
     assert set(POLICIES) == set(Policy.__args__)  # type: ignore[attr-defined]
+
+
+def test_the_time_to_start_can_be_set() -> None:
+    for more, wanted in (([], START_TIMEOUT_S), (["--start-timeout", "60"], 60.0)):
+        found = cli.make_parser().parse_args(["cluster", "serve", *more, "model"])
+        assert settings_of(found).start_timeout_s == wanted
+        assert found.options == []
 
 
 def test_whatever_follows_the_model_is_for_the_engines() -> None:

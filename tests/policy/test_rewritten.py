@@ -144,6 +144,16 @@ def test_identical_prompts_are_told_apart_by_their_answers(known: Known) -> None
         assert known.program_of(prompt + answers[n] + tokens_of("tool", 30)) == programs[n]
 
 
+def test_words_that_are_left_out_do_not_make_another_answer_more_alike(known: Known) -> None:
+    """A template may leave out what a model said beside its tool call, and write words of its own."""
+    prompt, called = SYSTEM + tokens_of("task", 40), tokens_of("call", 8)
+    arguments = {n: tokens_of(f"arguments {n}", 6) for n in range(2)}
+    talked = known.finished(prompt, [*tokens_of("words", 60), *called, *arguments[0], EOS])
+    known.finished(prompt, [*called, *arguments[1], EOS])
+    written = [*tokens_of("words of the template", 60), *called, *arguments[0], EOS]
+    assert known.program_of(prompt + written + tokens_of("tool", 30)) == talked
+
+
 def test_answers_that_begin_alike_do_not_join_programs(known: Known) -> None:
     """Their first four tokens are the same, and the rest was written anew."""
     prompt, begins = SYSTEM + tokens_of("task", 40), tokens_of("calls", 5)
@@ -162,6 +172,56 @@ def test_of_rewritten_prompts_the_longest_counts(known: Known) -> None:
     owner = known.asked(second + more + tokens_of("tool 2", 30)).owner
     assert owner is not None
     assert owner.end == 2
+
+
+def asked_with(name: str) -> list[int]:
+    """A first prompt as a chat template writes it: it opens the assistant's turn at its end."""
+    return [*SYSTEM, *tokens_of(name, 40), *OPENS]
+
+
+def test_an_answer_of_which_nothing_is_left_still_continues(known: Known) -> None:
+    """A grammar made the model write a tool call in tokens that no tokenizer gives for its text."""
+    prompt = asked_with("task")
+    program = known.finished(prompt, [*tokens_of("odd tokens", 30), EOS])
+    later = [*prompt, *tokens_of("tool call", 9), EOS, *tokens_of("result", 30), *OPENS]
+    assert known.finished(later, [*tokens_of("odd tokens 2", 30), EOS]) == program
+    last = [*later, *tokens_of("tool call 2", 9), EOS, *tokens_of("result 2", 30), *OPENS]
+    assert known.program_of(last) == program
+
+
+@pytest.mark.parametrize(
+    "follows",
+    [
+        [*tokens_of("shot", 9), EOS, *tokens_of("question", 30)],
+        [*tokens_of("shot", 9), *tokens_of("question", 30), *OPENS],
+        [*tokens_of("shot", 9), EOS, *tokens_of("question", 30), OPENS[0], 9, OPENS[2]],
+    ],
+    ids=["opens nothing", "has no end of an answer", "opens something else"],
+)
+def test_what_does_not_stand_where_an_answer_stood_is_another_program(known: Known, follows: list[int]) -> None:
+    prompt = asked_with("task")
+    known.finished(prompt, [*tokens_of("odd tokens", 30), EOS])
+    assert known.program_of(prompt + follows) is None
+
+
+def test_of_an_answer_of_which_nothing_is_left_nobody_knows_whose_it_was_where_several_had_the_prompt(
+    known: Known,
+) -> None:
+    prompt = asked_with("task")
+    programs = [known.finished(prompt, [*tokens_of(f"odd tokens {n}", 30), EOS]) for n in range(2)]
+    later = [[*prompt, *tokens_of(f"call {n}", 9), EOS, *tokens_of("result", 30), *OPENS] for n in range(2)]
+    assert known.program_of(later[0]) is None
+    like = [*prompt, *tokens_of("odd tokens 0", 30)[10:], EOS, *tokens_of("result", 30), *OPENS]
+    assert known.program_of(like) == programs[0]
+    assert known.program_of(later[1]) == programs[1]
+
+
+def test_of_an_answer_of_which_nothing_is_left_one_prompt_goes_on(known: Known) -> None:
+    """Examples that many prompts begin with may have been asked once by themselves."""
+    prompt = asked_with("example")
+    program = known.finished(prompt, [*tokens_of("odd tokens", 30), EOS])
+    others = [[*prompt, 77, EOS, *tokens_of(f"question {n}", 30), *OPENS] for n in range(3)]
+    assert [known.program_of(one) for one in others] == [program, None, None]
 
 
 def remember(histories: RewrittenHistories, name: str, prompt: list[int], answer: list[int]) -> None:

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.load_server import BEGAN, Server, fill, learned
-from vllm_agentserve.policy import sub_agents
+from vllm_agentserve.policy import known_programs, sub_agents
 from vllm_agentserve.policy.claims import LoadCall, Program
+from vllm_agentserve.policy.load import BEYOND
 from vllm_agentserve.policy.sub_agents import SubAgents
 
 
@@ -435,3 +436,87 @@ def test_claims_of_sub_agents_are_counted_while_nobody_else_is_asked_for() -> No
         server.begin(f"child-{number}")
         server.end(f"child-{number}", last=True)
     assert server.load.report().programs <= BEGAN + 3
+
+
+def test_programs_that_look_like_sub_agents_go_beyond_the_limit_by_a_bounded_part() -> None:
+    """A client of many programs, each of which comes when a call of another ends, does not fill the cache for all."""
+    server = learned()
+    with_sub_agents(server)
+    fill(server)
+    server.now += 1.0
+    server.end("new-0/0")
+    limit, begun, most = server.load.limit.tokens, 0, 0.0
+    for number in range(100):
+        server.now += 0.2
+        server.arrive(f"new-0/{number + 1}", "new-0")
+        server.begin(f"new-0/{number + 1}", 1000)
+        server.end(f"new-0/{number + 1}")
+        server.now += 0.01
+        server.arrive(f"child-{number}", f"child-{number}")
+        if server.may(f"child-{number}"):
+            begun += 1
+            most = max(most, server.load.report().claims_tokens)
+            server.begin(f"child-{number}")
+    assert begun > 0
+    assert most <= (1 + BEYOND) * limit
+    assert begun < 10
+    assert server.faults() == []
+
+
+def test_what_a_tenant_does_says_nothing_of_the_programs_of_others() -> None:
+    """Neither are their programs taken for sub-agents, nor is that unlearned."""
+    server = learned()
+    for number in range(8):
+        teach(server, "tenant a ", f"{number}")
+    parent = turn_of(server, "tenant a ", "parent")
+    server.now += 0.01
+    ours = server.load.arrive("child", server.now, 1000, tenant="tenant a ")
+    other = server.load.arrive("other", server.now, 1000, tenant="tenant b ")
+    nobody = server.load.arrive("nobody", server.now, 1000)
+    known = server.load.programs
+    seem = [known.sub_agents_of(call.program).seems(call.program) for call in (ours, other, nobody)]
+    assert seem == [True, False, False]
+    assert parent.program.calls == {}
+
+
+def test_calls_of_other_tenants_do_not_hide_who_may_have_started_a_program() -> None:
+    server = learned()
+    for number in range(8):
+        teach(server, "tenant a ", f"{number}")
+    turn_of(server, "tenant a ", "parent")
+    for number in range(10):
+        turn_of(server, "tenant b ", f"loud-{number}", seconds=0.001)
+    child = server.load.arrive("child", server.now, 1000, tenant="tenant a ")
+    assert server.load.programs.sub_agents_of(child.program).seems(child.program)
+
+
+def test_tenants_that_are_invented_do_not_make_what_was_learned_of_others_forgotten() -> None:
+    server = learned()
+    for number in range(8):
+        teach(server, "tenant a ", f"{number}")
+    for number in range(3 * known_programs.TENANTS_KEPT):
+        turn_of(server, f"tenant {number} ", f"{number}", seconds=0.001)
+    assert len(server.load.programs._of_tenants) == known_programs.TENANTS_KEPT
+    turn_of(server, "tenant a ", "parent")
+    child = server.load.arrive("child", server.now, 1000, tenant="tenant a ")
+    assert server.load.programs.sub_agents_of(child.program).seems(child.program)
+
+
+def turn_of(server: Server, tenant: str, name: str, seconds: float = 1.0, last: bool = False) -> LoadCall:
+    """A call of a tenant's program, from its arrival to its end."""
+    call = server.load.arrive(f"{tenant}{name}", server.now, 1000, tenant=tenant)
+    server.load.begin(call, server.now, 0)
+    server.now += seconds
+    server.load.end(call, server.now, 1050, read_s=0.2, read_tokens=1000, decode_s=0.3, last=last)
+    return call
+
+
+def teach(server: Server, tenant: str, name: str) -> None:
+    """A parent of a tenant that starts a sub-agent, waits for it and comes back."""
+    turn_of(server, tenant, f"parent {name}")
+    server.now += 0.01
+    turn_of(server, tenant, f"child {name}")
+    turn_of(server, tenant, f"child {name}")
+    server.now += 0.1
+    turn_of(server, tenant, f"parent {name}", last=True)
+    server.now += 50.0

@@ -68,6 +68,7 @@ HERMES = (
 {% endfor %}<|im_start|>assistant
 """
 )
+HERMES_SILENT = HERMES.replace("{{ message.content }}", "{% if not message.call %}{{ message.content }}{% endif %}")
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,14 @@ class Template:
         opens: what the prompt ends with after the name of the assistant, and no history repeats.
         reasons: whether answers begin with reasoning.
         loud: whether the client sends the reasoning back at all.
+        odd: whether the model writes tokens that no tokenizer gives for the text, as a grammar may make it do.
     """
 
     text: str
     opens: str = ""
     reasons: bool = True
     loud: bool = True
+    odd: bool = False
 
 
 TEMPLATES = {
@@ -94,7 +97,10 @@ TEMPLATES = {
     "Qwen, the client sends no reasoning back": Template(QWEN, loud=False),
     "Hermes, tool calls written anew": Template(HERMES, reasons=False),
     "Hermes, tool calls written anew, reasoning left out": Template(HERMES),
+    "Hermes, words beside a tool call left out": Template(HERMES_SILENT, reasons=False),
+    "Hermes, answers in other tokens than their text has": Template(HERMES, reasons=False, odd=True),
 }
+END = "<|im_end|>"
 MIXES = ("shared system prompt", "forks", "identical prompts")
 
 
@@ -148,7 +154,7 @@ def answer_of(template: Template, rng: random.Random) -> tuple[str, dict[str, An
     if template.reasons:
         text = ("" if template.opens else "<think>\n") + f"{reasoning}\n</think>\n\n{text}"
     message = {"role": "assistant", "reasoning": reasoning, "content": content, "call": call}
-    return text + "<|im_end|>", message | ({} if template.reasons and template.loud else {"reasoning": ""})
+    return text + END, message | ({} if template.reasons and template.loud else {"reasoning": ""})
 
 
 def hashes_of(tokens: Sequence[int], block: int) -> list[int]:
@@ -169,10 +175,17 @@ class Replay:
         self.attribution, self.seen, self.number = Attribution(block), Seen(), 0
         self.owners: dict[str, Counter[str]] = {}
 
+    def answered(self, text: str) -> list[int]:
+        """The tokens of an answer."""
+        if not self.template.odd:
+            return self.tokens(text)
+        words = text.removesuffix(END)
+        return [token for letter in words for token in self.tokens(letter)] + self.tokens(END)
+
     def call(self, agent: Agent, system: str) -> None:
         prompt = self.tokens(self.writer.render(system=system, messages=agent.messages) + self.template.opens)
         text, message = answer_of(self.template, agent.rng)
-        every = prompt + self.tokens(text)
+        every = prompt + self.answered(text)
         self.number += 1
         request = SimpleNamespace(
             request_id=f"{self.number}",

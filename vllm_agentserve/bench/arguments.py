@@ -24,6 +24,17 @@ def number_from(low: float, high: float, whole: bool = True) -> Callable[[str], 
     return parse
 
 
+def add_start_timeout(parser: argparse._ActionsContainer, what: str, seconds: float) -> None:
+    """The option that says how long `what` may take to start."""
+    parser.add_argument(
+        "--start-timeout",
+        type=number_from(1, 86_400, whole=False),
+        default=seconds,
+        metavar="S",
+        help=f"how long {what} may take to start (default: %(default)s)",
+    )
+
+
 def port_argument(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port: give a number from 1 to 65535")
@@ -137,13 +148,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="KV cache of every arm in tokens, rounded up to whole blocks; instead of --kv-gib",
     )
     servers.add_argument("--port", type=port_argument, help="where servers listen (default: a free port)")
-    servers.add_argument(
-        "--start-timeout",
-        type=number_from(1, 86_400, whole=False),
-        default=300.0,
-        metavar="S",
-        help="how long a server may take to start (default: %(default)s)",
-    )
+    add_start_timeout(servers, "a server", 300.0)
     measuring = run.add_argument_group("measuring")
     measuring.add_argument("--rounds", type=number_from(1, 1000), default=3, help="(default: %(default)s)")
     measuring.add_argument(

@@ -12,12 +12,21 @@ from vllm_agentserve.bench.drawing import WorkloadOptions, draw_sessions
 from vllm_agentserve.bench.kv_pool import kv_bytes
 from vllm_agentserve.bench.plan import Cell, Plan
 from vllm_agentserve.bench.run import new_folder, run_plan
+from vllm_agentserve.bench.server import START_TIMEOUT_S
 from vllm_agentserve.bench.sessions import Session
 from vllm_agentserve.bench.summary import Analysis
 from vllm_agentserve.bench.workloads import REACT
 
 
-def demo_plan(model: str, toy: bool, agents: int, turns: int, port: int | None, settings: dict[str, Any]) -> Plan:
+def demo_plan(
+    model: str,
+    toy: bool,
+    agents: int,
+    turns: int,
+    port: int | None,
+    settings: dict[str, Any],
+    start_timeout_s: float = START_TIMEOUT_S,
+) -> Plan:
     """One round of `react` on both arms, without the isolated run.
 
     Raises:
@@ -38,6 +47,7 @@ def demo_plan(model: str, toy: bool, agents: int, turns: int, port: int | None, 
         port=port,
         rounds=1,
         slo_factor=0.0,
+        start_timeout_s=start_timeout_s,
         command=("agentserve", *sys.argv[1:]),
     )
     check_model(model, plan)

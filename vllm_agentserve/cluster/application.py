@@ -42,9 +42,10 @@ class Ingress:
         found = ClusterSettings.from_mapping(settings)
         self._table = TableActor(serve.get_replica_context().app_name, found)
         self._client_names = found.client_names
+        self._start_timeout_s = found.start_timeout_s
 
     async def __serve_build_asgi_app__(self) -> IngressApplication:
-        await self._table.ready()
+        await asyncio.wait_for(self._table.ready(), self._start_timeout_s)
         return IngressApplication(self._send_to, self._table.shown, self._client_names)
 
     async def _send_to(self, request: RelayedRequest) -> AsyncGenerator[Part, None]:

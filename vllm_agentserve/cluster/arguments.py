@@ -2,7 +2,7 @@
 
 import argparse
 
-from vllm_agentserve.bench.arguments import number_from, port_argument
+from vllm_agentserve.bench.arguments import add_start_timeout, number_from, port_argument
 
 POLICIES = ("conserve", "autellix", "sticky", "hash", "least-loaded", "round-robin")
 
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="a conversation that has done nothing for so long is forgotten (default: %(default)s)",
     )
+    add_start_timeout(serve, "an engine", 1800.0)
     serve.add_argument("--host", default="127.0.0.1", help="where it listens (default: %(default)s)")
     serve.add_argument("--port", type=port_argument, default=8000, help="default: %(default)s")
     serve.add_argument(

@@ -23,19 +23,29 @@ def is_taken(host: str, port: int) -> bool:
     return False
 
 
+def settings_of(arguments: argparse.Namespace) -> ClusterSettings:
+    """The settings that a command line gives.
+
+    Raises:
+        SettingsError: one of them is not allowed.
+    """
+    return ClusterSettings(
+        model=arguments.model,
+        options=tuple(arguments.options),
+        engines=arguments.engines,
+        ingresses=arguments.ingresses,
+        policy=arguments.policy,
+        bound=arguments.bound,
+        pin_seconds=arguments.pin_seconds,
+        start_timeout_s=arguments.start_timeout,
+    )
+
+
 def execute(arguments: argparse.Namespace) -> int:
     """Serves until it is interrupted. Returns the exit code."""
     require_supported_vllm()
     try:
-        settings = ClusterSettings(
-            model=arguments.model,
-            options=tuple(arguments.options),
-            engines=arguments.engines,
-            ingresses=arguments.ingresses,
-            policy=arguments.policy,
-            bound=arguments.bound,
-            pin_seconds=arguments.pin_seconds,
-        )
+        settings = settings_of(arguments)
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

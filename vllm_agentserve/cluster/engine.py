@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING
 
 from vllm_agentserve.bench.server import first_cause
 from vllm_agentserve.cluster.relay import Failure, Head, Part, RelayedRequest, WholeEvents, end_to_end, is_stream
+from vllm_agentserve.cluster.settings import START_TIMEOUT_S
 
 if TYPE_CHECKING:
     import aiohttp
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 STOP_S = 20.0
 """What a `vllm serve` gets to end by itself."""
 ENDING_S = 1.0
+ASK_S = 0.25
+"""Between two questions whether it is healthy."""
 LOG_LINES = 400
 """Lines of its output that are kept to say why it ended."""
 OUR_HEADERS = (b"host", b"content-length", b"expect")
@@ -41,9 +44,16 @@ class Engine:
         model: for `vllm serve`.
         options: of `vllm serve`.
         environment: of its process.
+        start_timeout_s: how long it may take until it is healthy.
     """
 
-    def __init__(self, model: str, options: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        model: str,
+        options: Sequence[str],
+        environment: Mapping[str, str],
+        start_timeout_s: float = START_TIMEOUT_S,
+    ) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="agentserve-"))
         self._socket = str(self._folder / "engine")
         self.command = [
@@ -51,6 +61,7 @@ class Engine:
             *(*options, "--uds", self._socket),
         ]
         self._environment = dict(environment)
+        self._start_timeout_s = start_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._session: aiohttp.ClientSession | None = None
         self._said: deque[str] = deque(maxlen=LOG_LINES)
@@ -71,7 +82,7 @@ class Engine:
         """Starts it, and returns when it is healthy.
 
         Raises:
-            EngineError: it ended before that.
+            EngineError: it ended before that, or is not healthy in time. It may still run then: `stop` ends it.
         """
         import aiohttp
 
@@ -96,11 +107,21 @@ class Engine:
             # Only what the client sent goes on.
             skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
         )
-        while not await self.healthy(5.0):
+        deadline = time.monotonic() + self._start_timeout_s
+        while not await self.healthy(min(5.0, self._start_timeout_s)):
             if not self.alive:
-                said = "\n".join(self._said)
-                raise EngineError(f"{self.how_it_ended()} while starting: {first_cause(said) or said[-2000:]}")
-            await asyncio.sleep(0.25)
+                raise EngineError(f"{self.how_it_ended()} while starting: {self._cause()}")
+            if time.monotonic() >= deadline:
+                raise EngineError(
+                    f"vllm serve was not healthy within {self._start_timeout_s:g} s (give it more with --start-timeout): "
+                    f"{self._cause()}"
+                )
+            await asyncio.sleep(min(ASK_S, self._start_timeout_s))
+
+    def _cause(self) -> str:
+        """What went wrong first, or the last that it said."""
+        said = "\n".join(self._said)
+        return first_cause(said) or said[-2000:]
 
     def _pass_on(self, output: IO[bytes]) -> None:
         """Its output becomes ours, which Ray keeps."""

@@ -48,9 +48,9 @@ class EngineServer:
         self._reports = 0
         self._notes: set[asyncio.Task[None]] = set()
         rank = int(getattr(context.rank, "local_rank", 0) or 0)
-        self._engine = Engine(found.model, found.engine_options(), environment(found, rank))
+        self._engine = Engine(found.model, found.engine_options(), environment(found, rank), found.start_timeout_s)
         try:
-            await self._table.ready()
+            await asyncio.wait_for(self._table.ready(), found.start_timeout_s)
             await self._engine.start()
         except BaseException:
             self._engine.stop()

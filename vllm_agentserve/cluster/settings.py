@@ -11,6 +11,9 @@ from vllm_agentserve.policy.placement import Placement
 from vllm_agentserve.vllm_compat import SCHEDULER_NAME, is_our_scheduler
 
 SCHEDULER_OPTION = "--scheduler-cls"
+START_TIMEOUT_S = 1800.0
+"""A large model is loaded and compiled for many minutes."""
+LONGEST_START_S = 86_400
 ADDED = {
     SCHEDULER_OPTION: SCHEDULER_NAME,
     # Both are asked for every second.
@@ -49,6 +52,7 @@ class ClusterSettings:
         pin_seconds: see `Placement`.
         max_pins: see `Placement`.
         cores_shared: whether the engines of a machine without a GPU each get their share of its cores.
+        start_timeout_s: how long an engine may take until it is healthy.
 
     Raises:
         SettingsError: one of them is not allowed.
@@ -63,6 +67,7 @@ class ClusterSettings:
     pin_seconds: float = 3600.0
     max_pins: int = 65536
     cores_shared: bool = True
+    start_timeout_s: float = START_TIMEOUT_S
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -71,10 +76,14 @@ class ClusterSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1024:
                 raise SettingsError(f"{name} = {value!r} is not allowed: it must be a whole number from 1 to 1024")
-        for name in ("bound", "pin_seconds", "max_pins"):
+        for name in ("bound", "pin_seconds", "max_pins", "start_timeout_s"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise SettingsError(f"{name} = {value!r} is not allowed: it must be a number")
+        if not 1 <= self.start_timeout_s <= LONGEST_START_S:
+            raise SettingsError(
+                f"start_timeout_s = {self.start_timeout_s!r} is not allowed: it must be a number from 1 to {LONGEST_START_S}"
+            )
         try:
             self.placement()
         except (TypeError, ValueError) as error:

@@ -10,6 +10,10 @@ from vllm_agentserve.cluster.settings import ClusterSettings
 NAMESPACE = "agentserve"
 UNREACHED_S = 30.0
 """An engine that no ingress has been able to reach for so long does not live."""
+NAMED_S = 600.0
+"""An engine that is gone is remembered until no ingress has named it for so long."""
+MOST_GONE = 4096
+"""Engines that are gone and remembered."""
 Reports = Mapping[str, Report | None]
 """Engines that can be reached, with what each last said of itself."""
 
@@ -29,7 +33,8 @@ class PinTable:
         """Engines that live, with the number of their last report; 0 before the first."""
         self._reached_s: dict[str, float] = {}
         """When an ingress could last reach each of them."""
-        self._gone: dict[str, None] = {}
+        self._gone: dict[str, float] = {}
+        """Engines that are gone, and when an ingress last named each of them, the longest ago first."""
         self._decisions: dict[str, int] = {}
         self._moves = 0
 
@@ -91,7 +96,7 @@ class PinTable:
 
     def _see(self, reports: Reports, gone: tuple[str, ...], now: float) -> None:
         before = set(self._engines)
-        self._gone |= dict.fromkeys(gone)
+        self._remember_gone(reports, gone, now)
         for name in reports:
             if name not in self._gone:
                 self._engines.setdefault(name, 0)
@@ -107,3 +112,14 @@ class PinTable:
             if report is not None and report.number > self._engines.get(name, report.number):
                 self._engines[name] = report.number
                 self._placement.report(name, report.load, now)
+
+    def _remember_gone(self, reports: Reports, gone: tuple[str, ...], now: float) -> None:
+        """An engine that one ingress has found gone may be among those of another one for a while."""
+        for name in (*gone, *(name for name in reports if name in self._gone)):
+            self._gone.pop(name, None)
+            self._gone[name] = now
+        while self._gone:
+            name, named_s = next(iter(self._gone.items()))
+            if now - named_s <= NAMED_S and len(self._gone) <= MOST_GONE:
+                break
+            del self._gone[name]

@@ -77,6 +77,7 @@ class Program:
     Args:
         name: unique.
         named: whether the client gives it a name.
+        tenant: see `Call.tenant`.
         begun: whether one of its calls has been scheduled.
         calls: those that wait or run.
         context: tokens of its longest context at the end of a call.
@@ -90,6 +91,7 @@ class Program:
 
     name: str
     named: bool
+    tenant: str = ""
     begun: bool = False
     calls: dict[LoadCall, None] = field(default_factory=dict)
     context: int = 0

@@ -16,6 +16,8 @@ UNTRUE = 0.15
 """Ends that are told are believed while returns after them are at most this share of both."""
 LOOK_AHEAD = 4
 """Programs that are away and looked at again whenever a call comes."""
+TENANTS_KEPT = 128
+"""Tenants of whose sub-agents something is remembered."""
 PROGRAMS_KEPT = 65_536
 """Programs remembered that are gone, and as many that are away."""
 
@@ -26,6 +28,9 @@ class KnownPrograms:
     def __init__(self) -> None:
         self.returns = Returns()
         self.sub_agents = SubAgents()
+        """Of programs without a tenant."""
+        self._of_tenants: OrderedDict[str, SubAgents] = OrderedDict()
+        """Of the others, by tenant, the longest unused first: what one tenant's programs do says nothing of another's."""
         self.live: dict[str, Program] = {}
         """Programs that wait to begin or are under way."""
         self._away: OrderedDict[str, None] = OrderedDict()
@@ -37,7 +42,7 @@ class KnownPrograms:
         self._untrue = Mean()
         """1 for a program that came back after its told end, 0 for a told end."""
 
-    def comes(self, name: str, now_s: float, named: bool) -> tuple[Program, float]:
+    def comes(self, name: str, now_s: float, named: bool, tenant: str = "") -> tuple[Program, float]:
         """A call of that program came. Returns the program, and since when it has been waiting for its first call."""
         self._look_again(now_s)
         if name in self.gone:
@@ -45,10 +50,23 @@ class KnownPrograms:
             self._returned(self.live[name], now_s, revised=True)
         elif name in self.live and not self.live[name].calls:
             self._returned(self.live[name], now_s, revised=False)
-        program = self.live.setdefault(name, Program(name, named))
+        program = self.live.setdefault(name, Program(name, named, tenant))
         self._away.pop(name, None)
         came_s, gave_up_s = self._gave_up.pop(name, (now_s, -inf))
         return program, came_s if now_s - gave_up_s <= RETRY_S else now_s
+
+    def sub_agents_of(self, program: Program) -> SubAgents:
+        """What is known of sub-agents among the programs of its tenant."""
+        tenant = program.tenant
+        if not tenant:
+            return self.sub_agents
+        known = self._of_tenants.setdefault(tenant, SubAgents())
+        self._of_tenants.move_to_end(tenant)
+        if len(self._of_tenants) > TENANTS_KEPT:
+            # A client may invent tenants. Those of whom something was learned stay for longer.
+            others = (name for name, one in self._of_tenants.items() if name != tenant and not one.learned)
+            del self._of_tenants[next(others, next(iter(self._of_tenants)))]
+        return known
 
     def _look_again(self, now_s: float) -> None:
         """Whether some of the programs that are away have been so for too long: in turns, so that all are seen."""
@@ -64,13 +82,13 @@ class KnownPrograms:
             self._untrue.add(1.0)
             program.over = False
         self.returns.returned(program.turn(), program.tool, gap, revised)
-        self.sub_agents.comes_back(program, now_s)
+        self.sub_agents_of(program).comes_back(program, now_s)
 
     def ended(self, program: Program, now_s: float) -> None:
         """A call of the program ended."""
         self.leaves(program)
         if not program.calls:
-            self.sub_agents.ended(program, now_s)
+            self.sub_agents_of(program).ended(program, now_s)
 
     def leaves(self, program: Program) -> None:
         """A call of the program is no more; without others it is away."""
@@ -88,7 +106,7 @@ class KnownPrograms:
     def never_began(self, program: Program) -> None:
         """A program that is away had no call that counts: it is forgotten."""
         del self.live[program.name]
-        self.sub_agents.forget(program.name)
+        self.sub_agents_of(program).forget(program.name)
 
     def told_over(self, program: Program) -> bool:
         """The client said that a program that is away is over. Returns whether that is believed."""
@@ -104,7 +122,7 @@ class KnownPrograms:
         self.gone[program.name] = self.live.pop(program.name)
         del self._away[program.name]
         self.returns.gone(program.turn(), program.tool)
-        self.sub_agents.gone(program)
+        self.sub_agents_of(program).gone(program)
         if len(self.gone) > PROGRAMS_KEPT:
             self.gone.popitem(last=False)
 

@@ -44,6 +44,9 @@ MAX_HOLD_S = 480.0
 """Two minutes less than the time after which clients of the OpenAI API give up by default."""
 IDLE = 0.6
 """An engine that has had nothing to do for so many mean gaps lets a program begin: those under way may wait for it."""
+BEYOND = 1.0
+"""Programs that only seem to be sub-agents may take the claims beyond the limit by this share of it, together: a client can make
+its programs look like sub-agents."""
 LARGE = 0.5
 """Programs that want more than this share of the limit do not make smaller ones wait."""
 
@@ -117,6 +120,7 @@ class LoadControl:
         can_return: bool = True,
         batch: bool = False,
         ahead: bool = False,
+        tenant: str = "",
     ) -> LoadCall:
         """A call came. Returns what the other events are told of.
 
@@ -126,8 +130,9 @@ class LoadControl:
             can_return: False for what cannot come back: pooling, or no prefix cache.
             batch: whether every interactive call goes before it.
             ahead: whether it goes before others of its class that came before it.
+            tenant: see `Call.tenant`.
         """
-        program, came_s = self.programs.comes(name, now_s, named)
+        program, came_s = self.programs.comes(name, now_s, named, tenant)
         call = LoadCall(program, came_s, prompt_tokens, can_return, batch, ahead)
         if program.turns or program.begun:
             call.why = "returning"
@@ -137,7 +142,7 @@ class LoadControl:
             self.firsts.waiting[call] = None
             self.burst.comes(now_s)
             if not program.calls:
-                self.programs.sub_agents.comes(program, now_s)
+                self.programs.sub_agents_of(program).comes(program, now_s)
         program.calls[call] = None
         return call
 
@@ -303,9 +308,10 @@ class LoadControl:
             return "bound"
         if self.returns.begins(call.program.named) <= USUAL:
             return "one-shot"
-        if self.programs.sub_agents.seems(call.program):
+        if self.programs.sub_agents_of(call.program).seems(call.program):
             self.count.update(now_s)
-            return "sub-agent"
+            if self._within_limit(call, 1 + BEYOND):
+                return "sub-agent"
         if self.firsts.closed(call, now_s):
             return None
         self.count.update(now_s)
@@ -321,6 +327,11 @@ class LoadControl:
         if not self.count.claims.programs:
             return "alone"
         return self._room_for(call, now_s, idle, wanted, large=newcomer.most > LARGE * self.limit.tokens)
+
+    def _within_limit(self, call: LoadCall, times: float) -> bool:
+        """Whether with its program those under way want no more than so many times the limit."""
+        newcomer = self.count.newcomer(call.program.named, call.prompt_tokens)
+        return self.limit.none or (self.count.claims + newcomer).most <= times * self.limit.tokens
 
     def _others_may_come(self, call: LoadCall, now_s: float, idle: bool, wanted: float, known: float) -> bool:
         """Whether a call might not fit that is one of many which come together. They are decided on together, a moment later."""

@@ -8,7 +8,11 @@ The rule. A prompt P goes on from an earlier prompt E when
 - P begins with all of E, and shares with E's answer four tokens in a row, or a whole end of at least two tokens right after E,
 - or P begins with all of E, and E itself went on from another call,
 - or P leaves E within its last `SLACK` tokens, and goes on right there with four tokens in a row of E's answer. So it is where
-  the template opens the reasoning itself, and leaves the opening out later.
+  the template opens the reasoning itself, and leaves the opening out later,
+- or P begins with all of E, has the last token of E's answer somewhere behind it, and ends with the two tokens that E ends with:
+  so it is where a template opens the assistant's turn. Nothing of the answer needs to be there. A grammar may make a model write
+  a tool call in tokens that no tokenizer gives for its text, and an answer of a call without arguments has nothing to share. So
+  this holds once for each E, and only if no other prompt like E waits to be gone on from.
 
 Of several such prompts the longest counts, then the one whose answer shares most with P, then the one gone on from less often.
 An earlier prompt that is identical to P is none: P must be longer. So a shared system prompt, a fork of another context and the
@@ -20,6 +24,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from math import sqrt
 
 from vllm_agentserve.policy.sequences import SequenceTable
 
@@ -27,6 +32,8 @@ SLACK = 16
 """Tokens at the end of a prompt that open an answer: they may be missing when the answer is written into a history."""
 GRAM = 4
 """Tokens in a row that an answer and a later prompt must share."""
+OPENING = 2
+"""Tokens at the end of a prompt that open the assistant's turn: `assistant` and a line break, or the like."""
 KEPT = 512
 """Tokens that are kept of the end of an answer."""
 COMPARED = 128
@@ -141,11 +148,28 @@ def best_of(found: Sequence[Answered], tokens: Sequence[int], begin: int) -> tup
     chosen = None
     for (one, place), (answer, shared) in zip(places, written, strict=True):
         if one.deep or any(len(run) == GRAM for run in shared) or shared_end(one.answer, rests[place].tokens):
-            likeness = sum(1 / having[run] for run in shared) / sum(1 / having[run] for run in answer)
+            likeness = sum(1 / having[run] for run in shared) / sqrt(sum(1 / having[run] for run in answer))
             rank = (likeness, -one.continued)
             if best is None or rank > best:
                 best, chosen = rank, one
+    if chosen is None:
+        waiting = [(one, place) for one, place in places if not one.continued]
+        if len(waiting) == 1 and answers(*waiting[0], rests[waiting[0][1]].tokens, tokens):
+            chosen = waiting[0][0]
     return chosen, len(places)
+
+
+def answers(one: Answered, place: int, rest: "array[int]", tokens: Sequence[int]) -> bool:
+    """Whether a prompt has something in the place of an answer, by how it is put together alone.
+
+    Args:
+        one: the earlier prompt.
+        place: how many tokens of its tail the later prompt begins with.
+        rest: what follows in the later one.
+        tokens: of the later one.
+    """
+    whole = place == len(one.tail)
+    return whole and one.answer[-1] in rest and array("i", tokens[-OPENING:]) == one.tail[-OPENING:]
 
 
 class Rest:

@@ -41,6 +41,11 @@ class SubAgents:
         self._believed: OrderedDict[str, None] = OrderedDict()
         """Programs that seemed to be over when their parents came back."""
 
+    @property
+    def learned(self) -> bool:
+        """Whether it was seen of any program whether it was a sub-agent."""
+        return self._true.samples > 0
+
     def seems(self, program: Program) -> bool:
         """Whether a program that has not begun is a sub-agent, more likely than not, of one that waits for it."""
         return program.name in self._parents and self._true.estimate(0.0, PRIOR) > SEEMS

@@ -8,6 +8,7 @@ The agent has a `thread_id`, as every agent with a memory has. It names a sessio
 import json
 import sys
 from importlib.metadata import version
+from typing import Literal
 
 from langchain_core.messages import HumanMessage
 from langchain_core.tools import tool
@@ -22,8 +23,12 @@ TALKS = 2
 """Turns after those with a tool, each of which goes on from an answer in words."""
 
 
+# Random weights might not end a text of any length.
+File = Literal["notes.txt", "plan.txt", "log.txt"]
+
+
 @tool
-def count_words(file: str) -> str:
+def count_words(file: File) -> str:
     """Counts the words of a file."""
     return json.dumps({"file": file, "words": 1000})
 

@@ -106,6 +106,7 @@ class Load(Feature):
             can_return=compat.can_return(self._scheduler, call.request),
             batch=call.hints.batch,
             ahead=call.hints.deadline_ms is not None or call.hints.priority > 0,
+            tenant=call.tenant,
         )
         if call.key is None or compat.fetches_prompt(call.request):
             # A part of a prompt that is streamed is not in the list yet. Blocks to fetch are kept by another engine meanwhile.
