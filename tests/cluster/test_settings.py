@@ -1,13 +1,11 @@
 """Settings of a cluster: what is allowed, what engines get, and the command line."""
 
 import socket
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from tests.support.paths import ROOT
+from tests.support.new_python import run_code
 from vllm_agentserve import cli
 from vllm_agentserve.cluster.arguments import POLICIES
 from vllm_agentserve.cluster.command import execute, settings_of
@@ -122,4 +120,5 @@ def test_settings_and_ingress_need_no_ray() -> None:
         "import sys; sys.modules['ray'] = None\n"
         "from vllm_agentserve.cluster import arguments, caller, chooser, engine, ingress, load, merged, relay, settings, table"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    done = run_code(code)
+    assert done.returncode == 0, done.stderr

@@ -1,8 +1,6 @@
 """The contract with vLLM: it holds for the supported versions, it is complete, and what moves is noticed."""
 
 import ast
-import subprocess
-import sys
 from functools import cache
 
 import pytest
@@ -10,6 +8,7 @@ from vllm_contract.contract import CONTRACT
 from vllm_contract.symbols import Use
 
 from tests.support.compat_tool import NEWEST, compat
+from tests.support.new_python import run_code
 from tests.support.paths import ROOT
 from vllm_agentserve.vllm_compat import SUPPORTED, installed_vllm
 
@@ -120,7 +119,8 @@ def test_the_contract_imports_neither_vllm_nor_torch() -> None:
         "import sys; sys.path.insert(0, 'tools'); from vllm_contract import check, contract\n"
         "print([name for name in ('torch', 'vllm') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True, cwd=ROOT)
+    done = run_code(code)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
 
 

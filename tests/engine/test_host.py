@@ -1,7 +1,6 @@
 """Host memory in a real engine, in float32: answers are stock's, from contexts that the KV cache has lost."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,9 @@ from vllm import LLM
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from tests.support.mix import close, make_llm, mixed_requests, run_requests, scheduler_of
-from vllm_agentserve.bench.closed_loop import ClosedLoop
+from tests.support.pressed_agents import BLOCKS, TURNS, contexts, run_agents
 from vllm_agentserve.bench.device import has_nvidia_driver
-from vllm_agentserve.bench.drawing import WorkloadOptions, draw_sessions
 from vllm_agentserve.bench.records import Record
-from vllm_agentserve.bench.workloads import Uniform, around, find_workload
 from vllm_agentserve.gpucheck.compare import differences
 from vllm_agentserve.vllm_compat.cpu_offload import BlockCopies
 
@@ -23,29 +20,16 @@ pytestmark = [
     pytest.mark.skipif(has_nvidia_driver(), reason="copies of the CPU build"),
 ]
 
-AGENTS, TURNS, BLOCKS = 12, 4, 34
-"""Contexts of about 900 tokens at their ends: three times the KV cache of 33 blocks of 128 tokens."""
-WORKLOAD = replace(
-    find_workload("pressure"),
-    turns=Uniform(TURNS, TURNS),
-    system=Uniform(400, 500),
-    result=Uniform(60, 120),
-    answer=Uniform(16, 16),
-    tool_s=around(0.2),
-)
+AGENTS = 12
+"""Their contexts are three times the KV cache."""
 MIX = mixed_requests()[:64]
 HOST = {"mode": "time-sliced", "tpot_slo_ms": 400, "load_control": False, "kv_host_gib": 0.25}
-
-
-def agents(llm: LLM) -> list[Record]:
-    sessions = draw_sessions(WORKLOAD, WorkloadOptions(agents=AGENTS), 0)
-    return list(ClosedLoop(llm.llm_engine, sessions, "", 0, told=True, suffix="@0").run())
 
 
 @pytest.fixture(scope="module")
 def stocks(toy_model: Path) -> tuple[list[Record], Any]:
     llm = make_llm(toy_model, None, blocks=BLOCKS)
-    records, answers = agents(llm), run_requests(llm, MIX)
+    records, answers = run_agents(llm, AGENTS), run_requests(llm, MIX)
     close(llm)
     return records, answers
 
@@ -60,11 +44,7 @@ def ours(toy_model: Path, stocks: Any) -> Iterator[LLM]:
 def test_contexts_that_come_back_from_the_host_give_stocks_answers(ours: LLM, stocks: Any) -> None:
     assert isinstance(get_kv_transfer_group().connector_worker.worker, BlockCopies)
     records, _ = stocks
-    found = agents(ours)
-
-    def contexts(records: list[Record]) -> dict[tuple[str, int], str]:
-        """What each call was sent: all answers before it are part of that."""
-        return {(record.session, record.turn): record.prompt for record in records}
+    found = run_agents(ours, AGENTS)
 
     def hits(records: list[Record]) -> int:
         return sum(record.cached_tokens or 0 for record in records)

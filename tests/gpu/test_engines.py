@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.gpu_kit import here, needs_cpu_build
+from tests.support.new_python import run_code
 from vllm_agentserve.bench.closed_loop import ClosedLoop
 from vllm_agentserve.bench.sessions import Session, Turn
 from vllm_agentserve.gpucheck import check_run, command, environment, summary, throughput
@@ -226,6 +225,6 @@ def test_nothing_beyond_what_a_bare_gpu_machine_has_is_imported() -> None:
         "import vllm_agentserve.gpucheck.command, vllm_agentserve.gpucheck.agents, vllm_agentserve.gpucheck.decoder_layers\n"
         "print('torch' in sys.modules, 'vllm' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=False)
+    done = run_code(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["True", "False"]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import msgspec
 import pytest
 
+from tests.support import bench_records
 from tests.support.gpu_kit import here, needs_cpu_build
 from vllm_agentserve.bench.records import Record
 from vllm_agentserve.bench.sessions import live_context, longest_context
@@ -87,20 +88,14 @@ def test_engines_have_the_same_cache_and_measure_no_memory(tmp_path: Path) -> No
 
 
 def request(session: str, turn: int, prompt: int, cached: int, *stamps_us: int) -> Record:
-    return Record(
+    return bench_records.record(
+        session,
+        turn,
         arm="",
-        round=0,
-        part="measured",
-        session=session,
-        agent=session,
-        kind="agent",
-        phase="resume" if turn else "cold",
-        turn=turn,
         prompt="",
         prompt_tokens=prompt,
         wanted_tokens=len(stamps_us),
         cached_tokens=cached,
-        sent_us=0,
         ended_us=stamps_us[-1],
         stamps_us=list(stamps_us),
     )

@@ -2,7 +2,6 @@
 
 import ast
 import re
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -12,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.new_python import run_code
+from tests.support.paths import ROOT
 from vllm_agentserve import cli
 from vllm_agentserve.extras import EXTRAS
 from vllm_agentserve.extras import VLLM as VLLM_MODULES
 
-ROOT = Path(cli.__file__).resolve().parent.parent
 PACKAGE = ROOT / "vllm_agentserve"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OPTIONAL = {"pynvml"}
@@ -138,7 +138,7 @@ def test_all_that_is_missing_is_named_at_once(
 def test_help_needs_no_extra_and_no_vllm(arguments: list[str]) -> None:
     hidden = sorted({"vllm", "torch"}.union(*EXTRAS.values()))
     code = f"import sys; sys.modules |= dict.fromkeys({hidden!r}); from vllm_agentserve import cli; cli.main({arguments!r})"
-    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=False, cwd=ROOT)
+    done = run_code(code)
     assert (done.returncode, done.stderr) == (0, "")
     assert "agentserve" in done.stdout
 
@@ -151,7 +151,7 @@ def test_the_doctor_needs_no_extra() -> None:
         "vllm_compat.installed_vllm = lambda: None\n"
         "sys.exit(cli.main(['doctor']))"
     )
-    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=False, cwd=ROOT)
+    done = run_code(code)
     assert (done.returncode, done.stderr) == (1, "")
     assert "[problem] vLLM: vLLM is not installed" in done.stdout
 
@@ -162,7 +162,7 @@ def test_what_vllm_brings_is_named_too(command: str, tmp_path: Path) -> None:
     code = (
         f"import sys; sys.modules['numpy'] = None; from vllm_agentserve import cli; sys.exit(cli.main({arguments!r}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=False, cwd=ROOT)
+    done = run_code(code)
     words = f"error: agentserve {command} needs numpy, which vLLM brings: install vLLM beside this package\n"
     assert (done.returncode, done.stderr) == (2, words)
 

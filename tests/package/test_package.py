@@ -2,19 +2,20 @@
 
 import importlib.metadata
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.new_python import run_code
 from tests.support.paths import ROOT
 from vllm_agentserve import cli, doctor, plugin, vllm_compat
 from vllm_agentserve.doctor import Finding, Level
 
 
 def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True).stdout.strip()
+    done = run_code(code)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def test_import_is_light() -> None:

@@ -1,31 +1,15 @@
 """Which prompts belong together when nobody says so: the rule on hand-made contexts, and on drawn agents without hints."""
 
-import random
 from collections import Counter
-from collections.abc import Sequence
 from itertools import combinations
 
 import pytest
 
+from tests.support.sequences import BLOCK, hashes, tokens_of
 from vllm_agentserve.bench.drawing import WorkloadOptions, draw_sessions
 from vllm_agentserve.bench.sessions import Session, pinned_token
 from vllm_agentserve.bench.workloads import find_workload
 from vllm_agentserve.policy.attribution import WEAK_OUTPUT_TOKENS, Lineage
-
-BLOCK = 16
-
-
-def hashes(tokens: Sequence[int], block: int = BLOCK) -> list[int]:
-    """As vLLM's: every full block's hash covers all blocks before it."""
-    found: list[int] = []
-    for begin in range(0, len(tokens) - block + 1, block):
-        found.append(hash((found[-1] if found else None, tuple(tokens[begin : begin + block]))))
-    return found
-
-
-def tokens_of(name: str, count: int) -> list[int]:
-    return random.Random(name).choices(range(100, 4000), k=count)
-
 
 SYSTEM = tokens_of("system", 50)
 

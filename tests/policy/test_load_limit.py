@@ -1,10 +1,11 @@
 """The limit of load control: when it comes and goes, and from what it is decided."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import exp, inf
 
 import pytest
 
+from tests.support.load_server import Measured
 from vllm_agentserve.policy.claims import AHEAD, Claims
 from vllm_agentserve.policy.load_limit import COMES, GOES, Demand, Limit, Room
 from vllm_agentserve.policy.tier import UnmeasuredTier
@@ -12,17 +13,6 @@ from vllm_agentserve.policy.turn_means import TurnMeans
 from vllm_agentserve.policy.turn_rate import Forecast, TurnCost, hit_ratio, turns_per_second
 
 GAP_S = 1.0
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Host memory from which a token comes back in that time."""
-
-    host_tokens: int
-    token_ms: float
-
-    def restore_ms(self, tokens: int) -> float | None:
-        return self.token_ms * tokens
 
 
 def claims(programs: float, tokens: float) -> Claims:

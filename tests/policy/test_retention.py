@@ -82,12 +82,17 @@ def test_who_runs_or_waits_keeps_its_room() -> None:
     assert kept(retention) == ["a", "c"]
 
 
-def test_who_comes_back_much_sooner_takes_the_room() -> None:
+def with_tools() -> Retention:
+    """Room for 100 blocks; after tool `slow` programs came back 30 s later, after `fast` 0.1 s."""
     returns = returning()
     for _ in range(30):
         returns.returned((True, 1), "slow", 30.0, revised=False)
         returns.returned((True, 1), "fast", 0.1, revised=False)
-    retention = Retention(100, returns)
+    return Retention(100, returns)
+
+
+def test_who_comes_back_much_sooner_takes_the_room() -> None:
+    retention = with_tools()
     turn(retention, "a", 0.0, 40, tool="slow")
     turn(retention, "b", 0.0, 30, tool="fast")
     assert turn(retention, "c", 0.0, 40, tool="fast") == (True, ["a"])
@@ -95,11 +100,7 @@ def test_who_comes_back_much_sooner_takes_the_room() -> None:
 
 
 def test_a_large_program_does_not_push_out_others_in_vain() -> None:
-    returns = returning()
-    for _ in range(30):
-        returns.returned((True, 1), "slow", 30.0, revised=False)
-        returns.returned((True, 1), "fast", 0.1, revised=False)
-    retention = Retention(100, returns)
+    retention = with_tools()
     turn(retention, "a", 0.0, 40, tool="fast")
     turn(retention, "b", 0.0, 30, tool="slow")
     assert turn(retention, "c", 0.0, 60, tool="fast") == (False, [])

@@ -1,31 +1,18 @@
 """Prompts whose histories were rewritten: the rule on hand-made contexts, and what is remembered."""
 
-import random
 from array import array
-from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
 
+from tests.support.sequences import BLOCK, hashes, tokens_of
 from vllm_agentserve.policy import rewritten
 from vllm_agentserve.policy.attribution import Attribution
 from vllm_agentserve.policy.call import Call
 from vllm_agentserve.policy.rewritten import COMPARED, MOST_COMPARED, SLACK, RewrittenHistories, runs_of
 
-BLOCK = 16
 EOS = 2
 OPENS = [3, 4, 5]
-
-
-def hashes(tokens: Sequence[int]) -> list[int]:
-    found: list[int] = []
-    for begin in range(0, len(tokens) - BLOCK + 1, BLOCK):
-        found.append(hash((found[-1] if found else None, tuple(tokens[begin : begin + BLOCK]))))
-    return found
-
-
-def tokens_of(name: str, count: int) -> list[int]:
-    return random.Random(name).choices(range(100, 4000), k=count)
 
 
 SYSTEM = tokens_of("system", 50)

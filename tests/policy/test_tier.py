@@ -1,29 +1,18 @@
 """Load control of an engine with host memory behind its KV cache: who waits, and for what."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import inf
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.load_server import BEGAN, fill, learned
+from tests.support.load_server import BEGAN, Measured, fill, learned
 from vllm_agentserve.policy.tier import UnmeasuredTier
 from vllm_agentserve.policy.turn_rate import Forecast, TurnCost, turns_per_second
 
 READ_MS = 0.2
 """Milliseconds to read a token, as `Server` says it."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Host memory from which a token comes back in that time."""
-
-    host_tokens: int
-    token_ms: float
-
-    def restore_ms(self, tokens: int) -> float | None:
-        return self.token_ms * tokens
 
 
 def test_nobody_is_held_where_all_contexts_come_back_from_host_memory() -> None:

@@ -63,22 +63,13 @@ def test_larger_priorities_go_first_among_equals() -> None:
     assert served(scheduler, driver) == ["running", "gateway", "sooner", "later", "none", "behind", "batch"]
 
 
-def test_a_priority_does_not_lift_a_call_over_its_level() -> None:
+@pytest.mark.parametrize("hints", [{"agent_priority": 1000}, {"agent_deadline_ms": 1}], ids=["priority", "deadline"])
+def test_no_hint_lifts_a_call_over_its_level(hints: dict[str, int]) -> None:
     scheduler, driver = started("plas")
     have_run(scheduler, driver, "old", tokens=400)
     scheduler.add_request(make_request("running", 20, max_tokens=5))
     driver.step()
-    scheduler.add_request(make_request("old", 30, max_tokens=2, session="old", hints={"agent_priority": 1000}))
-    scheduler.add_request(make_request("new", 30, max_tokens=2, session="new"))
-    assert served(scheduler, driver) == ["running", "new", "old"]
-
-
-def test_a_deadline_does_not_lift_a_call_over_its_level() -> None:
-    scheduler, driver = started("plas")
-    have_run(scheduler, driver, "old", tokens=400)
-    scheduler.add_request(make_request("running", 20, max_tokens=5))
-    driver.step()
-    scheduler.add_request(make_request("old", 30, max_tokens=2, session="old", hints={"agent_deadline_ms": 1}))
+    scheduler.add_request(make_request("old", 30, max_tokens=2, session="old", hints=hints))
     scheduler.add_request(make_request("new", 30, max_tokens=2, session="new"))
     assert served(scheduler, driver) == ["running", "new", "old"]
 

@@ -400,7 +400,7 @@ def reset(scheduler: Any, running: bool) -> None:
     """Where blocks are being filled, or belong to a call that was aborted meanwhile, vLLM refuses it."""
     if running and any(request.is_finished() for request in scheduler.requests.values()):
         return
-    if running and not all(scheduler.engine_policy.restoring.values()):
+    if running and not all(call.restored for call in scheduler.engine_policy.restoring):
         with pytest.raises(RuntimeError, match="is being copied back from host memory"):
             scheduler.reset_prefix_cache(reset_running_requests=True)
         return

@@ -10,7 +10,7 @@ from vllm.v1.request import RequestStatus
 
 from tests.support.metrics_page import Page
 from tests.support.pinned import PinnedController, PinnedModel
-from tests.support.schedulers import Clock, Driver, make_request, make_scheduler
+from tests.support.schedulers import Clock, Driver, make_request, make_scheduler, serve
 from vllm_agentserve.scheduler.features import load as feature
 from vllm_agentserve.scheduler.features.load import Load
 from vllm_agentserve.vllm_compat import scheduler as compat
@@ -44,15 +44,6 @@ def started(num_blocks: int = 129, asynchronous: bool = False, **options: Any) -
     )
     (load,) = [one for one in scheduler._events.features if isinstance(one, Load)]
     return scheduler, Driver(scheduler, depth=2 if asynchronous else 1), load
-
-
-def serve(scheduler: Any, driver: Driver, clock: Clock, limit: int = 400) -> None:
-    for _ in range(limit):
-        if not scheduler.requests:
-            return
-        clock.now += 0.02
-        driver.step()
-    raise AssertionError(f"{list(scheduler.requests)} did not end")
 
 
 def turn(scheduler: Any, name: str, number: int, tokens: int = 400, **hints: Any) -> Any:

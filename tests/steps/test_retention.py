@@ -11,7 +11,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.request import RequestStatus
 
 from tests.support.log_messages import log_messages
-from tests.support.schedulers import Clock, Driver, make_request, make_scheduler
+from tests.support.schedulers import Clock, Driver, make_request, make_scheduler, serve
 from vllm_agentserve.scheduler.features import load, retention
 from vllm_agentserve.scheduler.features.load import Load
 from vllm_agentserve.scheduler.features.retention import Retain
@@ -34,19 +34,6 @@ def started(num_blocks: int = 129, asynchronous: bool = False, **options: Any) -
     scheduler: Any = make_scheduler(options=given, num_blocks=num_blocks, asynchronous=asynchronous)
     (retain,) = [one for one in scheduler._events.features if isinstance(one, Retain)]
     return scheduler, Driver(scheduler, depth=2 if asynchronous else 1), retain
-
-
-def serve(scheduler: Any, driver: Driver, clock: Clock, limit: int = 400) -> None:
-    for _ in range(limit):
-        if not scheduler.requests:
-            break
-        clock.now += 0.02
-        driver.step()
-    else:
-        raise AssertionError(f"{list(scheduler.requests)} did not end")
-    while driver.in_flight:
-        driver.finish()
-    assert scheduler.integrity.faults() == []
 
 
 def prompt(name: str, tokens: int) -> list[int]:

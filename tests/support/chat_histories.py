@@ -10,7 +10,7 @@ import json
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ from typing import Any
 from jinja2 import Environment
 from tokenizers import Tokenizer
 
+from tests.support.sequences import hashes
 from vllm_agentserve.policy.attribution import Attribution
 from vllm_agentserve.policy.call import Call
 from vllm_agentserve.policy.rewritten import RewrittenHistories
@@ -157,14 +158,6 @@ def answer_of(template: Template, rng: random.Random) -> tuple[str, dict[str, An
     return text + END, message | ({} if template.reasons and template.loud else {"reasoning": ""})
 
 
-def hashes_of(tokens: Sequence[int], block: int) -> list[int]:
-    """As vLLM's: every full block's hash covers all blocks before it."""
-    found: list[int] = []
-    for begin in range(0, len(tokens) - block + 1, block):
-        found.append(hash((found[-1] if found else None, tuple(tokens[begin : begin + block]))))
-    return found
-
-
 class Replay:
     """Serves agents in turns, without hints, and notes whose their calls are taken to be."""
 
@@ -191,14 +184,14 @@ class Replay:
             request_id=f"{self.number}",
             session_id=None,
             prompt_token_ids=prompt,
-            block_hashes=hashes_of(prompt, self.block),
+            block_hashes=hashes(prompt, self.block),
             all_token_ids=every,
             num_prompt_tokens=len(prompt),
             num_output_tokens=len(every) - len(prompt),
         )
         call = Call(request)
         call.owner = self.attribution.owner(call)
-        request.block_hashes = hashes_of(every, self.block)
+        request.block_hashes = hashes(every, self.block)
         self.attribution.remember(call, 0.0, self.number)
         self.seen.pairs.append((agent.name, call.owner.key))
         known = self.owners.setdefault(agent.name, Counter())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import bench_records
 from vllm_agentserve.bench.device import has_nvidia_driver
 from vllm_agentserve.bench.records import Record
 from vllm_agentserve.bench.server import serving_environment
@@ -25,16 +26,9 @@ def answer(tokens: Sequence[int], apart: float = 0.0, other: int = 99, margin: f
 
 
 def record(session: str, sent_us: int, *stamps_us: int) -> Record:
-    """A request of a session, sent then, with tokens at these times."""
-    return Record(
-        arm="stock",
-        round=0,
-        part="measured",
-        session=session,
-        agent=session,
-        kind="agent",
-        phase="cold",
-        turn=0,
+    """A request of a session, sent then, with tokens at these times, in µs."""
+    return bench_records.record(
+        session,
         prompt="",
         prompt_tokens=9,
         wanted_tokens=len(stamps_us),

@@ -1,6 +1,7 @@
 """Load control driven as a scheduler would, without an engine: who comes, begins and ends, on a clock of the test's."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from vllm_agentserve.policy.claims import LoadCall
 from vllm_agentserve.policy.load import LoadControl
@@ -8,6 +9,17 @@ from vllm_agentserve.policy.tier import Tier
 
 BEGAN = 5
 """Programs that `fill` lets begin after `learn`."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Host memory from which a token comes back in that time."""
+
+    host_tokens: int
+    token_ms: float
+
+    def restore_ms(self, tokens: int) -> float | None:
+        return self.token_ms * tokens
 
 
 class Server:

@@ -182,3 +182,17 @@ class Driver:
     def transfers(self, output: SchedulerOutput) -> KVConnectorOutput | None:
         """What a KV connector of the worker says at the end of a step."""
         return None
+
+
+def serve(scheduler: Any, driver: Driver, clock: Clock, limit: int = 400) -> None:
+    """Steps of 20 ms until all requests have ended, after which all state agrees."""
+    for _ in range(limit):
+        if not scheduler.requests:
+            break
+        clock.now += 0.02
+        driver.step()
+    else:
+        raise AssertionError(f"{list(scheduler.requests)} did not end")
+    while driver.in_flight:
+        driver.finish()
+    assert scheduler.integrity.faults() == []

@@ -1,6 +1,5 @@
 """A `vllm serve` of our own: started, waited for, stopped, and nothing left behind."""
 
-import contextlib
 import os
 import re
 import signal
@@ -18,6 +17,7 @@ from typing import IO, Any
 
 from vllm_agentserve.bench.arms import last_value
 from vllm_agentserve.bench.device import has_nvidia_driver
+from vllm_agentserve.processes.group import stop_group
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 30.0
@@ -229,28 +229,7 @@ class VllmServer:
         """Asks the server to end, then makes it; returns when it and all it started are gone."""
         process, self._process = self._process, None
         if process is not None:
-            for kind, patience in ((signal.SIGINT, STOP_TIMEOUT_S), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
-                if not _group_alive(process.pid):
-                    break
-                _signal_group(process.pid, kind)
-                deadline = time.monotonic() + patience
-                while time.monotonic() < deadline and _group_alive(process.pid):
-                    process.poll()
-                    time.sleep(0.05)
-            process.wait()
+            stop_group(process, ((signal.SIGINT, STOP_TIMEOUT_S), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)))
         if self._output is not None:
             self._output.close()
             self._output = None
-
-
-def _signal_group(group: int, kind: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, kind)
-
-
-def _group_alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True

@@ -1,7 +1,6 @@
 """One engine: a `vllm serve` that listens on a Unix socket, in a folder that no other user can read."""
 
 import asyncio
-import contextlib
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ from typing import IO, TYPE_CHECKING
 from vllm_agentserve.bench.server import first_cause
 from vllm_agentserve.cluster.relay import Failure, Head, Part, RelayedRequest, WholeEvents, end_to_end, is_stream
 from vllm_agentserve.cluster.settings import START_TIMEOUT_S
+from vllm_agentserve.processes.group import stop_group
 
 if TYPE_CHECKING:
     import aiohttp
@@ -196,14 +196,7 @@ class Engine:
         """Asks it to end, then makes it; returns when it and all that it started are gone."""
         process, self._process = self._process, None
         if process is not None:
-            for kind, patience_s in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, 5.0)):
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, kind)
-                deadline = time.monotonic() + patience_s
-                while time.monotonic() < deadline and group_lives(process.pid):
-                    process.poll()
-                    time.sleep(0.05)
-            process.wait()
+            stop_group(process, ((signal.SIGTERM, STOP_S), (signal.SIGKILL, 5.0)))
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -216,11 +209,3 @@ def as_text(raw: bytes) -> str:
         return raw.decode()
     except UnicodeDecodeError:
         return raw.decode("latin-1")
-
-
-def group_lives(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True

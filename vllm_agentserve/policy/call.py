@@ -120,6 +120,7 @@ class Call:
         phase: of its prompt, decided when a step first computes part of it.
         found_resume: whether it was a resume prefill, of whatever length, when it was looked at last while it waited.
         served_as: the queue whose share of the budget it gets; None unless steps are computing its prompt.
+        restored: whether its KV is there, while it is one of `EnginePolicy.restoring`.
         place: by which its prompt is ordered among others that are being computed; None unless steps are computing it.
         lost_ms: what it would lose at most by the preemption that it still has to make up for; None without one.
         owner: the program it belongs to; None where nobody asks.
@@ -133,6 +134,7 @@ class Call:
 
     Set by retention (`scheduler/features/retention.py`):
         holds: whether it is counted as one that runs: it was admitted, and has not ended.
+        passed_step: the step in which it was first refused kept blocks, since it waits; else None.
 
     Set by the metrics of classes (`scheduler/features/classes.py`):
         arrived_s: when it came, in s; None before that.
@@ -157,6 +159,7 @@ class Call:
     phase: Phase | None = None
     found_resume: bool = False
     served_as: Phase | None = None
+    restored: bool = False
     place: "AdmissionKey | None" = None
     lost_ms: float | None = None
     owner: Owner | None = None
@@ -167,6 +170,7 @@ class Call:
     computed_tokens: int = 0
     computed_ms: float = 0.0
     holds: bool = False
+    passed_step: int | None = None
     lane: LaneState = field(default_factory=LaneState)
     arrived_s: float | None = None
     admitted: bool = False

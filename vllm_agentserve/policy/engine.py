@@ -155,9 +155,9 @@ class EnginePolicy:
             )
         self.prefilling: list[Call] = []
         """Calls whose prompts are being computed in steps, in order of admission."""
-        self.restoring: dict[Call, bool] = {}
+        self.restoring: dict[Call, None] = {}
         """Calls whose KV is copied back from host memory before a step takes them up, and streamed sessions whose next part is
-        there; and whether all of their KV is there. They hold KV blocks, and need places."""
+        there, in this order. They hold KV blocks, and need places."""
         self._held: list[Call] = []
         """Those of them that cannot begin in the step that is being scheduled."""
         self.budget: StepBudget | None = None
@@ -457,16 +457,16 @@ class EnginePolicy:
 
     def restores(self, call: Call) -> None:
         """The engine copies KV of a waiting call back from host memory. The call does not wait for steps meanwhile."""
-        self.restoring[call] = False
+        self.restoring[call], call.restored = None, False
 
     def is_restored(self, call: Call) -> None:
         """That is done; a call that has ended meanwhile is ignored."""
         if call in self.restoring:
-            self.restoring[call] = True
+            call.restored = True
 
     def restored(self) -> list[Call]:
         """The calls for which that is done: the next step can take them up."""
-        return [call for call, done in self.restoring.items() if done]
+        return [call for call in self.restoring if call.restored]
 
     def holds(self, call: Call) -> bool:
         """Whether a restored call cannot begin in the step that is being scheduled: a cold prompt that goes on takes its time."""
@@ -543,7 +543,7 @@ class EnginePolicy:
         """The next part of a streamed session is there: it waits for a step, with its KV."""
         self.stops(call)
         if call.key is None:
-            self.restoring[call] = True
+            self.restoring[call], call.restored = None, True
             self.waiting.waits_anew(call)
         self.programs.continues(call, self._now())
 

@@ -44,8 +44,8 @@ class Retain(Feature):
         """KV blocks that vLLM keeps free when it admits a request, as configured."""
         self._running: Counter[str] = Counter()
         """Calls that have been admitted and have not ended, by program."""
-        self._passed: dict[Call, int] = {}
-        """Waiting calls that were refused kept blocks, and the steps in which that happened first."""
+        self._passed: dict[Call, None] = {}
+        """Waiting calls that were refused kept blocks."""
         self._asked: tuple[Call, bool] | None = None
         """The call that vLLM looked for blocks for last in this step, and whether it must not have kept ones."""
 
@@ -71,7 +71,7 @@ class Retain(Feature):
 
     def _over(self, call: Call) -> bool:
         """Whether it has waited for long enough; those of class batch until they are overdue."""
-        since = self._passed.get(call)
+        since = call.passed_step
         return since is not None and not call.hints.batch and self._scheduler.current_step - since >= BYPASS_STEPS
 
     def asked(self, call: Call, computed: int) -> None:
@@ -87,7 +87,9 @@ class Retain(Feature):
         if self._asked is not None:
             call, kept = self._asked
             if kept and call.key is not None:
-                self._passed.setdefault(call, self._scheduler.current_step)
+                if call.passed_step is None:
+                    call.passed_step = self._scheduler.current_step
+                self._passed[call] = None
             # One that was admitted waits no more, and is passed by nobody.
             self._waiting.let_pass(call, kept)
             self._asked = None
@@ -95,6 +97,7 @@ class Retain(Feature):
     def admitted(self, call: Call) -> None:
         name = self._name(call)
         self._passed.pop(call, None)
+        call.passed_step = None
         # One that was preempted is admitted again.
         if name is not None and not call.holds:
             call.holds = True
