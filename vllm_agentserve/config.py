@@ -103,6 +103,14 @@ class AgentServeConfig:
         low=1,
         high=4096,
     )
+    warm_up_s: float = option(
+        10.0,
+        "s",
+        "Longest time at start in which the worker runs steps of the sizes that service will have, the smallest first: kernel "
+        "libraries prepare themselves for each. On CPUs only; vLLM warms up GPUs itself. 0: none.",
+        low=0.0,
+        high=3600.0,
+    )
     max_bypass_steps: int | None = option(
         None,
         "steps",

@@ -35,7 +35,15 @@ OPTIONS = [
     *(
         "--additional-config",
         json.dumps(
-            {"agentserve": {"policy": "plas", "stats_interval_ms": 50, "tpot_slo_ms": 40, "mode": "time-sliced"}}
+            {
+                "agentserve": {
+                    "policy": "plas",
+                    "stats_interval_ms": 50,
+                    "tpot_slo_ms": 40,
+                    "mode": "time-sliced",
+                    "warm_up_s": 0,
+                }
+            }
         ),
     ),
 ]

@@ -68,7 +68,7 @@ def test_other_modes_get_no_connector(toy_model: Path) -> None:
 
 @pytest.fixture(scope="module")
 def lanes(toy_model: Path, stock: Completions) -> Iterator[LLM]:
-    llm = make_llm(toy_model, LANES)
+    llm = make_llm(toy_model, LANES | {"warm_up_s": 3})
     yield llm
     close(llm)
 
@@ -76,6 +76,13 @@ def lanes(toy_model: Path, stock: Completions) -> Iterator[LLM]:
 @pytest.fixture(scope="module")
 def answers(lanes: LLM) -> Completions:
     return run_requests(lanes, mixed_requests())
+
+
+@lanes_run_here
+def test_small_steps_have_run_on_the_threads_beside_a_lane(lanes: LLM) -> None:
+    warmed_up = lanes.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.warmed_up
+    beside = min(slot.decode for slot in worker().slots)
+    assert warmed_up[:8] == tuple((beside, tokens) for tokens in range(1, 9))
 
 
 @lanes_run_here

@@ -31,7 +31,7 @@ def steps(count=None):
             answers[output.request_id] = list(output.outputs[0].token_ids)
 
 if __name__ == "__main__":
-    options = {"mode": "lanes", "lane_min_tokens": 48, "lane_chunk_tokens": 64, "tpot_slo_ms": 30}
+    options = {"mode": "lanes", "lane_min_tokens": 48, "lane_chunk_tokens": 64, "tpot_slo_ms": 30, "warm_up_s": 0}
     llm = LLM(sys.argv[1], dtype="float32", max_model_len=8192, max_num_seqs=8, max_num_batched_tokens=8192,
         kv_cache_memory_bytes=1 << 29, enforce_eager=True, scheduler_cls="vllm_agentserve.AgentScheduler",
         additional_config={"agentserve": options})

@@ -36,7 +36,7 @@ said |= {"wrapped": sum(hasattr(one, "agentserve") for one in wrapped), "limit":
 def make(**options):
     return LLM(sys.argv[2], dtype="float32", max_model_len=4096, max_num_seqs=8, max_num_batched_tokens=8192,
         kv_cache_memory_bytes=1 << 28, enforce_eager=True, disable_log_stats=False,
-        scheduler_cls="vllm_agentserve.AgentScheduler", additional_config={"agentserve": options})
+        scheduler_cls="vllm_agentserve.AgentScheduler", additional_config={"agentserve": {"warm_up_s": 0} | options})
 
 try:
     make(mode="tme-sliced")

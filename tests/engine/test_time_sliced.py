@@ -8,18 +8,31 @@ from typing import Any
 
 import pytest
 from vllm import LLM
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from tests.support.mix import REQUESTS, close, greedy, make_llm, mixed_requests, run_requests, scheduler_of
 from vllm_agentserve.gpucheck.compare import differences
 from vllm_agentserve.gpucheck.scripted_requests import Completions, ScriptedRequest
+from vllm_agentserve.policy.step_sizes import EVERY_SIZE_TO, step_sizes
 
 PREEMPTED: list[str] = []
+FIRST_STEPS: list[int] = []
+"""Tokens of the steps that the worker ran before the engine was ready."""
 
 
 @pytest.fixture(scope="module")
 def ours(toy_model: Path, stock: Completions) -> Iterator[LLM]:
     """One engine for all tests below; a target it cannot miss by much makes every prompt a matter of many small chunks."""
-    llm = make_llm(toy_model, {"mode": "time-sliced", "tpot_slo_ms": 15, "first_chunk_tokens": 16})
+    stock = CPUModelRunner._dummy_run
+
+    def dummy_run(self: Any, tokens: int, *args: Any, **kwargs: Any) -> Any:
+        FIRST_STEPS.append(tokens)
+        return stock(self, tokens, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CPUModelRunner, "_dummy_run", dummy_run)
+        options = {"mode": "time-sliced", "tpot_slo_ms": 15, "first_chunk_tokens": 16, "warm_up_s": 3}
+        llm = make_llm(toy_model, options)
     scheduler = scheduler_of(llm)
     preempt = scheduler._preempt_request
 
@@ -35,6 +48,13 @@ def ours(toy_model: Path, stock: Completions) -> Iterator[LLM]:
 @pytest.fixture(scope="module")
 def answers(ours: LLM) -> Completions:
     return run_requests(ours, mixed_requests())
+
+
+def test_the_sizes_of_steps_have_run_before_the_first_request(ours: LLM) -> None:
+    """As many as the time allowed, the small ones on any machine; the answers below are stock's all the same."""
+    assert len(FIRST_STEPS) > EVERY_SIZE_TO
+    sizes = step_sizes(16384, 8)
+    assert sizes[: len(FIRST_STEPS)] == FIRST_STEPS
 
 
 def test_the_mix_was_a_hard_one(ours: LLM, answers: Completions) -> None:

@@ -115,6 +115,29 @@ def test_the_first_chunk_says_nothing_of_the_rate() -> None:
     assert runner.counters["seconds"] > 0.0
 
 
+def test_the_longest_chunk_of_each_slot_is_computed_before_the_lane_is_ready() -> None:
+    """On the cores it will have; a lane that starts beside decode steps leaves theirs alone."""
+    slots, every = ([1, 2, 3], [3]), [0, 1, 2, 3]
+    for load, expected in (
+        (every, [(every, 64), ([3], 64), ([1, 2, 3], 192), (every, 192), (every, 64)]),
+        ([3], [([3], 64), ([3], 64), ([1, 2, 3], 192)]),
+    ):
+        runner = Runner(Setup(None, None, (0, 0), 64, 300, slots, every, load, warm_up_s=1e9))
+        computed, taken = [], [load]
+        runner.cores = SimpleNamespace(take=taken.append)
+        runner._worker.warm_up = lambda tokens, seen=computed, at=taken: seen.append((at[-1], tokens)) or len(seen)
+        assert runner.warm_up() == 2
+        assert computed == expected
+
+
+def test_without_warm_up_the_lane_computes_what_it_has_to() -> None:
+    runner = Runner(Setup(None, None, (0, 0), 64, 300, ([1, 2, 3], [3]), [0, 1, 2, 3], [0, 1, 2, 3]))
+    computed: list[int] = []
+    runner._worker.warm_up = lambda tokens: computed.append(tokens) or 0.5
+    assert runner.warm_up() == 0.5
+    assert computed == [64, 64]
+
+
 def test_a_worker_with_one_core_has_no_lane_and_mode_auto_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_agentserve.vllm_compat.cpu.worker_cores", lambda: [0])
     for mode in ("auto", "lanes"):

@@ -77,8 +77,10 @@ def cold_requests() -> list[ScriptedRequest]:
 
 
 def make_llm(toy_model: Path, ours: dict[str, Any] | None, blocks: int = BLOCKS, **given: Any) -> LLM:
-    """An engine in this process, in float32; `ours` are the options of our scheduler, None is stock vLLM."""
+    """An engine in this process, in float32; `ours` are the options of our scheduler, None is stock vLLM. Only engines with
+    `warm_up_s` warm up, which would take longer than most tests."""
     if ours is not None:
+        ours = {"warm_up_s": 0} | ours
         given |= {"scheduler_cls": "vllm_agentserve.AgentScheduler", "additional_config": {"agentserve": ours}}
     return LLM(
         str(toy_model),

@@ -28,6 +28,7 @@ SETTINGS = {
     "tpot_slo_ms": 40,
     "lane_min_tokens": 64,
     "policy": "plas",
+    "warm_up_s": 2,
     "integrity_check_interval_s": 0,
 }
 SECRET = "Xyzzy-the-secret-of-the-agent"

@@ -12,6 +12,7 @@ from vllm_contract.symbols import calls, exports, implements, overrides, reads, 
 SCHED, COMPAT, DISPATCH = "scheduler/scheduler.py", "vllm_compat/scheduler.py", "lanes/connector_scheduler.py"
 HOOKS, LANES, CUDA, CPU = "vllm_compat/hooks.py", "vllm_compat/lanes.py", "vllm_compat/cuda.py", "vllm_compat/cpu.py"
 RUNNER, GRAPHS, WORKER = "vllm_compat/cuda_runner.py", "vllm_compat/cuda_graphs.py", "vllm_compat/cuda_worker.py"
+CPU_WORKER = "vllm_compat/cpu_worker.py"
 CHUNKS, QUEUES, METRICS = "vllm_compat/chunks.py", "scheduler/waiting.py", "scheduler/metrics.py"
 CONNECTOR, UPSTREAM = "lanes/connector.py", "scheduler/upstream.py"
 HOST = "vllm_compat/host.py"
@@ -329,7 +330,7 @@ CONTRACT = (
     *reads(ARGS, LANES, "enable_chunked_prefill enable_lora"),
     *reads(ARGS, LANES, "pipeline_parallel_size speculative_config tensor_parallel_size"),
     *reads(ARGS, f"{LANES} {SHARED}", "weight_transfer_config"),
-    *reads(ARGS, f"{LANES} {CUDA}", "worker_cls"),
+    *reads(ARGS, f"{LANES} {CUDA} {CPU}", "worker_cls"),
     *reads(ARGS, LANES, "decode_context_parallel_size prefill_context_parallel_size"),
     *reads(ARGS, LANES, "worker_extension_cls"),
     *calls(ARGS, f"{LANES} doctor_engine.py", create_model_config=""),
@@ -355,10 +356,10 @@ CONTRACT = (
     *exports(
         "vllm.config", f"vllm_compat/__init__.py {LANES} {CUDA} {CPU} {METRICS} {SHARED}", "ModelConfig VllmConfig"
     ),
-    *reads(CONFIG, f"{SCHED} {CONNECTOR} {HOOKS} {UPSTREAM}", "additional_config"),
+    *reads(CONFIG, f"{SCHED} {CONNECTOR} {HOOKS} {UPSTREAM} {CPU_WORKER}", "additional_config"),
     *reads(CONFIG, f"{CONNECTOR} {SHARED} gpucheck/pressure_engine.py", "cache_config"),
     *reads(CONFIG, f"{SHARED} {CPU} {RUNNER}", "compilation_config"),
-    *reads(CONFIG, f"vllm_compat/__init__.py {SCHED} {RUNNER}", "scheduler_config"),
+    *reads(CONFIG, f"vllm_compat/__init__.py {SCHED} {RUNNER} {CPU_WORKER}", "scheduler_config"),
     *reads(CONFIG, COMPAT, "device_config"),
     *reads(CONFIG, f"{SHARED} {METRICS}", "model_config"),
     *reads(CONFIG, f"{COMPAT} {CUDA} {SHARED}", "parallel_config"),
@@ -377,14 +378,14 @@ CONTRACT = (
         LANES,
         "is_attention_free is_diffusion is_encoder_decoder is_hybrid is_multimodal_model",
     ),
-    *reads("vllm.config:ModelConfig", LANES, "runner_type"),
+    *reads("vllm.config:ModelConfig", f"{LANES} {CPU_WORKER}", "runner_type"),
     *calls("vllm.config:ModelConfig", LANES, get_sliding_window=""),
     *reads("vllm.config:ParallelConfig", SCHED, "pipeline_parallel_size"),
     *reads("vllm.config:ParallelConfig", CUDA, "worker_cls"),
     *reads("vllm.config:SchedulerConfig", "vllm_compat/__init__.py", "scheduler_cls"),
     *reads("vllm.config:SchedulerConfig", SCHED, "async_scheduling"),
     *reads("vllm.config:SchedulerConfig", COMPAT, "enable_chunked_prefill long_prefill_token_threshold policy"),
-    *reads("vllm.config:SchedulerConfig", RUNNER, "max_num_batched_tokens max_num_seqs"),
+    *reads("vllm.config:SchedulerConfig", f"{RUNNER} {CPU_WORKER}", "max_num_batched_tokens max_num_seqs"),
     *calls(
         "vllm.config",
         LANES,
@@ -392,12 +393,13 @@ CONTRACT = (
     ),
     *reads("vllm.config:KVTransferConfig", f"{COMPAT} {LANES} {WEIGHTS} {HOST}", "kv_connector"),
     *calls("vllm.config", RUNNER, set_current_vllm_config="vllm_config"),
-    *exports("vllm.platforms", f"{LANES} {CUDA} {HOST} lanes/connector_worker.py", "current_platform"),
-    *calls("vllm.platforms.interface:Platform", f"{LANES} {HOST} lanes/connector_worker.py", is_cpu=""),
+    *exports("vllm.platforms", f"{LANES} {CUDA} {CPU} {HOST} lanes/connector_worker.py", "current_platform"),
+    *calls("vllm.platforms.interface:Platform", f"{LANES} {CPU} {HOST} lanes/connector_worker.py", is_cpu=""),
     *calls("vllm.platforms.interface:Platform", CUDA, get_device_capability="", is_cuda=""),
     *reads("vllm.platforms.interface:DeviceCapability", CUDA, "major"),
-    *exports("vllm", CUDA, "envs"),
+    *exports("vllm", f"{CUDA} {CPU_WORKER}", "envs"),
     *exports("vllm.envs", CUDA, "VLLM_USE_V2_MODEL_RUNNER"),
+    *exports("vllm.envs", CPU_WORKER, "VLLM_CPU_CI_ENV"),
     *calls("vllm.sampling_params", CPU, SamplingParams=""),
     *reads(SAMPLING, f"{UPSTREAM} {SCHED}", "extra_args"),
     *reads(SAMPLING, COMPAT, "seed"),

@@ -4,6 +4,7 @@ from vllm_contract.symbols import calls, exports, overrides, reads, says
 
 CUDA, CPU = "vllm_compat/cuda.py", "vllm_compat/cpu.py"
 RUNNER, GRAPHS, WORKER = "vllm_compat/cuda_runner.py", "vllm_compat/cuda_graphs.py", "vllm_compat/cuda_worker.py"
+CPU_WORKER = "vllm_compat/cpu_worker.py"
 CONNECTOR = "lanes/connector.py"
 SAMPLING = "vllm.sampling_params:SamplingParams"
 GPU = "vllm.v1.worker.gpu.model_runner"
@@ -19,14 +20,34 @@ WORKERS = (
     *reads("vllm.v1.worker.worker_base:WorkerWrapperBase", CPU, "worker"),
     *calls(
         "vllm.v1.worker.cpu_worker",
-        CPU,
+        f"{CPU} {CPU_WORKER}",
         CPUWorker="vllm_config= local_rank= rank= distributed_init_method= is_driver_worker=",
     ),
     *calls("vllm.v1.worker.cpu_worker:CPUWorker", CPU, load_model="", initialize_from_config="kv_cache_config"),
-    *reads("vllm.v1.worker.cpu_worker:CPUWorker", CPU, "model_runner"),
+    *reads("vllm.v1.worker.cpu_worker:CPUWorker", f"{CPU} {CPU_WORKER}", "model_runner"),
+    # The CPU worker that runs steps of many sizes before the first request; vLLM sets the seeds of random numbers after them.
+    *overrides("vllm.v1.worker.cpu_worker:CPUWorker", CPU_WORKER, compile_or_warm_up_model=""),
+    *reads("vllm.v1.worker.cpu_worker:CPUWorker", CPU_WORKER, "model_config vllm_config"),
+    *says(
+        "vllm.v1.worker.cpu_worker:CPUWorker.compile_or_warm_up_model",
+        CPU_WORKER,
+        "len(self.model_runner.kv_caches) == 0",
+        "set_random_seed(",
+    ),
+    *says("vllm.platforms.cpu:CpuPlatform.check_and_update_config", CPU, "if parallel_config.worker_cls == 'auto':"),
+    *calls(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
+        CPU_WORKER,
+        _dummy_run="num_tokens skip_eplb= force_attention= create_mixed_batch=",
+        _dummy_sampler_run="hidden_states",
+    ),
+    *reads("vllm.v1.worker.gpu_model_runner:GPUModelRunner", CPU_WORKER, "kv_caches"),
+    *exports("vllm.distributed", CPU_WORKER, "get_pp_group get_world_group"),
+    *calls("vllm.distributed.parallel_state:GroupCoordinator", CPU_WORKER, broadcast_object="obj"),
+    *reads("vllm.distributed.parallel_state:GroupCoordinator", CPU_WORKER, "is_last_rank world_size"),
     *calls("vllm.v1.worker.cpu_model_runner:CPUModelRunner", CPU, execute_model="scheduler_output"),
     *reads("vllm.v1.worker.cpu_model_runner:CPUModelRunner", CPU, "execute_model_state"),
-    *calls("vllm.v1.worker.cpu_model_runner", CPU, _set_global_compilation_settings="config"),
+    *calls("vllm.v1.worker.cpu_model_runner", f"{CPU} {CPU_WORKER}", _set_global_compilation_settings="config"),
     *says("vllm.v1.worker.utils:allocate_kv_cache", CPU, "torch.zeros(buf_size, dtype=torch.int8"),
     # A second GPU worker. `init_kv_cache` is replaced meanwhile, so it must be looked up in the module.
     *exports(GPU, RUNNER, "GPUModelRunner init_kv_cache"),

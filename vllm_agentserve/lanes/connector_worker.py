@@ -9,7 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 from vllm.logger import init_logger
 
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.lanes.lane import LaneProvider, LaneReport, NoLane, Outcome, PrefillLane
+from vllm_agentserve.lanes.lane import LaneProvider, LaneReport, NoLane, Outcome, PrefillLane, Slot
 from vllm_agentserve.policy.fence import StepFence
 from vllm_agentserve.policy.jobs import Job
 from vllm_agentserve.vllm_compat import LaneError
@@ -76,6 +76,11 @@ class LaneConnectorWorker:
     def warmed_up(self, reserved: int, step: int) -> None:
         """vLLM's own warm-up is over, see `PrefillLane.warmed_up`. Raises `LaneError`."""
         self._lane.warmed_up(reserved, step)
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """How the device can be divided between the steps and the lane; empty without a lane."""
+        return self._lane.slots
 
     @property
     def may_have_lane(self) -> bool:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from vllm_agentserve.policy.call import Backlog, Chunk
 from vllm_agentserve.policy.latency import StepModel
 from vllm_agentserve.policy.phase import Phase
+from vllm_agentserve.policy.step_sizes import size_quantum
 
 UNLIMITED = float("inf")
 
@@ -319,7 +320,7 @@ class StepBudget:
         seldom has to."""
         total = self.other_tokens + tokens
         granularity = self.rules.granularity
-        quantum = max(granularity, 1 << max(total.bit_length() - 4, 0))
+        quantum = size_quantum(total, granularity)
         # A small chunk beside many decodes: sizes lie closer, so that no more than a quarter of it is lost.
         while quantum // 2 >= granularity and total % quantum > tokens // 4:
             quantum //= 2
@@ -332,7 +333,7 @@ class StepBudget:
         if parts > self.PARTS:
             return most
         total = self.other_tokens - (-wanted // parts)
-        quantum = max(self.rules.granularity, 1 << max(total.bit_length() - 4, 0))
+        quantum = size_quantum(total, self.rules.granularity)
         return min(total + -total % quantum - self.other_tokens, most)
 
     def charge(self, phase: Phase, tokens: int, context: int) -> None:

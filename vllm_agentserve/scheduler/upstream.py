@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
 from vllm_agentserve.policy.hints import read_hints
+from vllm_agentserve.vllm_compat.cpu import choose_worker
 from vllm_agentserve.vllm_compat.host import add_host
 from vllm_agentserve.vllm_compat.lanes import choose_lanes
 
@@ -47,7 +48,7 @@ class UpstreamHooks:
 
     @classmethod
     def check_engine_args(cls, engine_args: Any) -> None:
-        """Checks our options, and adds the connector where lanes are to run, or host memory was asked for.
+        """Checks our options, adds the connector of lanes or host memory where they are to run, and chooses the worker class.
 
         Raises:
             OptionError: an option is wrong, or lanes or host memory were asked for and cannot be had.
@@ -57,6 +58,7 @@ class UpstreamHooks:
         obstacle = choose_lanes(engine_args, options)
         if obstacle is not None:
             logger.info("agentserve: mode auto runs time-sliced: %s.", obstacle)
+        choose_worker(engine_args, options)
 
     @classmethod
     def check_request(cls, params: Any, vllm_config: "VllmConfig") -> None:

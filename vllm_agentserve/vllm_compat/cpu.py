@@ -15,7 +15,19 @@ from vllm_agentserve.vllm_compat.chunks import scheduled
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from vllm_agentserve.config import AgentServeConfig
+
 WARM_UP = "agentserve-warm-up"
+WORKER = "vllm_agentserve.vllm_compat.cpu_worker.WarmCpuWorker"
+"""vLLM's name for the worker class that runs steps of many sizes before the first request."""
+
+
+def choose_worker(arguments: Any, options: "AgentServeConfig") -> None:
+    """Gives these `EngineArgs` the worker class that warms up, on CPUs. One that the user has chosen stays."""
+    from vllm.platforms import current_platform
+
+    if options.warm_up_s and options.mode != "stock" and arguments.worker_cls == "auto" and current_platform.is_cpu():
+        arguments.worker_cls = WORKER
 
 
 class SecondWorker:
@@ -55,22 +67,18 @@ class SecondWorker:
         self._block_sizes = [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups]
         self._finished: set[str] = set()
 
-    def warm_up(self, tokens: int, before_second: Callable[[], None]) -> float:
-        """Computes a chunk of so many tokens twice, into the block that vLLM keeps unused: the first compiles the model,
-        unless vLLM runs eagerly. Returns how many seconds the second took, and calls `before_second` in between."""
+    def warm_up(self, tokens: int) -> float:
+        """Computes a chunk of so many tokens into the block that vLLM keeps unused; the first one compiles the model, unless vLLM
+        runs eagerly. Returns how many seconds it took."""
         from vllm.v1.worker.cpu_model_runner import _set_global_compilation_settings
 
         blocks = tuple([0] * -(-(tokens + 1) // size) for size in self._block_sizes)
-        took = 0.0
+        job = Job(f"{WARM_UP}-{tokens}", [0] * (tokens + 1), blocks, 0)
         with _set_global_compilation_settings(self._config):
-            for number in range(2):
-                if number:
-                    before_second()
-                job = Job(f"{WARM_UP}-{number}", [0] * (tokens + 1), blocks, 0)
-                began = time.monotonic()
-                self.compute(JobChunk(job, 0, tokens, True, True))
-                took = time.monotonic() - began
-                self.forget(job.request_id)
+            began = time.monotonic()
+            self.compute(JobChunk(job, 0, tokens, True, True))
+            took = time.monotonic() - began
+        self.forget(job.request_id)
         return took
 
     def compute(self, chunk: JobChunk) -> None:

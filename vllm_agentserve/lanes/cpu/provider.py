@@ -72,6 +72,7 @@ class ProcessLaneProvider:
             slot_cores=slots,
             all_cores=every,
             load_cores=every if alone else slots[-1],
+            warm_up_s=self._options.warm_up_s,
         )
         if self._cores is None:
             self._cores = Cores()

@@ -43,6 +43,8 @@ class Setup:
     all_cores: list[int]
     load_cores: list[int]
     """Where it loads and compiles: off the decode lane's cores when there is one."""
+    warm_up_s: float = 0.0
+    """After so much warm-up no further chunk is computed for it."""
     counters: int = -1
     """Descriptor of the shared counters, which are made with the process."""
 
@@ -62,10 +64,23 @@ class LaneRunner:
         self._worker = SecondWorker(setup.vllm_config, setup.kv_cache_config, memory.allocation())
 
     def warm_up(self) -> float:
-        """Compiles the model; returns how many seconds the longest chunk of the smallest slot then takes, on its cores."""
-        smallest = min(self.setup.slot_cores, key=len)
-        tokens = min(self.setup.chunk_tokens, self.setup.most_tokens)
-        return self._worker.warm_up(tokens, lambda: self.cores.take(smallest))
+        """Compiles the model; returns how many seconds the longest chunk of the smallest slot then takes, on its cores. Then it
+        computes the longest chunk of each slot, so that kernel libraries are ready for them."""
+        setup = self.setup
+        smallest = min(setup.slot_cores, key=len)
+        tokens = min(setup.chunk_tokens, setup.most_tokens)
+        began = time.monotonic()
+        self._worker.warm_up(tokens)
+        self.cores.take(smallest)
+        took = self._worker.warm_up(tokens)
+        for own in setup.slot_cores:
+            longest = min(chunk_length(setup.chunk_tokens, len(own), self._smallest), setup.most_tokens)
+            # A lane that starts while requests are served stays off the cores of the decode lane.
+            for cores in (own, setup.all_cores) if setup.load_cores == setup.all_cores else (own,):
+                if time.monotonic() - began < setup.warm_up_s and (cores, longest) != (smallest, tokens):
+                    self.cores.take(cores)
+                    self._worker.warm_up(longest)
+        return took
 
     def step(self) -> str | None:
         """Computes one chunk; returns the id of its job if that has ended. Raises `ChunkError`."""

@@ -1,0 +1,146 @@
+"""The worker class on CPUs: which engines get it, and which steps it runs before the first request."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.platforms import current_platform
+
+from vllm_agentserve.config import AgentServeConfig
+from vllm_agentserve.policy.step_sizes import step_sizes
+from vllm_agentserve.scheduler.upstream import UpstreamHooks
+from vllm_agentserve.vllm_compat import cpu, cpu_worker
+
+
+class Machine:
+    """A worker whose model runner only notes what it is asked for, on four cores and with a clock that steps advance."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, slots: tuple[int, ...] = (), ranks: int = 1, **options: Any):
+        self.now, self.threads, self.step_s = 0.0, 4, 0.001
+        self.ran: list[tuple[int, int]] = []
+        self.mixed: dict[int, bool] = {}
+        self.sampled: list[int] = []
+        self.agreed: list[bool] = []
+        self.fails_at = 0
+        self.seeded_after: int | None = None
+        half = SimpleNamespace(slots=[SimpleNamespace(decode=decode) for decode in slots]) if slots else None
+        group = SimpleNamespace(world_size=ranks, is_last_rank=True, broadcast_object=self._agree)
+        monkeypatch.setattr(cpu_worker, "local_worker_half", lambda: half)
+        monkeypatch.setattr(cpu_worker, "get_world_group", lambda: group)
+        monkeypatch.setattr(cpu_worker, "get_pp_group", lambda: group)
+        monkeypatch.setattr(cpu_worker.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: self.threads)
+        monkeypatch.setattr(cpu, "set_threads", lambda count: setattr(self, "threads", count))
+        monkeypatch.setattr(cpu_worker.CPUWorker, "compile_or_warm_up_model", lambda _: self._seed())
+        worker = object.__new__(cpu_worker.WarmCpuWorker)
+        worker.vllm_config = SimpleNamespace(  # type: ignore[assignment]
+            additional_config={"agentserve": options},
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=2048, max_num_seqs=16),
+            compilation_config=SimpleNamespace(inductor_compile_config={}),
+        )
+        worker.model_config = SimpleNamespace(runner_type="generate")  # type: ignore[assignment]
+        worker.model_runner = SimpleNamespace(  # type: ignore[assignment]
+            kv_caches=[0], _dummy_run=self._step, _dummy_sampler_run=self.sampled.append
+        )
+        self.worker = worker
+
+    def _step(self, tokens: int, *, skip_eplb: bool, force_attention: bool, create_mixed_batch: bool) -> Any:
+        assert skip_eplb
+        assert force_attention
+        if tokens == self.fails_at:
+            raise RuntimeError("no kernel for so many")
+        self.now += self.step_s
+        self.ran.append((self.threads, tokens))
+        self.mixed[tokens] = create_mixed_batch
+        return None, tokens
+
+    def _agree(self, mine: bool) -> bool:
+        self.agreed.append(mine)
+        return mine
+
+    def _seed(self) -> str:
+        self.seeded_after = len(self.ran)
+        return "times"
+
+    def start(self) -> None:
+        assert self.worker.compile_or_warm_up_model() == "times"
+        assert self.threads == 4
+        assert self.worker.warmed_up == tuple(self.ran)
+        assert self.seeded_after == len(self.ran)
+
+
+def test_every_size_runs_once_before_the_seeds_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    machine.start()
+    assert machine.ran == [(4, size) for size in step_sizes(2048, 8)]
+    assert [size for size, mixed in machine.mixed.items() if not mixed] == list(range(1, 17))
+    assert machine.sampled == list(range(1, 17))
+
+
+def test_sizes_beside_a_working_lane_run_on_the_threads_they_will_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, slots=(1, 3), lane_min_tokens=128)
+    machine.start()
+    beside = [size for size in step_sizes(2048, 8) if size <= 128]
+    every = [(4, size) for size in step_sizes(2048, 8)]
+    assert machine.ran == [*((1, size) for size in beside), *((3, size) for size in beside), *every]
+
+
+def test_it_ends_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, warm_up_s=0.0095)
+    machine.start()
+    assert len(machine.ran) == 10
+
+
+def test_all_workers_end_at_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, ranks=2, warm_up_s=0.0025)
+    machine.start()
+    assert machine.agreed == [False, False, True]
+
+
+def test_a_step_that_fails_ends_the_warm_up_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    machine.fails_at = 5
+    machine.start()
+    assert machine.ran == [(4, size) for size in range(1, 5)]
+
+
+@pytest.mark.parametrize("without", ["option", "variable", "kv", "pooling"])
+def test_engines_without(monkeypatch: pytest.MonkeyPatch, without: str) -> None:
+    machine = Machine(monkeypatch, **({"warm_up_s": 0.0} if without == "option" else {}))
+    if without == "variable":
+        monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
+    if without == "kv":
+        machine.worker.model_runner.kv_caches = []  # type: ignore[has-type]
+    if without == "pooling":
+        machine.worker.model_config.runner_type = "pooling"
+    machine.start()
+    assert machine.ran == []
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "on_cpu", "chosen"),
+    [
+        ({}, "auto", True, cpu.WORKER),
+        ({}, cpu.WORKER, True, cpu.WORKER),
+        ({}, "their.Worker", True, "their.Worker"),
+        ({}, "auto", False, "auto"),
+        ({"mode": "stock"}, "auto", True, "auto"),
+        ({"warm_up_s": 0.0}, "auto", True, "auto"),
+    ],
+)
+def test_which_engines_get_it(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], given: str, on_cpu: bool, chosen: str
+) -> None:
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: on_cpu)
+    arguments = SimpleNamespace(worker_cls=given)
+    cpu.choose_worker(arguments, AgentServeConfig(**options))
+    assert arguments.worker_cls == chosen
+
+
+def test_the_check_of_arguments_chooses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_agentserve.scheduler.upstream.choose_lanes", lambda arguments, options: None)
+    monkeypatch.setattr("vllm_agentserve.scheduler.upstream.add_host", lambda arguments, options: None)
+    arguments = SimpleNamespace(worker_cls="auto", additional_config=None)
+    UpstreamHooks.check_engine_args(arguments)
+    assert arguments.worker_cls == cpu.WORKER

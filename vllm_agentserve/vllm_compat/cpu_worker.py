@@ -1,0 +1,93 @@
+"""The worker class on CPUs (`--worker-cls`); imports vLLM's, so only a worker's process imports it."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from vllm import envs
+from vllm.distributed import get_pp_group, get_world_group
+from vllm.logger import init_logger
+from vllm.v1.worker.cpu_model_runner import _set_global_compilation_settings
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_agentserve.config import AgentServeConfig
+from vllm_agentserve.policy.step_sizes import EVERY_SIZE_TO, step_sizes
+from vllm_agentserve.vllm_compat import cpu
+from vllm_agentserve.vllm_compat.lanes import local_worker_half
+
+logger = init_logger("vllm.agentserve")
+
+
+class WarmCpuWorker(CPUWorker):
+    """vLLM's CPU worker, which before the first request runs a step of every size that service will often have.
+
+    oneDNN makes its kernels for each number of tokens and of threads when it first meets it: 1 ms to 3 ms for small steps,
+    and more for large ones. vLLM's own warm-up on CPUs compiles the model, and runs one size.
+
+    Retired by: sizes to warm up as an option of vLLM's CPU worker.
+    """
+
+    warmed_up: tuple[tuple[int, int], ...] = ()
+    """Threads and tokens of the steps that were run."""
+    _limit_s = 0.0
+
+    def compile_or_warm_up_model(self) -> Any:
+        began, done = time.monotonic(), []
+        try:
+            for threads, tokens in self._steps_to_run():
+                self._run(threads, tokens)
+                done.append((threads, tokens))
+                if self._enough(began):
+                    break
+        except Exception:
+            logger.warning(
+                "agentserve: a step of the warm-up failed; the engine starts without the rest.", exc_info=True
+            )
+        self.warmed_up = tuple(done)
+        if done:
+            logger.info(
+                "agentserve: %d steps of up to %d tokens were run once, in %.1f s ('warm_up_s').",
+                len(done),
+                max(tokens for _, tokens in done),
+                time.monotonic() - began,
+            )
+        # Afterwards, since vLLM sets the seeds of its random numbers at its end.
+        return super().compile_or_warm_up_model()
+
+    def _steps_to_run(self) -> Iterator[tuple[int, int]]:
+        """Threads and tokens of each step, small steps of fewer threads first: those beside a working prefill lane."""
+        options = AgentServeConfig.from_additional_config(self.vllm_config.additional_config)
+        self._limit_s = 0.0 if envs.VLLM_CPU_CI_ENV else options.warm_up_s
+        if not self._limit_s or not self.model_runner.kv_caches or self.model_config.runner_type != "generate":
+            return
+        sizes = step_sizes(self.vllm_config.scheduler_config.max_num_batched_tokens, options.chunk_granularity_tokens)
+        every, half = torch.get_num_threads(), local_worker_half()
+        # Beside a working lane, decode steps have fewer threads, and longer prompts are the lane's.
+        beside = [size for size in sizes if size <= max(options.lane_min_tokens, EVERY_SIZE_TO)]
+        for threads in sorted({slot.decode for slot in half.slots if slot.decode < every} if half is not None else ()):
+            yield from ((threads, size) for size in beside)
+        yield from ((every, size) for size in sizes)
+
+    def _run(self, threads: int, tokens: int) -> None:
+        """Runs a step that writes no KV: decodes alone where there are places for so many, or else beside a prompt."""
+        runner: Any = self.model_runner
+        requests = self.vllm_config.scheduler_config.max_num_seqs
+        decodes = tokens <= min(requests, EVERY_SIZE_TO)
+        every = torch.get_num_threads()
+        cpu.set_threads(threads)
+        try:
+            with _set_global_compilation_settings(self.vllm_config):
+                _, last = runner._dummy_run(
+                    tokens, skip_eplb=True, force_attention=True, create_mixed_batch=not decodes
+                )
+                if decodes and get_pp_group().is_last_rank:
+                    runner._dummy_sampler_run(last)
+        finally:
+            cpu.set_threads(every)
+
+    def _enough(self, began: float) -> bool:
+        """Whether the time is over; the same on all workers, which compute each step together."""
+        enough = time.monotonic() - began >= self._limit_s
+        group = get_world_group()
+        return bool(group.broadcast_object(enough)) if group.world_size > 1 else enough
