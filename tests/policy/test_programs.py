@@ -4,7 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.calls import call_of
 from tests.support.program_tables import table
+from vllm_agentserve.policy.call import Backlog, Call
+from vllm_agentserve.policy.order import AdmissionKey, Urgency
+from vllm_agentserve.policy.programs import ProgramTable
+from vllm_agentserve.policy.waiting import WaitingList
 
 
 @pytest.mark.parametrize(
@@ -250,3 +255,64 @@ def test_programs_kept_are_those_seen_in_time(history: list[tuple[bool, int, int
         for one in live:
             assert programs.service_ms(f"c{one}") == received[one]
     assert programs.faults({f"c{one}" for one in live}) == []
+
+
+class Waiting:
+    """Calls that wait by the levels of their programs, on a clock; some of them cannot run."""
+
+    def __init__(self) -> None:
+        self.now, self.blocked = 0.0, set[Call]()
+        self.table = ProgramTable("plas", levels=4, quantum_ms=100.0, promote_ratio=10.0)
+        self.list = WaitingList(
+            self._key_of, decide_steps=1, clock=lambda: self.now, is_blocked=lambda call: call in self.blocked
+        )
+
+    def _key_of(self, call: Call) -> AdmissionKey:
+        self.table.update_level(call, self.now)
+        return AdmissionKey(Urgency.NORMAL, False, level=self.table.standing(call), arrival=call.number, tokens=100)
+
+    def add(self, name: str, blocked: bool = False) -> Call:
+        call = call_of(name)
+        if blocked:
+            self.blocked.add(call)
+        self.table.arrive(call, name, None, self.now)
+        self.list.add(call)
+        return call
+
+    def step(self, now: float) -> None:
+        self.now = now
+        self.list.begin_step(self.list.step + 1, relevels=True)
+
+
+def test_the_time_a_call_could_not_run_promotes_nobody() -> None:
+    """A minute for its grammar; what counts is the wait before and after."""
+    waiting = Waiting()
+    waiting.table.arrive(call := call_of("long"), "long", None, 0.0)
+    waiting.table.charge(call, 800.0)
+    waiting.blocked.add(call)
+    waiting.list.add(call)
+    for now in (1.0, 30.0, 60.0):
+        waiting.step(now)
+    waiting.blocked.clear()
+    waiting.step(60.5)
+    assert (waiting.table.standing(call), waiting.table.promotions) == (3, 0)
+    waiting.step(68.0)
+    assert (waiting.table.standing(call), waiting.table.promotions) == (3, 0)
+    waiting.step(69.0)
+    assert (waiting.table.standing(call), waiting.table.promotions) == (0, 1)
+    assert waiting.list.faults([call]) == []
+
+
+def test_the_time_a_call_could_not_run_is_not_time_its_client_has_waited_for_steps() -> None:
+    """By which the target between tokens is chosen."""
+    waiting = Waiting()
+    waiting.add("other")
+    call = waiting.add("blocked", blocked=True)
+    waiting.step(60.0)
+    assert waiting.list.backlog() == Backlog(1, 100, pytest.approx(60_000.0))
+    waiting.blocked.clear()
+    waiting.step(60.0)
+    assert waiting.list.backlog() == Backlog(2, 200, pytest.approx(30_000.0))
+    waiting.now = 61.0
+    assert waiting.list.backlog() == Backlog(2, 200, pytest.approx(31_000.0))
+    assert call.could_not_run_s(61.0) == 60.0

@@ -106,12 +106,14 @@ class Call:
     Set by the waiting list (`policy/waiting.py`):
         number: of its arrival; negative before it has waited.
         wait_number: of its wait, on the same scale: one that left for longer than a step waits anew when it is back.
-        wait_since_s: when this wait began, in s.
+        wait_since_s: when this wait began, in s; later by the time in which it could not run.
         left_step: the step in which it last left the list.
         key: by which it is sorted while it waits; else None.
         parked: whether it waits without being offered.
         awaited: what a parked one waits for: the hash of a KV block that is being filled, or None for room in the lane.
         blocked: whether the engine passed over it when it last looked at it: it waits for a grammar, an adapter or other data.
+        blocked_since_s: since when, in s; what it was the last time where it is not.
+        blocked_s: how long it was before that, all times together.
         overdue: whether it has been overtaken for too long; while its prompt is computed, whether it has been there for as long.
         has_waited: whether it was parked for room in the lane for as long again after it was overdue.
         waits_for_unkept: whether it waits for KV blocks that are not kept for programs; others go before it.
@@ -153,6 +155,8 @@ class Call:
     parked: bool = False
     awaited: Hashable | None = None
     blocked: bool = False
+    blocked_since_s: float = 0.0
+    blocked_s: float = 0.0
     overdue: bool = False
     has_waited: bool = False
     waits_for_unkept: bool = False
@@ -209,6 +213,10 @@ class Call:
         """The session that its client names, which is another one for each tenant; None if it names none."""
         named = self.named_session
         return None if named is None else f"{self.tenant}{named}"
+
+    def could_not_run_s(self, now: float) -> float:
+        """How long it has been blocked until `now`, all times together, in s."""
+        return self.blocked_s + (now - self.blocked_since_s if self.blocked else 0.0)
 
     @property
     def left(self) -> int:

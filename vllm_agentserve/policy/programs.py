@@ -31,7 +31,7 @@ class ProgramTable:
         levels: how many there are; inside one, arrival decides.
         quantum_ms: service up to which a call is at level 0; each further level has twice the room.
         promote_ratio: a call that has waited this many times its program's service, or quanta if it had less, is at level 0;
-            the time it ran between two waits does not count.
+            the time it ran between two waits does not count, nor that in which it could not run.
         ttl_s: a program without calls is forgotten after so long.
         capacity: programs kept, the longest unseen without calls are forgotten first.
     """
@@ -184,7 +184,7 @@ class ProgramTable:
             return
         if not part.promoted:
             enough_ms = self._promote_ratio * max(self.clock.attained_ms(part.program), self._quantum_ms)
-            if part.has_waited_s(now) * 1000 > enough_ms:
+            if (part.has_waited_s(now) - call.could_not_run_s(now)) * 1000 > enough_ms:
                 part.promoted = True
                 self.promotions += 1
         level = self.standing(call)

@@ -314,9 +314,21 @@ class WaitingList(VllmOrder):
         self._enter(call)
 
     def _block(self, call: Call, blocked: bool) -> None:
-        call.blocked = blocked
+        self._set_blocked(call, blocked)
         if blocked:
             (self._until_ready if self._is_blocked(call) else self._passed_over)[call] = None
+
+    def _set_blocked(self, call: Call, blocked: bool) -> None:
+        """Whether a call cannot run. It must not be in the line, which counts calls by this."""
+        if call.blocked is blocked:
+            return
+        now = self._clock()
+        call.blocked = blocked
+        if blocked:
+            call.blocked_since_s = now
+        else:
+            call.blocked_s += now - call.blocked_since_s
+            call.wait_since_s += now - max(call.blocked_since_s, call.wait_since_s)
 
     def _look_again(self, limit: int) -> None:
         """Calls that wait for no grammar or adapter any more count again, although the engine has not looked at them since: while
@@ -337,7 +349,7 @@ class WaitingList(VllmOrder):
     def _count_again(self, call: Call) -> None:
         entry = entry_of(call)
         self._line.remove(entry)
-        call.blocked = False
+        self._set_blocked(call, False)
         self._line.add(entry)
 
     def waits_anew(self, call: Call) -> None:
@@ -462,7 +474,7 @@ class WaitingList(VllmOrder):
     def _put_aside(self, call: Call, awaited: Hashable | None) -> None:
         entry = entry_of(call)
         self._line.remove(entry)
-        call.blocked = False
+        self._set_blocked(call, False)
         self._until_ready.pop(call, None)
         self._passed_over.pop(call, None)
         call.parked, call.awaited = True, awaited
@@ -629,7 +641,8 @@ class WaitingList(VllmOrder):
             del self._parked[bisect_left(self._parked, entry)]
         else:
             self._line.remove(entry)
-        call.key, call.blocked = None, False
+        call.key = None
+        self._set_blocked(call, False)
         self._until_ready.pop(call, None)
         self._passed_over.pop(call, None)
 
