@@ -112,6 +112,8 @@ class Call:
         parked: whether it waits without being offered.
         awaited: what a parked one waits for: the hash of a KV block that is being filled, or None for room in the lane.
         blocked: whether the engine passed over it when it last looked at it: it waits for a grammar, an adapter or other data.
+        unready: whether it is blocked by something that ends once, such as its grammar; then the engine need not look at it.
+        watched: whether the list will be told when that has ended.
         overdue: whether it has been overtaken for too long; while its prompt is computed, whether it has been there for as long.
         has_waited: whether it was parked for room in the lane for as long again after it was overdue.
         waits_for_unkept: whether it waits for KV blocks that are not kept for programs; others go before it.
@@ -151,6 +153,8 @@ class Call:
     parked: bool = False
     awaited: Hashable | None = None
     blocked: bool = False
+    unready: bool = False
+    watched: bool = False
     overdue: bool = False
     has_waited: bool = False
     waits_for_unkept: bool = False
