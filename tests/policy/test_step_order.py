@@ -4,6 +4,7 @@
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import ceil, inf
 from typing import Any
@@ -121,6 +122,9 @@ class Walk:
         return int(call.request.num_computed_tokens)
 
     def is_blocked(self, call: Call) -> bool:
+        return False
+
+    def when_ready(self, call: Call, tell: Callable[[Call], None]) -> bool:
         return False
 
     def is_preempted(self, call: Call) -> bool:

@@ -1,12 +1,15 @@
 """Waiting requests that cannot run yet, on vLLM's real scheduler without a model: they neither age nor reserve anything."""
 
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm.lora.request import LoRARequest
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
+from vllm.v1.structured_output.request import StructuredOutputRequest
 
 from tests.support.program_steps import started as started_programs
 from tests.support.schedulers import Driver, make_request, make_scheduler
@@ -225,4 +228,72 @@ def test_a_paused_engine_lets_nobody_age_while_others_come(asynchronous: bool) -
     assert scheduler.counts["overdue_requests"] == 0
     scheduler.set_pause_state(PauseState.UNPAUSED)
     assert "waits 0" in driver.step()
+    assert scheduler.integrity.faults() == []
+
+
+def waiting_for_grammar(scheduler: Any, name: str, tokens: int, **options: Any) -> tuple[Any, Future]:
+    """A request whose grammar another thread makes, and what that thread sets."""
+    request, grammar = make_request(name, tokens, **options), Future()
+    request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+    request.structured_output_request = StructuredOutputRequest(StructuredOutputsParams(json_object=True), grammar)
+    scheduler.add_request(request)
+    return request, grammar
+
+
+@both
+def test_those_whose_grammar_is_not_made_are_not_looked_at(asynchronous: bool) -> None:
+    """The look costs a search through the prefix cache per call and step; the one whose grammar is made runs in the next step,
+    wherever it stands."""
+    scheduler, driver = started(asynchronous, num_blocks=2000)
+    scheduler.add_request(make_request("runs", 40, max_tokens=100))
+    made = dict(waiting_for_grammar(scheduler, f"slow {number}", 30) for number in range(4 * LOOK_AHEAD))
+    steps(driver, 2)
+    looked, stock = [], scheduler._handle_blocked_waiting_request
+    scheduler._handle_blocked_waiting_request = lambda request: looked.append(request) or stock(request)
+    steps(driver, 20)
+    assert looked == []
+    assert len(scheduler.waiting) == len(made)
+    assert scheduler.integrity.faults() == []
+    last = list(made)[3 * LOOK_AHEAD]
+    made[last].set_result(SimpleNamespace())
+    row = scheduler.schedule().num_scheduled_tokens
+    assert last.request_id in row
+    assert looked == [last]
+    assert scheduler.counts["overdue_requests"] == 0
+    assert scheduler.integrity.faults() == []
+
+
+@both
+def test_a_grammar_that_cannot_be_made_is_noticed(asynchronous: bool) -> None:
+    scheduler, driver = started(asynchronous)
+    request, grammar = waiting_for_grammar(scheduler, "wrong", 40)
+    steps(driver, 2)
+    grammar.set_exception(ValueError("no such grammar"))
+    scheduler.schedule()
+    assert scheduler.grammar_compile_error_reqs == {request.request_id}
+
+
+@both
+def test_one_that_ends_while_its_grammar_is_made_leaves_nothing_behind(asynchronous: bool) -> None:
+    scheduler, driver = started(asynchronous)
+    scheduler.add_request(make_request("runs", 40, max_tokens=100))
+    request, grammar = waiting_for_grammar(scheduler, "gone", 40)
+    steps(driver, 2)
+    scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+    grammar.set_result(SimpleNamespace())
+    steps(driver, 2)
+    assert not scheduler.waiting
+    assert scheduler.integrity.faults() == []
+
+
+def test_one_whose_grammar_is_made_may_still_wait_for_an_adapter() -> None:
+    scheduler, driver = started()
+    adapter = with_adapters(scheduler, 1)
+    scheduler.add_request(make_request("runs", 40, max_tokens=20, **adapter(1)))
+    _, grammar = waiting_for_grammar(scheduler, "waits", 40, max_tokens=2, **adapter(2))
+    steps(driver, 2)
+    grammar.set_result(SimpleNamespace(accept_tokens=lambda *given: True, is_terminated=lambda: False))
+    rows = [driver.step() for _ in range(30)]
+    assert "waits" not in rows[0]
+    assert any("waits" in row for row in rows)
     assert scheduler.integrity.faults() == []

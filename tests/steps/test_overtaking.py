@@ -4,6 +4,7 @@
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -104,6 +105,9 @@ class Line:
         return self.cached[call.name]
 
     def is_blocked(self, call: Call) -> bool:
+        return False
+
+    def when_ready(self, call: Call, tell: Callable[[Call], None]) -> bool:
         return False
 
     def is_preempted(self, call: Call) -> bool:

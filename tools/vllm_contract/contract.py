@@ -401,6 +401,13 @@ CONTRACT = (
     *exports("vllm.envs", CUDA, "VLLM_USE_V2_MODEL_RUNNER"),
     *exports("vllm.envs", CPU_WORKER, "VLLM_CPU_CI_ENV"),
     *calls("vllm.sampling_params", CPU, SamplingParams=""),
+    # A grammar that another thread makes is a future until somebody asks for it.
+    *says(
+        "vllm.v1.structured_output.request:StructuredOutputRequest._check_grammar_completion",
+        COMPAT,
+        "isinstance(self._grammar, Future)",
+        "self._grammar = self._grammar.result()",
+    ),
     *reads(SAMPLING, f"{UPSTREAM} {SCHED}", "extra_args"),
     *reads(SAMPLING, COMPAT, "seed"),
     *reads(SAMPLING, LANES, "prompt_logprobs"),

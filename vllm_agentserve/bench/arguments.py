@@ -87,13 +87,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="send neither session ids nor hints: who belongs together must be inferred",
     )
-    programs = run.add_argument_group("workloads of programs")
-    programs.add_argument("--programs", type=number_from(1, 100_000), help="how many (default: the workload's own)")
-    programs.add_argument(
+    traffic.add_argument(
         "--load",
         type=number_from(0.01, 10, whole=False),
-        help="share of the time in which an engine whose batches are always full would have work (default: 0.9)",
+        help="sessions arrive at random, as fast as this share of what the first arm completes when all come at once, measured "
+        "at the beginning (default: agents begin together); of programs: share of the time in which an engine whose batches "
+        "are always full would have work (default: 0.9)",
     )
+    traffic.add_argument(
+        "--sessions-per-s",
+        type=number_from(0.0001, 10_000, whole=False),
+        metavar="N",
+        help="sessions arrive at random, so many per second on average; instead of --load",
+    )
+    programs = run.add_argument_group("workloads of programs")
+    programs.add_argument("--programs", type=number_from(1, 100_000), help="how many (default: the workload's own)")
     programs.add_argument(
         "--step-cost",
         type=Path,

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from vllm_agentserve.bench.arms import last_value, parse_arms, split_options
+from vllm_agentserve.bench.arrivals import Arrivals
 from vllm_agentserve.bench.device import has_nvidia_driver
 from vllm_agentserve.bench.drawing import WorkloadOptions, draw_sessions
 from vllm_agentserve.bench.judge import PRIMARY, PRIMARY_OF_PROGRAMS, check_primary
@@ -35,9 +36,9 @@ from vllm_agentserve.options import read_json
 
 DEFAULT_ARMS = ("stock", "agentserve")
 CPU_SERVE = ("--dtype", "bfloat16", "--max-num-seqs", "32", "--enforce-eager")
-ONLY_OF_PROGRAMS = ("programs", "load", "step_cost")
-NOT_OF_PROGRAMS = ("agents", "sessions", "turns", "shared", "gap_s")
-NOT_OF_TRACES = ("agents", "sessions", "turns", "shared")
+ONLY_OF_PROGRAMS = ("programs", "step_cost")
+NOT_OF_PROGRAMS = ("agents", "sessions", "turns", "shared", "gap_s", "sessions_per_s")
+NOT_OF_TRACES = ("agents", "sessions", "turns", "shared", "load", "sessions_per_s")
 ONLY_OF_TRACES = {"pace": "closed", "trace_inputs": "auto", "block_tokens": None, "speed": 1.0}
 ONLY_OF_TRACES |= {"limit": None, "time_unit": None}
 """By option: its default, with which it is taken for not given."""
@@ -45,7 +46,8 @@ TRACE_WORDS = """[bold]--trace FILE[/bold]
   Recorded traffic in the form of Mooncake, Dynamo's agentic rows, Bailian, Azure or Weka; `--trace sample` ships with us.
 
 Lengths in tokens, times in seconds. --agents, --sessions, --turns, --shared and --scale change them; --scale is a factor on \
-all lengths. Programs have --programs, --load and --step-cost instead of the first four."""
+all lengths. Programs have --programs, --load and --step-cost instead of the first four. With --load or --sessions-per-s \
+sessions of agents arrive at random."""
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -169,7 +171,19 @@ def traffic_cells(arguments: argparse.Namespace, serve: Sequence[str], console: 
         raise WorkloadError(
             f"--gap-s {' '.join(map(str, gaps))}: two of these are the same to six digits: leave one out"
         )
-    return [Cell(name, *traffic(arguments, serve, console, gap)) for name, gap in zip(names, gaps, strict=True)]
+    arrivals = arrivals_of(arguments)
+    return [
+        Cell(name, *traffic(arguments, serve, console, gap), arrivals) for name, gap in zip(names, gaps, strict=True)
+    ]
+
+
+def arrivals_of(arguments: argparse.Namespace) -> Arrivals | None:
+    """How fast sessions arrive; None where agents begin together, and for programs and traces, which have a pace of their own."""
+    if arguments.load is not None and arguments.sessions_per_s is not None:
+        raise WorkloadError("--load and --sessions-per-s both say how fast sessions arrive: leave one out")
+    if programs_wanted(arguments) or (arguments.load is None and arguments.sessions_per_s is None):
+        return None
+    return Arrivals(arguments.seed, arguments.sessions_per_s, arguments.load)
 
 
 def traffic(
@@ -246,7 +260,9 @@ def refuse(arguments: argparse.Namespace, names: Sequence[str]) -> None:
             elif name in ONLY_OF_TRACES:
                 instead = "give a --trace"
             else:
-                instead = "use --programs" if arguments.trace is None else "choose lines of it with --limit"
+                instead = "choose lines of it with --limit"
+                if arguments.trace is None:
+                    instead = "use --load" if name == "sessions_per_s" else "use --programs"
             raise WorkloadError(
                 f"--{name.replace('_', '-')} {value} means nothing to {what}: leave it out, or {instead}"
             )

@@ -11,16 +11,17 @@ from typing import Any
 import uvloop
 
 from vllm_agentserve.bench.arms import Arm, hidden, last_value, option_name
+from vllm_agentserve.bench.arrivals import all_at_once, arrives, arriving, lead_s
 from vllm_agentserve.bench.client import StreamingClient
 from vllm_agentserve.bench.conditions import Conditions, pollution
 from vllm_agentserve.bench.endpoint import Endpoint, EndpointError, added, find_endpoint, kv_blocks, read_counters
 from vllm_agentserve.bench.machine import describe_machine, shown
 from vllm_agentserve.bench.plan import Cell, Plan
 from vllm_agentserve.bench.progress import Progress
-from vllm_agentserve.bench.records import Results, RoundRecord
+from vllm_agentserve.bench.records import LEAD, Results, RoundRecord
 from vllm_agentserve.bench.replay import Replay
 from vllm_agentserve.bench.server import RunningServer, ServerError, VllmServer
-from vllm_agentserve.bench.sessions import WorkloadError, alone_of, count_requests, live_context, warm_up_of
+from vllm_agentserve.bench.sessions import WorkloadError, alone_of, count_requests, live_context, salted, warm_up_of
 
 LONGEST_NAME = 50
 """Characters of an arm's name in the name of a file."""
@@ -41,6 +42,8 @@ class Experiment:
         self.progress = progress
         self.folder = folder
         self.options = self.serve_options()
+        self.capacity_per_s: dict[str, float] = {}
+        """By cell whose sessions arrive at a share of it: sessions per second when all come at once."""
         self.results = {cell.name: Results.create(folder / cell.name, self.description(cell)) for cell in plan.cells}
 
     def serve_options(self) -> tuple[str, ...]:
@@ -93,7 +96,7 @@ class Experiment:
             "command": shlex.join(map(shown, hidden(plan.command))),
             "machine": describe_machine(),
             "arms": arms,
-            "workload": cell.workload,
+            "workload": cell.workload | self.pace(cell),
             "cell": cell.name,
             "live_tokens": [live_context(cell.sessions(number)) for number in range(plan.rounds)],
             "rounds": plan.rounds,
@@ -106,6 +109,18 @@ class Experiment:
             "isolated_arm": self.isolated.name if plan.slo_factor else None,
             "requests_per_round": count_requests(cell.sessions(0)),
         }
+
+    def pace(self, cell: Cell) -> dict[str, str]:
+        """How fast sessions arrive, as far as it is known by now; nothing where they do not."""
+        capacity, arrivals = self.capacity_per_s.get(cell.name), cell.arrivals
+        if arrivals is None:
+            return {}
+        found = {} if arrivals.load is None else {"load": f"{arrivals.load:g}"}
+        if arrivals.per_s is not None or capacity is not None:
+            found |= {"sessions_per_s": f"{arrivals.rate(capacity):.4g}"}
+        return found | (
+            {} if capacity is None else {"capacity_per_s": f"{capacity:.4g}", "capacity_of": self.isolated.name}
+        )
 
     @property
     def isolated(self) -> Arm:
@@ -121,6 +136,7 @@ class Experiment:
         names = [option_name(option) for option in self.options]
         if plan.kv_bytes is None and not any("kv-cache" in name or "gpu-blocks" in name for name in names):
             self.size_kv_cache()
+        self.measure_capacity()
         drawn = [cell.sessions(number) for cell in plan.cells for number in range(plan.rounds)]
         alone = [count_requests(alone_of(sessions, "")) if plan.slo_factor else 0 for sessions in drawn]
         self.progress.begin(sum(map(count_requests, drawn)) * len(plan.arms) + sum(alone))
@@ -140,6 +156,27 @@ class Experiment:
         if found is None:
             raise ServerError("the server does not say how large its KV cache is: give the size with --kv-gib")
         self.options = (*self.options, "--num-gpu-blocks-override", str(int(found[0] * BLOCKS_KEPT)))
+
+    def measure_capacity(self) -> None:
+        """What a load is a share of: the sessions of the first round, all at once, on a server of the baseline."""
+        cells = [cell for cell in self.plan.cells if cell.arrivals is not None and cell.arrivals.load is not None]
+        if not cells:
+            return
+        arm = self.isolated
+        self.progress.say(f"measuring how many sessions {arm.name} completes per second")
+        with self.server(arm, self.folder / "server-capacity.log") as server:
+            endpoint = find_endpoint(server.url, self.key(arm))
+            self.check_room(arm, endpoint)
+            client = StreamingClient(server.url, endpoint.model, endpoint.extensions, self.key(arm))
+            for cell in cells:
+                sessions = salted(cell.sessions(0), f"capacity {self.plan.salt} {cell.name}")
+                for planned in (warm_up_of(sessions, f"capacity {self.plan.seed}"), all_at_once(sessions)):
+                    replay = Replay(client, planned, arm.name, 0, "capacity", self.plan.answers, suffix="-capacity")
+                    uvloop.run(in_session(replay))
+                    self.check(arm, server, replay)
+                self.capacity_per_s[cell.name] = sum(map(arrives, sessions)) / replay.seconds
+                self.results[cell.name].describe(self.description(cell))
+                self.progress.note(f"{arm.name} completes {self.capacity_per_s[cell.name]:.3g} sessions per second")
 
     def run_arm(self, arm: Arm, number: int) -> None:
         """One arm in one round: a server, then every cell on it; when it fails, the cells left out say why."""
@@ -206,6 +243,8 @@ class Experiment:
         sessions, mark = plan.sessions(cell, number), plan.mark(cell, number)
         seed = " ".join(filter(None, (str(plan.seed), str(number), mark)))
         client = StreamingClient(url, endpoint.model, endpoint.extensions, key)
+        if cell.arrivals is not None:
+            sessions = arriving(sessions, cell.arrivals.seed, cell.arrivals.rate(self.capacity_per_s.get(cell.name)))
         parts = {"measured": sessions} if warm else {"warm-up": warm_up_of(sessions, seed), "measured": sessions}
         if plan.slo_factor and arm is self.isolated:
             parts["alone"] = alone_of(sessions, seed)
@@ -233,6 +272,8 @@ class Experiment:
                     if part != "warm-up":
                         self.results[cell.name].add(replay.records)
             record.seconds[part] = round(replay.seconds, 6)
+            if part == "measured" and cell.arrivals is not None:
+                record.seconds |= {LEAD: round(lead_s(planned), 6), part: round(replay.seconds - lead_s(planned), 6)}
             self.check(arm, server, replay)
             if part == "measured":
                 record.server = added(counted, read_counters(url, key))

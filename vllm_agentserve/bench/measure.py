@@ -102,6 +102,11 @@ class SessionFigures:
     complete: bool = True
     """Whether it ended without an error in all arms; if not, no latency of it counts in any arm."""
 
+    @property
+    def ttft(self) -> Values:
+        """Of all turns."""
+        return np.concatenate([self.ttft_cold, self.ttft_resume])
+
 
 def pool(sessions: Iterable[SessionFigures], name: str) -> Values:
     """The values called `name` of all sessions, one after the other; batch sessions and incomplete ones do not count."""
@@ -173,12 +178,16 @@ def round_figures(
     records: Sequence[Record],
     gpu: Mapping[str, float],
     server: Mapping[str, float] | None = None,
+    beside: Sequence[Record] = (),
 ) -> RoundFigures:
     """The figures of one arm in one round from the records of its measured part.
 
     A session's own prefills never overlap its own intervals, so all prefills are joined once for everybody.
+
+    Args:
+        beside: records of requests that are in no figure, but whose prompts were computed meanwhile.
     """
-    any_spans, cold_spans = prefill_spans(records), prefill_spans(records, ["cold"])
+    any_spans, cold_spans = prefill_spans([*records, *beside]), prefill_spans([*records, *beside], ["cold"])
     by_session: dict[str, list[Record]] = {}
     for record in records:
         by_session.setdefault(record.session, []).append(record)

@@ -159,6 +159,8 @@ METRICS = (
     number_of("ttft_resume_n", "TTFT of resumed turns, number", "ttft_resume"),
     Metric("ttft_resume_mean_ms", "TTFT of resumed turns, mean", "ms", pooled("ttft_resume", None)),
     quantile_of("ttft_resume_p95_ms", "TTFT of resumed turns, p95", "ttft_resume", 0.95),
+    Metric("ttft_mean_ms", "TTFT of all turns, mean", "ms", pooled("ttft", None)),
+    quantile_of("ttft_p95_ms", "TTFT of all turns, p95", "ttft", 0.95),
     quantile_of("tpot_p50_ms", "TPOT per request, p50", "tpot", 0.5),
     quantile_of("tpot_p95_ms", "TPOT per request, p95", "tpot", 0.95),
     Metric("session_mean_s", "session from first request to last token, mean", "s", mean_of(lambda one: one.seconds)),

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from vllm_agentserve.bench.arms import Arm
+from vllm_agentserve.bench.arrivals import Arrivals
 from vllm_agentserve.bench.kv_pool import ANY_POOL, AnyPool, KvPool
 from vllm_agentserve.bench.server import START_TIMEOUT_S
 from vllm_agentserve.bench.sessions import Session, longest_context, salted
@@ -31,11 +32,13 @@ class Cell:
         name: the folder of its results, in that of the experiment; "" where there is one cell only.
         sessions: the sessions of a round, by its number; asked often, so it should remember.
         workload: how they came about, for the report.
+        arrivals: how fast sessions arrive, where they do so at random moments.
     """
 
     name: str
     sessions: Callable[[int], list[Session]]
     workload: dict[str, Any]
+    arrivals: Arrivals | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from time import perf_counter
 
-from vllm_agentserve.bench.records import Record
+from vllm_agentserve.bench.records import LEAD, Record
 from vllm_agentserve.bench.sessions import Session
 
 
@@ -49,7 +49,7 @@ class Recorder:
             Record(
                 arm=arm,
                 round=round_number,
-                part=part,
+                part=LEAD if session.lead else part,
                 session=session.name,
                 agent=session.agent,
                 kind=session.kind,

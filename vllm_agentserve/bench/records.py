@@ -14,6 +14,9 @@ import msgspec
 from vllm_agentserve.bench.sessions import WorkloadError
 from vllm_agentserve.options import read_json
 
+LEAD = "lead"
+"""The part of requests whose session is one of the first of steady traffic; they are in no figure."""
+
 
 def digest(token_ids: Sequence[int]) -> str:
     """Tells prompts apart, in few characters."""
@@ -24,7 +27,7 @@ class Record(msgspec.Struct, kw_only=True):
     """One request. Times in microseconds since the part of the round it belongs to began.
 
     Args:
-        part: "measured", or "alone" for the isolated run behind the thresholds.
+        part: "measured", "lead", or "alone" for the isolated run behind the thresholds.
         kind: "agent", "chat" or "batch"; phase: "cold" or "resume".
         prompt: digest of the prompt's token ids, to see whether two arms got the same.
         cached_tokens: prompt tokens found in the prefix cache, where the server tells.
@@ -108,8 +111,12 @@ class Results:
             if results.measured():
                 raise FileExistsError(f"{folder} already holds results: name another folder with --output")
             (folder / cls.ROUNDS).unlink(missing_ok=True)
-        (folder / cls.EXPERIMENT).write_text(json.dumps(experiment, indent=1) + "\n")
+        results.describe(experiment)
         return results
+
+    def describe(self, experiment: dict[str, Any]) -> None:
+        """Writes what the experiment is, in place of an earlier description."""
+        (self.folder / self.EXPERIMENT).write_text(json.dumps(experiment, indent=1) + "\n")
 
     def add(self, records: list[Record]) -> None:
         self._append(self.REQUESTS, records)

@@ -65,6 +65,7 @@ class Session:
         program: name of the program it is part of, where the workload consists of programs.
         parent: the session that it says has spawned it, where its context is its own; that one need not wait for it.
         recorded: it is read from a trace.
+        lead: it is one of the first of steady traffic, which are in no figure.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Session:
     timed: bool = False
     parent: str | None = None
     recorded: bool = False
+    lead: bool = False
 
     def phase(self, turn: int) -> str:
         """ "cold" for a prompt without a cached context, otherwise "resume"."""

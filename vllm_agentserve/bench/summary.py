@@ -7,11 +7,12 @@ from typing import Any
 
 import msgspec
 
+from vllm_agentserve.bench.arrivals import LEAD_SHARE, grows, under_way
 from vllm_agentserve.bench.compare import FAILED_SHARE, compare, finite, round_statistic
 from vllm_agentserve.bench.judge import failures, judge, leave_out_incomplete
 from vllm_agentserve.bench.measure import RoundFigures, round_figures
 from vllm_agentserve.bench.metrics import METRICS
-from vllm_agentserve.bench.records import Record, Results, RoundRecord
+from vllm_agentserve.bench.records import LEAD, Record, Results, RoundRecord
 from vllm_agentserve.bench.sessions import WorkloadError
 from vllm_agentserve.bench.slo import attained, thresholds
 from vllm_agentserve.config import SERIES
@@ -100,12 +101,21 @@ def arm_figures(
     names: Sequence[str], rounds: Sequence[RoundRecord], requests: Sequence[Record]
 ) -> dict[str, list[RoundFigures]]:
     by_part: dict[tuple[str, int], list[Record]] = {}
+    leads: dict[tuple[str, int], list[Record]] = {}
     for record in requests:
-        if record.part == "measured":
-            by_part.setdefault((record.arm, record.round), []).append(record)
+        if record.part in ("measured", LEAD):
+            into = by_part if record.part == "measured" else leads
+            into.setdefault((record.arm, record.round), []).append(record)
     return {
         name: [
-            round_figures(one.round, one.seconds["measured"], by_part.get((name, one.round), []), one.gpu, one.server)
+            round_figures(
+                one.round,
+                one.seconds["measured"],
+                by_part.get((name, one.round), []),
+                one.gpu,
+                one.server,
+                leads.get((name, one.round), []),
+            )
             for one in rounds
             if one.arm == name and (name, one.round) in by_part
         ]
@@ -174,6 +184,7 @@ def notes(
     if len(set(kinds.values())) > 1:
         found.append(f"The arms are different software: {', '.join(f'{arm} {kind}' for arm, kind in kinds.items())}.")
     found += decisions(ended)
+    found += steady_notes(experiment, ended, requests)
     if any(arm.get("url") for arm in experiment["arms"]):
         found.append(running_before(experiment))
     failed = Counter(one.arm for one in requests if one.error is not None and one.part == "measured")
@@ -225,6 +236,35 @@ def pressure_note(experiment: Mapping[str, Any], rounds: Sequence[RoundRecord]) 
     return [
         f"Live context is {mean:.0f} tokens, {mean / size:.2g} times the KV cache: the sum over agents of their longest contexts."
     ]
+
+
+def steady_notes(experiment: Mapping[str, Any], rounds: Sequence[RoundRecord], requests: Sequence[Record]) -> list[str]:
+    """Of steady traffic: which sessions are in no figure, and in which arms ever more are under way."""
+    workload = experiment["workload"]
+    rate, capacity = workload.get("sessions_per_s"), workload.get("capacity_per_s")
+    if rate is None:
+        return []
+    share = (
+        "" if capacity is None else f", {workload['load']} of the {capacity} that {workload['capacity_of']} completes"
+    )
+    found = [
+        f"Sessions arrive at random, {rate} per second{share}; the first {LEAD_SHARE:.0%} of them are in no figure. Moments are "
+        "the same in all arms and rounds."
+    ]
+    for arm in (arm["name"] for arm in experiment["arms"]):
+        ended = {one.round for one in rounds if one.arm == arm}
+        counts = []
+        for number in sorted(ended):
+            own = [one for one in requests if one.arm == arm and one.round == number]
+            if (count := under_way(one for one in own if one.part in ("measured", LEAD))) is not None:
+                counts.append(count)
+        if grows(counts):
+            early, late = (sum(values) / len(counts) for values in zip(*counts, strict=True))
+            found.append(
+                f"{arm} does not keep up: {early:.1f} sessions under way on average in the second quarter of the arrivals, "
+                f"{late:.1f} in the last. Its latencies say how long the run was."
+            )
+    return found
 
 
 DECISIONS = {

@@ -37,6 +37,11 @@ class Engine(Protocol):
         """Whether a waiting call waits for something that no step brings it, such as its grammar."""
         ...
 
+    def when_ready(self, call: Call, tell: Callable[[Call], None]) -> bool:
+        """Whether a blocked call waits for something that ends once and by itself; then `tell` is called with it at that moment,
+        from whichever thread."""
+        ...
+
     def is_preempted(self, call: Call) -> bool:
         """Whether the engine took a waiting call's KV blocks away after it had run."""
         ...
@@ -151,7 +156,13 @@ class EnginePolicy:
         self.waiting: VllmOrder = VllmOrder()
         if orders:
             self.waiting = WaitingList(
-                self._key_of, bypass_steps, batch_bypass_steps, DECIDE_STEPS, clock, engine.is_blocked
+                self._key_of,
+                bypass_steps,
+                batch_bypass_steps,
+                DECIDE_STEPS,
+                clock,
+                engine.is_blocked,
+                engine.when_ready,
             )
         self.prefilling: list[Call] = []
         """Calls whose prompts are being computed in steps, in order of admission."""

@@ -1,6 +1,7 @@
 """The waiting calls in admission order, and what a step has to know of them together; for scheduler and simulator alike."""
 
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from math import inf
@@ -49,11 +50,14 @@ def entry_of(call: Call) -> Entry:
 
 
 class Line:
-    """Sorted entries; those that are not cold also by themselves, so that they can be offered without the cold ones."""
+    """Sorted entries; those that are not cold also by themselves, so that they can be offered without the cold ones. Both again
+    without those that are not ready, which nobody need look at."""
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.resumes: list[Entry] = []
+        self._ready: list[Entry] = []
+        self._ready_resumes: list[Entry] = []
         self._tokens = 0
         self._blocked = self._blocked_colds = 0
         """Calls that the engine passed over, which reserve nothing; how many of them are cold."""
@@ -82,11 +86,15 @@ class Line:
             self._came_s = self._came_s + sign * call.wait_since_s if self._waited_for else 0.0
 
     def _lines(self, entry: Entry) -> tuple[list[Entry], ...]:
-        return (self.entries,) if entry[0].cold else (self.entries, self.resumes)
+        if entry[2].unready:
+            return (self.entries,) if entry[0].cold else (self.entries, self.resumes)
+        if entry[0].cold:
+            return self.entries, self._ready
+        return self.entries, self.resumes, self._ready, self._ready_resumes
 
     def offered(self, colds_wait: bool) -> list[Entry]:
         """Who can be admitted, in order; without the cold ones while those have to wait."""
-        return self.resumes if colds_wait else self.entries
+        return self._ready_resumes if colds_wait else self._ready
 
     def has_cold(self) -> bool:
         """Whether a cold one waits that can run."""
@@ -101,7 +109,7 @@ class Line:
         one place at most: the next one waits until it has been computed."""
         offered = self.can_run(self.offered(colds_wait))
         cold_first = any(entry[0].cold for entry in islice(offered, max(places, 0)))
-        resumes = islice(self.can_run(self.resumes), max(places - cold_first, 0))
+        resumes = islice(self.can_run(self._ready_resumes), max(places - cold_first, 0))
         return sum(key.uncached for key, _, _ in resumes if counts(key))
 
     @property
@@ -125,6 +133,9 @@ class Line:
             found.append("the queue is not in order")
         if self.resumes != [entry for entry in self.entries if not entry[0].cold]:
             found.append("the list of resume prefills is not that of the queue")
+        for ready, every in ((self._ready, self.entries), (self._ready_resumes, self.resumes)):
+            if ready != [entry for entry in every if not entry[2].unready]:
+                found.append("what is offered is not what is ready of the queue")
         tokens = sum(key.tokens for key, _, _ in self.entries)
         if self._tokens != tokens:
             found.append(f"the queue counts {self._tokens} tokens that wait, and has {tokens}")
@@ -243,6 +254,8 @@ class WaitingList(VllmOrder):
         decide_steps: how often `relevels` does something, in steps.
         clock: seconds, by which waiting times are counted; without one nothing waits for any time.
         is_blocked: whether a call cannot run whatever the step has room for.
+        when_ready: whether a call waits for something that ends once and by itself, such as its grammar. Then nobody looks at it
+            until the function that is given was called with it, from whichever thread.
 
     Calls held back for the prefill lane are parked: they count as waiting, but nobody looks at them until what they wait
     for has happened, since a look costs a search through the prefix cache per call and step.
@@ -262,9 +275,13 @@ class WaitingList(VllmOrder):
         decide_steps: int = 1,
         clock: Callable[[], float] = float,
         is_blocked: Callable[[Call], bool] = lambda call: False,
+        when_ready: Callable[[Call, Callable[[Call], None]], bool] = lambda call, tell: False,
     ) -> None:
         self._key_of = key_of
         self._is_blocked = is_blocked
+        self._when_ready = when_ready
+        self._became_ready: deque[Call] = deque()
+        """Calls that may have become ready since the last step; other threads append."""
         self._patience: Patience[Call] = Patience(bypass_steps)
         self._batch_patience: Patience[Call] = Patience(batch_bypass_steps or bypass_steps)
         self._decide_steps = decide_steps
@@ -315,11 +332,16 @@ class WaitingList(VllmOrder):
 
     def _block(self, call: Call, blocked: bool) -> None:
         self._set_blocked(call, blocked)
-        if blocked:
-            (self._until_ready if self._is_blocked(call) else self._passed_over)[call] = None
+        if blocked and self._is_blocked(call):
+            self._until_ready[call] = None
+            call.watched = call.watched or self._when_ready(call, self._became_ready.append)
+            call.unready = call.watched
+        elif blocked:
+            self._passed_over[call] = None
 
     def _set_blocked(self, call: Call, blocked: bool) -> None:
         """Whether a call cannot run. It must not be in the line, which counts calls by this."""
+        call.unready = False
         if call.blocked is blocked:
             return
         now = self._clock()
@@ -334,22 +356,29 @@ class WaitingList(VllmOrder):
         """Calls that wait for no grammar or adapter any more count again, although the engine has not looked at them since: while
         one long prompt takes whole steps it looks at nobody. In turns, so that all are seen. Those that it passed over for
         reasons of its own count again once it has looked at nobody for a step."""
+        while self._became_ready:
+            call = self._became_ready.popleft()
+            call.watched = False
+            if call in self._until_ready:
+                del self._until_ready[call]
+                self._take_in(call, self._is_blocked(call))
         for call in list(islice(self._until_ready, limit)):
             del self._until_ready[call]
             if self._is_blocked(call):
                 self._until_ready[call] = None
             else:
-                self._count_again(call)
+                self._take_in(call)
         if not self._looked:
             for call in list(islice(self._passed_over, limit)):
                 del self._passed_over[call]
-                self._count_again(call)
+                self._take_in(call)
         self._looked = False
 
-    def _count_again(self, call: Call) -> None:
+    def _take_in(self, call: Call, blocked: bool = False) -> None:
+        """A call is offered again, and counts as one that can run unless it is blocked by something else."""
         entry = entry_of(call)
         self._line.remove(entry)
-        self._set_blocked(call, False)
+        self._block(call, blocked)
         self._line.add(entry)
 
     def waits_anew(self, call: Call) -> None:
@@ -391,7 +420,7 @@ class WaitingList(VllmOrder):
     def pop(self) -> Call:
         """Takes out the call that `first` showed, also when the order has changed since. Raises `IndexError` without one."""
         call = self._offered
-        heads = [line[0][2] for line in (self._line.entries, self._line.resumes) if line]
+        heads = [line[0][2] for line in map(self._line.offered, (False, True)) if line]
         if call is None or call.key is None or call not in (*heads, *self._let_begin):
             call = self.first()
         if call is None:
@@ -435,16 +464,16 @@ class WaitingList(VllmOrder):
         """Whether there is a call to look at."""
         if self.closed:
             return False
-        if not self._colds_wait:
-            return bool(self._line.entries)
-        return bool(self._line.resumes) or (bool(self._let_begin) and self._begins_next() is not None)
+        if self._line.offered(self._colds_wait):
+            return True
+        return self._colds_wait and (bool(self._let_begin) and self._begins_next() is not None)
 
     def front(self) -> Call | None:
-        entry = next(iter(self._line.can_run(self._line.entries)), None)
+        entry = next(iter(self._line.can_run(self._line.offered(False))), None)
         return entry[2] if entry is not None else None
 
     def in_order(self, limit: int) -> Iterable[Call]:
-        return (call for _, _, call in islice(self._line.can_run(self._line.entries), limit))
+        return (call for _, _, call in islice(self._line.can_run(self._line.offered(False)), limit))
 
     @property
     def _steps(self) -> int:
@@ -659,6 +688,8 @@ class WaitingList(VllmOrder):
                 found.append(f"{call.name!r} is not in the queue where its key says")
         found += [f"the queue remembers {call.name!r}, which is gone" for call in listed]
         found += [f"{call.name!r} cannot run, and counts" for call in self._until_ready if not call.blocked]
+        unready = [call for _, _, call in self._line.entries if call.unready and call not in self._until_ready]
+        found += [f"{call.name!r} is not ready, and nobody looks whether it is" for call in unready]
         if any(not call.parked for _, _, call in self._parked) or any(call.parked for _, _, call in self._line.entries):
             found.append("a request is parked that is not marked so, or the other way round")
         return found + self._line.faults()

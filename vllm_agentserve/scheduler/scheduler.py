@@ -5,6 +5,7 @@ admitted, and `_reserve_prefill_lookahead()`, which vLLM asks for every sequence
 how many prompt tokens run. Steps that carry nothing but decodes are vLLM's, with two time stamps around them.
 """
 
+from collections.abc import Callable
 from math import inf
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -128,6 +129,9 @@ class AgentScheduler(UpstreamHooks, Scheduler):
         if in_use is not None and adapter and adapter.lora_int_id not in in_use:
             return True
         return not compat.may_run(call.request)
+
+    def when_ready(self, call: Call, tell: Callable[[Call], None]) -> bool:
+        return compat.when_grammar_is_made(call.request, lambda: tell(call))
 
     def is_preempted(self, call: Call) -> bool:
         return call.request.status is RequestStatus.PREEMPTED

@@ -8,7 +8,7 @@ something can change.
 
 import heapq
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from math import inf
 from typing import Literal
@@ -94,6 +94,9 @@ class Simulator:
         return int(call.request.shape.context)
 
     def is_blocked(self, call: Call) -> bool:
+        return False
+
+    def when_ready(self, call: Call, tell: Callable[[Call], None]) -> bool:
         return False
 
     def is_preempted(self, call: Call) -> bool:

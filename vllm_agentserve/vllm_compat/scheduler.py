@@ -1,5 +1,7 @@
 """What the scheduler asks of vLLM's own beyond its public interface."""
 
+from collections.abc import Callable
+from concurrent.futures import Future
 from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -228,6 +230,20 @@ def may_run(waiting: "Request") -> bool:
         structured = waiting.structured_output_request
         return structured is not None and structured.grammar is not None
     return waiting.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+
+
+def when_grammar_is_made(waiting: "Request", tell: Callable[[], None]) -> bool:
+    """Whether a waiting request waits for a grammar that another thread makes; then `tell` is called there when it is made, or
+    has failed.
+
+    Retired by: a queue of requests whose grammar is made, as there is one of KV blocks that have come.
+    """
+    structured = waiting.structured_output_request
+    future = getattr(structured, "_grammar", None)
+    if not isinstance(future, Future) or future.done():
+        return False
+    future.add_done_callback(lambda _: tell())
+    return True
 
 
 def adapters_in_use(scheduler: "Scheduler") -> frozenset[int] | None:
