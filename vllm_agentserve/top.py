@@ -1,7 +1,6 @@
 """`agentserve top`: the programs of a running server, live, from its public `/metrics` alone."""
 
 import argparse
-import os
 import sys
 import time
 from typing import NoReturn
@@ -10,6 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from vllm_agentserve.pages import given_key, has_password
 from vllm_agentserve.top_scrape import EngineMetrics, ScrapeError, page_of, scrape
 from vllm_agentserve.top_table import picture
 
@@ -21,10 +21,18 @@ PLAIN_WIDTH = 120
 def execute(arguments: argparse.Namespace) -> int:
     """Shows the table until Ctrl-C, or once with `--once` or if the output is not a terminal.
 
-    Returns the exit code: 0; 1 if it is to be shown once and the server does not answer; 130 if that was interrupted.
+    Returns the exit code: 0; 1 if it is to be shown once and the server does not answer; 2 if the address or the key cannot be
+    one; 130 if that was interrupted.
     """
     console = Console()
-    page, key = page_of(arguments.url), arguments.api_key or os.environ.get("OPENAI_API_KEY")
+    try:
+        key = given_key(arguments.api_key)
+        if has_password(arguments.url):
+            raise ValueError("--url holds a user name or a password, which would be shown: give a key with --api-key")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    page = page_of(arguments.url)
     if arguments.once or not console.is_terminal:
         if not console.is_terminal:
             console = Console(width=PLAIN_WIDTH)

@@ -9,7 +9,7 @@ from time import monotonic
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_agentserve.config import SERIES
-from vllm_agentserve.pages import open_page
+from vllm_agentserve.pages import open_page, refusal
 
 TIMEOUT_S = 10.0
 MAX_BYTES = 1 << 26
@@ -84,6 +84,7 @@ class EngineMetrics:
 
 def page_of(url: str) -> str:
     """Returns the address of `/metrics` for a server given as `host:port`, `http://host:port`, with `/v1` or the page itself."""
+    url = url.strip()
     url = url if "://" in url else f"http://{url}"
     return url.rstrip("/").removesuffix("/metrics").rstrip("/").removesuffix("/v1").rstrip("/") + "/metrics"
 
@@ -99,13 +100,10 @@ def scrape(page: str, key: str | None = None) -> dict[str, EngineMetrics]:
             text = answer.read(MAX_BYTES).decode(errors="replace")
     except urllib.error.HTTPError as error:
         error.close()
-        if error.code in (401, 403):
-            raise ScrapeError(
-                f"{page} answers HTTP {error.code}: it wants an API key, give one with --api-key or in OPENAI_API_KEY"
-            ) from error
-        raise ScrapeError(
+        another = (
             f"{page} answers HTTP {error.code}: give the address of a vLLM server, as in --url http://127.0.0.1:8000"
-        ) from error
+        )
+        raise ScrapeError(refusal(page, error.code) or another) from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise ScrapeError(

@@ -296,6 +296,59 @@ def test_top_takes_the_same_addresses_and_keys(
     assert set(Guarded.seen) == {"/metrics"}
 
 
+@pytest.mark.parametrize("given", ["a b", "a\nb", "\u00fcber"])
+@pytest.mark.parametrize("command", [("top", "--once", "--url"), ("bench", "run", "--arms", "--url")])
+def test_what_no_header_can_carry_is_no_key(
+    guarded: str,
+    command: tuple[str, ...],
+    given: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", given)
+    assert cli.main([*command, guarded]) == 2
+    said = capsys.readouterr()
+    assert (
+        "error: OPENAI_API_KEY is no API key: it has blanks, line breaks or letters that are not ASCII"
+        in said.out + said.err
+    )
+    assert given not in said.out + said.err
+    assert Guarded.seen == []
+
+
+def test_a_key_is_read_without_the_line_break_of_its_file(guarded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\n")
+    assert cli.main(["top", "--once", "--interval", "0.1", "--url", guarded]) == 0
+    monkeypatch.setenv("OPENAI_API_KEY", "\n")
+    assert cli.main(["top", "--once", "--url", guarded]) == 1
+
+
+@pytest.mark.parametrize("address", ["http://me:hush@h:1/v1", "me:hush@h:1", "a=http://me:hush@h:1"])
+@pytest.mark.parametrize("command", [("top", "--once", "--url"), ("bench", "run", "--arms", "--url")])
+def test_addresses_with_passwords_are_refused_and_not_shown(
+    command: tuple[str, ...], address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*command, address]) == 2
+    said = capsys.readouterr()
+    assert "--url holds a user name or a password" in said.out + said.err
+    assert "hush" not in said.out + said.err
+
+
+@pytest.mark.parametrize("url", ["http://h:1/v1?key=x", "http://h:1#x"])
+def test_addresses_end_with_a_path(url: str) -> None:
+    with pytest.raises(WorkloadError, match="is not a server: give NAME=http://HOST:PORT"):
+        parse_url_arm(f"a={url}")
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_top_tells_a_server_that_fails_from_another_one(
+    guarded: str, status: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Guarded, "status", status)
+    assert cli.main(["top", "--once", "--url", guarded]) == 1
+    assert f"answers HTTP {status}: a server is there, but it cannot serve this now" in capsys.readouterr().err
+
+
 def test_a_session_stays_on_one_engine_with_all_that_it_spawns() -> None:
     """vLLM chooses an engine request by request, and a context is cached in one of them."""
     seen: dict[str, set[int | None]] = {}

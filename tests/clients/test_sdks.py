@@ -16,7 +16,7 @@ from vllm_agentserve.bench.server import VllmServer
 pytestmark = pytest.mark.slow
 TURNS, LONGEST = 3, 2000
 LATER = {"openai": 7, "anthropic": 7, "langgraph": 5}
-"""Requests of each client that go on from another one: after a tool, after words, the same again as a stream."""
+"""Requests of each client that go on from another one: after a tool, after words, and the same again as a stream."""
 
 
 def run(server: VllmServer, clients: Path, name: str, *session: str) -> tuple[dict[str, Any], list[Sent]]:

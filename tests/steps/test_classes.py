@@ -73,13 +73,17 @@ def test_deadlines_are_met_or_missed_by_class() -> None:
     assert found == {f"{MET}:interactive": 1, f"{MET}:batch": 1, f"{MISSED}:batch": 1}
 
 
-def test_who_is_given_up_before_the_deadline_counts_in_neither() -> None:
+@pytest.mark.parametrize(
+    "ends", [RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR, RequestStatus.FINISHED_IGNORED]
+)
+def test_who_is_given_up_before_the_deadline_counts_in_neither(ends: RequestStatus) -> None:
+    """Nor does one that fails, as with a wrong grammar: its deadline was not met."""
     scheduler, driver = started("fcfs")
     scheduler.add_request(make_request("early", 30, max_tokens=9, hints={"agent_deadline_ms": 86_400_000}))
     scheduler.add_request(make_request("late", 30, max_tokens=9, hints={"agent_deadline_ms": 1e-6}))
     driver.step()
     for name in ("early", "late"):
-        scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+        scheduler.finish_requests(name, ends)
     found = {key: count for key, count in scheduler.counts.items() if key.startswith((MET, MISSED))}
     assert found == {f"{MISSED}:interactive": 1}
 

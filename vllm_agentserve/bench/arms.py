@@ -12,6 +12,7 @@ from vllm_agentserve.bench.device import has_nvidia_driver
 from vllm_agentserve.bench.sessions import WorkloadError
 from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
 from vllm_agentserve.options import read_json
+from vllm_agentserve.pages import has_password
 from vllm_agentserve.vllm_compat import SCHEDULER_NAME
 from vllm_agentserve.vllm_compat.host import transfer_options
 
@@ -225,6 +226,8 @@ def as_json(value: str) -> Any:
 
 def parse_url_arm(text: str) -> Arm:
     """Parses `NAME=URL` or a bare URL."""
+    if has_password(text):
+        raise WorkloadError("--url holds a user name or a password, which would be shown: give a key with --api-key")
     name, separator, url = text.partition("=")
     if not separator or name.startswith(("http:", "https:")):
         name, url = server_address(re.sub(r"^https?://", "", text)), text
@@ -247,6 +250,7 @@ def is_address(url: str) -> bool:
             parts.scheme in ("http", "https")
             and bool(parts.hostname)
             and parts.port != 0
+            and not (parts.query or parts.fragment)
             and url.isprintable()
             and " " not in url
         )

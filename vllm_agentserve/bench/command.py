@@ -1,7 +1,6 @@
 """What `agentserve bench` does: run, workloads, report."""
 
 import argparse
-import os
 import secrets
 import sys
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from vllm_agentserve.bench.tokens import TOKEN_IDS
 from vllm_agentserve.bench.trace import Trace, TraceOptions, trace_path
 from vllm_agentserve.bench.workloads import WORKLOADS, Workload, around, explain, find_workload
 from vllm_agentserve.options import read_json
+from vllm_agentserve.pages import given_key
 
 DEFAULT_ARMS = ("stock", "agentserve")
 CPU_SERVE = ("--dtype", "bfloat16", "--max-num-seqs", "32", "--enforce-eager")
@@ -84,11 +84,12 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def make_plan(arguments: argparse.Namespace, console: Console) -> Plan:
     """Checks everything that can be checked before a server is started; raises `WorkloadError`."""
-    arms = parse_arms(
-        DEFAULT_ARMS if arguments.arms is None and not arguments.url else arguments.arms or (),
-        arguments.url,
-        arguments.api_key or os.environ.get("OPENAI_API_KEY"),
-    )
+    try:
+        key = given_key(arguments.api_key)
+    except ValueError as error:
+        raise WorkloadError(str(error)) from error
+    chosen = DEFAULT_ARMS if arguments.arms is None and not arguments.url else arguments.arms or ()
+    arms = parse_arms(chosen, arguments.url, key)
     model = arguments.model
     ours = any(arm.ours for arm in arms)
     if ours and model is None:

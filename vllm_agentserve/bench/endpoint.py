@@ -8,7 +8,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_agentserve.pages import open_page
+from vllm_agentserve.pages import open_page, refusal
 
 PATIENCE_S = 10.0
 NO_ANSWER = (OSError, http.client.HTTPException, OverflowError)
@@ -44,11 +44,9 @@ def get(url: str, key: str | None = None) -> bytes:
 
 def refused(url: str, code: int) -> str:
     """What an HTTP status means that a server answers instead of what was asked for."""
-    if code in (401, 403):
-        return f"{url} answers HTTP {code}: it wants an API key, give one with --api-key or in OPENAI_API_KEY"
     if code == 404:
         return f"{url} does not answer but with HTTP 404: a server is there, and no such page; give its address alone"
-    return f"{url} answers HTTP {code}: a server is there, but it cannot serve this now; its log says why"
+    return refusal(url, code) or f"{url} answers HTTP {code}: a server is there, and it is not one of this kind"
 
 
 def get_json(url: str, key: str | None = None) -> Any:

@@ -31,13 +31,12 @@ def run(url: str, session: str | None = None) -> dict:
     client = Anthropic(base_url=url, api_key="none", max_retries=0, default_headers=headers)
     model = client.models.list().data[0].id
     # This client has no argument for the temperature of every model.
-    asked: dict = {"model": model, "system": SYSTEM, "max_tokens": 128, "extra_body": {"temperature": 0}}
+    asked: dict = {"model": model, "system": SYSTEM, "tools": TOOLS, "max_tokens": 128}
+    asked |= {"tool_choice": {"type": "none"}, "extra_body": {"temperature": 0}}
     messages: list = [{"role": "user", "content": "How long is each file?"}]
     calls, contexts = 0, []
     for _ in range(TURNS):
-        answer = client.messages.create(
-            messages=messages, tools=TOOLS, tool_choice={"type": "tool", "name": NAME}, **asked
-        )
+        answer = client.messages.create(messages=messages, **asked | {"tool_choice": {"type": "tool", "name": NAME}})
         contexts.append(answer.usage.input_tokens)
         messages.append(
             {"role": "assistant", "content": [block.model_dump(exclude_none=True) for block in answer.content]}

@@ -39,7 +39,7 @@ def run(url: str, session: str | None = None) -> dict:
         server["default_headers"] = {"X-Session-ID": session}
     model = ChatOpenAI(temperature=0, max_tokens=128, **server)
     forced = model.bind_tools([count_words], tool_choice="count_words", strict=True)
-    free = model.bind_tools([count_words], tool_choice="none")
+    free = model.bind_tools([count_words], tool_choice="none", strict=True)
 
     def agent(state: MessagesState) -> dict:
         called = sum(message.type == "tool" for message in state["messages"])

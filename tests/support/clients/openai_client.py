@@ -77,16 +77,15 @@ def run(url: str, session: str | None = None) -> dict:
     for part in parts:
         texts += [choice.delta.content for choice in part.choices if choice.delta.content]
         usage = part.usage or usage
-    response = client.responses.create(model=model, input="How long is notes.txt?", max_output_tokens=16, temperature=0)
+    briefly: dict = {"model": model, "instructions": SYSTEM, "max_output_tokens": 16, "temperature": 0}
+    response = client.responses.create(input="How long is notes.txt?", **briefly)
     again = client.responses.create(
-        model=model,
         input=[
             {"role": "user", "content": "How long is notes.txt?"},
             {"role": "assistant", "content": response.output_text},
             {"role": "user", "content": "And plan.txt?"},
         ],
-        max_output_tokens=16,
-        temperature=0,
+        **briefly,
     )
     left = client.completions.create(
         model=model, prompt="one two three", max_tokens=LONGEST, stream=True, extra_body={"ignore_eos": True}

@@ -9,6 +9,9 @@ from vllm_agentserve.policy.call import Call
 from vllm_agentserve.scheduler.class_stats import FIRST_TOKEN, WAIT, count_deadline, count_time
 from vllm_agentserve.scheduler.features import Feature
 
+WITHOUT_ANSWER = (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR, RequestStatus.FINISHED_IGNORED)
+"""How requests end that met no deadline."""
+
 
 class ClassTimes(Feature):
     """Args:
@@ -36,5 +39,5 @@ class ClassTimes(Feature):
     def freed(self, call: Call) -> None:
         if call.due < inf:
             in_time = self._clock() <= call.due
-            if not in_time or call.request.status is not RequestStatus.FINISHED_ABORTED:
+            if not in_time or call.request.status not in WITHOUT_ANSWER:
                 count_deadline(self._counts, call.hints.batch, in_time)
