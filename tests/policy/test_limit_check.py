@@ -81,6 +81,17 @@ def test_while_nobody_waits_nothing_is_counted() -> None:
     assert check.share(60.25) == 1.0
 
 
+def test_no_time_is_no_rate() -> None:
+    """Tools that take no time, and two decisions at one instant."""
+    check = LimitCheck()
+    for _ in range(2):
+        check.expects(5.0, 1.0, 1.0, 0.0)
+        for _ in range(40):
+            check.answered(False, 0.0)
+        check.expects(6.0, 1.0, 1.0, 0.0)
+    assert check.share(6.0) == 1.0
+
+
 @settings(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0, 5), st.integers(0, 40), st.booleans(), st.floats(0, 10)), max_size=60),

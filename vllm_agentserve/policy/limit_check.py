@@ -70,7 +70,7 @@ class LimitCheck:
         self._without += without
         self._asks += 1
         took_s = now_s - self._from_s
-        if self._turns < TURNS or took_s < GAPS * gap_s:
+        if self._turns < TURNS or took_s <= 0.0 or took_s < GAPS * gap_s:
             return
         if self._firsts <= FIRST * self._turns and self._expected:
             given = self._turns / max(took_s - self._first_s, 0.5 * took_s)
