@@ -131,7 +131,7 @@ def top(arguments: argparse.Namespace) -> int:
 def doctor(arguments: argparse.Namespace) -> int:
     from vllm_agentserve.doctor import examine, print_findings
 
-    return print_findings(examine(arguments.options, arguments.model, arguments.engine))
+    return print_findings(examine(arguments.options, arguments.model, arguments.engine), arguments.options)
 
 
 def toy_model(arguments: argparse.Namespace) -> int:
