@@ -17,9 +17,12 @@ test: setup
 test-fast: setup
 	@$(HALVES) WHICH="not engine and not slow"
 
-# Both run to their end; what they say is printed when they have ended. One process imports vLLM, the other one need not.
+# Both run to their end; what they say is printed when they have ended. One process imports vLLM, the other one need not: some tests
+# of compat/ read vLLM's sources only.
 HALVES = $(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target test-with-vllm test-without
-WITH_VLLM := steps lanes gpu compat torture docs package/test_bad_input.py package/test_package.py
+SOURCES_ONLY := compat/test_contract.py compat/test_ray_contract.py compat/test_verdicts.py
+COMPAT := $(filter-out $(SOURCES_ONLY),$(patsubst tests/%,%,$(wildcard tests/compat/test_*.py)))
+WITH_VLLM := steps lanes gpu torture $(COMPAT) package/test_bad_input.py package/test_package.py
 test-with-vllm:
 	@$(RUN)/python -m pytest -q -m "$(WHICH)" $(addprefix tests/,$(WITH_VLLM))
 

@@ -45,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="what will run on this machine and why, with a remedy per finding")
     doctor.add_argument("--options", default="{}", help=f'options of "{KEY}" to check, as a JSON object')
-    doctor.add_argument("--model", help="a model folder, to say what lanes would cost")
+    doctor.add_argument("--model", help="a model folder; its weights say what lanes would cost")
     doctor.add_argument(
         "--engine", default="{}", help="arguments of vllm serve that lanes must fit, as a JSON object with underscores"
     )
@@ -57,12 +57,10 @@ def make_parser() -> argparse.ArgumentParser:
         type=number_from(0.1, 3600, whole=False),
         default=1.0,
         metavar="S",
-        help="seconds between two looks (default: %(default)s)",
+        help="seconds between two refreshes (default: %(default)s)",
     )
     top.add_argument("--session", metavar="ID", help="the session id whose program is marked")
-    top.add_argument(
-        "--api-key", metavar="KEY", help="where the server wants one (default: OPENAI_API_KEY, if it is set)"
-    )
+    top.add_argument("--api-key", metavar="KEY", help="if the server wants one (default: OPENAI_API_KEY, if it is set)")
     top.add_argument("--once", action="store_true", help="print one table and end; so does output to a file or a pipe")
 
     bench = commands.add_parser("bench", help="measure stock vLLM, agentserve and other servers on agent traffic")
@@ -83,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     # It parses its own arguments, see `main`.
     commands.add_parser(
-        GPU_CHECK, add_help=False, help="what of this package holds on this machine's GPU, in ten minutes"
+        GPU_CHECK, add_help=False, help="check what of this package works on this machine's GPU, in ten minutes"
     )
 
     toy = commands.add_parser("toy-model", help="make the toy model and print its folder")
@@ -142,7 +140,7 @@ def top(arguments: argparse.Namespace) -> int:
 def doctor(arguments: argparse.Namespace) -> int:
     from vllm_agentserve.doctor import examine, print_findings
 
-    return print_findings(examine(arguments.options, arguments.model, arguments.engine))
+    return print_findings(examine(arguments.options, arguments.model, arguments.engine), arguments.options)
 
 
 def toy_model(arguments: argparse.Namespace) -> int:

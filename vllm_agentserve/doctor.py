@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from vllm_agentserve import __version__, vllm_compat
 from vllm_agentserve.config import AgentServeConfig, OptionError
 from vllm_agentserve.doctor_engine import EngineArguments, check_engine, engine_arguments
 from vllm_agentserve.doctor_gpu import Finding, Level, asked_smi, check_mig, check_mps, gpu_findings, plan_text, planned
-from vllm_agentserve.options import read_json
+from vllm_agentserve.options import KEY, read_json
 from vllm_agentserve.vllm_compat import hooks
 from vllm_agentserve.vllm_compat.cuda import driver_obstacle, environment_obstacle
 from vllm_agentserve.vllm_compat.host import WITHOUT_LANES, available_bytes
@@ -213,8 +214,13 @@ def examine(options: str = "{}", model: str | None = None, engine: str = "{}") -
     return findings
 
 
-def print_findings(findings: list[Finding]) -> int:
-    """Prints the findings and what follows from them; returns 0 if vLLM can run with our scheduler, else 1."""
+def print_findings(findings: list[Finding], given: str = "{}") -> int:
+    """Prints the findings and what follows from them; returns 0 if vLLM can run with our scheduler, else 1.
+
+    Args:
+        findings: of `examine`.
+        given: the options that were checked, a JSON object.
+    """
     for finding in findings:
         print(f"[{finding.level.value:>7}] {finding.subject}: {finding.found}")
         if finding.remedy:
@@ -226,5 +232,8 @@ def print_findings(findings: list[Finding]) -> int:
     mode = AgentServeConfig().mode
     options = next((finding.found for finding in findings if finding.subject == "options"), f"mode {mode}")
     print(f"\nWill run: vLLM's own engine with our scheduler ({options}).")
-    print(f"Start it with: vllm serve MODEL --scheduler-cls {vllm_compat.SCHEDULER_NAME}")
+    start = f"vllm serve MODEL --scheduler-cls {vllm_compat.SCHEDULER_NAME}"
+    if chosen := read_json(given):
+        start += f" --additional-config {shlex.quote(json.dumps({KEY: chosen}))}"
+    print(f"Start it with: {start}")
     return 0

@@ -3,7 +3,7 @@
 import logging
 
 from vllm_agentserve import vllm_compat
-from vllm_agentserve.scheduler.upstream import UpstreamHooks
+from vllm_agentserve.scheduler.vllm_hooks import VllmHooks
 from vllm_agentserve.vllm_compat import hooks
 
 logger = logging.getLogger("vllm.agentserve")
@@ -19,7 +19,7 @@ def register() -> None:
         logger.debug("vllm_agentserve is not active: %s", reason)
         return
     hooks.add_stats_field()
-    hooks.check_options_early(UpstreamHooks)
-    hooks.refuse_invalid_hints(UpstreamHooks)
-    hooks.add_middleware(UpstreamHooks)
-    hooks.add_stat_logger(UpstreamHooks)
+    hooks.check_options_early(VllmHooks)
+    hooks.refuse_invalid_hints(VllmHooks)
+    hooks.add_middleware(VllmHooks)
+    hooks.add_stat_logger(VllmHooks)

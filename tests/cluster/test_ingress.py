@@ -158,7 +158,11 @@ async def test_a_request_that_nobody_takes_is_refused() -> None:
 @pytest.mark.parametrize("leaves_after", [0, 1, 2])
 async def test_a_client_that_leaves_ends_its_call(leaves_after: int) -> None:
     engines = Engines([Taken("e1"), STREAM, b"data: 1\n\n"], waits=True)
-    await asyncio.wait_for(ask(engines, leaves_after=leaves_after), 5)
+    asked = asyncio.create_task(ask(engines, leaves_after=leaves_after))
+    ended, _ = await asyncio.wait([asked], timeout=5)
+    asked.cancel()
+    assert asked in ended
+    asked.result()
     assert engines.closed == len(engines.requests)
 
 

@@ -9,7 +9,7 @@ import pytest
 from tests.support.log_messages import log_messages
 from tests.support.schedulers import make_scheduler
 from vllm_agentserve.config import AgentServeConfig, OptionError
-from vllm_agentserve.scheduler.upstream import UpstreamHooks, require_hooks
+from vllm_agentserve.scheduler.vllm_hooks import VllmHooks, require_hooks
 from vllm_agentserve.vllm_compat import host
 from vllm_agentserve.vllm_compat.host import Host, NoHost, add_host, available_bytes, host_of
 from vllm_agentserve.vllm_compat.lanes import choose_lanes
@@ -179,7 +179,7 @@ def test_lanes_and_host_memory_do_not_go_together(toy_model: Path) -> None:
 
 def test_the_plugin_asks_and_says_why_it_is_time_sliced(toy_model: Path) -> None:
     with log_messages("INFO") as said:
-        UpstreamHooks.check_engine_args(
+        VllmHooks.check_engine_args(
             engine_arguments(toy_model, additional_config={"agentserve": {"kv_host_gib": 0.5, "tpot_slo_ms": 50}})
         )
     assert any("mode auto runs time-sliced: host memory behind the KV cache takes" in one for one in said)

@@ -15,7 +15,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 
 from vllm_agentserve import middleware
 from vllm_agentserve.middleware import ClientNames, with_names
-from vllm_agentserve.scheduler.upstream import MIDDLEWARE, UpstreamHooks
+from vllm_agentserve.scheduler.vllm_hooks import MIDDLEWARE, VllmHooks
 from vllm_agentserve.vllm_compat import hooks
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi é \U0001f600"}], "temperature": 0.25}
@@ -175,8 +175,8 @@ async def test_nothing_is_read_before_the_application_asks() -> None:
 def test_the_server_gets_it_where_our_scheduler_is_chosen(
     scheduler: Any, config: Any, given: Any, expected: Any, tmp_path: Path
 ) -> None:
-    hooks.add_middleware(UpstreamHooks)
-    hooks.add_middleware(UpstreamHooks)
+    hooks.add_middleware(VllmHooks)
+    hooks.add_middleware(VllmHooks)
     args = Namespace(model=str(tmp_path), scheduler_cls=scheduler, additional_config=config or {}, middleware=given)
     made = EngineArgs.from_cli_args(args)
     assert made.scheduler_cls == scheduler
@@ -184,7 +184,7 @@ def test_the_server_gets_it_where_our_scheduler_is_chosen(
 
 
 def test_arguments_without_a_server_are_left_alone(tmp_path: Path) -> None:
-    hooks.add_middleware(UpstreamHooks)
+    hooks.add_middleware(VllmHooks)
     args = Namespace(model=str(tmp_path), scheduler_cls="vllm_agentserve.AgentScheduler")
     EngineArgs.from_cli_args(args)
     assert not hasattr(args, "middleware")

@@ -232,6 +232,15 @@ def test_doctor_exit_code_tells(capsys: pytest.CaptureFixture[str]) -> None:
     assert "remedy: mend it" in capsys.readouterr().out
 
 
+def test_the_doctor_says_how_to_start_with_the_options_that_it_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    good = Finding("a", Level.OK, "fine")
+    doctor.print_findings([good])
+    assert capsys.readouterr().out.endswith("--scheduler-cls vllm_agentserve.AgentScheduler\n")
+    doctor.print_findings([good], '{"tpot_slo_ms": 40, "mode": "time-sliced"}')
+    said = capsys.readouterr().out
+    assert said.endswith("""--additional-config '{"agentserve": {"tpot_slo_ms": 40, "mode": "time-sliced"}}'\n""")
+
+
 def test_the_architecture_page_names_every_module() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
     for path in (ROOT / "vllm_agentserve").rglob("*.py"):

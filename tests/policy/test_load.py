@@ -1094,7 +1094,7 @@ EVENT = st.tuples(
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(EVENT, max_size=120), st.floats(500, 20_000))
-def test_whatever_happens_books_balance_and_nobody_waits_for_ever(
+def test_whatever_happens_all_counters_agree_and_nobody_waits_for_ever(
     events: list[tuple[str, int, bool]], pool: float
 ) -> None:
     server = Server(pool_tokens=int(pool), max_hold_s=50.0)

@@ -1,4 +1,4 @@
-"""Programs to the digit: threads, standing, how long they are kept, and what their books say when they do not balance."""
+"""Programs to the digit: threads, standing, how long they are kept, and what is said when their counters do not agree."""
 
 import pytest
 
@@ -154,7 +154,7 @@ def busy() -> NamedTable:
     return programs
 
 
-def test_books_that_balance_have_no_faults() -> None:
+def test_counters_that_agree_have_no_faults() -> None:
     programs = busy()
     assert programs.faults() == []
     programs.pauses("a")

@@ -8,7 +8,7 @@ from vllm.v1.request import RequestStatus
 from tests.support.program_steps import have_run, served, started
 from tests.support.schedulers import Driver, make_request, make_scheduler
 from vllm_agentserve.policy.hints import INVALID_HEADER
-from vllm_agentserve.scheduler.upstream import UpstreamHooks
+from vllm_agentserve.scheduler.vllm_hooks import VllmHooks
 from vllm_agentserve.vllm_compat import hooks
 
 
@@ -178,7 +178,7 @@ def test_strict_hints_refuse_the_request_where_it_comes_in(strict: bool, refused
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
-    hooks.refuse_invalid_hints(UpstreamHooks)
+    hooks.refuse_invalid_hints(VllmHooks)
     scheduler: Any = make_scheduler(options={"strict_hints": strict})
     processor = InputProcessor.__new__(InputProcessor)
     processor.vllm_config = scheduler.vllm_config
@@ -193,7 +193,7 @@ def test_strict_hints_refuse_the_request_where_it_comes_in(strict: bool, refused
 def test_stock_servers_take_no_notice() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
-    hooks.refuse_invalid_hints(UpstreamHooks)
+    hooks.refuse_invalid_hints(VllmHooks)
     scheduler: Any = make_scheduler(options={"strict_hints": True})
     processor = InputProcessor.__new__(InputProcessor)
     processor.vllm_config = scheduler.vllm_config

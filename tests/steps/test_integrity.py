@@ -1,4 +1,4 @@
-"""The check of all books on vLLM's real scheduler: every fault it can name is planted once, and said."""
+"""The check of all state on vLLM's real scheduler: every fault it can name is planted once, and said."""
 
 import logging
 from collections.abc import Callable
@@ -200,7 +200,7 @@ def test_an_idle_engine_says_what_is_wrong_as_often_as_it_was_asked_to(
     now = 1000.0
     monkeypatch.setattr(integrity, "monotonic", lambda: now)
     scheduler: Any = make_scheduler(options={"mode": "time-sliced", "integrity_check_interval_s": 60})
-    logger = logging.getLogger("books")
+    logger = logging.getLogger("integrity")
 
     def look() -> int:
         caplog.clear()

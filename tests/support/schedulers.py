@@ -5,6 +5,8 @@ order vLLM's engine would, one step late when scheduling is asynchronous.
 """
 
 from collections import deque
+from copy import copy
+from functools import cache
 from itertools import count
 from mmap import PAGESIZE
 from time import perf_counter
@@ -34,6 +36,12 @@ from vllm_agentserve.vllm_compat.lanes import add_lane_connector
 BLOCK = 16
 init_none_hash(sha256)
 HASHER = get_request_block_hasher(BLOCK, sha256)
+
+
+@cache
+def toy_config() -> ModelConfig:
+    """What vLLM reads of the toy model, once: every scheduler gets a copy."""
+    return ModelConfig(model=str(make_toy_model()), dtype="float32", max_model_len=16384)
 
 
 class Clock:
@@ -67,7 +75,7 @@ def make_scheduler(
         # A KV block of the model below takes less than a page of memory, and gets one.
         given = transfer_options(host_chunks * PAGESIZE / 2**30, "lru", on_cpu=True)
         transfer.kv_transfer_config = KVTransferConfig(**given)
-    model_config = ModelConfig(model=str(make_toy_model()), dtype="float32", max_model_len=16384)
+    model_config = copy(toy_config())
     vllm_config = VllmConfig(
         model_config=model_config,
         scheduler_config=SchedulerConfig(

@@ -20,7 +20,7 @@ from vllm_agentserve.lanes.lane import NoLane
 from vllm_agentserve.scheduler.features.lane import LaneFeature
 
 LOOK_EVERY_STEPS = 16
-"""So often the books are checked while requests run, and on average, at random moments, the prefix cache."""
+"""So often all state is checked while requests run; the prefix cache as often on average, at random moments."""
 LIMIT_STEPS = 20_000
 """An episode that takes more is stuck."""
 
@@ -39,7 +39,7 @@ class Outcome:
     faults: int = 0
     """Lanes killed, caches reset, pauses."""
     wrong: list[str] = field(default_factory=list)
-    """Books that do not balance, requests without an end, KV blocks with wrong contents."""
+    """State that does not agree, requests without an end, KV blocks with wrong contents."""
 
 
 class Rig:
@@ -205,8 +205,8 @@ class Rig:
             outcome.wrong.append(f"KV blocks are in use without a request: {self.scheduler.kv_cache_manager.usage:.3f}")
 
     def faults(self) -> list[str]:
-        books = getattr(self.scheduler, "integrity", None)
-        return books.faults() if books is not None else []
+        integrity = getattr(self.scheduler, "integrity", None)
+        return integrity.faults() if integrity is not None else []
 
 
 def compare(episode: Episode, stock: Outcome, ours: Outcome) -> tuple[list[str], list[str]]:

@@ -4,7 +4,7 @@
     python -m tests.torture.soak --mode none ...            # vLLM without our scheduler, to compare with
 
 A fixed number of episodes is drawn and run in turn; sessions have new names every time. Exit code 1 if an answer is not
-stock's or books do not balance.
+stock's or the scheduler's state does not agree.
 
 glibc keeps freed memory for itself, the more the larger the freed parts were, so that resident memory says little of what is
 in use: it is told to give parts of a megabyte and more back at once (`--default-malloc` leaves it as it is).
@@ -56,7 +56,7 @@ class MallocInfo(ctypes.Structure):
 
 
 def live_mib() -> float:
-    """What this process has allocated and not freed, in glibc's books of its heap and of what it mapped."""
+    """What this process has allocated and not freed, as glibc counts its heap and what it mapped."""
     libc = ctypes.CDLL("libc.so.6")
     libc.mallinfo2.restype = MallocInfo
     info = libc.mallinfo2()

@@ -114,7 +114,7 @@ def test_neither_prompts_nor_session_ids_nor_hints_are_in_log_or_metrics(server:
     assert SECRET not in server.log.read_text(errors="replace")
 
 
-def test_the_books_of_the_idle_engine_balance(server: VllmServer) -> None:
+def test_the_state_of_the_idle_engine_agrees(server: VllmServer) -> None:
     """`integrity_check_interval_s` is 0 here: they were checked whenever no request was left."""
     post(server, {"prompt": [5] * 20, "max_tokens": 2})
     time.sleep(0.5)

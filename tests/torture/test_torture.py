@@ -51,7 +51,7 @@ def rig(request: pytest.FixtureRequest, toy_model: Path, stock: dict[int, Any]) 
     rig.close()
 
 
-def test_an_episode_leaves_stocks_answers_and_balanced_books(rig: tuple[Episode, Rig], stock: dict[int, Any]) -> None:
+def test_an_episode_leaves_stocks_answers_and_agreeing_state(rig: tuple[Episode, Rig], stock: dict[int, Any]) -> None:
     episode, engine = rig
     ours = engine.run(episode)
     assert compare(episode, stock[episode.seed], ours)[0] == []

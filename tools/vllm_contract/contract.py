@@ -14,7 +14,7 @@ HOOKS, LANES, CUDA, CPU = "vllm_compat/hooks.py", "vllm_compat/lanes.py", "vllm_
 RUNNER, GRAPHS, WORKER = "vllm_compat/cuda_runner.py", "vllm_compat/cuda_graphs.py", "vllm_compat/cuda_worker.py"
 CPU_WORKER = "vllm_compat/cpu_worker.py"
 CHUNKS, QUEUES, METRICS = "vllm_compat/chunks.py", "scheduler/waiting.py", "scheduler/metrics.py"
-CONNECTOR, UPSTREAM = "lanes/connector.py", "scheduler/upstream.py"
+CONNECTOR, ASKED = "lanes/connector.py", "scheduler/vllm_hooks.py"
 HOST = "vllm_compat/host.py"
 SHARED, WEIGHTS = "vllm_compat/shared_state.py", "vllm_compat/weights.py"
 BOOKS, BALANCE = "vllm_compat/integrity.py", "scheduler/integrity.py"
@@ -324,7 +324,7 @@ CONTRACT = (
     *overrides(f"{ARGS}", HOOKS, create_engine_config="..."),
     *overrides(f"{ARGS}", HOOKS, from_cli_args="args"),
     *reads(ARGS, HOOKS, "scheduler_cls"),
-    *reads(ARGS, UPSTREAM, "additional_config"),
+    *reads(ARGS, ASKED, "additional_config"),
     *exports("vllm.v1.core.sched.interface", HOOKS, "SchedulerInterface"),
     *reads(ARGS, f"{LANES} {HOST}", "data_parallel_size enable_prefix_caching kv_offloading_size kv_transfer_config"),
     *reads(ARGS, LANES, "enable_chunked_prefill enable_lora"),
@@ -337,7 +337,7 @@ CONTRACT = (
     *exports("vllm.v1.engine.input_processor", HOOKS, "InputProcessor"),
     *overrides("vllm.v1.engine.input_processor:InputProcessor", HOOKS, process_inputs="request_id prompt params ..."),
     *reads("vllm.v1.engine.input_processor:InputProcessor", HOOKS, "vllm_config"),
-    *calls("vllm.exceptions", UPSTREAM, VLLMValidationError="message parameter="),
+    *calls("vllm.exceptions", ASKED, VLLMValidationError="message parameter="),
     *exports("vllm.v1.metrics.stats", HOOKS, "SchedulerStats"),
     *exports(LOGGERS, HOOKS, "StatLoggerManager"),
     *overrides(f"{LOGGERS}:StatLoggerManager", HOOKS, __init__="vllm_config client_count= enable_default_loggers= ..."),
@@ -356,7 +356,7 @@ CONTRACT = (
     *exports(
         "vllm.config", f"vllm_compat/__init__.py {LANES} {CUDA} {CPU} {METRICS} {SHARED}", "ModelConfig VllmConfig"
     ),
-    *reads(CONFIG, f"{SCHED} {CONNECTOR} {HOOKS} {UPSTREAM} {CPU_WORKER}", "additional_config"),
+    *reads(CONFIG, f"{SCHED} {CONNECTOR} {HOOKS} {ASKED} {CPU_WORKER}", "additional_config"),
     *reads(CONFIG, f"{CONNECTOR} {SHARED} gpucheck/pressure_engine.py", "cache_config"),
     *reads(CONFIG, f"{SHARED} {CPU} {RUNNER}", "compilation_config"),
     *reads(CONFIG, f"vllm_compat/__init__.py {SCHED} {RUNNER} {CPU_WORKER}", "scheduler_config"),
@@ -408,7 +408,7 @@ CONTRACT = (
         "isinstance(self._grammar, Future)",
         "self._grammar = self._grammar.result()",
     ),
-    *reads(SAMPLING, f"{UPSTREAM} {SCHED}", "extra_args"),
+    *reads(SAMPLING, f"{ASKED} {SCHED}", "extra_args"),
     *reads(SAMPLING, COMPAT, "seed"),
     *reads(SAMPLING, LANES, "prompt_logprobs"),
     *WORKERS,

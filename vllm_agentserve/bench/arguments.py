@@ -63,18 +63,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number_from(0, 3600, whole=False),
         nargs="+",
         metavar="S",
-        help="mean time a tool takes, drawn evenly from three to five quarters of it; several: each is measured on every "
+        help="mean time a tool takes; every call takes 0.75 to 1.25 times that. Several values: each is measured on every "
         "server, with prompts of its own, into a folder of its own",
     )
     traffic.add_argument(
-        "--shared", type=number_from(0, 1, whole=False), help="part of the system prompt all have in common"
+        "--shared", type=number_from(0, 1, whole=False), help="share of the system prompt that all have in common"
     )
     traffic.add_argument(
         "--scale",
         type=number_from(0.001, 100, whole=False),
         help="factor on all lengths (default: 1, less without a GPU)",
     )
-    traffic.add_argument("--seed", type=number_from(0, 2**31), default=0, help="(default: %(default)s)")
+    traffic.add_argument("--seed", type=number_from(0, 2**31), default=0, help="of all draws (default: %(default)s)")
     traffic.add_argument(
         "--answers",
         choices=("pinned", "fixed", "real"),
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     traffic.add_argument(
         "--anonymous",
         action="store_true",
-        help="send neither session ids nor hints: who belongs together must be inferred",
+        help="send neither session ids nor hints, so that programs must be inferred",
     )
     traffic.add_argument(
         "--load",
@@ -114,13 +114,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pace",
         choices=("closed", "open"),
         default="closed",
-        help="by answers and delays, or by timestamps (default: closed)",
+        help="closed: by answers and delays; open: by timestamps (default: closed)",
     )
     replayed.add_argument(
         "--trace-inputs",
         choices=("auto", "whole", "added"),
         default="auto",
-        help="what input_length counts in a session",
+        help="what input_length counts in a session: the whole prompt, or what a turn adds (default: as hash_ids show)",
     )
     replayed.add_argument(
         "--block-tokens",
@@ -133,11 +133,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what timestamps and delays are in (default: the form's own: s in Bailian's, else ms)",
     )
     replayed.add_argument("--speed", type=number_from(0.001, 1000, whole=False), default=1.0, help="factor on the pace")
-    replayed.add_argument("--limit", type=number_from(1, 10**9), help="only the first so many lines")
+    replayed.add_argument("--limit", type=number_from(1, 10**9), help="read only so many requests, the first ones")
     arms = run.add_argument_group("arms", GRAMMAR)
     arms.add_argument("--arms", nargs="*", metavar="ARM", help="the first is the baseline (default: stock agentserve)")
     arms.add_argument(
-        "--url", action="append", default=[], metavar="NAME=URL", help="a server somebody else runs, as one more arm"
+        "--url", action="append", default=[], metavar="NAME=URL", help="a server that already runs, as one more arm"
     )
     arms.add_argument(
         "--api-key", metavar="KEY", help="API key of the servers at --url (default: OPENAI_API_KEY, if it is set)"
@@ -158,10 +158,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     servers.add_argument("--port", type=port_argument, help="where servers listen (default: a free port)")
     add_start_timeout(servers, "a server", 300.0)
     measuring = run.add_argument_group("measuring")
-    measuring.add_argument("--rounds", type=number_from(1, 1000), default=3, help="(default: %(default)s)")
+    measuring.add_argument("--rounds", type=number_from(1, 1000), default=3, help="of every arm (default: %(default)s)")
     measuring.add_argument(
         "--slo-factor", type=number_from(0, 1000, whole=False), default=3.0,
-        help="thresholds are the isolated run times this; 0: no isolated run (default: %(default)s)",
+        help="a session may take so many times its isolated run; 0: no isolated runs (default: %(default)s)",
     )  # fmt: skip
     measuring.add_argument(
         "--primary",
@@ -172,7 +172,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     measuring.add_argument("--output", type=Path, help="folder for the results (default: a new one in bench-results)")
     commands.add_parser("workloads", help="list and explain the workloads")
-    beside = commands.add_parser("table", help="print the main figures of several results folders beside each other")
+    beside = commands.add_parser("table", help="print the main figures of several results folders side by side")
     beside.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="results, or folders that hold results")
     again = commands.add_parser("report", help="compute figures, pictures and page again from a results folder")
     again.add_argument("folder", type=Path)

@@ -83,9 +83,10 @@ class Chooser:
             return engine
         gone = tuple(self._lost)
         try:
-            engine, reason = await asyncio.wait_for(
-                self._table.place(caller.session, tokens, caller.parent, left, gone, self._missed), ASK_S
-            )
+            async with asyncio.timeout(ASK_S):
+                engine, reason = await self._table.place(
+                    caller.session, tokens, caller.parent, left, gone, self._missed
+                )
         except Exception:
             engine = reason = ""
         if engine not in left:

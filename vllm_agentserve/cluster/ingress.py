@@ -103,7 +103,9 @@ class IngressApplication:
             parts = self._send_to(request)
             try:
                 try:
-                    taken = await asyncio.wait_for(anext(parts), self._taken_s)
+                    # `asyncio.wait_for` would lose the cancellation of a client that leaves just now, in Python 3.11.
+                    async with asyncio.timeout(self._taken_s):
+                        taken = await anext(parts)
                     engine = taken.engine if isinstance(taken, Taken) else ""
                     first = await anext(parts)
                 except TimeoutError:
@@ -170,7 +172,8 @@ class IngressApplication:
 
     async def _page(self, engine: str) -> str | None:
         try:
-            return await asyncio.wait_for(self._read(engine), PAGE_S)
+            async with asyncio.timeout(PAGE_S):
+                return await self._read(engine)
         except Exception:
             return None
 

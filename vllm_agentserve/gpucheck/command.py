@@ -151,10 +151,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results could not be written, 2 for wrong arguments, 3 when an import failed, 4 when nothing failed but the time did not
     suffice for all."""
     parser = argparse.ArgumentParser(
-        prog="python -m vllm_agentserve.gpucheck", description="Shows what of vllm_agentserve holds on this machine."
+        prog="python -m vllm_agentserve.gpucheck", description="Shows what of vllm_agentserve works on this machine."
     )
     parser.add_argument("--output", type=Path, required=True, help="the results folder, made here")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
     parser.add_argument(
         "--small", action="store_true", help="the toy model and few requests: a test of the check itself"
     )
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="+",
         choices=[*PARTS, *ON_REQUEST],
         default=list(PARTS),
-        help="only these, in the usual order; pressure runs only if it is named",
+        help="run only these parts, in the usual order; pressure runs only if it is named",
     )
     given = parser.parse_args(arguments)
     if given.device == "cpu" and has_nvidia_driver():

@@ -28,7 +28,7 @@ from vllm_agentserve.scheduler.integrity import Integrity
 from vllm_agentserve.scheduler.log_messages import LogMessages
 from vllm_agentserve.scheduler.stats import StatsCollector
 from vllm_agentserve.scheduler.steps import Step, StepLog
-from vllm_agentserve.scheduler.upstream import UpstreamHooks, require_hooks
+from vllm_agentserve.scheduler.vllm_hooks import VllmHooks, require_hooks
 from vllm_agentserve.scheduler.waiting import AgentQueue
 from vllm_agentserve.vllm_compat import STATS_FIELD, hooks
 from vllm_agentserve.vllm_compat import scheduler as compat
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.agentserve")
 
 
-class AgentScheduler(UpstreamHooks, Scheduler):
+class AgentScheduler(VllmHooks, Scheduler):
     """The scheduler to name in `--scheduler-cls`; it is asynchronous where vLLM's own would be.
 
     Raises:

@@ -1,6 +1,6 @@
 """vLLM's OffloadingConnector on its CPU build: KV blocks are copied to other memory and back by one thread.
 
-The connector names this module as `spec_module_path`; nothing else imports it. Its scheduler half, its books and its eviction
+The connector names this module as `spec_module_path`; nothing else imports it. Its scheduler half, its records and its eviction
 are vLLM's own.
 """
 

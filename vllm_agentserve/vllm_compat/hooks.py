@@ -15,7 +15,7 @@ PLUGIN = "agentserve"
 
 
 class SchedulerHooks(Protocol):
-    """What vLLM would ask a scheduler class (`scheduler/upstream.py`)."""
+    """What vLLM would ask a scheduler class (`scheduler/vllm_hooks.py`)."""
 
     def check_engine_args(self, engine_args: Any) -> None: ...
 

@@ -32,14 +32,11 @@ def block_faults(scheduler: "Scheduler") -> list[str]:
         if block.is_null:
             continue
         number = block.block_id
-        if block.ref_cnt != held[number]:
-            found.append(
-                f"KV block {number} is counted as held {block.ref_cnt} times, and is held {held[number]} times"
-            )
-        if free[number] != (0 if held[number] else 1):
-            found.append(
-                f"KV block {number} is held {held[number]} times, and is {free[number]} times among the free ones"
-            )
+        holders, listed = held.get(number, 0), free.get(number, 0)
+        if block.ref_cnt != holders:
+            found.append(f"KV block {number} is counted as held {block.ref_cnt} times, and is held {holders} times")
+        if listed != (0 if holders else 1):
+            found.append(f"KV block {number} is held {holders} times, and is {listed} times among the free ones")
         if block.block_hash is not None and not pool.cached_block_hash_to_block.contain(block.block_hash, number):
             found.append(f"KV block {number} has the hash of a prefix, and is not in the prefix cache")
     return found

@@ -83,8 +83,8 @@ def no_gain(options: AgentServeConfig, cores: int) -> str | None:
     if lanes_may_pay(None if options.tpot_slo_ms is not None else options.tpot_factor, share):
         return None
     return (
-        f"steps within {options.tpot_factor:g} times the quiet one read prompts faster than a lane with {share:.0%} of "
-        f"{cores} cores would; a 'tpot_slo_ms', or a smaller 'tpot_factor', lets it choose for every prompt"
+        f"a lane with {share:.0%} of {cores} cores would compute prompts more slowly than steps do; with a 'tpot_slo_ms', or a "
+        f"smaller 'tpot_factor' than {options.tpot_factor:g}, steps are shorter, and mode auto chooses for every prompt"
     )
 
 

@@ -24,7 +24,7 @@ def require_hooks(options: AgentServeConfig, lanes: bool, host: bool, not_asked:
         options: what was asked for.
         lanes: whether the prefill lane's connector is there.
         host: whether the connector of host memory is there.
-        not_asked: the methods of `UpstreamHooks` that nobody calls.
+        not_asked: the methods of `VllmHooks` that nobody calls.
         reason: why.
 
     Raises:
@@ -43,7 +43,7 @@ def require_hooks(options: AgentServeConfig, lanes: bool, host: bool, not_asked:
         )
 
 
-class UpstreamHooks:
+class VllmHooks:
     """Class methods of `AgentScheduler`, each the subject of one patch (patches/README.md)."""
 
     @classmethod

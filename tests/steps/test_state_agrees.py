@@ -1,4 +1,4 @@
-"""The books balance after every step, whatever happens: random histories on vLLM's real scheduler without a model.
+"""All state agrees after every step, whatever happens: random histories on vLLM's real scheduler without a model.
 
 Here scheduling is asynchronous too, which no CPU engine is, and the lane ends, fails and is cancelled at any step.
 """
@@ -33,7 +33,7 @@ def arrive(rng: random.Random, scheduler: Any, number: int) -> None:
 @pytest.mark.parametrize("options", POLICIES, ids=lambda options: options["policy"])
 @pytest.mark.parametrize("lanes", [False, True], ids=["steps", "lanes"])
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-def test_books_balance_after_every_step(asynchronous: bool, lanes: bool, options: dict[str, Any], seed: int) -> None:
+def test_all_state_agrees_after_every_step(asynchronous: bool, lanes: bool, options: dict[str, Any], seed: int) -> None:
     rng = random.Random(f"{seed} {asynchronous} {lanes} {options}")
     mode = {"mode": "lanes", "lane_min_tokens": 48} if lanes else {"mode": "time-sliced"}
     scheduler = make_scheduler(
