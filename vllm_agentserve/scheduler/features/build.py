@@ -110,7 +110,7 @@ def build_features(
     if isinstance(programs, ProgramOrder):
         features.append(ProgramReport(programs.table, counts, perf_counter))
         if options.program_preempt_share > 0 and isinstance(waiting, WaitingList):
-            features.append(Preemption(scheduler, policy, waiting, programs, calls, counts))
+            features.append(Preemption(scheduler, policy, waiting, programs, calls, counts, host))
     returns = None
     if options.load_control and isinstance(waiting, WaitingList) and compat.keeps_prefixes(scheduler):
         pool = compat.pool_tokens(scheduler)
