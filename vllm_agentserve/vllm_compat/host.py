@@ -18,7 +18,7 @@ CONNECTOR = "OffloadingConnector"
 """vLLM's name for the one that keeps copies of KV blocks in host memory."""
 SPEC, SPEC_MODULE = "NumpyOffloadingSpec", "vllm_agentserve.vllm_compat.cpu_offload"
 """What it runs with on CPUs, where vLLM's own spec does not."""
-POLICIES = {"program": ("ProgramCachePolicy", "vllm_agentserve.vllm_compat.program_cache")}
+OWN_POLICIES = {"program": ("ProgramCachePolicy", "vllm_agentserve.vllm_compat.program_cache")}
 """What makes room and is not vLLM's own, by the option's name: class and module."""
 WITHOUT_LANES = "host memory behind the KV cache takes a KV connector of its own, and vLLM runs one"
 """Why there are no lanes where there is host memory."""
@@ -39,8 +39,8 @@ def connector_options(gib: float, policy: str, on_cpu: bool) -> dict[str, Any]:
     spec = {"spec_name": SPEC, "spec_module_path": SPEC_MODULE} if on_cpu else {}
     # The answers of agents are part of their next prompts.
     own = {"cpu_bytes_to_use": int(gib * 2**30), "eviction_policy": policy, "offload_prompt_only": False}
-    if policy in POLICIES:
-        own["eviction_policy"], own["cache_policy_module_path"] = POLICIES[policy]
+    if policy in OWN_POLICIES:
+        own["eviction_policy"], own["cache_policy_module_path"] = OWN_POLICIES[policy]
     return own | spec
 
 
