@@ -129,6 +129,20 @@ def test_what_several_contexts_begin_with_stays_as_long_as_one_of_them() -> None
     assert (len(hosting), hosting.faults()) == (0, [])
 
 
+def test_what_another_context_begins_with_stays_when_its_program_goes_on_making_room() -> None:
+    hosting = Hosting(returning())
+    for now_s, name, blocks in ((0.0, "a", 2), (0.2, "b", 1), (0.4, "c", 3)):
+        hosting.arrive(name, now_s)
+        hosting.admit(name)
+        for place in range(blocks):
+            hosting.store(name, "system" if name != "b" and not place else f"{name}{place}", place)
+        hosting.end(name, now_s)
+    assert hosting.make_room(1, 0.5, anything) == ["c2"]
+    assert hosting.make_room(3, 0.5, anything) == ["c1", "b0", "a1"]
+    assert "system" in hosting
+    assert hosting.faults() == []
+
+
 def test_what_a_call_found_of_others_becomes_part_of_its_context() -> None:
     hosting = Hosting(returning())
     turn(hosting, "a", 0.0, 2, last=True)

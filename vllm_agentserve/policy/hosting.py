@@ -15,7 +15,7 @@ Everything is stored, also what would go next: to refuse copies of those that co
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from math import inf
 
@@ -178,6 +178,10 @@ class Hosting(ExpectedBack[Program]):
         if not follows:
             self._contexts[name] = dict(sorted(context.items(), key=lambda item: item[1]))
 
+    def context(self, name: str) -> Collection[Copy]:
+        """The copies that are part of the program's context."""
+        return self._contexts.get(name, {}).keys()
+
     def use(self, name: str, copies: Iterable[tuple[Copy, int]]) -> None:
         """A call of the program had these blocks, at these places: those of which there are copies are part of its context."""
         for copy, place in copies:
@@ -243,10 +247,12 @@ class Hosting(ExpectedBack[Program]):
     def _order(self, but: str | None) -> Iterator[str]:
         """The programs with copies, in the order in which they go."""
         yield from (name for name in self._first if name != but)
+        # Of those that are expected, who has begun to make room goes on.
         leaving = self._leaving
         if leaving is not None and leaving not in self._first and leaving in self._contexts and leaving != but:
             yield leaving
-        ranked = [(self._away_s(name), name) for name in self._contexts if name not in self._first and name != but]
+        others = [name for name in self._contexts if name not in self._first and name not in (but, leaving)]
+        ranked = [(self._away_s(name), name) for name in others]
         ranked.sort(reverse=True)
         for _, name in ranked:
             self._leaving = name

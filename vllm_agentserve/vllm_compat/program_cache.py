@@ -69,9 +69,12 @@ class ProgramCachePolicy(CachePolicy):
         reused_keys: set[OffloadKey],
         req_context: ReqContext,
     ) -> None:
-        end_of = req_context.get_offload_key_position
+        name, end_of = self._name(req_context), req_context.get_offload_key_position
+        known = self.hosting.context(name)
         for keys in key_groups:
-            self.hosting.use(self._name(req_context), ((key, end_of(key) or 0) for key in keys))
+            # Most of a long context is known from the calls before.
+            new = [key for key in keys if key not in known]
+            self.hosting.use(name, ((key, end_of(key) or 0) for key in new))
 
     def evict(self, n: int, protected: set[OffloadKey]) -> list[tuple[OffloadKey, ChunkStatus]] | None:
         if not n:
