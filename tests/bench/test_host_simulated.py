@@ -111,7 +111,8 @@ def test_in_half_of_what_is_live_programs_find_more_than_with_vllms_policies(
         assert arms["program"][name] <= 1.01 * arms[NONE][name]
 
 
-@pytest.mark.parametrize("policy", ["lru", "arc", "program"])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["lru", "program"])
 @pytest.mark.parametrize("controls", [False, True], ids=["alone", "beside load control"])
 @pytest.mark.parametrize(("pressure", "gap_s"), HALF)
 def test_half_of_what_is_live_makes_no_session_slower_than_no_host(
