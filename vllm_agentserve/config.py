@@ -147,11 +147,12 @@ class AgentServeConfig:
         low=0.0,
         high=65_536.0,
     )
-    kv_host_policy: typing.Literal["lru", "arc"] = option(
+    kv_host_policy: typing.Literal["lru", "arc", "program"] = option(
         "lru",
         "",
-        "Which copies make room in host memory, by vLLM's own names. `lru`: those not used for longest. `arc`: by how lately and "
-        "how often they were used.",
+        "Which copies make room in host memory. `lru`, vLLM's own: those not used for longest. `arc`, vLLM's own: by how lately "
+        "and how often they were used. `program`: whole contexts, first those of programs that are not expected back, then of "
+        "the one that is expected back last; for host memory that is too small for all that come back.",
     )
     strict_hints: bool = option(
         False,
@@ -298,6 +299,11 @@ class AgentServeConfig:
     @property
     def batch_bypass_steps(self) -> int:
         return self.max_bypass_steps or PATIENT_BYPASS_STEPS
+
+    @property
+    def hosts_programs(self) -> bool:
+        """Whether programs decide what host memory keeps."""
+        return self.kv_host_gib > 0 and self.kv_host_policy == "program"
 
     @classmethod
     def from_mapping(cls, given: Any) -> "AgentServeConfig":

@@ -186,9 +186,10 @@ def test_host_memory_of_no_size_is_refused(text: str) -> None:
         parse_arm(text)
 
 
-def test_a_policy_that_vllm_does_not_have_is_refused() -> None:
-    with pytest.raises(WorkloadError, match="'fifo' is not KEY=VALUE"):
-        parse_arm("stock-offload=2:fifo")
+@pytest.mark.parametrize("policy", ["fifo", "program"])
+def test_a_policy_that_vllm_does_not_have_is_refused(policy: str) -> None:
+    with pytest.raises(WorkloadError, match=f"'{policy}' is not KEY=VALUE"):
+        parse_arm(f"stock-offload=2:{policy}")
 
 
 def test_an_arm_against_itself_gets_two_names() -> None:

@@ -5,7 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_agentserve.policy.load import LoadControl
-from vllm_agentserve.simulator.host_blocks import HostBlocks, HostLink
+from vllm_agentserve.simulator.host_blocks import Filling, HostBlocks, HostLink
+from vllm_agentserve.simulator.host_policies import POLICIES, ProgramBlocks
+from vllm_agentserve.simulator.host_table import ARMS, NONE, run
+from vllm_agentserve.simulator.host_table import cell as small
 from vllm_agentserve.simulator.kv_blocks import KvBlocks
 from vllm_agentserve.simulator.load_search import COPIES, ENGINE, Cell, Machine, Programs, controlled, figures
 from vllm_agentserve.simulator.pressure import FixedLimit, PressureEngine
@@ -91,3 +94,114 @@ def test_everybody_ends_and_all_blocks_are_free_then(
         assert outcome.restored <= outcome.found <= outcome.sought
         assert blocks.free == blocks.capacity
         assert load.faults([]) == []
+
+
+HALF = [(pressure, gap_s) for pressure in (2, 4) for gap_s in (0.2, 1.0, 5.0)]
+
+
+@pytest.mark.parametrize("controls", [False, True], ids=["alone", "beside load control"])
+@pytest.mark.parametrize(("pressure", "gap_s"), HALF)
+def test_in_half_of_what_is_live_programs_find_more_than_with_vllms_policies(
+    pressure: float, gap_s: float, controls: bool
+) -> None:
+    arms = {arm: run(small(pressure, gap_s), arm, 0, controls) for arm in ARMS}
+    others = max(arms["lru"]["hit_ratio"], arms["arc"]["hit_ratio"])
+    assert arms["program"]["hit_ratio"] >= min(others + 0.05, 0.98)
+    for name in ("session_mean_s", "session_p95_s", "makespan_s"):
+        assert arms["program"][name] <= 1.01 * arms[NONE][name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["lru", "program"])
+@pytest.mark.parametrize("controls", [False, True], ids=["alone", "beside load control"])
+@pytest.mark.parametrize(("pressure", "gap_s"), HALF)
+def test_half_of_what_is_live_makes_no_session_slower_than_no_host(
+    pressure: float, gap_s: float, controls: bool, policy: str
+) -> None:
+    case = small(pressure, gap_s)
+    none, ours = run(case, NONE, 1, controls), run(case, policy, 1, controls)
+    assert ours["session_mean_s"] <= 1.02 * none["session_mean_s"]
+    if controls:
+        assert ours["session_mean_s"] <= 1.02 * run(case, policy, 1)["session_mean_s"], (
+            "who is held waits for something"
+        )
+
+
+@pytest.mark.parametrize("pressure", [2, 4])
+def test_ends_that_are_told_wrongly_cost_no_hits(pressure: float) -> None:
+    case = small(pressure, 1.0)
+    arms = {arm: run(case, arm, 0, ends="untrue") for arm in (NONE, "lru", "program")}
+    assert arms["program"]["hit_ratio"] >= max(arms[NONE]["hit_ratio"], arms["lru"]["hit_ratio"]) - 0.01
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@settings(max_examples=10, deadline=None)
+@given(
+    st.integers(1, 12),
+    st.integers(1, 5),
+    st.floats(0.0, 8.0),
+    st.floats(3_000, 20_000),
+    st.floats(0.0, 2.0),
+    st.booleans(),
+    st.integers(0, 1000),
+)
+def test_everybody_ends_with_every_policy(
+    policy: str, programs: int, turns: int, gap_s: float, pool: float, size: float, first: bool, seed: int
+) -> None:
+    blocks = KvBlocks(int(pool) // 128, 128)
+    link = HostLink(int(size * pool), *COPIES)
+    engine = PressureEngine(
+        blocks,
+        ENGINE,
+        FixedLimit(),
+        8,
+        2048,
+        ends="untold",
+        resume_first=first,
+        host=link,
+        host_policy=POLICIES[policy],
+    )
+    for batch in range(2):
+        drawn = Programs(programs, (1, turns), 800, 200, 16, gap_s, 1.0).draw(seed + batch, f"agent-{batch}")
+        outcome = engine.run(drawn)
+        assert len(outcome.sessions) == programs
+        assert outcome.restored <= outcome.found <= outcome.sought
+        assert blocks.free == blocks.capacity
+        host = engine._host
+        assert len(host) <= link.host_tokens // 128
+        if isinstance(host, ProgramBlocks):
+            assert host.hosting.faults() == []
+
+
+def offered(host: HostBlocks, name: str, keys: list[str], last: bool = False) -> Filling:
+    call = Filling(name)
+    host.arrive(call, 0.0)
+    host.admit(call)
+    host.fill(call, keys, 0, 0.0)
+    host.end(call, keys, 0.0, last)
+    return call
+
+
+def test_arc_drops_first_what_was_used_once() -> None:
+    host = POLICIES["arc"](HostLink(40, 0.0, 0.0), 10)
+    for _ in range(2):
+        offered(host, "a", ["a0", "a1"])
+    offered(host, "b", ["b0", "b1"])
+    offered(host, "c", ["c0"])
+    assert (host.hits(["a0", "a1"]), host.hits(["b0", "b1"]), host.hits(["c0"])) == (2, 1, 1)
+
+
+def test_blocks_that_came_back_are_not_offered_again() -> None:
+    host = POLICIES["lru"](HostLink(100, 0.0, 0.0), 10)
+    offered(host, "a", ["a0", "a1", "a2"])
+    call = Filling("a")
+    call.restored(1, 2)
+    host.fill(call, ["a0", "a1", "a2", "a3"], 3, 1.0)
+    assert (call.offered, call.seen, len(host)) == (4, 1, 4)
+
+
+def test_where_too_little_can_go_nothing_is_stored() -> None:
+    for policy in POLICIES.values():
+        host = policy(HostLink(20, 0.0, 0.0), 10)
+        assert offered(host, "a", ["a0", "a1", "a2"]).offered == 0
+        assert len(host) == 0

@@ -9,12 +9,18 @@ import pytest
 from aiohttp import web
 
 from tests.support.bench_records import BY_KEY, FORKING, record
-from vllm_agentserve.bench.calls import CallShape, ProgramShape, origin
+from vllm_agentserve.bench.calls import CallShape, ProgramShape, ancestors, origin
 from vllm_agentserve.bench.client import StreamingClient
 from vllm_agentserve.bench.compare import compare
 from vllm_agentserve.bench.cost import TOY_CPU, read_cost, write_cost
 from vllm_agentserve.bench.measure import round_figures
-from vllm_agentserve.bench.program_traffic import PROGRAM_WORKLOADS, ProgramOptions, option_value, sessions_of
+from vllm_agentserve.bench.program_traffic import (
+    PROGRAM_WORKLOADS,
+    ProgramOptions,
+    option_value,
+    program_serve_options,
+    sessions_of,
+)
 from vllm_agentserve.bench.records import Results
 from vllm_agentserve.bench.replay import Replay
 from vllm_agentserve.bench.sessions import WorkloadError, longest_context, warm_up_of
@@ -252,3 +258,61 @@ def test_wrong_costs(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "cost.json").write_text(text)
     with pytest.raises(WorkloadError, match=words.replace("(", "\\(")):
         read_cost(tmp_path / "cost.json")
+
+
+# Programs of several agents
+
+
+@pytest.mark.parametrize("name", ["code-writer", "deep-research"])
+def test_agents_wait_for_their_sub_agents_and_go_on_from_their_own_context(name: str) -> None:
+    workload = PROGRAM_WORKLOADS[name]
+    assert workload.cpu_slots == int(program_serve_options(False, workload)[1]) == 32
+    assert any("2510.18586" in line for line in workload.explain())
+    options = ProgramOptions(number=24, load=0.9, scale=1.0, cost=TOY_CPU, slots=32, block=16)
+    for shape in options.shapes(workload, 1):
+        joins = [index for index, call in enumerate(shape.calls) if len(call.parents) > 1]
+        assert joins
+        for index in joins:
+            before = origin(shape.calls, index)
+            assert before is not None
+            start = shape.calls[before]
+            assert shape.calls[index].context == start.context + start.uncached + start.output
+            assert all(before in ancestors(shape.calls, end) for end in shape.calls[index].parents)
+        root, *threads = sessions_of(shape, 1)
+        assert all(len(thread.turns) > 1 for thread in threads)
+        assert any(turn.tool_s > 1.0 for thread in threads for turn in thread.turns)
+        spawned = [turn.spawns for turn in root.turns if turn.spawns]
+        assert len(spawned) == len(joins)
+
+
+def test_a_code_writer_is_as_large_as_the_published_one() -> None:
+    options = ProgramOptions(number=100, load=0.9, scale=1.0, cost=TOY_CPU, slots=32, block=16)
+    shapes = options.shapes(PROGRAM_WORKLOADS["code-writer"], 0)
+    calls = sum(len(shape.calls) for shape in shapes) / len(shapes)
+    answers = sum(call.output for shape in shapes for call in shape.calls) / len(shapes)
+    assert calls == pytest.approx(27, rel=0.15)
+    assert answers == pytest.approx(6464, rel=0.25)
+
+
+def test_contexts_of_researchers_grow() -> None:
+    options = ProgramOptions(number=50, load=0.9, scale=1.0, cost=TOY_CPU, slots=32, block=16)
+    shapes = options.shapes(PROGRAM_WORKLOADS["deep-research"], 0)
+    longest = [max(call.context + call.uncached + call.output for call in shape.calls) for shape in shapes]
+    assert sum(longest) / len(longest) > 8000
+    assert max(longest) < 32_768
+
+
+def test_threads_of_different_lengths_join_where_they_forked() -> None:
+    calls = (
+        CallShape(10, 0, 4),
+        CallShape(5, 14, 3, 0.0, (0,)),
+        CallShape(6, 22, 2, 0.5, (1,)),
+        CallShape(7, 14, 1, 0.0, (0,)),
+        CallShape(8, 14, 1, 0.0, (2, 3)),
+        CallShape(5, 23, 1, 0.0, (4,)),
+        CallShape(5, 23, 1, 0.0, (4,)),
+        CallShape(5, 23, 1, 0.0, (5, 6)),
+    )
+    assert [origin(calls, index) for index in range(8)] == [None, 0, 1, 0, 0, 4, 4, 4]
+    root, first, second, third, fourth = sessions_of(ProgramShape("p", 0.0, calls), 0)
+    assert [len(one.turns) for one in (root, first, second, third, fourth)] == [3, 2, 1, 1, 1]

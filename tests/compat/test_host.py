@@ -13,6 +13,7 @@ from vllm_agentserve.scheduler.vllm_hooks import VllmHooks, require_hooks
 from vllm_agentserve.vllm_compat import host
 from vllm_agentserve.vllm_compat.host import Host, NoHost, add_host, available_bytes, host_of
 from vllm_agentserve.vllm_compat.lanes import choose_lanes
+from vllm_agentserve.vllm_compat.program_cache import ProgramCachePolicy
 
 
 def engine_arguments(toy_model: Path, **given: Any) -> Any:
@@ -54,6 +55,14 @@ def test_the_engine_gets_vllms_connector(toy_model: Path) -> None:
 def test_on_a_gpu_vllms_own_copies_are_used() -> None:
     found = host.connector_options(2.0, "lru", on_cpu=False)
     assert found == {"cpu_bytes_to_use": 2 << 30, "eviction_policy": "lru", "offload_prompt_only": False}
+
+
+def test_what_makes_room_by_programs_is_named_with_its_module() -> None:
+    found = host.connector_options(2.0, "program", on_cpu=False)
+    assert found["eviction_policy"] == "ProgramCachePolicy"
+    assert found["cache_policy_module_path"] == "vllm_agentserve.vllm_compat.program_cache"
+    scheduler: Any = make_scheduler(options={"kv_host_gib": 1.0, "kv_host_policy": "program"}, host_chunks=64)
+    assert type(scheduler.host.eviction) is ProgramCachePolicy
 
 
 def test_without_the_option_nothing_is_added(toy_model: Path) -> None:

@@ -23,6 +23,7 @@ pytestmark = [
 AGENTS = 12
 """Their contexts are three times the KV cache."""
 MIX = mixed_requests()[:64]
+SMALL_GIB = 0.03
 HOST = {"mode": "time-sliced", "tpot_slo_ms": 400, "load_control": False, "kv_host_gib": 0.25}
 
 
@@ -39,6 +40,30 @@ def ours(toy_model: Path, stocks: Any) -> Iterator[LLM]:
     llm = make_llm(toy_model, HOST, blocks=BLOCKS)
     yield llm
     close(llm)
+
+
+@pytest.fixture
+def small(toy_model: Path, stocks: Any) -> Iterator[LLM]:
+    """Host memory of about half of what is live, by programs."""
+    llm = make_llm(toy_model, HOST | {"kv_host_gib": SMALL_GIB, "kv_host_policy": "program"}, blocks=BLOCKS)
+    yield llm
+    close(llm)
+
+
+def test_in_small_host_memory_programs_find_their_contexts_and_answers_are_stocks(small: LLM, stocks: Any) -> None:
+    records, answers = stocks
+    scheduler = scheduler_of(small)
+    live = AGENTS * records[-1].prompt_tokens
+    assert 0.3 * live < scheduler.host.tokens < 0.7 * live
+    found = agents(small)
+    prompts = {(record.session, record.turn): record.prompt for record in records}
+    assert {(record.session, record.turn): record.prompt for record in found} == prompts
+    assert sum(record.cached_tokens or 0 for record in found) > sum(record.cached_tokens or 0 for record in records)
+    assert scheduler.counts["host_restored_requests"] >= 4
+    for _ in range(2):
+        assert differences(MIX, answers, run_requests(small, MIX)) == []
+    assert scheduler.host.used_tokens > 0.8 * scheduler.host.tokens
+    assert scheduler.integrity.faults() == []
 
 
 def test_contexts_that_come_back_from_the_host_give_stocks_answers(ours: LLM, stocks: Any) -> None:

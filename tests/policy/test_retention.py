@@ -236,7 +236,7 @@ def test_never_more_than_its_room_and_nobody_for_ever(events: list[tuple[str, st
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_agentserve.policy.retention.PROGRAMS_KEPT", 50)
+    monkeypatch.setattr("vllm_agentserve.policy.expected_back.PROGRAMS_KEPT", 50)
     retention = Retention(100, returning())
     turn(retention, "a", 0.0, 10)
     for number in range(200):

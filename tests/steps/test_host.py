@@ -6,65 +6,13 @@ from typing import Any
 import pytest
 from vllm.v1.request import RequestStatus
 
+from tests.support.host_calls import OPTIONS, ask, finished, prompt, reset, started
 from tests.support.host_driver import HostDriver
 from tests.support.pinned import PinnedController
 from tests.support.schedulers import make_request, make_scheduler
-from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.vllm_compat.cpu_offload import BlockCopies
 from vllm_agentserve.vllm_compat.host import Host, NoHost
-
-OPTIONS = {"mode": "time-sliced", "load_control": False, "tpot_slo_ms": 10_000, "first_chunk_tokens": 4096}
-
-
-def started(
-    num_blocks: int = 65,
-    chunks: int = 512,
-    holds: bool = False,
-    max_num_seqs: int = 64,
-    asynchronous: bool = False,
-    controller: type[BudgetController] = BudgetController,
-    **options: Any,
-) -> tuple[Any, HostDriver]:
-    """A KV cache of 1024 tokens and a host of 8192."""
-    scheduler: Any = make_scheduler(
-        asynchronous=asynchronous,
-        options=OPTIONS | {"kv_host_gib": 1.0} | options,
-        num_blocks=num_blocks,
-        max_num_seqs=max_num_seqs,
-        host_chunks=chunks,
-        controller=controller,
-    )
-    return scheduler, HostDriver(scheduler, holds, depth=2 if asynchronous else 1)
-
-
-def finished(scheduler: Any, driver: HostDriver, limit: int = 500) -> None:
-    """All requests, and all copies."""
-    for _ in range(limit):
-        if not scheduler.has_requests():
-            break
-        driver.step()
-    else:
-        raise AssertionError(f"{list(scheduler.requests)} did not end")
-    while driver.in_flight:
-        driver.finish()
-    assert driver.wrong == []
-    assert scheduler.integrity.faults() == []
-    assert not scheduler.engine_policy.restoring
-    manager = scheduler.connector.connector_scheduler.manager
-    assert all(chunk.ref_cnt == 0 for chunk in manager._policy.chunks.values())
-    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == scheduler.kv_cache_config.num_blocks - 1
-
-
-def prompt(name: str, tokens: int) -> list[int]:
-    return [(sum(map(ord, name)) * 131 + token) % 4000 for token in range(tokens)]
-
-
-def ask(scheduler: Any, name: str, tokens: int, max_tokens: int = 4, number: int = 0, **hints: Any) -> Any:
-    """A call of the program `name`, whose prompt begins with those before it."""
-    request = make_request(f"{name}-{number}", prompt(name, tokens), max_tokens=max_tokens, session=name, hints=hints)
-    scheduler.add_request(request)
-    return request
 
 
 def pushed_out(scheduler: Any, driver: HostDriver, *names: str, tokens: int = 400) -> None:
@@ -394,17 +342,6 @@ def test_other_requests_are_served_as_without_a_host() -> None:
         ask(scheduler, name, 100)
     assert driver.step() == {"a-0": 100, "b-0": 100, "c-0": 100}
     finished(scheduler, driver)
-
-
-def reset(scheduler: Any, running: bool) -> None:
-    """Where blocks are being filled, or belong to a call that was aborted meanwhile, vLLM refuses it."""
-    if running and any(request.is_finished() for request in scheduler.requests.values()):
-        return
-    if running and not all(call.restored for call in scheduler.engine_policy.restoring):
-        with pytest.raises(RuntimeError, match="is being copied back from host memory"):
-            scheduler.reset_prefix_cache(reset_running_requests=True)
-        return
-    scheduler.reset_prefix_cache(reset_running_requests=running)
 
 
 @pytest.mark.parametrize("seed", range(2))

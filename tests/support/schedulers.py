@@ -73,7 +73,8 @@ def make_scheduler(
         add_lane_connector(transfer)
     if host_chunks:
         # A KV block of the model below takes less than a page of memory, and gets one.
-        given = transfer_options(host_chunks * PAGESIZE / 2**30, "lru", on_cpu=True)
+        policy_of_copies = (options or {}).get("kv_host_policy", "lru")
+        given = transfer_options(host_chunks * PAGESIZE / 2**30, policy_of_copies, on_cpu=True)
         transfer.kv_transfer_config = KVTransferConfig(**given)
     model_config = copy(toy_config())
     vllm_config = VllmConfig(

@@ -3,6 +3,7 @@
 from vllm_contract.symbols import calls, exports, implements, overrides, reads, says
 
 HOST, CPU, SCHED = "vllm_compat/host.py", "vllm_compat/cpu_offload.py", "scheduler/scheduler.py"
+CACHE, CACHE_POLICY = "vllm_compat/program_cache.py", "vllm.v1.kv_offload.cpu.policies.base:CachePolicy"
 COMPAT = "vllm_compat/scheduler.py"
 ARGS = "vllm.engine.arg_utils:EngineArgs"
 BASE = "vllm.v1.kv_offload.base"
@@ -35,6 +36,32 @@ HOST_MEMORY = (
         "getattr(spec_module, spec_name)",
     ),
     *says("vllm.v1.kv_offload.cpu.shared_offload_region:SharedOffloadRegion.__init__", HOST, "/dev/shm/"),
+    # What makes room, by programs.
+    *says(f"{SPEC}.__init__", HOST, "'cache_policy_module_path'"),
+    *says(
+        "vllm.v1.kv_offload.cpu.policies.factory:CachePolicyFactory.get_cache_policy_cls", HOST, "getattr(module, name)"
+    ),
+    *reads(MANAGER, HOST, "_policy"),
+    *exports("vllm.v1.kv_offload.cpu.policies.base", CACHE, "CachePolicy ChunkStatus"),
+    *exports(BASE, CACHE, "OffloadKey ReqContext"),
+    *implements(CACHE_POLICY, CACHE, "get insert remove touch evict clear"),
+    *overrides(
+        CACHE_POLICY, CACHE, __init__="cache_capacity", get="key", remove="key", touch="keys req_context", clear=""
+    ),
+    *overrides(CACHE_POLICY, CACHE, evict="n protected", on_store_miss="keys req_context"),
+    *overrides(CACHE_POLICY, CACHE, on_request_finished="key_groups insertion_only_keys reused_keys req_context"),
+    *reads(f"{BASE}:ReqContext", CACHE, "req_id"),
+    *calls(f"{BASE}:ReqContext", CACHE, get_offload_key_position="key"),
+    *reads("vllm.v1.kv_offload.cpu.policies.base:ChunkStatus", CACHE, "ref_cnt"),
+    # A chunk that is stored was missed before, and a call that has ended says what it used.
+    *says(
+        f"{MANAGER}.prepare_store",
+        CACHE,
+        "self._policy.on_store_miss(",
+        "self._policy.evict(",
+        "self._policy.insert(key, chunk",
+    ),
+    *says(f"{MANAGER}.on_request_finished", CACHE, "self._policy.on_request_finished("),
     # Our worker in the place of vLLM's.
     *exports("vllm.v1.kv_offload.cpu.spec", CPU, "CPUOffloadingSpec"),
     *overrides(SPEC, CPU, __init__="config", get_worker="kv_caches"),

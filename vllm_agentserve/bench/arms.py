@@ -14,7 +14,7 @@ from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
 from vllm_agentserve.options import read_json
 from vllm_agentserve.pages import has_password
 from vllm_agentserve.vllm_compat import SCHEDULER_NAME
-from vllm_agentserve.vllm_compat.host import transfer_options
+from vllm_agentserve.vllm_compat.host import OWN_POLICIES, transfer_options
 
 GRAMMAR = (
     "an arm is stock, stock-chunk=N, stock-threshold=N, stock-offload=GIB, stock-offload=GIB:arc, agentserve, agentserve-MODE, "
@@ -34,7 +34,10 @@ TAKEN = {
 HIDDEN = "KEY"
 """What stands where an API key was given."""
 MODES = get_args(get_type_hints(AgentServeConfig)["mode"])
-HOST_POLICIES = get_args(get_type_hints(AgentServeConfig)["kv_host_policy"])
+HOST_POLICIES = tuple(
+    name for name in get_args(get_type_hints(AgentServeConfig)["kv_host_policy"]) if name not in OWN_POLICIES
+)
+"""Those of vLLM itself. Ours asks our scheduler for the programs of requests."""
 
 
 @dataclass(frozen=True)

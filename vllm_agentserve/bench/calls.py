@@ -19,7 +19,7 @@ class CallShape:
         context: tokens before them.
         output: tokens to decode, at least 1.
         tool_s: time between the end of the last parent and this call.
-        parents: indices of earlier calls of the program; empty for the first ones. A call with several parents joins calls
+        parents: indices of earlier calls of the program; empty for the first ones. A call with several parents joins threads
             that forked from one context, and goes on from that context.
     """
 
@@ -38,12 +38,24 @@ class ProgramShape:
 
 
 def origin(calls: Sequence[CallShape], index: int) -> int | None:
-    """The call whose prompt and answer this one's prompt begins with: its parent, or for a join the parent of its parents;
-    None for a call with a new prompt."""
+    """The call whose prompt and answer this one's prompt begins with: its parent, or for a join the one that the threads of its
+    parents forked from; None for a call with a new prompt."""
     parents = calls[index].parents
-    if len(parents) > 1:
-        parents = calls[parents[0]].parents
-    return parents[0] if parents else None
+    if len(parents) < 2:
+        return parents[0] if parents else None
+    shared = set.intersection(*(ancestors(calls, parent) for parent in parents))
+    return max(shared, default=None)
+
+
+def ancestors(calls: Sequence[CallShape], index: int) -> set[int]:
+    """The calls that have to end before a call, and before those."""
+    found: set[int] = set()
+    left = [index]
+    while left:
+        new = {*calls[left.pop()].parents} - found
+        found |= new
+        left += new
+    return found
 
 
 def forks(calls: Sequence[CallShape], index: int) -> bool:

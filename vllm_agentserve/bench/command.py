@@ -148,7 +148,7 @@ def serve_options(arguments: argparse.Namespace) -> tuple[str, ...]:
     Workloads of programs bring defaults of their own.
     """
     programs = programs_wanted(arguments)
-    own = program_serve_options(has_nvidia_driver()) if programs else ()
+    own = program_serve_options(has_nvidia_driver(), PROGRAM_WORKLOADS[arguments.workload]) if programs else ()
     return (*base_options(arguments.model is None), *own, *split_options(arguments.serve))
 
 

@@ -27,6 +27,10 @@ BLOCKS, CPU_BLOCKS = 16, 32
 AUTELLIX = (
     "after the ShareGPT, BFCL and LATS workloads of Autellix (arXiv 2502.13965); the distributions are our assumption"
 )
+TOKENCAKE = (
+    "after the Code-Writer and Deep-Research graphs of Tokencake (arXiv 2510.18586), calls and answers of the first as its "
+    "repository counts them; the division into agents, tools and all other lengths are our assumption"
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class ProgramWorkload:
         kind: what `programs.KINDS` draws.
         programs: how many by default.
         cpu_scale: factor on all lengths and tool times by default on machines without a GPU.
+        cpu_slots: sequences at once by default on such machines: few where programs are to wait for admission, as many as come
+            where they are to fill the KV cache.
     """
 
     name: str
@@ -45,6 +51,7 @@ class ProgramWorkload:
     programs: int = 64
     cpu_scale: float = 0.2
     source: str = AUTELLIX
+    cpu_slots: int = CPU_SLOTS
 
     def explain(self) -> list[str]:
         """What it is, in lines of text."""
@@ -74,6 +81,24 @@ PROGRAM_WORKLOADS = {
             "search",
             "Tree search: rounds of five attempts beside each other on one context, then a call that judges them.",
             programs=16,
+        ),
+        ProgramWorkload(
+            "code-writer",
+            "code-writer",
+            "Several agents write code: a plan, coders beside each other that write and test, a parent that waits for all of "
+            "them, reviews.",
+            programs=24,
+            source=TOKENCAKE,
+            cpu_slots=32,
+        ),
+        ProgramWorkload(
+            "deep-research",
+            "deep-research",
+            "Several agents do research: rounds of researchers beside each other that search and read, whose contexts grow; a "
+            "parent that waits for all of them and writes.",
+            programs=24,
+            source=TOKENCAKE,
+            cpu_slots=32,
         ),
     )
 }
@@ -151,11 +176,11 @@ def sessions_of(program: ProgramShape, seed: int) -> list[Session]:
     ]
 
 
-def program_serve_options(gpu: bool) -> tuple[str, ...]:
+def program_serve_options(gpu: bool, workload: ProgramWorkload) -> tuple[str, ...]:
     """Options of vllm serve by default for workloads of programs."""
     if gpu:
         return (SLOTS_OPTION, str(SLOTS))
-    return (SLOTS_OPTION, str(CPU_SLOTS), BLOCK_OPTION, str(CPU_BLOCKS))
+    return (SLOTS_OPTION, str(workload.cpu_slots), BLOCK_OPTION, str(CPU_BLOCKS))
 
 
 def program_traffic(arguments: argparse.Namespace, serve: Sequence[str], gpu: bool) -> Traffic:

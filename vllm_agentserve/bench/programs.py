@@ -4,6 +4,7 @@ import random
 import statistics
 from collections.abc import Callable
 
+from vllm_agentserve.bench.agent_graphs import code_writer, deep_research
 from vllm_agentserve.bench.calls import CallShape, ProgramShape, in_blocks, scaled
 from vllm_agentserve.bench.cost import StepCost
 
@@ -60,6 +61,8 @@ KINDS: dict[str, Callable[[random.Random], tuple[CallShape, ...]]] = {
     "tools": tools,
     "search": search,
     "mixed": mixed,
+    "code-writer": code_writer,
+    "deep-research": deep_research,
 }
 
 

@@ -74,6 +74,11 @@ class Owner:
     source: Literal["explicit", "inferred", "new"] = "explicit"
     sub_agent: bool = False
 
+    @property
+    def context(self) -> str:
+        """Names what comes back by itself: a program, or a thread of one, which has a context of its own."""
+        return self.key if self.thread is None else f"{self.key} thread {self.thread}"
+
 
 @dataclass(slots=True)
 class LaneState:

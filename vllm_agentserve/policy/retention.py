@@ -16,65 +16,32 @@ Everything is said with the time at which it happened, in seconds of any clock. 
 live this is without holding blocks that a request needs.
 """
 
-from collections import OrderedDict
 from collections.abc import Collection, Container, Iterator
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
 from math import inf
 
-from vllm_agentserve.policy.claims import LAPSE, SLOWER, SLOWER_S, TURNS_APART
-from vllm_agentserve.policy.gaps import MIDDLES_S, OwnGaps, Returns, Turn
+from vllm_agentserve.policy import expected_back
+from vllm_agentserve.policy.expected_back import LEAST, ExpectedBack
+from vllm_agentserve.policy.gaps import Returns
 
 SHARE = 0.75
 """Of the pool, what kept programs may have, those that run included: the others need room as well."""
-LEAST = 0.5
-"""Programs that are less likely to come back are not kept, at the end of a call or later on."""
 SOONER = 2.0
 """A program takes the room of those that are expected back after so many times as long."""
-GRACE = 1.25
-"""Kept so many times as long as that takes, or as all but `LAPSE` of the gaps are."""
-LOOK_AHEAD = 4
-"""Programs that are away and looked at again whenever a call comes."""
-PROGRAMS_KEPT = 65_536
-"""Programs remembered, the longest unseen are forgotten first."""
 
 
 @dataclass(slots=True, eq=False)
-class Program:
+class Program(expected_back.Program):
     """A program as retention sees it.
 
     Args:
-        name: unique.
-        named: whether its client names it.
-        calls: that wait or run.
-        turns: calls that ended.
-        ended_s: when the last one did.
-        tool: what it does since, if that was said.
-        due_s: half of the programs like it are back by then.
-        gone_s: nearly all of those that come back are, by then.
-        gone: whether it was counted as one that does not come back.
         blocks: its own KV blocks while it is kept, shared ones only if no other pays for them; else 0.
-        likely: the probability that it comes back.
     """
 
-    name: str
-    named: bool
-    calls: int = 0
-    turns: int = 0
-    ended_s: float = 0.0
-    tool: str | None = None
-    due_s: float = 0.0
-    gone_s: float = inf
-    gone: bool = False
     blocks: int = 0
-    likely: float = 0.0
-    own: OwnGaps = field(default_factory=OwnGaps)
-
-    def turn(self) -> Turn:
-        return self.named, min(max(self.turns, 1), TURNS_APART)
 
 
-class Retention:
+class Retention(ExpectedBack[Program]):
     """Says which programs are kept. It counts blocks, and knows none.
 
     Args:
@@ -84,16 +51,12 @@ class Retention:
     """
 
     def __init__(self, pool_blocks: int, returns: Returns | None = None, share: float = SHARE) -> None:
+        super().__init__(Program, returns)
         self.room = int(pool_blocks * share)
-        self._learns = returns is None
-        self.returns = Returns() if returns is None else returns
-        self._programs: OrderedDict[str, Program] = OrderedDict()
-        """All that are remembered, the longest unseen first."""
         self._kept: dict[str, Program] = {}
         """Those that are kept, the first to be kept first; also while their calls run."""
         self.blocks = 0
         """Blocks of those that are kept."""
-        self._now_s = 0.0
         self._next_s = inf
         """No kept program is over its time before this."""
 
@@ -107,20 +70,7 @@ class Retention:
 
     def arrive(self, name: str, now_s: float, *, named: bool = True) -> None:
         """A call of the program came."""
-        self._now_s = now_s
-        program = self._programs.get(name)
-        if program is None:
-            program = self._programs[name] = Program(name, named)
-            if len(self._programs) > PROGRAMS_KEPT:
-                self._forget_one()
-        elif not program.calls and program.turns:
-            gap = now_s - program.ended_s
-            program.own.add(gap)
-            if self._learns:
-                self.returns.returned(program.turn(), program.tool, gap, revised=program.gone)
-            program.gone = False
-        self._programs.move_to_end(name)
-        program.calls += 1
+        self._arrives(name, now_s, named)
 
     def end(
         self,
@@ -141,16 +91,9 @@ class Retention:
             can_return: whether a later call can go on from this one.
         """
         gone = self.expire(now_s)
-        program = self._programs.get(name)
+        program = self._ends(name, now_s, last, tool, can_return)
         if program is None:
             return False, gone
-        program.calls = max(program.calls - 1, 0)
-        program.turns += 1
-        program.ended_s, program.tool = now_s, tool
-        self._expect(program, now_s, last or not can_return)
-        if last and self._learns:
-            self.returns.gone(program.turn(), tool)
-            program.gone = True
         if program.likely < LEAST:
             # Who is not kept any more because of this call is not among those that are to be let go: it is that program itself.
             self._leave(program)
@@ -169,40 +112,9 @@ class Retention:
 
     def abort(self, name: str, now_s: float) -> None:
         """A call ended without an answer. The program stays as it is, and its time begins again."""
-        self._now_s = now_s
-        program = self._programs.get(name)
-        if program is None:
-            return
-        program.calls = max(program.calls - 1, 0)
-        if not program.calls:
-            program.ended_s = now_s
-            self._expect(program, now_s, over=False)
-            if name in self._kept:
-                self._next_s = min(self._next_s, program.gone_s)
-
-    def _expect(self, program: Program, now_s: float, over: bool) -> None:
-        """When it is expected back, if at all."""
-        self._now_s = now_s
-        likely = 0.0 if over else self.returns.probability(program.turn(), program.tool)
-        # Among prompts that nobody ever went on from, the first of a program is taken for one of them.
-        program.likely = min(likely, self.returns.begins(program.named)) if program.turns == 1 else likely
-        program.due_s = now_s + self._within(program, 0.5)
-        # Of those that are still away when this share of the gaps is longer, as many come back as do not, if `LEAST` is a half.
-        odds = LEAST / (1 - LEAST) * (1 - program.likely) / max(program.likely, LEAST)
-        program.gone_s = now_s + GRACE * self._within(program, max(LAPSE, min(odds, LEAST)))
-
-    def _within(self, program: Program, share: float) -> float:
-        """The shortest time that no more than this share of its gaps exceed."""
-        low, high = 0, len(MIDDLES_S) - 1
-        while low < high:
-            middle = (low + high) // 2
-            away_s = MIDDLES_S[middle]
-            found = program.own.longer(away_s, self.returns.longer(program.tool, away_s))
-            if (max(found, SLOWER) if away_s < SLOWER_S else found) > share:
-                low = middle + 1
-            else:
-                high = middle
-        return MIDDLES_S[low]
+        program = self._aborts(name, now_s)
+        if program is not None and not program.calls and name in self._kept:
+            self._next_s = min(self._next_s, program.gone_s)
 
     def expire(self, now_s: float) -> list[str]:
         """Lets those go that have been away for longer than programs are."""
@@ -216,22 +128,8 @@ class Retention:
         self._next_s = min((one.gone_s for one in self._kept.values() if not one.calls), default=inf)
         return [program.name for program in gone]
 
-    def _look_again(self, now_s: float) -> None:
-        """Whether some of those that are away do not come back: in turns, so that all are seen."""
-        if not self._learns:
-            return
-        for name in [*islice(self._programs, LOOK_AHEAD)]:
-            program = self._programs[name]
-            self._programs.move_to_end(name)
-            if not program.calls and program.turns and not program.gone and now_s >= program.gone_s:
-                program.gone = True
-                self.returns.gone(program.turn(), program.tool)
-
-    def _forget_one(self) -> None:
-        for name, program in self._programs.items():
-            if not program.calls and name not in self._kept:
-                del self._programs[name]
-                return
+    def _needed(self, name: str) -> bool:
+        return name in self._kept
 
     # Room.
 
@@ -260,11 +158,6 @@ class Retention:
 
     def _latest_first(self) -> Iterator[Program]:
         return reversed(self._kept.values())
-
-    def _wait_s(self, program: Program) -> float:
-        """How long it is expected to stay away still: who is overdue, for as long again. Longer where it may not come back."""
-        left = abs(program.due_s - self._now_s)
-        return left / max(program.likely, 0.01)
 
     def _leave(self, program: Program) -> None:
         if self._kept.pop(program.name, None) is not None:

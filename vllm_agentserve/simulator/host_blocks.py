@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,31 @@ class HostLink:
 NO_HOST = HostLink()
 
 
+@dataclass(slots=True)
+class Filling:
+    """A call, as host memory sees it.
+
+    Args:
+        program: its own name, not that of a program which started it.
+        named: whether its client names it.
+        offered: blocks at the beginning of its context that need not be offered any more: they were, or came back.
+        seen: the first of its blocks that it offered or got back.
+        stored, missed: what an `arc` remembers of it.
+    """
+
+    program: str
+    named: bool = True
+    offered: int = 0
+    seen: int = 0
+    stored: set[Hashable] = field(default_factory=set)
+    missed: set[Hashable] = field(default_factory=set)
+
+    def restored(self, cached: int, blocks: int) -> None:
+        """So many blocks came back behind the cached ones, which are not offered then."""
+        self.seen = min(self.seen, cached) if self.offered else cached
+        self.offered = cached + blocks
+
+
 class HostBlocks:
     """Copies of blocks: stored as soon as these are full, which takes no time here; the longest unused go first.
 
@@ -51,14 +76,31 @@ class HostBlocks:
     def __len__(self) -> int:
         return len(self._copies)
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._copies
+
     def hits(self, keys: Iterable[Hashable]) -> int:
         """How many blocks at the beginning of such a sequence are kept."""
         found = 0
         for key in keys:
-            if key not in self._copies:
+            if key not in self:
                 break
             found += 1
         return found
+
+    def arrive(self, call: Filling, now_s: float) -> None:
+        """A call came, and waits."""
+
+    def admit(self, call: Filling) -> None:
+        """It runs."""
+
+    def fill(self, call: Filling, keys: Sequence[Hashable], first: int, now_s: float) -> None:
+        """These blocks of a call are full, those from `first` on since now."""
+        self.use(keys[first:])
+
+    def end(self, call: Filling, keys: Sequence[Hashable], now_s: float, last: bool) -> None:
+        """The call ended; whether its client says that its program ends with it."""
+        self.use(keys)
 
     def use(self, keys: Sequence[Hashable]) -> None:
         """These blocks have been filled, or their call has ended."""

@@ -7,7 +7,7 @@ program's first call may begin is asked of the load control, the same object the
 
 import heapq
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from vllm_agentserve.bench.cost import StepCost
 from vllm_agentserve.policy.claims import LoadCall, Program
 from vllm_agentserve.policy.load import LoadControl
 from vllm_agentserve.policy.program import Beginnings
-from vllm_agentserve.simulator.host_blocks import NO_HOST, HostBlocks, HostLink
+from vllm_agentserve.simulator.host_blocks import NO_HOST, Filling, HostBlocks, HostLink
 from vllm_agentserve.simulator.kv_blocks import KvBlocks
 
 Ends = Literal["told", "untold", "untrue"]
@@ -147,6 +147,7 @@ class Request:
     """Number of its program, in the order in which programs began."""
     restored: int = 0
     """Blocks that come back from host memory, or have come back since it was last admitted."""
+    hosted: Filling = field(default_factory=lambda: Filling(""))
 
     @property
     def needs(self) -> int:
@@ -198,6 +199,7 @@ class PressureEngine:
         beside_kept: whether calls without a cached context wait while others run and only kept blocks are left, for up to
             `BYPASS_STEPS` steps. The scheduler has no such rule.
         host: memory behind the KV cache; none by default.
+        host_policy: makes what decides which copies it keeps.
     """
 
     def __init__(
@@ -212,6 +214,7 @@ class PressureEngine:
         resume_first: bool = False,
         beside_kept: bool = False,
         host: HostLink = NO_HOST,
+        host_policy: Callable[[HostLink, int], HostBlocks] = HostBlocks,
     ) -> None:
         self._blocks = blocks
         self._retention = blocks.retention
@@ -222,7 +225,7 @@ class PressureEngine:
         self._ends = ends
         self._resume_first = resume_first
         self._beside_kept = beside_kept
-        self._host = HostBlocks(host, blocks.tokens)
+        self._host = host_policy(host, blocks.tokens)
         self.now_s = start_s
         self._numbers = count()
         self._beginnings = Beginnings()
@@ -272,6 +275,8 @@ class PressureEngine:
                 self._retention.arrive(agent.name, when, named=agent.told)
             request = Request(run, load, number, not run.turn, prompt, turn.answer)
             request.came_s, request.age = when, self._beginnings.number(run.program)
+            request.hosted = Filling(agent.name, agent.told)
+            self._host.arrive(request.hosted, when)
             self._waiting.append(request)
 
     def _keys(self, request: Request, tokens: int) -> list[Hashable]:
@@ -335,12 +340,15 @@ class PressureEngine:
         return chunks
 
     def _sort(self) -> None:
-        """Preempted calls, those that waited for too long, resume prefills with the shortest first, the others by the age of
-        their programs."""
+        """Calls that hold blocks, preempted ones, those that waited for too long, resume prefills with the shortest first, the
+        others by the age of their programs."""
         size = self._blocks.tokens
 
         def key(request: Request) -> tuple[int, float, int]:
-            if request.began or request.blocks:
+            if request.blocks:
+                # Others may be waiting for its blocks.
+                return -1, request.number, 0
+            if request.began:
                 return 0, request.number, 0
             length = request.prompt + request.done
             left = length - self._blocks.hits(self._keys(request, length - 1)) * size
@@ -385,6 +393,7 @@ class PressureEngine:
             request.filled = hits
             request.restored = self._host.hits(keys[hits:])
             if request.restored:
+                request.hosted.restored(hits, request.restored)
                 # With room for the whole prompt: it need not wait for more when these are there.
                 self._grow(request, length - request.computed)
                 heapq.heappush(
@@ -396,6 +405,7 @@ class PressureEngine:
         self._grow(request, tokens)
         if not request.began:
             request.began = True
+            self._host.admit(request.hosted)
             self._load.begin(request.load, self.now_s, request.computed, child=request.run.parent is not None)
             if request.first:
                 self.outcome.held_s.append(self.now_s - request.came_s)
@@ -468,7 +478,7 @@ class PressureEngine:
             keys = self._keys(request, request.computed)
             for index in range(request.filled, full):
                 self._blocks.fill(request.blocks[index], keys[index])
-            self._host.use(keys[request.filled :])
+            self._host.fill(request.hosted, keys, request.filled, self.now_s)
             request.filled = full
 
     def _end(self, request: Request) -> None:
@@ -478,7 +488,8 @@ class PressureEngine:
         run.turn += 1
         last = run.turn == len(agent.turns)
         self._retain(request, last)
-        self._host.use(self._keys(request, request.computed))
+        told = last if self._ends == "told" else self._ends == "untrue"
+        self._host.end(request.hosted, self._keys(request, request.computed), self.now_s, told)
         self._blocks.release(request.blocks)
         alone_ms = self._cost.decode_ms(1, run.context)
         self._load.end(

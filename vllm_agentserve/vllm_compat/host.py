@@ -18,6 +18,8 @@ CONNECTOR = "OffloadingConnector"
 """vLLM's name for the one that keeps copies of KV blocks in host memory."""
 SPEC, SPEC_MODULE = "NumpyOffloadingSpec", "vllm_agentserve.vllm_compat.cpu_offload"
 """What it runs with on CPUs, where vLLM's own spec does not."""
+OWN_POLICIES = {"program": ("ProgramCachePolicy", "vllm_agentserve.vllm_compat.program_cache")}
+"""What makes room and is not vLLM's own, by the option's name: class and module."""
 WITHOUT_LANES = "host memory behind the KV cache takes a KV connector of its own, and vLLM runs one"
 """Why there are no lanes where there is host memory."""
 SHARED_MEMORY = Path("/dev/shm")
@@ -31,12 +33,14 @@ def connector_options(gib: float, policy: str, on_cpu: bool) -> dict[str, Any]:
 
     Args:
         gib: size of the host memory.
-        policy: vLLM's name for what decides which copies are dropped.
+        policy: the option's name for what decides which copies are dropped.
         on_cpu: whether the KV cache lies in the memory of a CPU.
     """
     spec = {"spec_name": SPEC, "spec_module_path": SPEC_MODULE} if on_cpu else {}
     # The answers of agents are part of their next prompts.
     own = {"cpu_bytes_to_use": int(gib * 2**30), "eviction_policy": policy, "offload_prompt_only": False}
+    if policy in OWN_POLICIES:
+        own["eviction_policy"], own["cache_policy_module_path"] = OWN_POLICIES[policy]
     return own | spec
 
 
@@ -188,6 +192,8 @@ class Host(NoHost):
         copies = 1 if config.replicated_layout else self._workers
         self.token_bytes = config.worker_kv_bytes_per_block * copies / group.tokens_per_block
         self.tokens = int(self._manager._num_chunks) * self._chunk_tokens
+        self.eviction = self._manager._policy
+        """What decides which copies are dropped."""
         self.takes_back = bool(scheduler.recompute_kv_load_failures)
         """Whether a request can be made to wait anew whose KV is there."""
 

@@ -13,6 +13,7 @@ from vllm_agentserve.policy.attribution import Attribution
 from vllm_agentserve.policy.call import Call
 from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.policy.engine import EnginePolicy, NoAttribution, NoPrograms
+from vllm_agentserve.policy.hosting import Hosting
 from vllm_agentserve.policy.load import LoadControl
 from vllm_agentserve.policy.preemption import PreemptionAccount
 from vllm_agentserve.policy.program_order import ProgramOrder
@@ -23,6 +24,7 @@ from vllm_agentserve.policy.waiting import WaitingList
 from vllm_agentserve.scheduler.features import Feature
 from vllm_agentserve.scheduler.features.classes import ClassTimes
 from vllm_agentserve.scheduler.features.host import HostMemory
+from vllm_agentserve.scheduler.features.hosting import HostPrograms
 from vllm_agentserve.scheduler.features.lane import LaneFeature, NoLaneFeature
 from vllm_agentserve.scheduler.features.load import Load
 from vllm_agentserve.scheduler.features.preemption import Preemption
@@ -44,11 +46,11 @@ def attribution_of(options: AgentServeConfig, orders: bool, block_size: int) -> 
     """Says whose a request is, where a part of the scheduler asks.
 
     Args:
-        options: order, load control and retention.
+        options: order, load control, retention and host memory.
         orders: whether waiting requests are ordered here, and not by vLLM.
         block_size: tokens per KV block.
     """
-    asked = options.policy != "fcfs" or options.load_control or options.kv_retain
+    asked = options.policy != "fcfs" or options.load_control or options.kv_retain or options.hosts_programs
     return Attribution(block_size) if orders and asked else NoAttribution()
 
 
@@ -108,7 +110,7 @@ def build_features(
     if isinstance(programs, ProgramOrder):
         features.append(ProgramReport(programs.table, counts, perf_counter))
         if options.program_preempt_share > 0 and isinstance(waiting, WaitingList):
-            features.append(Preemption(scheduler, policy, waiting, programs, calls, counts))
+            features.append(Preemption(scheduler, policy, waiting, programs, calls, counts, host))
     returns = None
     if options.load_control and isinstance(waiting, WaitingList) and compat.keeps_prefixes(scheduler):
         pool = compat.pool_tokens(scheduler)
@@ -128,6 +130,9 @@ def build_features(
             logger.warning("agentserve: KV blocks are not kept for programs that come back: %s.", obstacle)
     if isinstance(host, Host):
         features.append(HostMemory(host, tier, scheduler, policy, calls, counts, features))
+        if options.hosts_programs:
+            host.eviction.hosting = Hosting(returns)
+            features.append(HostPrograms(host.eviction, scheduler))
         pool = compat.pool_tokens(scheduler)
         logger.info(
             "agentserve: host memory behind the KV cache has room for the KV of %d tokens, %.1f times the KV cache.",

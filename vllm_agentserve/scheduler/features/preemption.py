@@ -11,6 +11,7 @@ from vllm_agentserve.policy.program_order import ProgramOrder
 from vllm_agentserve.policy.waiting import WaitingList
 from vllm_agentserve.scheduler.features import Feature
 from vllm_agentserve.vllm_compat import scheduler as compat
+from vllm_agentserve.vllm_compat.host import NoHost
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -20,7 +21,7 @@ class Preemption(Feature):
     """Decides every `DECIDE_STEPS` steps with waiting requests.
 
     The call that gives up its place waits at its own level. It keeps what it has generated; of its KV what is still in the
-    prefix cache when its turn comes.
+    prefix cache or in host memory when its turn comes.
 
     Args:
         scheduler: whose running requests give up their places.
@@ -29,6 +30,7 @@ class Preemption(Feature):
         programs: price what is lost, and keep the account.
         calls: by id of the request.
         counts: gets `program_preemptions`.
+        host: memory behind the KV cache.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Preemption(Feature):
         programs: ProgramOrder,
         calls: Mapping[str, Call],
         counts: MutableMapping[str, float],
+        host: NoHost,
     ) -> None:
         self._scheduler = scheduler
         self._policy = policy
@@ -46,6 +49,7 @@ class Preemption(Feature):
         self._programs = programs
         self._calls = calls
         self._counts = counts
+        self._host = host
         self._aside: Call | None = None
 
     def before_plan(self) -> None:
@@ -67,7 +71,9 @@ class Preemption(Feature):
         chosen = victim(policy.rank(first), ranked)
         if chosen is None:
             return
-        worst_ms = self._programs.prompt_ms(chosen.request.num_tokens, 0)
+        # Host memory has stored what it computed, and copies it back beside steps; what is dropped there until then counts later.
+        kept = self._host.restorable_tokens(chosen.request, 0)
+        worst_ms = self._programs.prompt_ms(chosen.request.num_tokens - kept, kept)
         if not self._programs.account.allows(worst_ms):
             return
         self._programs.account.preempt(chosen, worst_ms)

@@ -51,11 +51,7 @@ class Retain(Feature):
 
     @staticmethod
     def _name(call: Call) -> str | None:
-        """A thread of a program has a context of its own, so it comes back by itself."""
-        owner = call.owner
-        if owner is None:
-            return None
-        return owner.key if owner.thread is None else f"{owner.key} thread {owner.thread}"
+        return None if call.owner is None else call.owner.context
 
     def arrived(self, call: Call) -> None:
         name = self._name(call)

@@ -1,0 +1,121 @@
+"""Host memory that is too small, by programs, on vLLM's real scheduler and connector: who finds its context, and that it is what
+was computed."""
+
+import random
+from typing import Any
+
+import pytest
+from vllm.v1.request import RequestStatus
+
+from tests.support.host_calls import ask, finished, reset, started
+from vllm_agentserve.scheduler.features.hosting import HostPrograms
+from vllm_agentserve.vllm_compat.program_cache import ProgramCachePolicy
+
+ROUNDS, PROGRAMS, TOKENS, ADDED = 5, "abcdefgh", 200, 32
+"""Contexts of 2,700 tokens at their ends; a KV cache of 1,024, and a host of half of what is live."""
+
+
+def feature(scheduler: Any) -> HostPrograms:
+    (found,) = [one for one in scheduler._events.features if isinstance(one, HostPrograms)]
+    return found
+
+
+def in_turns(kv_host_policy: str, chunks: int) -> tuple[float, Any]:
+    """Programs come back in turns; the share of their contexts that they find, after two rounds in which the host learns."""
+    scheduler, driver = started(chunks=chunks, kv_host_policy=kv_host_policy)
+    found = sought = 0
+    for number in range(ROUNDS):
+        for name in PROGRAMS:
+            request = ask(scheduler, name, TOKENS + ADDED * number, number=number)
+            call = scheduler.calls[request.request_id]
+            finished(scheduler, driver)
+            if number > 1:
+                found += call.cached_tokens or 0
+                sought += TOKENS + ADDED * (number - 1)
+    driver.close()
+    return found / sought, scheduler
+
+
+def test_programs_that_come_back_in_turns_find_what_longest_unused_first_loses() -> None:
+    chunks = len(PROGRAMS) * (TOKENS + ADDED * ROUNDS) // 16 // 2
+    lru, _ = in_turns("lru", chunks)
+    arc, _ = in_turns("arc", chunks)
+    ours, scheduler = in_turns("program", chunks)
+    assert ours >= max(lru, arc) + 0.05
+    assert ours > 0.3
+    assert type(scheduler.host.eviction) is ProgramCachePolicy
+    assert scheduler.host.used_tokens <= scheduler.host.tokens == chunks * 16
+
+
+def test_a_program_whose_last_call_was_said_makes_room_first() -> None:
+    scheduler, driver = started(chunks=40, kv_host_policy="program")
+    for number in range(3):
+        for name in "ab":
+            ask(scheduler, name, 200 + 16 * number, number=number)
+            finished(scheduler, driver)
+    ask(scheduler, "a", 260, number=9, agent_last=True)
+    finished(scheduler, driver)
+    ask(scheduler, "c", 300)
+    finished(scheduler, driver)
+    hosting = feature(scheduler).copies.hosting
+    sizes = {name: len(context) for name, context in hosting._contexts.items()}
+    assert sizes.get("session a", 0) < sizes["session b"]
+    driver.close()
+
+
+def test_what_is_known_of_requests_goes_with_them() -> None:
+    scheduler, driver = started(chunks=64, kv_host_policy="program")
+    for name in "abc":
+        ask(scheduler, name, 100)
+    driver.step()
+    copies = feature(scheduler).copies
+    assert copies.names == {f"{name}-0": f"session {name}" for name in "abc"}
+    scheduler.finish_requests("b-0", RequestStatus.FINISHED_ABORTED)
+    finished(scheduler, driver)
+    ask(scheduler, "d", 100)
+    finished(scheduler, driver)
+    assert copies.names.keys() <= {"d-0"}
+    assert not feature(scheduler)._waiting
+    scheduler.reset_prefix_cache()
+    assert scheduler.host.used_tokens == len(copies.hosting) == 0
+    driver.close()
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("chunks", [24, 60], ids=["smaller than a context", "smaller than what is live"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_whatever_happens_nobody_reads_another_context(seed: int, chunks: int, asynchronous: bool) -> None:
+    """Calls of many programs with and without names, aborts, preemptions, resets, and copies that are late."""
+    rng = random.Random(seed)
+    scheduler, driver = started(
+        num_blocks=49,
+        chunks=chunks,
+        holds=True,
+        max_num_seqs=5,
+        kv_host_policy="program",
+        kv_retain=seed > 0,
+        tpot_slo_ms=50.0,
+        asynchronous=asynchronous,
+    )
+    lengths = dict.fromkeys("abcdef", 60)
+    for number in range(300):
+        name = rng.choice("abcdef")
+        if len(scheduler.requests) < 8 and rng.random() < 0.4:
+            lengths[name] = min(lengths[name] + rng.randrange(40), 420)
+            hints = {"agent_last": True} if rng.random() < 0.1 else {}
+            ask(scheduler, name, lengths[name], max_tokens=rng.randrange(1, 60), number=number, **hints)
+        if scheduler.requests and rng.random() < 0.06:
+            scheduler.finish_requests(rng.choice([*scheduler.requests]), RequestStatus.FINISHED_ABORTED)
+        if rng.random() < 0.02:
+            while driver.in_flight:
+                driver.finish()
+            reset(scheduler, running=rng.random() < 0.5)
+        driver.step()
+        if rng.random() < 0.5:
+            driver.copies.let_go(rng.randrange(4))
+        assert driver.wrong == []
+        assert scheduler.integrity.faults() == []
+    driver.holds = False
+    finished(scheduler, driver)
+    assert driver.checked > 10_000
+    driver.close()

@@ -1,0 +1,99 @@
+"""vLLM's seam for what makes room in host memory: the order by programs of `policy/hosting.py`.
+
+The connector names this module as `cache_policy_module_path`; vLLM's own books, copies and counts of users stay as they are.
+"""
+
+from collections.abc import Iterable, Sequence
+from time import perf_counter
+
+from vllm.v1.kv_offload.base import OffloadKey, ReqContext
+from vllm.v1.kv_offload.cpu.policies.base import CachePolicy, ChunkStatus
+
+from vllm_agentserve.policy.hosting import Hosting
+
+UNKNOWN = "unknown request"
+"""Has the chunks that a request offers once more."""
+
+
+class ProgramCachePolicy(CachePolicy):
+    """Whole programs make room, those first that are not expected back, then the one that is expected last.
+
+    Requests whose program nobody says are programs of one call.
+    """
+
+    def __init__(self, cache_capacity: int) -> None:
+        super().__init__(cache_capacity)
+        self.chunks: dict[OffloadKey, ChunkStatus] = {}
+        self.hosting = Hosting()
+        self.names: dict[str, str] = {}
+        """Programs of requests, by their ids: set from outside."""
+        self._storing: ReqContext | None = None
+        """The request that missed chunks last: those that are stored next are its own. When it offers chunks once more that found
+        no room, vLLM says nothing, and another may have come in between."""
+
+    def _name(self, request: ReqContext) -> str:
+        return self.names.get(request.req_id) or f"request {request.req_id}"
+
+    def _place(self, key: OffloadKey) -> tuple[str | None, int]:
+        """Whose chunk is being stored, as far as that is known, and where it ends in that context."""
+        request = self._storing
+        end = None if request is None else request.get_offload_key_position(key)
+        return (None, 0) if request is None or end is None else (self._name(request), end)
+
+    def get(self, key: OffloadKey) -> ChunkStatus | None:
+        return self.chunks.get(key)
+
+    def on_store_miss(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
+        self._storing = req_context
+
+    def insert(self, key: OffloadKey, chunk: ChunkStatus, req_context: ReqContext | None = None) -> None:
+        """`req_context` (vLLM 0.33): of the request that stores it."""
+        self.chunks[key] = chunk
+        if req_context is not None:
+            self._storing = req_context
+        name, end = self._place(key)
+        # At the latest when its request ends it is known whose it is.
+        self.hosting.store(UNKNOWN if name is None else name, key, end)
+
+    def remove(self, key: OffloadKey) -> None:
+        del self.chunks[key]
+        self.hosting.drop(key)
+
+    def touch(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
+        """What a request has used is said when it ends."""
+
+    def on_request_finished(
+        self,
+        key_groups: Sequence[Sequence[OffloadKey]],
+        insertion_only_keys: set[OffloadKey],
+        reused_keys: set[OffloadKey],
+        req_context: ReqContext,
+    ) -> None:
+        name, end_of = self._name(req_context), req_context.get_offload_key_position
+        known = self.hosting.context(name)
+        for keys in key_groups:
+            # Most of a long context is known from the calls before.
+            new = [key for key in keys if key not in known]
+            self.hosting.use(name, ((key, end_of(key) or 0) for key in new))
+
+    def evict(self, n: int, protected: set[OffloadKey]) -> list[tuple[OffloadKey, ChunkStatus]] | None:
+        if not n:
+            return []
+        chunks = self.chunks
+        asks = next((name for name, _ in map(self._place, protected)), None)
+        found = self.hosting.make_room(
+            n, perf_counter(), lambda key: key not in protected and chunks[key].ref_cnt == 0, asks
+        )
+        return None if found is None else [(key, chunks.pop(key)) for key in found]
+
+    def clear(self) -> None:
+        self.chunks.clear()
+        self._storing = None
+        self.hosting.clear()
+
+    def faults(self) -> list[str]:
+        """What does not agree; O(chunks)."""
+        found = self.hosting.faults()
+        if len(self.hosting) != len(self.chunks) or not all(key in self.hosting for key in self.chunks):
+            found.append(f"host memory has {len(self.chunks)} chunks, and programs have {len(self.hosting)}")
+        return found
