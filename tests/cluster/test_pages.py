@@ -27,7 +27,15 @@ x_seconds_bucket{le="+Inf"} 2.0
 x_seconds_count 2.0
 x_seconds_sum 3.5
 """
-SHOWN = {"decisions": {"pinned": 8, "first": 4}, "moves": 1, "pins": 4, "resident_tokens": {"e2": 7, "e1": 5}}
+SHOWN = {
+    "decisions": {"pinned": 8, "first": 4},
+    "moves": 1,
+    "prefills": {"moved": 3, "late": 1},
+    "pins": 4,
+    "resident_tokens": {"e2": 7, "e1": 5},
+    "engine_pins": {"e2": 3, "e1": 1},
+    "engine_moves": {"e2": 1, "e1": 0},
+}
 
 
 def test_the_load_of_an_engine_is_on_its_page() -> None:
@@ -76,3 +84,8 @@ def test_one_page_has_the_samples_of_all_engines() -> None:
     assert {sample.labels["replica"]: sample.value for sample in resident.samples} == {"e1": 5.0, "e2": 7.0}
     assert families["agentserve_cluster_moves"].samples[0].value == 1.0
     assert len(families["x_seconds"].samples) == 8
+    asked = families["agentserve_cluster_prefills"]
+    assert {sample.labels["outcome"]: sample.value for sample in asked.samples} == {"moved": 3.0, "late": 1.0}
+    for name, expected in (("engine_pins", {"e1": 1.0, "e2": 3.0}), ("engine_moves", {"e1": 0.0, "e2": 1.0})):
+        samples = families[f"agentserve_cluster_{name}"].samples
+        assert {sample.labels["replica"]: sample.value for sample in samples} == expected

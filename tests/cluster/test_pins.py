@@ -193,6 +193,20 @@ def test_tokens_that_live_on_engines_are_counted(clock: Clock) -> None:
     assert table.shown()["pins"] == 0
 
 
+def test_the_first_reason_of_those_that_did_not_start_is_kept_for_a_time(clock: Clock) -> None:
+    table = PinTable(ClusterSettings("model").mapping(), clock)
+    table.failed("of an earlier start")
+    clock.now += 100
+    assert table.first_failure(50) == ""
+    for number in range(5):
+        table.failed(f"reason {number}" + "x" * 10_000)
+    assert table.first_failure(50).startswith("reason 0x")
+    assert len(table.first_failure(50)) == 4000
+    for number in range(1000):
+        table.failed(f"{number}")
+    assert table.first_failure(50) == "984"
+
+
 def test_a_table_that_has_just_begun_knows_no_engines(clock: Clock) -> None:
     table = PinTable(ClusterSettings("model").mapping(), clock)
     table.turn("s", 100, "a")

@@ -13,6 +13,9 @@ from vllm_agentserve.cluster.table import NAMESPACE, PinTable, Reports
 FIND_AGAIN_S = 1.0
 """A table that could not be reached is looked for no sooner."""
 
+ASK_S = 5.0
+"""So long a question without a loop waits for an answer."""
+
 
 class TableActor:
     """The table in another process, found by its name; the first that looks for it makes it.
@@ -49,6 +52,21 @@ class TableActor:
     async def finished(self, session: str, engine: str, context_tokens: int, last: bool) -> None:
         """Does not wait for the table."""
         (await self._found()).finished.remote(session, engine, context_tokens, last)
+
+    async def prefilled(self, outcome: str) -> None:
+        """Does not wait for the table."""
+        (await self._found()).prefilled.remote(outcome)
+
+    async def failed(self, reason: str) -> None:
+        await (await self._found()).failed.remote(reason)
+
+    def first_failure(self, within_s: float) -> str:
+        """See `PinTable.first_failure`; "" if the table cannot be asked. Waits, and makes no table."""
+        try:
+            handle = ray.get_actor(self.name, namespace=NAMESPACE)
+            return str(ray.get(handle.first_failure.remote(within_s), timeout=ASK_S))
+        except Exception:
+            return ""
 
     async def ready(self) -> None:
         """Returns when the table can be asked: its process takes seconds to start."""

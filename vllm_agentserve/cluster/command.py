@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 
 from vllm_agentserve.cluster.settings import ClusterSettings, SettingsError
 from vllm_agentserve.vllm_compat import require_supported_vllm
@@ -32,6 +33,9 @@ def execute(arguments: argparse.Namespace) -> int:
             options=tuple(arguments.options),
             engines=arguments.engines,
             ingresses=arguments.ingresses,
+            prefillers=arguments.prefillers,
+            prefill_tokens=arguments.prefill_tokens,
+            prefill_seconds=arguments.prefill_seconds,
             policy=arguments.policy,
             bound=arguments.bound,
             pin_seconds=arguments.pin_seconds,
@@ -49,9 +53,14 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.address is None:
         # Ray's own option for machines whose firewall asks: a Ray that no other machine can join listens on 127.0.0.1 only.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        if settings.prefillers:
+            # Engines that all run here move KV without a network.
+            os.environ.setdefault("UCX_NET_DEVICES", "lo")
+            os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_HOST", "127.0.0.1")
     import ray
     from ray import serve
 
+    from vllm_agentserve.cluster.actor import TableActor
     from vllm_agentserve.cluster.application import NAME, build
 
     if arguments.address is None:
@@ -60,10 +69,12 @@ def execute(arguments: argparse.Namespace) -> int:
         ray.init(address=arguments.address)
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": arguments.host, "port": arguments.port})
+        began_s = time.monotonic()
         try:
             serve.run(build(settings.mapping()), name=NAME, route_prefix="/")
         except RuntimeError as error:
-            print(f"error: the engines did not start: {error}", file=sys.stderr)
+            reason = TableActor(NAME, settings).first_failure(time.monotonic() - began_s)
+            print(f"error: the engines did not start: {reason or error}", file=sys.stderr)
             return 1
         print(f"{settings.engines} engines at http://{arguments.host}:{arguments.port}", flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from vllm_agentserve.bench.server import first_cause
-from vllm_agentserve.cluster.relay import Failure, Head, Part, RelayedRequest, WholeEvents, end_to_end, is_stream
+from vllm_agentserve.cluster.relay import EVENT, Failure, Head, Part, RelayedRequest, WholeEvents, end_to_end, is_stream
 
 if TYPE_CHECKING:
     import aiohttp
@@ -24,10 +25,17 @@ if TYPE_CHECKING:
 STOP_S = 20.0
 """What a `vllm serve` gets to end by itself."""
 ENDING_S = 1.0
-LOG_LINES = 400
+HEALTH_S = 5.0
+LOG_LINES = 2000
 """Lines of its output that are kept to say why it ended."""
+LINE_CHARACTERS = 2000
+"""Of such a line, at most."""
 OUR_HEADERS = (b"host", b"content-length", b"expect")
 """Headers of a request that are written anew."""
+
+
+ERROR = re.compile(rb'"error"(?!\s*:\s*null)')
+"""In an event that says an error. In texts of a model the quotation marks have a backslash before them."""
 
 
 class EngineError(RuntimeError):
@@ -54,6 +62,8 @@ class Engine:
         self._process: subprocess.Popen[bytes] | None = None
         self._session: aiohttp.ClientSession | None = None
         self._said: deque[str] = deque(maxlen=LOG_LINES)
+        self._started = False
+        self._core_ended = False
 
     @property
     def alive(self) -> bool:
@@ -65,6 +75,8 @@ class Engine:
 
     def how_it_ended(self) -> str:
         code = self._process.poll() if self._process is not None else None
+        if code is None and self._core_ended:
+            return "the engine's EngineCore has ended"
         return f"vllm serve ended with exit code {code}" if code is not None else "vllm serve does not answer"
 
     async def start(self) -> None:
@@ -101,12 +113,13 @@ class Engine:
                 said = "\n".join(self._said)
                 raise EngineError(f"{self.how_it_ended()} while starting: {first_cause(said) or said[-2000:]}")
             await asyncio.sleep(0.25)
+        self._started = True
 
     def _pass_on(self, output: IO[bytes]) -> None:
         """Its output becomes ours, which Ray keeps."""
         for line in output:
             text = line.decode(errors="replace").rstrip("\n")
-            self._said.append(text)
+            self._said.append(text[:LINE_CHARACTERS])
             print(text, flush=True)
 
     async def page(self, path: str, timeout_s: float = 5.0) -> bytes | None:
@@ -123,13 +136,33 @@ class Engine:
             return None
 
     async def healthy(self, timeout_s: float) -> bool:
-        return self.alive and await self.page("/health", timeout_s) is not None
+        return self.alive and await self._health(timeout_s) == 200 and not self._core_ended
+
+    async def _health(self, timeout_s: float) -> int | None:
+        """The status of its page of health; None if it does not answer in that time."""
+        import aiohttp
+
+        if self._session is None:
+            return None
+        try:
+            limit = aiohttp.ClientTimeout(total=timeout_s)
+            async with self._session.get("http://engine/health", timeout=limit) as answer:
+                # The server of an EngineCore that has ended answers for seconds yet: nothing but errors.
+                self._core_ended |= self._started and answer.status == 503
+                return answer.status
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return None
+
+    async def _has_ended(self) -> bool:
+        """Whether an error that it has answered was the end of it."""
+        await self._health(HEALTH_S)
+        return self._core_ended or not self.alive
 
     async def answer(self, request: RelayedRequest) -> AsyncIterator[Part]:
         """What it answers: `Head` and bytes, or a `Failure`. The bytes of a stream are whole events, others come as one."""
         import aiohttp
 
-        if self._session is None or not self.alive:
+        if self._session is None or not self.alive or self._core_ended:
             yield Failure(self.how_it_ended(), delivered=False)
             return
         given = end_to_end(request.headers, *OUR_HEADERS)
@@ -146,6 +179,10 @@ class Engine:
                 sent = end_to_end(answer.raw_headers)
                 if not is_stream(sent):
                     content = await answer.read()
+                    if answer.status >= 500 and await self._has_ended():
+                        # It may have been this request that ended it.
+                        yield Failure(f"{self.how_it_ended()} before it answered", delivered=True)
+                        return
                     yield Head(answer.status, sent)
                     yield content
                     return
@@ -153,7 +190,15 @@ class Engine:
                 begun = True
                 events = WholeEvents()
                 async for more in answer.content.iter_any():
-                    if whole := events.feed(more):
+                    whole = events.feed(more)
+                    if (found := ERROR.search(whole)) and await self._has_ended():
+                        # vLLM goes on after its error as after a whole answer.
+                        before, end, _ = whole[: found.start()].rpartition(EVENT)
+                        if end:
+                            yield before + end
+                        yield Failure(f"{self.how_it_ended()} in the middle of an answer", delivered=True)
+                        return
+                    if whole:
                         yield whole
                 if rest := events.rest():
                     yield rest
