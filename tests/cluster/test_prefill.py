@@ -150,11 +150,11 @@ def test_nixls_progress_thread_waits_where_it_is_given_no_pause() -> None:
             self._delay = 7
 
         @property
-        def pthrDelay(self) -> int:  # noqa: N802
+        def pthrDelay(self) -> int:
             return self._delay
 
         @pthrDelay.setter
-        def pthrDelay(self, value: int) -> None:  # noqa: N802
+        def pthrDelay(self, value: int) -> None:
             self._delay = value
 
     found = with_pause(Stock, 1000)()

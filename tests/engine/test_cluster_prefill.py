@@ -1,4 +1,4 @@
-"""A prefiller and a decoder of the toy model on Ray Serve: KV moves once per conversation, and answers stay those of one engine."""
+"""A prefiller and a decoder of the toy model on Ray Serve: KV moves once per conversation, and answers stay those of stock."""
 
 import concurrent.futures
 import importlib.util
@@ -19,7 +19,7 @@ from vllm_agentserve.bench.server import VllmServer
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: it comes with the extra `cluster`"),
-    pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="NIXL is not installed: it comes with the extra `prefill`"),
+    pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="NIXL is not installed"),
 ]  # fmt: skip
 THRESHOLD = 500
 WAIT_S = 10.0
@@ -36,7 +36,9 @@ def turns_of(number: int, tokens: int) -> list[list[int]]:
     return [[*prompt, *(5 + turn for turn in range(more) for _ in range(150))] for more in range(TURNS)]
 
 
-CONVERSATIONS = {f"conversation {number}": turns_of(number, 900 + 60 * number if number % 3 else 200) for number in range(6)}
+CONVERSATIONS = {
+    f"conversation {number}": turns_of(number, 900 + 60 * number if number % 3 else 200) for number in range(6)
+}
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import ray
 
 from vllm_agentserve.cluster.settings import ClusterSettings
 from vllm_agentserve.cluster.table import NAMESPACE, PinTable, Reports
+from vllm_agentserve.cluster.timings import Counts
 
 FIND_AGAIN_S = 1.0
 """A table that could not be reached is looked for no sooner."""
@@ -52,6 +53,11 @@ class TableActor:
     async def finished(self, session: str, engine: str, context_tokens: int, last: bool) -> None:
         """Does not wait for the table."""
         (await self._found()).finished.remote(session, engine, context_tokens, last)
+
+    def timed(self, timings: Mapping[str, Counts]) -> None:
+        """Does not wait. Times that it cannot tell are lost."""
+        if self._handle is not None:
+            self._handle.timed.remote(dict(timings))
 
     async def prefilled(self, outcome: str) -> None:
         """Does not wait for the table."""

@@ -94,9 +94,9 @@ def build(given: Mapping[str, Any]) -> Any:
     }
     prefillers = None
     if settings.prefillers:
-        prefillers = serve.deployment(
-            EngineServer, name="prefillers", num_replicas=settings.prefillers, **common
-        ).bind(settings.mapping(), None, True)
+        prefillers = serve.deployment(EngineServer, name="prefillers", num_replicas=settings.prefillers, **common).bind(
+            settings.mapping(), None, True
+        )
     engines = serve.deployment(
         EngineServer,
         name="engines",

@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+from importlib.util import find_spec
 
 from vllm_agentserve.cluster.settings import ClusterSettings, SettingsError
 from vllm_agentserve.vllm_compat import require_supported_vllm
@@ -43,6 +44,9 @@ def execute(arguments: argparse.Namespace) -> int:
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if settings.prefillers and find_spec("nixl") is None:
+        print("error: --prefillers needs NIXL, which moves KV: pip install nixl", file=sys.stderr)
+        return 1
     if is_taken(arguments.host, arguments.port):
         print(f"error: port {arguments.port} is in use: choose another with --port, before the model", file=sys.stderr)
         return 1
@@ -50,6 +54,8 @@ def execute(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray would read a session from the header, and refuse the bytes that it cannot decode. The ingress reads it.
     os.environ.setdefault("RAY_SERVE_SESSION_ID_HEADER_KEY", "x-agentserve-unused")
+    # Ray would leave out lines of one engine that another one has written too.
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     if arguments.address is None:
         # Ray's own option for machines whose firewall asks: a Ray that no other machine can join listens on 127.0.0.1 only.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"

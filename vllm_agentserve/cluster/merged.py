@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_agentserve.cluster.timings import samples
+
 SAMPLE = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{(.*)\})?( .*)$")
 SERIES = "agentserve_cluster_"
 """What the series of placement begin with."""
@@ -13,6 +15,7 @@ KINDS = {
     "decisions_total": ("counter", "Calls placed, by the reason of their place."),
     "moves_total": ("counter", "Conversations that went on at another engine."),
     "prefills_total": ("counter", "Prompts that a prefiller was asked for, by what came of it."),
+    "decision_seconds": ("histogram", "Seconds that the choice of an engine took, by whether the table was asked."),
     "pins": ("gauge", "Conversations that are pinned."),
     "engine_pins": ("gauge", "Conversations that are pinned to an engine."),
     "engine_moves_total": ("counter", "Conversations that came to an engine from another one."),
@@ -41,6 +44,8 @@ def merged(shown: Mapping[str, Any], pages: Mapping[str, str]) -> str:
     families[f"{SERIES}moves_total"].append(f"{SERIES}moves_total {shown['moves']}")
     for outcome, count in sorted(shown["prefills"].items()):
         families[f"{SERIES}prefills_total"].append(f'{SERIES}prefills_total{{outcome="{outcome}"}} {count}')
+    for name, counts in sorted(shown["timings"].items()):
+        families[f"{SERIES}decision_seconds"] += samples(f"{SERIES}decision_seconds", f'table="{name}"', counts)
     families[f"{SERIES}pins"].append(f"{SERIES}pins {shown['pins']}")
     for name, key in PER_ENGINE.items():
         for engine, value in sorted(shown[key].items()):

@@ -90,7 +90,9 @@ class ClusterSettings:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise SettingsError(f"{name} = {value!r} is not allowed: it must be a number")
         if not 0 < self.prefill_seconds < float("inf"):
-            raise SettingsError(f"prefill_seconds = {self.prefill_seconds!r} is not allowed: it must be a number above 0")
+            raise SettingsError(
+                f"prefill_seconds = {self.prefill_seconds!r} is not allowed: it must be a number above 0"
+            )
         try:
             self.placement()
         except (TypeError, ValueError) as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_agentserve.cluster.load import Report
 from vllm_agentserve.cluster.settings import ClusterSettings
+from vllm_agentserve.cluster.timings import NONE, Counts, both
 
 NAMESPACE = "agentserve"
 UNREACHED_S = 30.0
@@ -41,6 +42,7 @@ class PinTable:
         self._moves = 0
         self._moved_to: dict[str, int] = {}
         self._prefills: dict[str, int] = {}
+        self._timings: dict[str, Counts] = {}
         self._failures: deque[tuple[float, str]] = deque(maxlen=FAILURES)
 
     def place(
@@ -96,6 +98,11 @@ class PinTable:
         """A prefiller was asked for a prompt, see `OUTCOMES` of `prefill.py`."""
         self._prefills[outcome] = self._prefills.get(outcome, 0) + 1
 
+    def timed(self, timings: Mapping[str, Counts]) -> None:
+        """Decisions took so long, by whether the table was asked."""
+        for name, counts in timings.items():
+            self._timings[name] = both(self._timings.get(name, NONE), counts)
+
     def failed(self, reason: str) -> None:
         """An engine did not start."""
         self._failures.append((self._clock(), reason[:REASON_CHARACTERS]))
@@ -112,6 +119,7 @@ class PinTable:
             "decisions": dict(self._decisions),
             "moves": self._moves,
             "prefills": dict(self._prefills),
+            "timings": dict(self._timings),
             "pins": len(self._placement.pins),
             "resident_tokens": {name: self._placement.resident_tokens(name) for name in self._engines},
             "engine_pins": {name: pins[name] for name in self._engines},

@@ -24,7 +24,7 @@ def pause_progress_thread() -> bool:
     from vllm.distributed import nixl_utils
 
     agent = nixl_utils.NixlWrapper
-    bindings = getattr(getattr(agent, "__init__", None), "__globals__", {}).get("nixlBind")
+    bindings: Any = getattr(getattr(agent, "__init__", None), "__globals__", {}).get("nixlBind")
     stock = getattr(bindings, "nixlAgentConfig", None)
     if stock is None or not hasattr(stock, "pthrDelay"):
         return False
@@ -36,15 +36,15 @@ def pause_progress_thread() -> bool:
 def with_pause(stock: Any, pause_us: int) -> Any:
     """The class of configurations whose progress thread has that pause where it is given none."""
 
-    class PausedAgentConfig(stock):  # type: ignore[misc]
+    class PausedAgentConfig(stock):
         agentserve = True
 
         @property
-        def pthrDelay(self) -> int:  # noqa: N802
+        def pthrDelay(self) -> int:
             return int(stock.pthrDelay.__get__(self))
 
         @pthrDelay.setter
-        def pthrDelay(self, value: int) -> None:  # noqa: N802
+        def pthrDelay(self, value: int) -> None:
             stock.pthrDelay.__set__(self, value or pause_us)
 
     return PausedAgentConfig
