@@ -23,7 +23,7 @@ LOCAL = ("prompt_logprobs", "echo", "use_beam_search", PARAMS)
 """Fields whose calls are computed where they are answered."""
 NOT_ASKED = ("stream_options", "min_tokens", "logprobs", "top_logprobs")
 """Fields that say nothing of the prompt, and do not go with one token or without a stream."""
-AGAIN_S = 10.0
+AGAIN_S = 30.0
 """A prefiller that did not answer is asked no sooner."""
 OUTCOMES = ("moved", "refused", "failed", "late")
 """Of asking a prefiller: its KV was read; it answered with an error; it could not answer; it did not answer in time."""

@@ -79,13 +79,13 @@ class EngineServer:
         if request.engine not in ("", self.name):
             yield Failure(f"there is no engine {request.engine!r} any more", delivered=False)
             return
-        if self._prefills is not None and not request.engine:
-            tokens = request.caller.prompt_tokens(self._rate.per_character or PER_CHARACTER)
-            request, outcome = await self._prefills.prepared(request, tokens)
-            if outcome:
-                self._soon(self._table.prefilled(outcome))
         tail, events = b"", 0
         try:
+            if self._prefills is not None and not request.engine:
+                tokens = request.caller.prompt_tokens(self._rate.per_character or PER_CHARACTER)
+                request, outcome = await self._prefills.prepared(request, tokens)
+                if outcome:
+                    self._soon(self._table.prefilled(outcome))
             async for part in self._engine.answer(request):
                 if isinstance(part, Head):
                     yield Head(part.status, (*part.headers, (ENGINE_HEADER, self.name.encode())))
