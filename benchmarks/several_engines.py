@@ -314,7 +314,7 @@ def main() -> int:
         rows += decisions(cluster.page())
         rows += pairs(cluster, arguments.pairs, arguments.seed)
         if not arguments.no_kills:
-            for what in ("server", "EngineCore"):
+            for what in ("EngineCore", "server"):
                 rows += kill(cluster, what, arguments.seed)
     print(table(rows))
     if arguments.output:

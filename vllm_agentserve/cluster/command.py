@@ -73,6 +73,7 @@ def execute(arguments: argparse.Namespace) -> int:
         ray.init(address="local", include_dashboard=False)
     else:
         ray.init(address=arguments.address)
+    failure = ""
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": arguments.host, "port": arguments.port})
         began_s = time.monotonic()
@@ -80,7 +81,7 @@ def execute(arguments: argparse.Namespace) -> int:
             serve.run(build(settings.mapping()), name=NAME, route_prefix="/")
         except RuntimeError as error:
             reason = TableActor(NAME, settings).first_failure(time.monotonic() - began_s)
-            print(f"error: the engines did not start: {reason or error}", file=sys.stderr)
+            failure = f"the engines did not start: {reason or error}"
             return 1
         print(f"{settings.engines} engines at http://{arguments.host}:{arguments.port}", flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -92,3 +93,6 @@ def execute(arguments: argparse.Namespace) -> int:
         else:
             serve.delete(NAME)
         ray.shutdown()
+        # After all that Ray says while it ends.
+        if failure:
+            print(f"error: {failure}", file=sys.stderr, flush=True)
