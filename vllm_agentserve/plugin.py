@@ -4,7 +4,7 @@ import logging
 
 from vllm_agentserve import vllm_compat
 from vllm_agentserve.scheduler.upstream import UpstreamHooks
-from vllm_agentserve.vllm_compat import hooks, nixl
+from vllm_agentserve.vllm_compat import hooks
 
 logger = logging.getLogger("vllm.agentserve")
 
@@ -23,4 +23,3 @@ def register() -> None:
     hooks.refuse_invalid_hints(UpstreamHooks)
     hooks.add_middleware(UpstreamHooks)
     hooks.add_stat_logger(UpstreamHooks)
-    nixl.pause_progress_thread()
