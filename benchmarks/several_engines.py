@@ -12,6 +12,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import platform
@@ -78,9 +79,10 @@ class Address:
         connection.request(method, path, json.dumps(body).encode() if body is not None else None, headers)
         return connection.getresponse()
 
-    def complete(self, prompt: Sequence[int], session: str, tokens: int = 4) -> tuple[int, str, int]:
-        """Status, engine and cached tokens of an answer."""
-        body = {"model": "model", "prompt": list(prompt), "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    def complete(self, prompt: Sequence[int], session: str, last: bool = False) -> tuple[int, str, int]:
+        """Status, engine and cached tokens of an answer. With the last one a conversation ends, and its place is free."""
+        body: dict[str, Any] = {"model": "model", "prompt": list(prompt), "max_tokens": 4, "temperature": 0}
+        body |= {"ignore_eos": True} | ({"vllm_xargs": {"agent_last": True}} if last else {})
         with self.open("POST", "/v1/completions", body, session) as answer:
             content = json.loads(answer.read())
             engine = answer.getheader("x-agentserve-engine") or ""
@@ -120,16 +122,17 @@ def socket_of(pid: int) -> str:
     return command[command.index(b"--uds") + 1].decode()
 
 
-def children(pid: int) -> list[int]:
-    return [int(one) for task in Path(f"/proc/{pid}/task").iterdir() for one in (task / "children").read_text().split()]
-
-
 def descendants(pid: int) -> set[int]:
+    """A process and all that it started."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(stat.read_text(errors="replace").rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
     found, todo = set[int](), [pid]
     while todo:
         found.add(one := todo.pop())
-        with contextlib.suppress(OSError):
-            todo += children(one)
+        todo += children.get(one, [])
     return found
 
 
@@ -171,8 +174,9 @@ def conversations(cluster: Cluster, count: int, turns: int, seed: int) -> list[R
         dice = random.Random(seed * 1_000_003 + number)
         prompt = [dice.randrange(5, 4000) for _ in range(FIRST_TOKENS + dice.randrange(FIRST_TOKENS))]
         failed, engines, missed, before = 0, [], 0, 0
-        for _ in range(turns):
-            status, engine, cached = cluster.complete(prompt, f"conversation {seed} {number}")
+        for turn in range(turns):
+            last = turn == turns - 1
+            status, engine, cached = cluster.complete(prompt, f"conversation {seed} {number}", last)
             failed += status != 200
             engines.append(engine)
             missed += cached < before - 2 * BLOCK
@@ -252,13 +256,9 @@ def median(ordered: Sequence[float]) -> float:
 
 def kill(cluster: Cluster, what: str, seed: int) -> list[Row]:
     """An engine's server or its EngineCore is killed while it answers, beside a stream of the other engine."""
-    deadline = time.monotonic() + AGAIN_S
-    while len(cluster.engines()) < 2 and time.monotonic() < deadline:
-        time.sleep(1.0)
-    time.sleep(5.0)
     prompt = [random.Random(seed).randrange(5, 4000) for _ in range(300)]
-    names = [f"{what} {seed} {number}" for number in range(20)]
-    places = {name: cluster.complete(prompt, name)[1] for name in names}
+    places = both_in_use(cluster, prompt, f"{what} {seed}")
+    names = list(places)
     victim = places[names[0]]
     untouched = next(name for name in names if places[name] != victim)
     body = {"model": "model", "prompt": prompt, "ignore_eos": True, "stream": True}
@@ -267,24 +267,51 @@ def kill(cluster: Cluster, what: str, seed: int) -> list[Row]:
         cluster.open("POST", "/v1/completions", body | {"max_tokens": 400}, untouched) as going_on,
     ):
         breaking.readline()
-        pid = cluster.engines()[victim]
+        server = pid = cluster.engines()[victim]
         if what == "EngineCore":
             pid = next(one for one in descendants(pid) if b"EngineCore" in Path(f"/proc/{one}/cmdline").read_bytes())
         os.kill(pid, signal.SIGKILL)
-        rest = breaking.read().decode()
+        rest = ""
+        with contextlib.suppress(http.client.HTTPException, OSError):
+            rest = breaking.read().decode()
         began_s = time.monotonic()
         status, engine, _ = cluster.complete(prompt, names[0])
         took_s = time.monotonic() - began_s
         other = going_on.read().decode()
+    for name in names:
+        cluster.complete(prompt, name, last=True)
+    deadline = time.monotonic() + AGAIN_S
+    while Path(f"/proc/{server}").exists() and time.monotonic() < deadline:
+        time.sleep(0.5)
     said = '"error"' in rest and "[DONE]" not in rest
     return [
         Row(f"{what} killed: its stream ends with an error", said, least=1),
-        Row(
-            f"{what} killed: the next turn is answered by the other engine", status == 200 and engine != victim, least=1
-        ),
+        Row(f"{what} killed: the next turn is answered by the other engine", status == 200 and engine != victim, least=1),
         Row(f"{what} killed: seconds until the next turn is answered", took_s, most=2.0),
         Row(f"{what} killed: the other engine's stream ends whole", other.endswith("data: [DONE]\n\n"), least=1),
     ]
+
+
+def both_in_use(cluster: Cluster, prompt: Sequence[int], what: str) -> dict[str, str]:
+    """The engines of twenty new conversations, as soon as they are two: one that was killed has to start again.
+
+    Args:
+        what: the beginning of their names.
+
+    Raises:
+        RuntimeError: there is one engine only after a long time.
+    """
+    numbers, deadline = itertools.count(), time.monotonic() + AGAIN_S
+    while time.monotonic() < deadline:
+        if len(cluster.engines()) == 2:
+            names = [f"{what} {next(numbers)}" for _ in range(20)]
+            places = {name: cluster.complete(prompt, name)[1] for name in names}
+            if len(set(places.values())) == 2:
+                return places
+            for name in names:
+                cluster.complete(prompt, name, last=True)
+        time.sleep(2.0)
+    raise RuntimeError(f"an engine did not start again within {AGAIN_S:g} s; the cluster's log is {cluster.log}")
 
 
 def table(rows: Sequence[Row]) -> str:
