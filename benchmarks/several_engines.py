@@ -286,7 +286,9 @@ def kill(cluster: Cluster, what: str, seed: int) -> list[Row]:
     said = '"error"' in rest and "[DONE]" not in rest
     return [
         Row(f"{what} killed: its stream ends with an error", said, least=1),
-        Row(f"{what} killed: the next turn is answered by the other engine", status == 200 and engine != victim, least=1),
+        Row(
+            f"{what} killed: the next turn is answered by the other engine", status == 200 and engine != victim, least=1
+        ),
         Row(f"{what} killed: seconds until the next turn is answered", took_s, most=2.0),
         Row(f"{what} killed: the other engine's stream ends whole", other.endswith("data: [DONE]\n\n"), least=1),
     ]

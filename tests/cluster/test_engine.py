@@ -28,6 +28,9 @@ SERVER = """
         await answer.prepare(request)
         await answer.write(b'data: {"a": "\\\\"error\\\\""}\\n\\ndata: {"error": {"code": 500}}\\n\\ndata: [DONE]\\n\\n')
         return answer
+    async def closes(request):
+        os.unlink(sys.argv[sys.argv.index("--uds") + 1])
+        return web.Response(status=500)
     async def own_error(request):
         if "stream" not in request.query:
             return web.Response(status=500, text="mine")
@@ -58,6 +61,7 @@ SERVER = """
     app = web.Application()
     app.add_routes([web.get("/health", health), web.post("/echo", echo), web.post("/stream", stream), web.post("/dies", dies),
         web.post("/cookie", cookie), web.post("/core-ends", core_ends), web.post("/own-error", own_error),
+        web.post("/closes", closes),
     ])
     web.run_app(app, path=sys.argv[sys.argv.index("--uds") + 1], print=None)
 """
@@ -159,6 +163,18 @@ async def test_a_stream_of_an_engine_whose_core_has_ended_breaks(engine: Engine)
     (end,) = await parts(engine, "/echo")
     assert isinstance(end, Failure)
     assert not end.delivered
+
+
+async def test_nothing_goes_to_a_server_that_has_stopped_listening(engine: Engine) -> None:
+    """Its process may live for a while, to end other answers."""
+    (end,) = await parts(engine, "/closes")
+    assert isinstance(end, Failure)
+    assert end.delivered
+    (end,) = await parts(engine, "/echo")
+    assert isinstance(end, Failure)
+    assert not end.delivered
+    assert "stopped listening" in end.text
+    assert not await engine.healthy(1.0)
 
 
 async def test_errors_of_an_engine_that_goes_on_are_passed_on(engine: Engine) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -30,6 +31,8 @@ LOG_LINES = 2000
 """Lines of its output that are kept to say why it ended."""
 LINE_CHARACTERS = 2000
 """Of such a line, at most."""
+CLOSED = (errno.ECONNREFUSED, errno.ENOENT)
+"""Errors of a connection to a socket on which nobody listens."""
 OUR_HEADERS = (b"host", b"content-length", b"expect")
 """Headers of a request that are written anew."""
 
@@ -63,7 +66,8 @@ class Engine:
         self._session: aiohttp.ClientSession | None = None
         self._said: deque[str] = deque(maxlen=LOG_LINES)
         self._started = False
-        self._core_ended = False
+        self._ending = ""
+        """Why it will not answer any more, though its server may."""
 
     @property
     def alive(self) -> bool:
@@ -75,8 +79,8 @@ class Engine:
 
     def how_it_ended(self) -> str:
         code = self._process.poll() if self._process is not None else None
-        if code is None and self._core_ended:
-            return "the engine's EngineCore has ended"
+        if code is None and self._ending:
+            return self._ending
         return f"vllm serve ended with exit code {code}" if code is not None else "vllm serve does not answer"
 
     async def start(self) -> None:
@@ -136,7 +140,7 @@ class Engine:
             return None
 
     async def healthy(self, timeout_s: float) -> bool:
-        return self.alive and await self._health(timeout_s) == 200 and not self._core_ended
+        return self.alive and await self._health(timeout_s) == 200 and not self._ending
 
     async def _health(self, timeout_s: float) -> int | None:
         """The status of its page of health; None if it does not answer in that time."""
@@ -147,22 +151,29 @@ class Engine:
         try:
             limit = aiohttp.ClientTimeout(total=timeout_s)
             async with self._session.get("http://engine/health", timeout=limit) as answer:
-                # The server of an EngineCore that has ended answers for seconds yet: nothing but errors.
-                self._core_ended |= self._started and answer.status == 503
+                if self._started and answer.status == 503:
+                    # Its server answers for seconds yet: nothing but errors.
+                    self._ending = "the engine's EngineCore has ended"
                 return answer.status
-        except (aiohttp.ClientError, OSError, TimeoutError):
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            self._see(error)
             return None
+
+    def _see(self, error: Exception) -> None:
+        """A server that has listened and does not any more ends, whether its process lives or not."""
+        if self._started and getattr(error, "errno", None) in CLOSED:
+            self._ending = self._ending or "vllm serve has stopped listening"
 
     async def _has_ended(self) -> bool:
         """Whether an error that it has answered was the end of it."""
         await self._health(HEALTH_S)
-        return self._core_ended or not self.alive
+        return bool(self._ending) or not self.alive
 
     async def answer(self, request: RelayedRequest) -> AsyncIterator[Part]:
         """What it answers: `Head` and bytes, or a `Failure`. The bytes of a stream are whole events, others come as one."""
         import aiohttp
 
-        if self._session is None or not self.alive or self._core_ended:
+        if self._session is None or not self.alive or self._ending:
             yield Failure(self.how_it_ended(), delivered=False)
             return
         given = end_to_end(request.headers, *OUR_HEADERS)
@@ -202,9 +213,10 @@ class Engine:
                         yield whole
                 if rest := events.rest():
                     yield rest
-        except aiohttp.ClientConnectorError:
-            # Nobody listens: the request has gone nowhere. A server that lives has too much to do just now.
-            yield Failure(self.how_it_ended(), delivered=self.alive)
+        except aiohttp.ClientConnectorError as error:
+            # The request has gone nowhere. A server that listens has too much to do just now.
+            self._see(error)
+            yield Failure(self.how_it_ended(), delivered=self.alive and not self._ending)
         except (aiohttp.ClientError, OSError) as error:
             await self._known_to_have_ended()
             where = "in the middle of an answer" if begun else "before it answered"
