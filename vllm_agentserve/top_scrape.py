@@ -24,6 +24,8 @@ STOCK_SERIES = {
     "vllm:inter_token_latency_seconds_count": "itl_count",
 }
 """vLLM's own metrics that are read, and their keys in `EngineMetrics.figures`. Ours have their names without prefix."""
+CLUSTER = "agentserve_cluster_"
+"""What the series of a cluster's placement begin with. The label `replica` names the engine in its other series too."""
 STEP_COUNTERS = ("decode_steps_total", "mixed_steps_total", "prefill_steps_total")
 
 
@@ -38,12 +40,14 @@ class EngineMetrics:
     Args:
         figures: those without a label of their own.
         labelled: those with `level`, `le` or `row`, by its value.
+        cluster: what a cluster knows of this engine, by name.
         load: those of load control with `class` or `reason`, by its value; without the buckets.
     """
 
     time: float
     figures: dict[str, float] = field(default_factory=dict)
     labelled: dict[str, dict[str, float]] = field(default_factory=dict)
+    cluster: dict[str, float] = field(default_factory=dict)
     load: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def rate(self, before: "EngineMetrics | None", name: str, per: str | None = None) -> float | None:
@@ -121,7 +125,7 @@ def parse(text: str, time: float) -> dict[str, EngineMetrics]:
     """Returns the engines on a page read at `time` (s). Skips lines that cannot be parsed and values that are not finite."""
     engines: dict[str, EngineMetrics] = {}
     for line in text.splitlines():
-        if not line.startswith(SERIES) and line.partition("{")[0] not in STOCK_SERIES:
+        if not line.startswith((SERIES, CLUSTER)) and line.partition("{")[0] not in STOCK_SERIES:
             continue
         try:
             (sample,) = (sample for family in text_string_to_metric_families(line) for sample in family.samples)
@@ -129,7 +133,16 @@ def parse(text: str, time: float) -> dict[str, EngineMetrics]:
             continue
         if not math.isfinite(sample.value):
             continue
-        reading = engines.setdefault(sample.labels.get("engine", "0"), EngineMetrics(time))
+        replica, engine = sample.labels.get("replica"), sample.labels.get("engine", "0")
+        if sample.name.startswith(CLUSTER) and replica is None:
+            continue
+        if replica is not None:
+            # An engine of a cluster may have several of its own.
+            engine = replica if engine == "0" else f"{replica} {engine}"
+        reading = engines.setdefault(engine, EngineMetrics(time))
+        if sample.name.startswith(CLUSTER):
+            reading.cluster[sample.name.removeprefix(CLUSTER)] = sample.value
+            continue
         name = STOCK_SERIES.get(sample.name) or sample.name.removeprefix(SERIES)
         own = [value for label, value in sample.labels.items() if label in ("level", "le", "row")]
         of_load = [value for label, value in sample.labels.items() if label in ("class", "reason")]

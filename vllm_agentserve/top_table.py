@@ -31,11 +31,37 @@ def picture(
         before: their metrics at the last refresh; without them there are no rates.
         session: the session id whose program is marked.
     """
-    parts: list[RenderableType] = []
+    parts: list[RenderableType] = [*together(engines, before or {})]
     for name, reading in engines.items():
         earlier = (before or {}).get(name)
         parts += [*header(name, reading, earlier), *programs(reading, earlier, session), Text()]
     return Group(*parts[:-1])
+
+
+def together(engines: Mapping[str, EngineMetrics], before: Mapping[str, EngineMetrics]) -> list[Text]:
+    """Returns what all engines of a cluster are and do together, and an empty line; nothing for engines that are in none."""
+    placed = [one.cluster for one in engines.values() if one.cluster]
+    if not placed:
+        return []
+
+    def total(name: str) -> float:
+        return sum(one.figures.get(name, 0.0) for one in engines.values())
+
+    rates = [reading.rate(before.get(name), "generated") for name, reading in engines.items()]
+    known = [one for one in rates if one is not None]
+    return [
+        Text.assemble(
+            ("cluster  ", "bold"),
+            f"{len(placed)} engines  requests: {number(total('running'))} running, {number(total('waiting'))} waiting  "
+            f"generated {number(sum(known) if known else None)} tokens/s",
+        ),
+        Text(
+            f"conversations: {number(sum(one.get('engine_pins', 0.0) for one in placed))} pinned, "
+            f"{number(sum(one.get('engine_resident_tokens', 0.0) for one in placed))} tokens, "
+            f"{number(sum(one.get('engine_moves_total', 0.0) for one in placed))} moved"
+        ),
+        Text(),
+    ]
 
 
 def header(name: str, reading: EngineMetrics, before: EngineMetrics | None) -> list[Text]:
@@ -56,6 +82,14 @@ def header(name: str, reading: EngineMetrics, before: EngineMetrics | None) -> l
         f"  KV cache {percent(figures.get('kv_usage'))}"
     )
     lines = [Text.assemble((f"engine {name}  ", "bold"), line), Text(requests)]
+    if placed := reading.cluster:
+        lines.append(
+            Text(
+                f"conversations: {number(placed.get('engine_pins'))} pinned, "
+                f"{number(placed.get('engine_resident_tokens'))} tokens, "
+                f"{number(placed.get('engine_moves_total'))} came from other engines"
+            )
+        )
     levels = reading.labelled.get("program_waiting_requests")
     if levels is not None:
         waiting = [

@@ -18,7 +18,26 @@ from vllm_agentserve.cluster.relay import Failure, Head, Part, RelayedRequest
 SERVER = """
     import asyncio, os, signal, sys
     from aiohttp import web
-    async def health(request): return web.Response()
+    ended = []
+    async def health(request): return web.Response(status=503 if ended else 200)
+    async def core_ends(request):
+        ended.append(True)
+        if "stream" not in request.query:
+            return web.Response(status=500)
+        answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await answer.prepare(request)
+        await answer.write(b'data: {"a": "\\\\"error\\\\""}\\n\\ndata: {"error": {"code": 500}}\\n\\ndata: [DONE]\\n\\n')
+        return answer
+    async def closes(request):
+        os.unlink(sys.argv[sys.argv.index("--uds") + 1])
+        return web.Response(status=500)
+    async def own_error(request):
+        if "stream" not in request.query:
+            return web.Response(status=500, text="mine")
+        answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await answer.prepare(request)
+        await answer.write(b'data: {"error": {"code": 400}}\\n\\ndata: [DONE]\\n\\n')
+        return answer
     async def echo(request):
         body = await request.read()
         names = [value.hex() for name, value in request.raw_headers if name.lower() == b"x-session-id"]
@@ -44,7 +63,8 @@ SERVER = """
         sys.exit("vllm: error: unrecognized arguments: --bad-option")
     app = web.Application()
     app.add_routes([web.get("/health", health), web.post("/echo", echo), web.post("/stream", stream), web.post("/dies", dies),
-        web.post("/cookie", cookie),
+        web.post("/cookie", cookie), web.post("/core-ends", core_ends), web.post("/own-error", own_error),
+        web.post("/closes", closes),
     ])
     web.run_app(app, path=sys.argv[sys.argv.index("--uds") + 1], print=None)
 """
@@ -125,6 +145,50 @@ async def test_a_request_to_a_server_that_has_ended_went_nowhere(engine: Engine)
     assert not end.delivered
     assert "ended with exit code -9" in end.text
     assert not await engine.healthy(1.0)
+
+
+async def test_an_error_of_an_engine_whose_core_has_ended_is_a_failure(engine: Engine) -> None:
+    """Its server lives for some seconds. Nothing that comes later goes there."""
+    (end,) = await parts(engine, "/core-ends")
+    assert isinstance(end, Failure)
+    assert end.delivered
+    (end,) = await parts(engine, "/echo")
+    assert isinstance(end, Failure)
+    assert not end.delivered
+    assert "EngineCore has ended" in end.text
+    assert not await engine.healthy(1.0)
+
+
+async def test_a_stream_of_an_engine_whose_core_has_ended_breaks(engine: Engine) -> None:
+    _, before, end = await parts(engine, "/core-ends?stream")
+    assert before == b'data: {"a": "\\"error\\""}\n\n'
+    assert isinstance(end, Failure)
+    assert end.delivered
+    (end,) = await parts(engine, "/echo")
+    assert isinstance(end, Failure)
+    assert not end.delivered
+
+
+async def test_nothing_goes_to_a_server_that_has_stopped_listening(engine: Engine) -> None:
+    """Its process may live for a while, to end other answers."""
+    (end,) = await parts(engine, "/closes")
+    assert isinstance(end, Failure)
+    assert end.delivered
+    (end,) = await parts(engine, "/echo")
+    assert isinstance(end, Failure)
+    assert not end.delivered
+    assert "stopped listening" in end.text
+    assert not await engine.healthy(1.0)
+
+
+async def test_errors_of_an_engine_that_goes_on_are_passed_on(engine: Engine) -> None:
+    head, content = await parts(engine, "/own-error")
+    assert isinstance(head, Head)
+    assert (head.status, content) == (500, b"mine")
+    head, content = await parts(engine, "/own-error?stream")
+    assert isinstance(head, Head)
+    assert content == b'data: {"error": {"code": 400}}\n\ndata: [DONE]\n\n'
+    assert isinstance((await parts(engine, "/echo"))[0], Head)
 
 
 async def test_a_wrong_option_is_said(tmp_path: Path) -> None:

@@ -179,7 +179,15 @@ async def test_a_client_that_leaves_while_it_sends_is_not_handed_on() -> None:
 
 async def test_one_page_of_metrics_has_all_engines() -> None:
     async def shown() -> Mapping[str, Any]:
-        return {"decisions": {"first": 2}, "moves": 0, "pins": 2, "resident_tokens": {"e1": 10, "e2": 0}}
+        return {
+            "decisions": {"first": 2},
+            "moves": 0,
+            "timings": {},
+            "pins": 2,
+            "resident_tokens": {"e1": 10, "e2": 0},
+            "engine_pins": {"e1": 2, "e2": 0},
+            "engine_moves": {"e1": 0, "e2": 0},
+        }
 
     engines = Engines([Taken("e1"), Head(200, ()), b"# TYPE x gauge\nx 1.0\n"], [Taken("e2"), Failure("gone", False)])
     status, _, content = await ask(engines, "/metrics", b"", "GET", shown=shown)

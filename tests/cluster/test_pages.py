@@ -4,6 +4,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_agentserve.cluster.load import PER_CHARACTER, Report, TokenRate, load_of, rate_in, report_in, stats_of
 from vllm_agentserve.cluster.merged import merged
+from vllm_agentserve.cluster.timings import NONE, Timings, both
 from vllm_agentserve.policy.placement import EngineLoad
 
 PAGE = """\
@@ -27,7 +28,19 @@ x_seconds_bucket{le="+Inf"} 2.0
 x_seconds_count 2.0
 x_seconds_sum 3.5
 """
-SHOWN = {"decisions": {"pinned": 8, "first": 4}, "moves": 1, "pins": 4, "resident_tokens": {"e2": 7, "e1": 5}}
+TIMINGS = Timings()
+for took_s in (0.0001, 0.0009, 5.0):
+    TIMINGS.add(took_s)
+TIMES = TIMINGS.take()
+SHOWN = {
+    "decisions": {"pinned": 8, "first": 4},
+    "moves": 1,
+    "timings": {"asked": TIMES, "known": both(TIMES, TIMES)},
+    "pins": 4,
+    "resident_tokens": {"e2": 7, "e1": 5},
+    "engine_pins": {"e2": 3, "e1": 1},
+    "engine_moves": {"e2": 1, "e1": 0},
+}
 
 
 def test_the_load_of_an_engine_is_on_its_page() -> None:
@@ -76,3 +89,14 @@ def test_one_page_has_the_samples_of_all_engines() -> None:
     assert {sample.labels["replica"]: sample.value for sample in resident.samples} == {"e1": 5.0, "e2": 7.0}
     assert families["agentserve_cluster_moves"].samples[0].value == 1.0
     assert len(families["x_seconds"].samples) == 8
+    took = {
+        (one.labels["table"], one.labels["le"]): one.value
+        for one in families["agentserve_cluster_decision_seconds"].samples
+        if one.name.endswith("_bucket")
+    }
+    assert [took["asked", bound] for bound in ("0.0001", "0.0005", "0.001", "1.0", "+Inf")] == [1, 1, 2, 2, 3]
+    assert took["known", "+Inf"] == 6
+    assert TIMINGS.take() == NONE
+    for name, expected in (("engine_pins", {"e1": 1.0, "e2": 3.0}), ("engine_moves", {"e1": 0.0, "e2": 1.0})):
+        samples = families[f"agentserve_cluster_{name}"].samples
+        assert {sample.labels["replica"]: sample.value for sample in samples} == expected

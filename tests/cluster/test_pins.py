@@ -10,7 +10,7 @@ from vllm_agentserve.cluster.caller import Caller
 from vllm_agentserve.cluster.chooser import KNOWN_S, Chooser
 from vllm_agentserve.cluster.load import Report
 from vllm_agentserve.cluster.settings import ClusterSettings
-from vllm_agentserve.cluster.table import NAMED_S, UNREACHED_S, PinTable, Reports
+from vllm_agentserve.cluster.table import MOST_GONE, NAMED_S, UNREACHED_S, PinTable, Reports
 from vllm_agentserve.policy.fleet import rendezvous
 from vllm_agentserve.policy.placement import EngineLoad
 
@@ -192,6 +192,41 @@ def test_tokens_that_live_on_engines_are_counted(clock: Clock) -> None:
     table.finished("s", engine, 250, last=True)
     assert sum(table.shown()["resident_tokens"].values()) == 0
     assert table.shown()["pins"] == 0
+
+
+async def test_clients_that_send_a_new_name_with_every_call_grow_no_table(clock: Clock) -> None:
+    near = Near(clock, max_pins=50)
+    chooser = Chooser(near, max_known=40, clock=clock)
+    for number in range(500):
+        caller = Caller(f"{number}" * 60, parent=f"parent {number}")
+        await chooser.choose(caller, 100, LOADS)
+        near.table.finished(caller.session, "a", 100, last=False)
+        near.table.turn(f"turn {number}", 100, "a")
+    assert near.table.shown()["pins"] <= 50
+    assert len(chooser._known) <= 40
+    assert set(near.table.shown()["engine_pins"]) == set(LOADS)
+
+
+def test_engines_that_have_ended_are_forgotten_at_last(clock: Clock) -> None:
+    table = PinTable(ClusterSettings("model").mapping(), clock)
+    for number in range(3 * MOST_GONE):
+        table.place("s", 100, None, {f"{number}": None}, (f"{number - 1}",))
+    assert len(table._gone) == MOST_GONE
+    assert table.shown()["engine_moves"] == {f"{3 * MOST_GONE - 1}": 1}
+
+
+def test_the_first_reason_of_those_that_did_not_start_is_kept_for_a_time(clock: Clock) -> None:
+    table = PinTable(ClusterSettings("model").mapping(), clock)
+    table.failed("of an earlier start")
+    clock.now += 100
+    assert table.first_failure(50) == ""
+    for number in range(5):
+        table.failed(f"reason {number}" + "x" * 10_000)
+    assert table.first_failure(50).startswith("reason 0x")
+    assert len(table.first_failure(50)) == 4000
+    for number in range(1000):
+        table.failed(f"{number}")
+    assert table.first_failure(50) == "984"
 
 
 def test_a_table_that_has_just_begun_knows_no_engines(clock: Clock) -> None:

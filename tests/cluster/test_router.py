@@ -91,6 +91,18 @@ async def test_what_is_no_request_of_ours_goes_anywhere(router: Any) -> None:
     assert await router.choose_replicas(REPLICAS, pending("other")) == [REPLICAS]
 
 
+async def test_how_long_decisions_take_is_told_by_whether_the_table_was_asked(router: Any) -> None:
+    told: list[Any] = []
+    router._table = SimpleNamespace(timed=told.append)
+    for number in range(5):
+        await router.choose_replicas(REPLICAS, pending(RelayedRequest("POST", "/", caller=Caller("s")), f"{number}"))
+    router._told_s = 0.0
+    await router.choose_replicas(REPLICAS, pending(RelayedRequest("POST", "/", caller=Caller("t")), "t"))
+    assert len(told) == 2
+    counts = {name: sum(sum(one[name][1:]) for one in told) for name in ("asked", "known")}
+    assert counts == {"asked": 2, "known": 4}
+
+
 def test_the_application_is_what_its_settings_say() -> None:
     from vllm_agentserve.cluster.application import build
 

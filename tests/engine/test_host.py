@@ -55,7 +55,7 @@ def test_in_small_host_memory_programs_find_their_contexts_and_answers_are_stock
     scheduler = scheduler_of(small)
     live = AGENTS * records[-1].prompt_tokens
     assert 0.3 * live < scheduler.host.tokens < 0.7 * live
-    found = agents(small)
+    found = run_agents(small, AGENTS)
     prompts = {(record.session, record.turn): record.prompt for record in records}
     assert {(record.session, record.turn): record.prompt for record in found} == prompts
     assert sum(record.cached_tokens or 0 for record in found) > sum(record.cached_tokens or 0 for record in records)

@@ -269,6 +269,36 @@ def test_engines_are_shown_apart() -> None:
     assert said.index("000002") < said.index("engine 10 ") < said.index("00000a")
 
 
+def test_a_cluster_is_shown_as_one_and_by_engine() -> None:
+    def cluster(tokens: float) -> str:
+        pages = "".join(
+            page(STOCK + OURS + TOLD, tokens=tokens, live=live)
+            .replace('{engine="0"', f'{{replica="{name}",engine="0"')
+            .replace('le="+Inf",engine', f'le="+Inf",replica="{name}",engine')
+            for name, live in (("abc", 4), ("xyz", 9))
+        )
+        placed = "".join(
+            f'agentserve_cluster_engine_pins{{replica="{name}"}} {pins}\n'
+            f'agentserve_cluster_engine_resident_tokens{{replica="{name}"}} {pins * 1000}\n'
+            f'agentserve_cluster_engine_moves_total{{replica="{name}"}} {moves}\n'
+            for name, pins, moves in (("abc", 7, 0), ("xyz", 5, 2))
+        )
+        return pages + placed + 'agentserve_cluster_pins 12\nagentserve_cluster_decisions_total{reason="first"} 12\n'
+
+    said = drawn(cluster(150.0), cluster(100.0))
+    assert "cluster  2 engines  requests: 6 running, 4 waiting  generated 100 tokens/s" in said
+    assert "conversations: 12 pinned, 12000 tokens, 2 moved" in said
+    one, other = said.index("engine abc "), said.index("engine xyz ")
+    assert one < said.index("conversations: 7 pinned, 7000 tokens, 0 came from other engines") < other
+    assert other < said.index("conversations: 5 pinned, 5000 tokens, 2 came from other engines")
+    assert "cluster" not in drawn(page(STOCK + OURS + TOLD))
+
+
+def test_a_cluster_of_stock_engines_says_what_is_missing() -> None:
+    text = page(STOCK).replace('{engine="0"', '{replica="a",engine="0"')
+    assert "without our scheduler" in drawn(text + 'agentserve_cluster_engine_pins{replica="a"} 1\n')
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -48,5 +48,5 @@ RAY_CONTRACT = (
     *calls("ray.serve.handle:DeploymentResponseGenerator", APPLICATION, cancel=""),
     *exports("ray.serve._private.constants", COMMAND, "SERVE_SESSION_ID"),
     *exports("ray", COMMAND, "init shutdown"),
-    *exports("ray", ACTOR, "remote"),
+    *exports("ray", ACTOR, "get get_actor remote"),
 )

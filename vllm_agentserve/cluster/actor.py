@@ -9,9 +9,13 @@ import ray
 
 from vllm_agentserve.cluster.settings import ClusterSettings
 from vllm_agentserve.cluster.table import NAMESPACE, PinTable, Reports
+from vllm_agentserve.cluster.timings import Counts
 
 FIND_AGAIN_S = 1.0
 """A table that could not be reached is looked for no sooner."""
+
+ASK_S = 5.0
+"""So long a question without a loop waits for an answer."""
 
 
 class TableActor:
@@ -49,6 +53,22 @@ class TableActor:
     async def finished(self, session: str, engine: str, context_tokens: int, last: bool) -> None:
         """Does not wait for the table."""
         (await self._found()).finished.remote(session, engine, context_tokens, last)
+
+    def timed(self, timings: Mapping[str, Counts]) -> None:
+        """Does not wait. Times that it cannot tell are lost."""
+        if self._handle is not None:
+            self._handle.timed.remote(dict(timings))
+
+    async def failed(self, reason: str) -> None:
+        await (await self._found()).failed.remote(reason)
+
+    def first_failure(self, within_s: float) -> str:
+        """See `PinTable.first_failure`; "" if the table cannot be asked. Waits, and makes no table."""
+        try:
+            handle = ray.get_actor(self.name, namespace=NAMESPACE)
+            return str(ray.get(handle.first_failure.remote(within_s), timeout=ASK_S))
+        except Exception:
+            return ""
 
     async def ready(self) -> None:
         """Returns when the table can be asked: its process takes seconds to start."""

@@ -62,6 +62,8 @@ class Chooser:
         self._lost: dict[str, None] = {}
         """Engines that are to be named to the table as gone."""
         self._missed = 0
+        self.asked = False
+        """Whether the table was asked for the engine that was last chosen."""
         self._numbers = itertools.count()
 
     async def choose(self, caller: Caller, tokens: int, reports: Reports, avoid: tuple[str, ...] = ()) -> str:
@@ -80,6 +82,7 @@ class Chooser:
         engine, until = self._known.get(caller.session, ("", 0.0))
         if engine in left and now < until:
             self._say_turn(caller.session, tokens, engine)
+            self.asked = False
             return engine
         gone = tuple(self._lost)
         try:
@@ -89,6 +92,7 @@ class Chooser:
                 )
         except Exception:
             engine = reason = ""
+        self.asked = True
         if engine not in left:
             self._missed += 1
             return rendezvous(caller.session or f"call {next(self._numbers)}", left)

@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 
 from vllm_agentserve.cluster.settings import ClusterSettings, SettingsError
 from vllm_agentserve.vllm_compat import require_supported_vllm
@@ -56,24 +57,30 @@ def execute(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray would read a session from the header, and refuse the bytes that it cannot decode. The ingress reads it.
     os.environ.setdefault("RAY_SERVE_SESSION_ID_HEADER_KEY", "x-agentserve-unused")
+    # Ray would leave out lines of one engine that another one has written too.
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     if arguments.address is None:
         # Ray's own option for machines whose firewall asks: a Ray that no other machine can join listens on 127.0.0.1 only.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
     from ray import serve
 
+    from vllm_agentserve.cluster.actor import TableActor
     from vllm_agentserve.cluster.application import NAME, build
 
     if arguments.address is None:
         ray.init(address="local", include_dashboard=False)
     else:
         ray.init(address=arguments.address)
+    failure = ""
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": arguments.host, "port": arguments.port})
+        began_s = time.monotonic()
         try:
             serve.run(build(settings.mapping()), name=NAME, route_prefix="/")
         except RuntimeError as error:
-            print(f"error: the engines did not start: {error}", file=sys.stderr)
+            reason = TableActor(NAME, settings).first_failure(time.monotonic() - began_s)
+            failure = f"the engines did not start: {reason or error}"
             return 1
         print(f"{settings.engines} engines at http://{arguments.host}:{arguments.port}", flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -85,3 +92,6 @@ def execute(arguments: argparse.Namespace) -> int:
         else:
             serve.delete(NAME)
         ray.shutdown()
+        # After all that Ray says while it ends.
+        if failure:
+            print(f"error: {failure}", file=sys.stderr, flush=True)

@@ -1,7 +1,9 @@
 """One engine: a `vllm serve` that listens on a Unix socket, in a folder that no other user can read."""
 
 import asyncio
+import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from vllm_agentserve.bench.server import first_cause
-from vllm_agentserve.cluster.relay import Failure, Head, Part, RelayedRequest, WholeEvents, end_to_end, is_stream
+from vllm_agentserve.cluster.relay import EVENT, Failure, Head, Part, RelayedRequest, WholeEvents, end_to_end, is_stream
 from vllm_agentserve.cluster.settings import START_TIMEOUT_S
 from vllm_agentserve.processes.group import stop_group
 
@@ -27,10 +29,19 @@ STOP_S = 20.0
 ENDING_S = 1.0
 ASK_S = 0.25
 """Between two questions whether it is healthy."""
-LOG_LINES = 400
+HEALTH_S = 5.0
+LOG_LINES = 2000
 """Lines of its output that are kept to say why it ended."""
+LINE_CHARACTERS = 2000
+"""Of such a line, at most."""
+CLOSED = (errno.ECONNREFUSED, errno.ENOENT)
+"""Errors of a connection to a socket on which nobody listens."""
 OUR_HEADERS = (b"host", b"content-length", b"expect")
 """Headers of a request that are written anew."""
+
+
+ERROR = re.compile(rb'"error"(?!\s*:\s*null)')
+"""In an event that says an error. In texts of a model the quotation marks have a backslash before them."""
 
 
 class EngineError(RuntimeError):
@@ -65,6 +76,9 @@ class Engine:
         self._process: subprocess.Popen[bytes] | None = None
         self._session: aiohttp.ClientSession | None = None
         self._said: deque[str] = deque(maxlen=LOG_LINES)
+        self._started = False
+        self._ending = ""
+        """Why it will not answer any more, though its server may."""
 
     @property
     def alive(self) -> bool:
@@ -76,6 +90,8 @@ class Engine:
 
     def how_it_ended(self) -> str:
         code = self._process.poll() if self._process is not None else None
+        if code is None and self._ending:
+            return self._ending
         return f"vllm serve ended with exit code {code}" if code is not None else "vllm serve does not answer"
 
     async def start(self) -> None:
@@ -117,6 +133,7 @@ class Engine:
                     f"{self._cause()}"
                 )
             await asyncio.sleep(min(ASK_S, self._start_timeout_s))
+        self._started = True
 
     def _cause(self) -> str:
         """What went wrong first, or the last that it said."""
@@ -127,7 +144,7 @@ class Engine:
         """Its output becomes ours, which Ray keeps."""
         for line in output:
             text = line.decode(errors="replace").rstrip("\n")
-            self._said.append(text)
+            self._said.append(text[:LINE_CHARACTERS])
             print(text, flush=True)
 
     async def page(self, path: str, timeout_s: float = 5.0) -> bytes | None:
@@ -144,13 +161,40 @@ class Engine:
             return None
 
     async def healthy(self, timeout_s: float) -> bool:
-        return self.alive and await self.page("/health", timeout_s) is not None
+        return self.alive and await self._health(timeout_s) == 200 and not self._ending
+
+    async def _health(self, timeout_s: float) -> int | None:
+        """The status of its page of health; None if it does not answer in that time."""
+        import aiohttp
+
+        if self._session is None:
+            return None
+        try:
+            limit = aiohttp.ClientTimeout(total=timeout_s)
+            async with self._session.get("http://engine/health", timeout=limit) as answer:
+                if self._started and answer.status == 503:
+                    # Its server answers for seconds yet: nothing but errors.
+                    self._ending = "the engine's EngineCore has ended"
+                return answer.status
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            self._see(error)
+            return None
+
+    def _see(self, error: Exception) -> None:
+        """A server that has listened and does not any more ends, whether its process lives or not."""
+        if self._started and getattr(error, "errno", None) in CLOSED:
+            self._ending = self._ending or "vllm serve has stopped listening"
+
+    async def _has_ended(self) -> bool:
+        """Whether an error that it has answered was the end of it."""
+        await self._health(HEALTH_S)
+        return bool(self._ending) or not self.alive
 
     async def answer(self, request: RelayedRequest) -> AsyncIterator[Part]:
         """What it answers: `Head` and bytes, or a `Failure`. The bytes of a stream are whole events, others come as one."""
         import aiohttp
 
-        if self._session is None or not self.alive:
+        if self._session is None or not self.alive or self._ending:
             yield Failure(self.how_it_ended(), delivered=False)
             return
         given = end_to_end(request.headers, *OUR_HEADERS)
@@ -167,6 +211,10 @@ class Engine:
                 sent = end_to_end(answer.raw_headers)
                 if not is_stream(sent):
                     content = await answer.read()
+                    if answer.status >= 500 and await self._has_ended():
+                        # It may have been this request that ended it.
+                        yield Failure(f"{self.how_it_ended()} before it answered", delivered=True)
+                        return
                     yield Head(answer.status, sent)
                     yield content
                     return
@@ -174,13 +222,22 @@ class Engine:
                 begun = True
                 events = WholeEvents()
                 async for more in answer.content.iter_any():
-                    if whole := events.feed(more):
+                    whole = events.feed(more)
+                    if (found := ERROR.search(whole)) and await self._has_ended():
+                        # vLLM goes on after its error as after a whole answer.
+                        before, end, _ = whole[: found.start()].rpartition(EVENT)
+                        if end:
+                            yield before + end
+                        yield Failure(f"{self.how_it_ended()} in the middle of an answer", delivered=True)
+                        return
+                    if whole:
                         yield whole
                 if rest := events.rest():
                     yield rest
-        except aiohttp.ClientConnectorError:
-            # Nobody listens: the request has gone nowhere. A server that lives has too much to do just now.
-            yield Failure(self.how_it_ended(), delivered=self.alive)
+        except aiohttp.ClientConnectorError as error:
+            # The request has gone nowhere. A server that listens has too much to do just now.
+            self._see(error)
+            yield Failure(self.how_it_ended(), delivered=self.alive and not self._ending)
         except (aiohttp.ClientError, OSError) as error:
             await self._known_to_have_ended()
             where = "in the middle of an answer" if begun else "before it answered"

@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_agentserve.cluster.timings import samples
+
 SAMPLE = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{(.*)\})?( .*)$")
 SERIES = "agentserve_cluster_"
 """What the series of placement begin with."""
@@ -12,9 +14,18 @@ LABEL = "replica"
 KINDS = {
     "decisions_total": ("counter", "Calls placed, by the reason of their place."),
     "moves_total": ("counter", "Conversations that went on at another engine."),
-    "pins": ("gauge", "Conversations that are pinned to an engine."),
+    "decision_seconds": ("histogram", "Seconds that the choice of an engine took, by whether the table was asked."),
+    "pins": ("gauge", "Conversations that are pinned."),
+    "engine_pins": ("gauge", "Conversations that are pinned to an engine."),
+    "engine_moves_total": ("counter", "Conversations that came to an engine from another one."),
     "engine_resident_tokens": ("gauge", "Tokens of the conversations that are pinned to an engine."),
 }
+PER_ENGINE = {
+    "engine_pins": "engine_pins",
+    "engine_moves_total": "engine_moves",
+    "engine_resident_tokens": "resident_tokens",
+}
+"""Series with a value for each engine, and what `PinTable.shown` calls them."""
 
 
 def merged(shown: Mapping[str, Any], pages: Mapping[str, str]) -> str:
@@ -30,10 +41,12 @@ def merged(shown: Mapping[str, Any], pages: Mapping[str, str]) -> str:
     for reason, count in sorted(shown["decisions"].items()):
         families[f"{SERIES}decisions_total"].append(f'{SERIES}decisions_total{{reason="{reason}"}} {count}')
     families[f"{SERIES}moves_total"].append(f"{SERIES}moves_total {shown['moves']}")
+    for name, counts in sorted(shown["timings"].items()):
+        families[f"{SERIES}decision_seconds"] += samples(f"{SERIES}decision_seconds", f'table="{name}"', counts)
     families[f"{SERIES}pins"].append(f"{SERIES}pins {shown['pins']}")
-    for engine, tokens in sorted(shown["resident_tokens"].items()):
-        sample = f'{SERIES}engine_resident_tokens{{{LABEL}="{engine}"}} {tokens}'
-        families[f"{SERIES}engine_resident_tokens"].append(sample)
+    for name, key in PER_ENGINE.items():
+        for engine, value in sorted(shown[key].items()):
+            families[SERIES + name].append(f'{SERIES}{name}{{{LABEL}="{engine}"}} {value}')
     for engine, page in sorted(pages.items()):
         add_page(families, engine, page)
     return "\n".join(line for lines in families.values() for line in lines) + "\n"

@@ -1,5 +1,6 @@
 """Ray Serve's router for the engines: asks for the engine of each request, and gives Ray that one only."""
 
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -11,9 +12,13 @@ from vllm_agentserve.cluster.chooser import Chooser
 from vllm_agentserve.cluster.load import rate_in, report_in
 from vllm_agentserve.cluster.relay import RelayedRequest
 from vllm_agentserve.cluster.settings import ClusterSettings
+from vllm_agentserve.cluster.timings import Timings
 
 UNDER_WAY = 4096
 """Requests whose engine is remembered while Ray tries to send them."""
+
+TELL_S = 0.5
+"""Between two times that the table is told how long decisions took."""
 
 
 class ConversationRouter(RequestRouter):
@@ -22,7 +27,11 @@ class ConversationRouter(RequestRouter):
     def initialize_state(self, settings: Mapping[str, Any], app: str) -> None:
         """Args: the cluster's settings, and the name of its Ray Serve application."""
         found = ClusterSettings.from_mapping(settings)
-        self._chooser = Chooser(TableActor(app, found), found.policy, found.pin_seconds, found.max_pins)
+        self._table = TableActor(app, found)
+        self._timings = {"asked": Timings(), "known": Timings()}
+        """Of decisions for which the table was asked, and of those that this ingress knew."""
+        self._told_s = 0.0
+        self._chooser = Chooser(self._table, found.policy, found.pin_seconds, found.max_pins)
         self._chosen: OrderedDict[tuple[str, tuple[str, ...]], str] = OrderedDict()
 
     async def choose_replicas(
@@ -39,11 +48,20 @@ class ConversationRouter(RequestRouter):
         number = (pending_request.metadata.internal_request_id, request.avoid)
         engine = self._chosen.get(number)
         if engine not in replicas:
+            began_s = time.perf_counter()
             stats = {name: one.routing_stats or {} for name, one in replicas.items()}
             tokens = request.caller.prompt_tokens(rate_in(list(stats.values())))
             reports = {name: report_in(one) for name, one in stats.items()}
             engine = await self._chooser.choose(request.caller, tokens, reports, request.avoid)
             self._chosen[number] = engine
+            self._count(time.perf_counter() - began_s)
             if len(self._chosen) > UNDER_WAY:
                 self._chosen.popitem(last=False)
         return [[replicas[engine]]]
+
+    def _count(self, took_s: float) -> None:
+        self._timings["asked" if self._chooser.asked else "known"].add(took_s)
+        now = time.monotonic()
+        if now - self._told_s >= TELL_S:
+            self._told_s = now
+            self._table.timed({name: one.take() for name, one in self._timings.items()})

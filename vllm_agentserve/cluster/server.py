@@ -11,7 +11,7 @@ from ray import serve
 from vllm_agentserve.bench.device import has_nvidia_driver
 from vllm_agentserve.bench.server import bound_cores, ranks, serving_environment
 from vllm_agentserve.cluster.actor import TableActor
-from vllm_agentserve.cluster.engine import Engine
+from vllm_agentserve.cluster.engine import Engine, EngineError
 from vllm_agentserve.cluster.load import Report, TokenRate, load_of, stats_of
 from vllm_agentserve.cluster.relay import (
     ENGINE_HEADER,
@@ -52,8 +52,11 @@ class EngineServer:
         try:
             await asyncio.wait_for(self._table.ready(), found.start_timeout_s)
             await self._engine.start()
-        except BaseException:
+        except BaseException as error:
             self._engine.stop()
+            if isinstance(error, EngineError):
+                with contextlib.suppress(Exception):
+                    await self._table.failed(str(error))
             raise
         print(f"agentserve: engine {self.name} is ready, process {self._engine.pid}", flush=True)
 

@@ -1,11 +1,13 @@
 """The table of pins: one for all ingresses of a cluster, in a process of its own."""
 
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm_agentserve.cluster.load import Report
 from vllm_agentserve.cluster.settings import ClusterSettings
+from vllm_agentserve.cluster.timings import NONE, Counts, both
 
 NAMESPACE = "agentserve"
 UNREACHED_S = 30.0
@@ -14,6 +16,10 @@ NAMED_S = 600.0
 """An engine that is gone is remembered until no ingress has named it for so long."""
 MOST_GONE = 4096
 """Engines that are gone and remembered."""
+FAILURES = 16
+"""Engines that did not start whose reasons are kept."""
+REASON_CHARACTERS = 4000
+"""Of a reason, at most."""
 Reports = Mapping[str, Report | None]
 """Engines that can be reached, with what each last said of itself."""
 
@@ -37,6 +43,9 @@ class PinTable:
         """Engines that are gone, and when an ingress last named each of them, the longest ago first."""
         self._decisions: dict[str, int] = {}
         self._moves = 0
+        self._moved_to: dict[str, int] = {}
+        self._timings: dict[str, Counts] = {}
+        self._failures: deque[tuple[float, str]] = deque(maxlen=FAILURES)
 
     def place(
         self,
@@ -68,7 +77,9 @@ class PinTable:
     ) -> tuple[str, str]:
         decision = self._placement.place(session, tokens, now, parent, known)
         self._decisions[decision.reason] = self._decisions.get(decision.reason, 0) + 1
-        self._moves += decision.moved_from is not None
+        if decision.moved_from is not None:
+            self._moves += 1
+            self._moved_to[decision.engine] = self._moved_to.get(decision.engine, 0) + 1
         return decision.engine, decision.reason
 
     def turn(self, session: str, tokens: int, engine: str) -> None:
@@ -85,13 +96,31 @@ class PinTable:
         if last:
             self._placement.ended(session, now)
 
+    def timed(self, timings: Mapping[str, Counts]) -> None:
+        """Decisions took so long, by whether the table was asked."""
+        for name, counts in timings.items():
+            self._timings[name] = both(self._timings.get(name, NONE), counts)
+
+    def failed(self, reason: str) -> None:
+        """An engine did not start."""
+        self._failures.append((self._clock(), reason[:REASON_CHARACTERS]))
+
+    def first_failure(self, within_s: float) -> str:
+        """Why the first engine of those that did not start in the last seconds did not; "" if there was none."""
+        since = self._clock() - within_s
+        return next((reason for failed_s, reason in self._failures if failed_s >= since), "")
+
     def shown(self) -> dict[str, Any]:
         """What is on the page of metrics."""
+        pins = Counter(self._placement.pins.values())
         return {
             "decisions": dict(self._decisions),
             "moves": self._moves,
+            "timings": dict(self._timings),
             "pins": len(self._placement.pins),
             "resident_tokens": {name: self._placement.resident_tokens(name) for name in self._engines},
+            "engine_pins": {name: pins[name] for name in self._engines},
+            "engine_moves": {name: self._moved_to.get(name, 0) for name in self._engines},
         }
 
     def _see(self, reports: Reports, gone: tuple[str, ...], now: float) -> None:
@@ -106,6 +135,7 @@ class PinTable:
         for name in (*gone, *(unreached if reports else ())):
             self._engines.pop(name, None)
             self._reached_s.pop(name, None)
+            self._moved_to.pop(name, None)
         if set(self._engines) != before:
             self._placement.engines(self._engines, now)
         for name, report in reports.items():

@@ -1,0 +1,42 @@
+"""The figures of the benchmark of several engines, without any."""
+
+import math
+
+from benchmarks.several_engines import Row, decisions, median, share_within, table
+from vllm_agentserve.cluster.merged import merged
+from vllm_agentserve.cluster.timings import Timings
+
+
+def page(**times_s: list[float]) -> str:
+    found = {}
+    for name, values in times_s.items():
+        timings = Timings()
+        for value in values:
+            timings.add(value)
+        found[name] = timings.take()
+    shown = {"decisions": {}, "moves": 0, "pins": 0, "resident_tokens": {}}
+    return merged(shown | {"timings": found, "engine_pins": {}, "engine_moves": {}}, {})
+
+
+def test_a_share_of_a_histogram_lies_within_the_bound_of_its_class() -> None:
+    every, asked, known = decisions(page(asked=[0.003] * 6, known=[0.0002] * 94))
+    assert (every.value, every.reached) == (5.0, False)
+    assert (asked.value, known.value) == (5.0, 0.25)
+    assert decisions(page(asked=[0.003] * 5, known=[0.0002] * 95))[0].value == 0.25
+    assert decisions(page(asked=[5.0]))[0].value == math.inf
+    assert math.isnan(share_within([], 0.95))
+
+
+def test_what_was_missed_stands_beside_what_was_to_be_reached() -> None:
+    rows = [Row("a", 0, most=0), Row("b", False, least=1), Row("c", 2.5)]
+    assert table(rows).splitlines()[2:] == [
+        "| a | at most 0 | 0 |",
+        "| b | at least 1 | 0 (missed) |",
+        "| c |  | 2.5 |",
+    ]
+    assert [row.reached for row in rows] == [True, False, True]
+    assert not Row("none", math.nan, most=1.0).reached
+
+
+def test_a_median_is_that_of_the_middle() -> None:
+    assert (median([1, 2, 9]), median([1, 2, 4, 9])) == (2, 3)
