@@ -9,7 +9,7 @@ from vllm.platforms import current_platform
 
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.policy.step_sizes import step_sizes
-from vllm_agentserve.scheduler.upstream import UpstreamHooks
+from vllm_agentserve.scheduler.vllm_hooks import VllmHooks
 from vllm_agentserve.vllm_compat import cpu, cpu_worker
 
 
@@ -139,8 +139,8 @@ def test_which_engines_get_it(
 
 
 def test_the_check_of_arguments_chooses_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_agentserve.scheduler.upstream.choose_lanes", lambda arguments, options: None)
-    monkeypatch.setattr("vllm_agentserve.scheduler.upstream.add_host", lambda arguments, options: None)
+    monkeypatch.setattr("vllm_agentserve.scheduler.vllm_hooks.choose_lanes", lambda arguments, options: None)
+    monkeypatch.setattr("vllm_agentserve.scheduler.vllm_hooks.add_host", lambda arguments, options: None)
     arguments = SimpleNamespace(worker_cls="auto", additional_config=None)
-    UpstreamHooks.check_engine_args(arguments)
+    VllmHooks.check_engine_args(arguments)
     assert arguments.worker_cls == cpu.WORKER
