@@ -276,6 +276,14 @@ def test_keys_are_not_shown() -> None:
         assert "=v" not in str(raised.value)
 
 
+def test_none_of_several_keys_is_shown_nor_a_token_of_a_model_hub() -> None:
+    given = ["--api-key", "s", "t", "--seed", "1", "--hf-token", "u", "--hf_token=v", "--serve", "--api-key w x --y 2"]
+    shown = ["--api-key", "KEY", "KEY", "--seed", "1", "--hf-token", "KEY", "--hf_token=KEY", "--serve"]
+    assert hidden(given) == [*shown, "--api-key KEY --y 2"]
+    with pytest.raises(WorkloadError, match="an arm whose name holds an API key is not allowed"):
+        parse_arm("stock:hf-token=v")
+
+
 @pytest.mark.parametrize("url", ["http://h:1/v1", "http://h:1/v1/", "http://h:1/", "http://h:1"])
 def test_an_address_may_be_given_as_clients_of_the_openai_api_are_given_it(url: str) -> None:
     assert parse_url_arm(f"a={url}").url == "http://h:1"

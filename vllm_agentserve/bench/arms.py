@@ -33,6 +33,10 @@ TAKEN = {
 """Options of `vllm serve` with which its server would not be found."""
 HIDDEN = "KEY"
 """What stands where an API key was given."""
+SECRETS = ("--api-key", "--hf-token")
+"""Options of `vllm serve` whose values nobody else may see."""
+SECRET = re.compile(r"(--(?:api|hf)[-_](?:key|token)(?:\s+|=))\S+(?:\s+(?!-)\S+)*")
+"""One of them in a longer text, with all its values."""
 MODES = get_args(get_type_hints(AgentServeConfig)["mode"])
 HOST_POLICIES = tuple(
     name for name in get_args(get_type_hints(AgentServeConfig)["kv_host_policy"]) if name not in OWN_POLICIES
@@ -90,8 +94,8 @@ def parse_arm(text: str) -> Arm:
         policy, tail = offload_policy(tail)
     pairs = parse_pairs(text, tail)
     client = client_options(text, pairs)
-    if any(option_name(key.removeprefix("serve.")) == "api-key" for key in pairs):
-        where = "the environment, as VLLM_API_KEY, or in --serve"
+    if any(f"--{option_name(key.removeprefix('serve.'))}" in SECRETS for key in pairs):
+        where = "the environment, as VLLM_API_KEY or HF_TOKEN, or in --serve"
         raise WorkloadError(
             f"an arm whose name holds an API key is not allowed, names are written down: give it in {where}"
         )
@@ -201,14 +205,19 @@ def last_value(options: Sequence[str], name: str) -> str | None:
 
 
 def hidden(command: Sequence[str]) -> list[str]:
-    """A command line in which API keys are replaced by a word, for what is written down and shown."""
+    """A command line in which API keys and tokens are replaced by a word, for what is written down and shown.
+
+    vLLM takes several keys after one option.
+    """
     shown: list[str] = []
-    before = ""
+    hides = False
     for word in command:
+        if hides and not word.startswith("-"):
+            shown.append(HIDDEN)
+            continue
         # One word of ours may hold several options of a server: `--serve "--api-key X"`.
-        one = re.sub(r"(--api[-_]key(?:\s+|=))\S+", rf"\g<1>{HIDDEN}", word)
-        shown.append(HIDDEN if option_name(before) == "--api-key" and "=" not in before else one)
-        before = word
+        shown.append(SECRET.sub(rf"\1{HIDDEN}", word))
+        hides = "=" not in word and option_name(word) in SECRETS
     return shown
 
 
