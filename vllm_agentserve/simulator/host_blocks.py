@@ -38,7 +38,7 @@ class Filling:
     Args:
         program: its own name, not that of a program which started it.
         named: whether its client names it.
-        offered: blocks of its context that were offered so far; those that are found in the KV cache are not.
+        offered: blocks at the beginning of its context that need not be offered any more: they were, or came back.
         seen: the first of its blocks that it offered or got back.
         stored, missed: what an `arc` remembers of it.
     """
