@@ -1,5 +1,7 @@
 """Whose copies make room in host memory."""
 
+from time import process_time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -267,3 +269,100 @@ def test_books_agree_and_pinned_copies_stay(steps: list[Step], learned: bool) ->
     rest = hosting.make_room(len(kept), now_s, anything)
     assert rest is not None
     assert {*rest} == kept
+
+
+def shared_prompt(hosting: Hosting, name: str, blocks: int = 8) -> None:
+    """A call that found all blocks of its prompt in host memory, or stored them."""
+    for place in range(blocks):
+        if f"system{place}" not in hosting:
+            hosting.store(name, f"system{place}", place)
+    hosting.use(name, [(f"system{place}", place) for place in range(blocks)])
+
+
+@pytest.mark.parametrize("returns", [False, True])
+def test_programs_that_share_a_prompt_are_not_remembered_for_as_long_as_it_is_kept(
+    monkeypatch: pytest.MonkeyPatch, returns: bool
+) -> None:
+    monkeypatch.setattr("vllm_agentserve.policy.hosting.PARTS", 64)
+    hosting = Hosting(returning(0.1) if returns else None)
+    for number in range(1000):
+        hosting.arrive(f"p{number}", 1e5 * number)
+        hosting.admit(f"p{number}")
+        hosting.end(f"p{number}", 1e5 * number)
+        shared_prompt(hosting, f"p{number}")
+    assert len(hosting._contexts) <= 16
+    assert len(hosting._first) <= 16
+    assert len(hosting.context("p999")) == len(hosting) == 8
+    assert hosting.faults() == []
+
+
+def test_what_only_one_program_has_stays_its_own_when_contexts_are_thinned_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_agentserve.policy.hosting.PARTS", 64)
+    hosting = Hosting()
+    for number in range(100):
+        shared_prompt(hosting, f"p{number}")
+        hosting.store(f"p{number}", f"own{number}", 8)
+        hosting.use(f"p{number}", [(f"own{number}", 8)])
+    assert hosting.faults() == []
+    assert sum(map(len, hosting._contexts.values())) <= 4 * len(hosting)
+    assert hosting.make_room(100, 0.0, anything) == [f"own{number}" for number in range(100)], (
+        "the longest unused first"
+    )
+    assert len(hosting) == 8
+
+
+def test_a_program_comes_when_all_that_are_remembered_have_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_agentserve.policy.expected_back.PROGRAMS_KEPT", 20)
+    hosting = Hosting()
+    for number in range(30):
+        turn(hosting, f"p{number}", number, 1)
+    assert len(hosting._programs) == 30
+    assert hosting.make_room(30, 40.0, anything) is not None
+    for number in range(30, 80):
+        turn(hosting, f"p{number}", number, 0)
+    assert len(hosting._programs) <= 30
+
+
+def test_a_context_that_was_written_anew_takes_no_longer_to_store_than_another() -> None:
+    """A sort for each block takes seconds."""
+    blocks = 4_000
+    hosting = Hosting()
+    for place in range(blocks):
+        hosting.store("a", ("old", place), place)
+    began_s = process_time()
+    for place in range(blocks):
+        hosting.store("a", ("new", place), place)
+    assert process_time() - began_s < 1.0
+    assert hosting.make_room(2, 0.0, anything) == [("new", blocks - 1), ("old", blocks - 1)]
+    assert hosting.faults() == []
+
+
+def test_who_lost_its_place_does_not_make_room() -> None:
+    hosting = Hosting()
+    for name in "ab":
+        hosting.arrive(name, 0.0)
+        hosting.admit(name)
+        stored(hosting, name, 2)
+    hosting.waits_anew("a")
+    assert hosting.make_room(3, 0.1, anything) == ["b1", "b0", "a1"]
+    hosting.admit("a")
+    stored(hosting, "b", 2)
+    hosting.waits_anew("unknown")
+    assert hosting.make_room(1, 0.2, anything) == ["a0"], "it runs, and nobody was seen to come back"
+    assert hosting.faults() == []
+
+
+def test_what_many_contexts_begin_with_does_not_make_room_slow() -> None:
+    programs, common = 1000, 150
+    hosting = Hosting(returning())
+    for number in range(programs):
+        name = f"p{number}"
+        hosting.arrive(name, 0.0)
+        hosting.admit(name)
+        hosting.end(name, 0.0)
+        shared_prompt(hosting, name, common)
+        hosting.store(name, name, common)
+    began_s = process_time()
+    assert hosting.make_room(300, 0.1, anything) is not None
+    assert process_time() - began_s < 0.2
+    assert len(hosting) == programs + common - 300

@@ -5,6 +5,8 @@ import random
 from typing import Any
 
 import pytest
+from vllm.v1.kv_offload.base import OffloadKey, ReqContext, make_offload_key
+from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
 from vllm.v1.request import RequestStatus
 
 from tests.support.host_calls import ask, finished, reset, started
@@ -119,3 +121,79 @@ def test_whatever_happens_nobody_reads_another_context(seed: int, chunks: int, a
     finished(scheduler, driver)
     assert driver.checked > 10_000
     driver.close()
+
+
+def test_who_lost_its_place_is_expected_until_it_runs_again() -> None:
+    """Two answers grow until the KV cache is too small for both."""
+    scheduler, driver = started(num_blocks=33, kv_host_policy="program")
+    for name in "ab":
+        ask(scheduler, name, 200, max_tokens=200)
+    hosting = feature(scheduler).copies.hosting
+    for _ in range(300):
+        driver.step()
+        waiting = [one for one in scheduler.requests.values() if one.status is RequestStatus.PREEMPTED]
+        if waiting:
+            break
+    (lost,) = waiting
+    name = f"session {lost.request_id[0]}"
+    assert len(hosting.context(name)) > 12
+    assert name not in hosting._first
+    assert [*hosting._order(None)][-1] == name
+    finished(scheduler, driver)
+    assert [program.waiting for program in hosting._programs.values()] == [0, 0]
+    driver.close()
+
+
+def test_who_lost_its_place_and_is_aborted_does_not_wait() -> None:
+    scheduler, driver = started(num_blocks=33, kv_host_policy="program")
+    for name in "ab":
+        ask(scheduler, name, 200, max_tokens=200)
+    for _ in range(300):
+        driver.step()
+        waiting = [one for one in scheduler.requests.values() if one.status is RequestStatus.PREEMPTED]
+        if waiting:
+            break
+    scheduler.finish_requests(waiting[0].request_id, RequestStatus.FINISHED_ABORTED)
+    finished(scheduler, driver)
+    programs = feature(scheduler).copies.hosting._programs.values()
+    assert [(program.waiting, program.calls) for program in programs] == [(0, 0)] * 2
+    driver.close()
+
+
+def chunks_of(name: str, numbers: range) -> list[OffloadKey]:
+    return [make_offload_key(f"{name}{number}".encode(), 0) for number in numbers]
+
+
+def test_blocks_that_are_offered_once_more_are_those_of_their_program() -> None:
+    """vLLM says once that a request misses them."""
+    manager = CPUOffloadingManager(4, "ProgramCachePolicy", "vllm_agentserve.vllm_compat.program_cache")
+    policy: Any = manager._policy
+    requests = {name: ReqContext(name) for name in "abc"}
+    for name, request in requests.items():
+        policy.names[name] = f"program {name}"
+        for end, key in enumerate(chunks_of(name, range(4)), 1):
+            request.set_offload_key_position(key, 16 * end)
+
+    def store(name: str, *numbers: int) -> bool:
+        output = manager.prepare_store([chunks_of(name, range(4))[number] for number in numbers], requests[name])
+        if output is not None:
+            manager.complete_store(output.keys_to_store, requests[name])
+        return output is not None
+
+    # While all room is being written to, there is none.
+    under_way = manager.prepare_store(chunks_of("a", range(4)), requests["a"])
+    assert under_way is not None
+    assert not store("b", 0, 1)
+    manager.complete_store(under_way.keys_to_store, requests["a"])
+    assert store("c", 0)
+    assert store("b", 0, 1)
+    assert {*policy.hosting.context("program b")} == {*chunks_of("b", range(2))}
+    # A call that lost its place stores again what made room meanwhile.
+    assert store("b", 2, 3)
+    assert store("c", 1, 2, 3)
+    assert store("b", 0, 1, 2, 3)
+    assert {*policy.hosting.context("program b")} == {*chunks_of("b", range(4))}
+    assert policy.faults() == []
+    for request in requests.values():
+        manager.on_request_finished(request)
+    assert not policy._storing

@@ -19,7 +19,9 @@ GRACE = 1.25
 LOOK_AHEAD = 4
 """Programs that are away and looked at again whenever a call comes."""
 PROGRAMS_KEPT = 65_536
-"""Programs remembered, the longest unseen are forgotten first."""
+"""Programs remembered, the longest unseen are forgotten first. More only while all that are looked at have calls, or copies."""
+FORGET_AHEAD = 64
+"""Programs that are looked at for one to forget whenever one comes."""
 
 
 @dataclass(slots=True, eq=False)
@@ -78,8 +80,6 @@ class ExpectedBack(Generic[Kind]):
         program = self._programs.get(name)
         if program is None:
             program = self._programs[name] = self._kind(name, named)
-            if len(self._programs) > PROGRAMS_KEPT:
-                self._forget_one()
         elif not program.calls and program.turns:
             gap = now_s - program.ended_s
             program.own.add(gap)
@@ -88,6 +88,8 @@ class ExpectedBack(Generic[Kind]):
             program.gone = False
         self._programs.move_to_end(name)
         program.calls += 1
+        if len(self._programs) > PROGRAMS_KEPT:
+            self._forget_one()
         return program
 
     def _ends(self, name: str, now_s: float, last: bool, tool: str | None, can_return: bool) -> Kind | None:
@@ -152,10 +154,13 @@ class ExpectedBack(Generic[Kind]):
                 self.returns.gone(program.turn(), program.tool)
 
     def _forget_one(self) -> None:
-        for name, program in self._programs.items():
+        for name in [*islice(self._programs, FORGET_AHEAD)]:
+            program = self._programs[name]
             if not program.calls and not self._needed(name):
                 del self._programs[name]
                 return
+            # Others may have to go before it is looked at again.
+            self._programs.move_to_end(name)
 
     def _needed(self, name: str) -> bool:
         """Whether a program must be remembered although it has no call."""

@@ -27,6 +27,8 @@ Copy = Hashable
 """The name of a block's contents."""
 BELIEVED = 0.5
 """Where a larger share of the calls that were said to be the last were not, what clients say of that does not count."""
+PARTS = 65_536
+"""Up to here contexts are remembered whole, however much of them is part of others too."""
 
 
 @dataclass(slots=True, eq=False)
@@ -34,12 +36,14 @@ class Program(expected_back.Program):
     """A program as hosting sees it.
 
     Args:
-        waiting: its calls that have not been admitted.
+        waiting: its calls that have not been admitted, or have lost their places.
+        displaced: of these, calls that have lost their places.
         usual_s: how long it is usually away.
         said_last: whether its client said that the call that ended last is the last.
     """
 
     waiting: int = 0
+    displaced: int = 0
     usual_s: float = 0.0
     said_last: bool = False
 
@@ -55,8 +59,13 @@ class Hosting(ExpectedBack[Program]):
         super().__init__(Program, returns)
         self._contexts: dict[str, dict[Copy, int]] = {}
         """By program its copies and their places in its context, in this order."""
-        self._owners: dict[Copy, tuple[str, ...]] = {}
+        self._owners: dict[Copy, set[str]] = {}
         """Of every copy the programs whose contexts it is part of."""
+        self._parts = 0
+        """Copies in all contexts together: one that several have counts for each of them."""
+        self._thin_at = PARTS
+        self._unsorted: set[str] = set()
+        """Programs with a copy that came after others that have their places behind it."""
         self._first: OrderedDict[str, None] = OrderedDict()
         """Programs with copies that are not expected back, the longest unused first."""
         self._next_s = inf
@@ -91,7 +100,19 @@ class Hosting(ExpectedBack[Program]):
         program = self._programs.get(name)
         if program is not None:
             program.waiting = max(program.waiting - 1, 0)
+            program.displaced = min(program.displaced, program.waiting)
             self._sort_in(program)
+
+    def waits_anew(self, name: str) -> None:
+        """A call of the program that ran has lost its place, and waits: it needs at once what it has computed."""
+        program = self._programs.get(name)
+        if program is None:
+            return
+        program.waiting += 1
+        program.displaced += 1
+        self._sort_in(program)
+        if self._leaving == name:
+            self._leaving = None
 
     def end(
         self, name: str, now_s: float, *, last: bool = False, tool: str | None = None, can_return: bool = True
@@ -141,7 +162,7 @@ class Hosting(ExpectedBack[Program]):
 
     def _is_expected(self, program: Program) -> bool:
         # A call that waits needs its context whether or not the program comes back after it.
-        return bool(program.waiting and program.turns) or program.likely >= LEAST
+        return bool(program.waiting and (program.turns or program.displaced)) or program.likely >= LEAST
 
     def _expire(self, now_s: float) -> None:
         """Programs that have been away for longer than programs are go first."""
@@ -172,11 +193,11 @@ class Hosting(ExpectedBack[Program]):
                 self._sort_in(program)
         if copy in context:
             return
-        self._owners[copy] = (*self._owners.get(copy, ()), name)
-        follows = not context or context[next(reversed(context))] <= place
+        self._owners.setdefault(copy, set()).add(name)
+        self._parts += 1
+        if context and context[next(reversed(context))] > place:
+            self._unsorted.add(name)
         context[copy] = place
-        if not follows:
-            self._contexts[name] = dict(sorted(context.items(), key=lambda item: item[1]))
 
     def context(self, name: str) -> Collection[Copy]:
         """The copies that are part of the program's context."""
@@ -189,26 +210,57 @@ class Hosting(ExpectedBack[Program]):
                 self.store(name, copy, place)
         if name in self._first:
             self._first.move_to_end(name)
+        if self._parts > self._thin_at:
+            self._thin_out()
+
+    def _thin_out(self) -> None:
+        """Programs that are not expected back leave to others what these have too, the longest unused first: of a prompt that
+        everybody begins with, all programs would be remembered for as long as it is kept."""
+        self._expire(self._now_s)
+        for name in [*self._first]:
+            if self._parts <= 2 * len(self._owners):
+                break
+            for copy in [*self._contexts[name]]:
+                if len(self._owners[copy]) > 1:
+                    self._give_up(name, copy)
+        self._thin_at = max(PARTS, 2 * self._parts)
 
     def drop(self, copy: Copy) -> None:
         """A copy is not kept any more."""
         for name in self._owners.pop(copy, ()):
             self._leave(name, copy)
 
+    def _give_up(self, name: str, copy: Copy) -> None:
+        """The copy is not part of the program's context any more; others have it."""
+        self._owners[copy].remove(name)
+        self._leave(name, copy)
+
     def _leave(self, name: str, copy: Copy) -> None:
         context = self._contexts[name]
         del context[copy]
+        self._parts -= 1
         if not context:
             del self._contexts[name]
             self._first.pop(name, None)
+            self._unsorted.discard(name)
             if self._leaving == name:
                 self._leaving = None
+
+    def _in_order(self, name: str) -> dict[Copy, int]:
+        """The copies of a context by their places. Those that came in another order are sorted when that matters: for each that
+        comes it would take too long."""
+        if name in self._unsorted:
+            self._unsorted.remove(name)
+            self._contexts[name] = dict(sorted(self._contexts[name].items(), key=lambda item: item[1]))
+        return self._contexts[name]
 
     def clear(self) -> None:
         """No copy is kept any more."""
         self._contexts.clear()
         self._owners.clear()
         self._first.clear()
+        self._unsorted.clear()
+        self._parts, self._thin_at = 0, PARTS
         self._leaving = None
 
     def make_room(
@@ -229,8 +281,8 @@ class Hosting(ExpectedBack[Program]):
                 break
         else:
             # What is left is behind copies that must stay.
-            for context in self._contexts.values():
-                for copy in reversed(context):
+            for name in [*self._contexts]:
+                for copy in reversed(self._in_order(name)):
                     if len(found) < number and copy not in found and may_go(copy):
                         found[copy] = None
         if len(found) < number:
@@ -239,9 +291,8 @@ class Hosting(ExpectedBack[Program]):
             self.drop(copy)
         for copy, names in shared.items():
             if copy not in found:
-                self._owners[copy] = tuple(name for name in self._owners[copy] if name not in names)
                 for name in names:
-                    self._leave(name, copy)
+                    self._give_up(name, copy)
         return [*found]
 
     def _order(self, but: str | None) -> Iterator[str]:
@@ -278,7 +329,7 @@ class Hosting(ExpectedBack[Program]):
         shared: dict[Copy, list[str]],
     ) -> None:
         """Takes copies from the end of a context, up to the first that must stay. Those that others have too become theirs."""
-        for copy in reversed(self._contexts[name]):
+        for copy in reversed(self._in_order(name)):
             if len(found) == number:
                 return
             left = shared.get(copy, [])
@@ -297,12 +348,15 @@ class Hosting(ExpectedBack[Program]):
         found += [f"{name!r} goes first, and has no copies" for name in self._first if name not in self._contexts]
         owners: dict[Copy, set[str]] = {}
         for name, context in self._contexts.items():
-            if [*context.values()] != sorted(context.values()):
+            if name not in self._unsorted and [*context.values()] != sorted(context.values()):
                 found.append(f"the copies of {name!r} are not in the order of its context")
             for copy in context:
                 owners.setdefault(copy, set()).add(name)
-        if owners != {copy: {*names} for copy, names in self._owners.items()}:
+        if owners != self._owners:
             found.append("copies and the contexts that have them do not agree")
+        parts = sum(map(len, self._contexts.values()))
+        if parts != self._parts:
+            found.append(f"contexts have {parts} copies together, and not {self._parts}")
         return found
 
     def _needed(self, name: str) -> bool:

@@ -358,8 +358,11 @@ class AgentScheduler(VllmHooks, Scheduler):
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         self.engine_policy.waiting.step = self.current_step
-        self.engine_policy.stops(self._call(request))
+        call = self._call(request)
+        self.engine_policy.stops(call)
         super()._preempt_request(request, *args, **kwargs)
+        for preempted in self._events.preempted:
+            preempted(call)
 
     def _handle_stopped_request(self, request: Request) -> bool:
         call, policy = self._call(request), self.engine_policy

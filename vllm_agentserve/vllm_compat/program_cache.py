@@ -27,16 +27,16 @@ class ProgramCachePolicy(CachePolicy):
         self.hosting = Hosting()
         self.names: dict[str, str] = {}
         """Programs of requests, by their ids: set from outside."""
-        self._storing: ReqContext | None = None
-        """The request that missed chunks last: those that are stored next are its own. When it offers chunks once more that found
-        no room, vLLM says nothing, and another may have come in between."""
+        self._storing: dict[OffloadKey, ReqContext] = {}
+        """By chunk the request that missed it last, until that is over. vLLM says so once, and the chunk may be offered later:
+        there was no room, or it was dropped while the request waited without a place."""
 
     def _name(self, request: ReqContext) -> str:
         return self.names.get(request.req_id) or f"request {request.req_id}"
 
     def _place(self, key: OffloadKey) -> tuple[str | None, int]:
         """Whose chunk is being stored, as far as that is known, and where it ends in that context."""
-        request = self._storing
+        request = self._storing.get(key)
         end = None if request is None else request.get_offload_key_position(key)
         return (None, 0) if request is None or end is None else (self._name(request), end)
 
@@ -44,13 +44,13 @@ class ProgramCachePolicy(CachePolicy):
         return self.chunks.get(key)
 
     def on_store_miss(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
-        self._storing = req_context
+        self._storing.update(dict.fromkeys(keys, req_context))
 
     def insert(self, key: OffloadKey, chunk: ChunkStatus, req_context: ReqContext | None = None) -> None:
         """`req_context` (vLLM 0.33): of the request that stores it."""
         self.chunks[key] = chunk
         if req_context is not None:
-            self._storing = req_context
+            self._storing[key] = req_context
         name, end = self._place(key)
         # At the latest when its request ends it is known whose it is.
         self.hosting.store(UNKNOWN if name is None else name, key, end)
@@ -75,12 +75,15 @@ class ProgramCachePolicy(CachePolicy):
             # Most of a long context is known from the calls before.
             new = [key for key in keys if key not in known]
             self.hosting.use(name, ((key, end_of(key) or 0) for key in new))
+            for key in keys:
+                if self._storing.get(key) is req_context:
+                    del self._storing[key]
 
     def evict(self, n: int, protected: set[OffloadKey]) -> list[tuple[OffloadKey, ChunkStatus]] | None:
         if not n:
             return []
         chunks = self.chunks
-        asks = next((name for name, _ in map(self._place, protected)), None)
+        asks = next((name for name, _ in map(self._place, protected) if name is not None), None)
         found = self.hosting.make_room(
             n, perf_counter(), lambda key: key not in protected and chunks[key].ref_cnt == 0, asks
         )
@@ -88,7 +91,7 @@ class ProgramCachePolicy(CachePolicy):
 
     def clear(self) -> None:
         self.chunks.clear()
-        self._storing = None
+        self._storing.clear()
         self.hosting.clear()
 
     def faults(self) -> list[str]:

@@ -10,7 +10,7 @@ class Feature:
     """A part of the scheduler that can be absent. It gets all it needs in its constructor, and keeps what it knows of a request
     in that request's `Call`.
 
-    In a step without prompts and waiting requests only `finished`, `answered` and `freed` happen.
+    In a step without prompts and waiting requests only `preempted`, `finished`, `answered` and `freed` happen.
     """
 
     def arrived(self, call: Call) -> None:
@@ -30,6 +30,9 @@ class Feature:
 
     def admitted(self, call: Call) -> None:
         """A step takes up the prompt of a request; what it found in the KV cache is known by now."""
+
+    def preempted(self, call: Call) -> None:
+        """A running request has lost its place, and waits; it is admitted once more."""
 
     def finished(self, sequences: int, interval_ms: float | None, chunks: Iterable[Chunk], beside_lane: bool) -> None:
         """The output of a step is there.
@@ -77,6 +80,7 @@ class Events:
         self.after_schedule = self._of("after_schedule")
         self.asked = self._of("asked")
         self.admitted = self._of("admitted")
+        self.preempted = self._of("preempted")
         self.finished = self._of("finished")
         self.answered = self._of("answered")
         self.freed = self._of("freed")

@@ -26,7 +26,7 @@ class HostPrograms(Feature):
         self.copies = copies
         self._scheduler = scheduler
         self._waiting: set[Call] = set()
-        """Those that have not been admitted yet."""
+        """Those that have not been admitted yet, or have lost their places."""
         self._ended: list[str] = []
         """Requests that ended; vLLM stores their last blocks in the next step."""
 
@@ -43,6 +43,12 @@ class HostPrograms(Feature):
             self._waiting.remove(call)
             self.copies.hosting.admit(call.owner.context)
 
+    def preempted(self, call: Call) -> None:
+        # Also while it waits to run anew: then nothing changes.
+        if call.owner is not None and call not in self._waiting:
+            self._waiting.add(call)
+            self.copies.hosting.waits_anew(call.owner.context)
+
     def freed(self, call: Call) -> None:
         self._ended.append(call.name)
         owner, hosting, request = call.owner, self.copies.hosting, call.request
@@ -50,9 +56,12 @@ class HostPrograms(Feature):
             return
         waited = call in self._waiting
         self._waiting.discard(call)
-        if waited or not request.num_output_tokens:
+        if not request.num_output_tokens:
             hosting.abort(owner.context, perf_counter(), waited=waited)
             return
+        if waited:
+            # It had lost its place.
+            hosting.admit(owner.context)
         hosting.end(
             owner.context,
             perf_counter(),
