@@ -1,6 +1,7 @@
 """The table of pins and the ingresses that ask it."""
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from vllm_agentserve.cluster.load import Report
 from vllm_agentserve.cluster.settings import ClusterSettings
 from vllm_agentserve.cluster.table import ENDED, UNREACHED_S, PinTable, Reports
 from vllm_agentserve.policy.fleet import rendezvous
+from vllm_agentserve.policy.pins import Pins
 from vllm_agentserve.policy.placement import EngineLoad
 
 LOADS: dict[str, Report | None] = {name: Report(1, EngineLoad(0, 0, 0, 10_000)) for name in "abc"}
@@ -317,3 +319,17 @@ def test_a_report_counts_once_however_many_calls_bring_it(clock: Clock) -> None:
     assert "a" not in placed
     old = [table.place("", 100, None, LOADS)[0] for _ in range(10)]
     assert "a" not in old
+
+
+def test_the_page_of_metrics_looks_at_no_single_pin(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be 65,536, and calls wait to be placed meanwhile."""
+
+    def walked(pins: Pins) -> Iterator[str]:
+        raise AssertionError("all pins were looked at")
+
+    table = PinTable(ClusterSettings("model").mapping(), clock)
+    for number in range(50):
+        table.place(f"{number}", 100, None, LOADS)
+    monkeypatch.setattr(Pins, "__iter__", walked)
+    shown = table.shown()
+    assert sum(shown["engine_pins"].values()) == shown["pins"] == 50
