@@ -91,12 +91,14 @@ class Address:
         return 200, engine, content["usage"]["prompt_tokens_details"]["cached_tokens"]
 
     def first_token_s(self, prompt: Sequence[int], session: str) -> tuple[float, str]:
-        """Seconds to the first event of a stream, and the engine."""
+        """Seconds to the first event of a stream, and the engine. Refusals are fast, and are no times: `RuntimeError`."""
         body = {"model": "model", "prompt": list(prompt), "max_tokens": 2, "ignore_eos": True, "stream": True}
         began_s = time.perf_counter()
         with self.open("POST", "/v1/completions", body, session) as answer:
             answer.readline()
             took_s = time.perf_counter() - began_s
+            if answer.status != 200:
+                raise RuntimeError(f"a request for a stream was answered with status {answer.status}")
             answer.read()
             return took_s, answer.getheader("x-agentserve-engine") or ""
 
@@ -270,11 +272,13 @@ def kill(cluster: Cluster, what: str, seed: int) -> list[Row]:
         server = pid = cluster.engines()[victim]
         if what == "EngineCore":
             pid = next(one for one in descendants(pid) if b"EngineCore" in Path(f"/proc/{one}/cmdline").read_bytes())
+        killed_s = time.monotonic()
         os.kill(pid, signal.SIGKILL)
         rest = ""
         with contextlib.suppress(http.client.HTTPException, OSError):
             rest = breaking.read().decode()
         began_s = time.monotonic()
+        broke_s = began_s - killed_s
         status, engine, _ = cluster.complete(prompt, names[0])
         took_s = time.monotonic() - began_s
         other = going_on.read().decode()
@@ -286,10 +290,11 @@ def kill(cluster: Cluster, what: str, seed: int) -> list[Row]:
     said = '"error"' in rest and "[DONE]" not in rest
     return [
         Row(f"{what} killed: its stream ends with an error", said, least=1),
+        Row(f"{what} killed: seconds until its stream ends", broke_s),
         Row(
             f"{what} killed: the next turn is answered by the other engine", status == 200 and engine != victim, least=1
         ),
-        Row(f"{what} killed: seconds until the next turn is answered", took_s, most=2.0),
+        Row(f"{what} killed: seconds from then until the next turn is answered", took_s, most=2.0),
         Row(f"{what} killed: the other engine's stream ends whole", other.endswith("data: [DONE]\n\n"), least=1),
     ]
 

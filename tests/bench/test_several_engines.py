@@ -1,8 +1,12 @@
 """The figures of the benchmark of several engines, without any."""
 
 import math
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from benchmarks.several_engines import Row, decisions, median, share_within, table
+import pytest
+
+from benchmarks.several_engines import Address, Row, decisions, median, share_within, table
 from vllm_agentserve.cluster.merged import merged
 from vllm_agentserve.cluster.timings import Timings
 
@@ -40,3 +44,24 @@ def test_what_was_missed_stands_beside_what_was_to_be_reached() -> None:
 
 def test_a_median_is_that_of_the_middle() -> None:
     assert (median([1, 2, 9]), median([1, 2, 4, 9])) == (2, 3)
+
+
+class Refuses(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(503)
+        self.end_headers()
+        self.wfile.write(b'{"error": {}}\n')
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+def test_a_refusal_is_no_time_to_the_first_token() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            with pytest.raises(RuntimeError, match="status 503"):
+                Address(server.server_port).first_token_s([5], "s")
+        finally:
+            server.shutdown()

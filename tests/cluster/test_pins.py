@@ -1,6 +1,7 @@
 """The table of pins and the ingresses that ask it."""
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from vllm_agentserve.cluster.load import Report
 from vllm_agentserve.cluster.settings import ClusterSettings
 from vllm_agentserve.cluster.table import MOST_GONE, NAMED_S, UNREACHED_S, PinTable, Reports
 from vllm_agentserve.policy.fleet import rendezvous
+from vllm_agentserve.policy.pins import Pins
 from vllm_agentserve.policy.placement import EngineLoad
 
 LOADS: dict[str, Report | None] = {name: Report(1, EngineLoad(0, 0, 0, 10_000)) for name in "abc"}
@@ -339,3 +341,17 @@ def test_an_engine_that_is_gone_stays_so_while_an_ingress_still_names_it(clock: 
         clock.now += NAMED_S / 2
         assert made.place("s", 100, None, {"a": None, "b": None})[0] == "b"
     assert list(made._gone) == ["a"]
+
+
+def test_the_page_of_metrics_looks_at_no_single_pin(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be 65,536, and calls wait to be placed meanwhile."""
+
+    def walked(pins: Pins) -> Iterator[str]:
+        raise AssertionError("all pins were looked at")
+
+    made = PinTable(ClusterSettings("model").mapping(), clock)
+    for number in range(50):
+        made.place(f"{number}", 100, None, LOADS)
+    monkeypatch.setattr(Pins, "__iter__", walked)
+    shown = made.shown()
+    assert sum(shown["engine_pins"].values()) == shown["pins"] == 50

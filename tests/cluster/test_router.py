@@ -124,3 +124,12 @@ def test_what_ray_shows_of_a_deployment_holds_no_option_of_an_engine() -> None:
     deployments = [ingress, *(one._bound_deployment for one in ingress.init_args if hasattr(one, "_bound_deployment"))]
     assert len(deployments) == 2
     assert "secret" not in str([one._deployment_config.model_dump() for one in deployments])
+
+
+async def test_a_request_goes_on_when_the_table_cannot_be_told_how_long_it_took(router: Any) -> None:
+    def timed(timings: Any) -> None:
+        raise RuntimeError("the actor has died")
+
+    router._table = SimpleNamespace(timed=timed)
+    (chosen,) = await router.choose_replicas(REPLICAS, pending(RelayedRequest("POST", "/", caller=Caller("s"))))
+    assert len(chosen) == 1

@@ -1,5 +1,6 @@
 """Which engine a call goes to: tables and properties."""
 
+from collections import Counter
 from collections.abc import Sequence
 from inspect import signature
 from typing import get_args
@@ -599,6 +600,8 @@ class Calls(RuleBasedStateMachine):
     def pins_are_where_conversations_live(self) -> None:
         if hasattr(self, "placement"):
             assert dict(self.placement.pins) == self.homes
+            places = Counter(self.homes.values())
+            assert all(self.placement.conversations(engine) == places[engine] for engine in self.ENGINES)
 
     @invariant()
     def tokens_are_those_of_the_contexts(self) -> None:

@@ -1,5 +1,6 @@
 """Ray Serve's router for the engines: asks for the engine of each request, and gives Ray that one only."""
 
+import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -64,4 +65,5 @@ class ConversationRouter(RequestRouter):
         now = time.monotonic()
         if now - self._told_s >= TELL_S:
             self._told_s = now
-            self._table.timed({name: one.take() for name, one in self._timings.items()})
+            with contextlib.suppress(Exception):  # the request goes on, whatever has become of the table
+                self._table.timed({name: one.take() for name, one in self._timings.items()})

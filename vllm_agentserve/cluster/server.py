@@ -28,6 +28,8 @@ from vllm_agentserve.cluster.settings import ClusterSettings
 
 LOAD_S = 0.5
 """A page of metrics is not older than this when Ray asks for the engine's report."""
+TELL_S = 5.0
+"""So long an engine that did not start tries to tell why."""
 HEALTH_S = 10.0
 """An engine whose server does not answer for so long is started anew."""
 
@@ -56,7 +58,7 @@ class EngineServer:
             self._engine.stop()
             if isinstance(error, EngineError):
                 with contextlib.suppress(Exception):
-                    await self._table.failed(str(error))
+                    await asyncio.wait_for(self._table.failed(str(error)), TELL_S)
             raise
         print(f"agentserve: engine {self.name} is ready, process {self._engine.pid}", flush=True)
 

@@ -1,7 +1,7 @@
 """The table of pins: one for all ingresses of a cluster, in a process of its own."""
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -112,14 +112,13 @@ class PinTable:
 
     def shown(self) -> dict[str, Any]:
         """What is on the page of metrics."""
-        pins = Counter(self._placement.pins.values())
         return {
             "decisions": dict(self._decisions),
             "moves": self._moves,
             "timings": dict(self._timings),
             "pins": len(self._placement.pins),
             "resident_tokens": {name: self._placement.resident_tokens(name) for name in self._engines},
-            "engine_pins": {name: pins[name] for name in self._engines},
+            "engine_pins": {name: self._placement.conversations(name) for name in self._engines},
             "engine_moves": {name: self._moved_to.get(name, 0) for name in self._engines},
         }
 

@@ -61,6 +61,8 @@ class Pins(Mapping[str, str]):
         self._counted: OrderedDict[str, None] = OrderedDict()
         """Conversations that are counted, the longest unused first."""
         self._tokens: dict[str, int] = {}
+        self._homes: dict[str, int] = {}
+        """Conversations by engine."""
         self._gaps = Gaps()
         self._gaps_seen = 0
         self.away_s = min(pin_seconds, LONGEST_AWAY_S)
@@ -82,17 +84,24 @@ class Pins(Mapping[str, str]):
         """Tokens of the conversations that live on an engine and are counted."""
         return self._tokens.get(engine, 0)
 
+    def conversations(self, engine: str) -> int:
+        """Conversations that live on an engine, whether they are counted or not."""
+        return self._homes.get(engine, 0)
+
     def pin(self, session: str, engine: str, tokens: int, now: float) -> None:
         """A call of so many tokens goes to an engine, where its conversation lives from now on."""
         pin = self._find(session)
         if pin is None:
             pin = self._new[session] = Pin(engine, tokens, now)
+            self._settle(engine, 1)
             self._add(engine, tokens)
         else:
             if not pin.running:
                 self._gap(now - pin.used_s)
             self._uncount(pin)
             if pin.engine != engine:
+                self._settle(pin.engine, -1)
+                self._settle(engine, 1)
                 pin.engine, pin.running = engine, 0
             pin.tokens = max(pin.tokens, tokens)
             pin.running += 1
@@ -119,6 +128,7 @@ class Pins(Mapping[str, str]):
         pin = self._find(session)
         if pin is not None:
             self._uncount(pin)
+            self._settle(pin.engine, -1)
             self._counted.pop(session, None)
             del self._table(session)[session]
 
@@ -178,6 +188,13 @@ class Pins(Mapping[str, str]):
             self._tokens[engine] = left
         else:
             self._tokens.pop(engine, None)
+
+    def _settle(self, engine: str, more: int) -> None:
+        left = self._homes.get(engine, 0) + more
+        if left:
+            self._homes[engine] = left
+        else:
+            self._homes.pop(engine, None)
 
     def _gap(self, gap_s: float) -> None:
         """A conversation came back after so long."""

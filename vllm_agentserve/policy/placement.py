@@ -93,6 +93,10 @@ class Placement:
         cache holds. 0 under a policy that does not pin."""
         return self._pins.tokens(engine)
 
+    def conversations(self, engine: str) -> int:
+        """Conversations that are pinned to an engine. 0 under a policy that does not pin."""
+        return self._pins.conversations(engine)
+
     def engines(self, names: Iterable[str], now: float) -> None:
         """These engines live, and no others. A pin to another one moves at its conversation's next turn; if that engine is back
         before, the pin stays."""
