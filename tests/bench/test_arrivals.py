@@ -1,8 +1,10 @@
 """Steady traffic: moments of arrival, what is left out of the figures, and a queue that grows without end."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from vllm_agentserve.bench.arrivals import (
     all_at_once,
     arrives,
     arriving,
+    capacity_per_s,
     grows,
     lead_s,
     under_way,
@@ -20,6 +23,7 @@ from vllm_agentserve.bench.arrivals import (
 from vllm_agentserve.bench.drawing import WorkloadOptions, draw_sessions
 from vllm_agentserve.bench.measure import round_figures
 from vllm_agentserve.bench.records import LEAD, Record, Results
+from vllm_agentserve.bench.replay import Replay
 from vllm_agentserve.bench.summary import steady_notes
 from vllm_agentserve.bench.workloads import WORKLOADS
 
@@ -183,3 +187,52 @@ def test_options_that_mean_nothing_together(run, given: tuple[str, ...], words: 
     code, said = run("bench", "run", *given, "--arms", "--url", "a=http://127.0.0.1:1")
     assert code == 2
     assert re.search(words, " ".join(said.split()))
+
+
+def test_sessions_that_failed_are_no_capacity() -> None:
+    sessions = drawn(agents=4, sessions=1)
+    records = [record(session.name, 0.0, 2.0) for session in sessions]
+    assert capacity_per_s(sessions, records) == pytest.approx(2.0)
+    for one in records[:3]:
+        one.error, one.ended_us = "HTTP 503", 10_000
+    assert capacity_per_s(sessions, records) == pytest.approx(0.5)
+    records[3].error = "HTTP 503"
+    assert capacity_per_s(sessions, records) is None
+    assert capacity_per_s(sessions, []) is None
+
+
+def test_chats_that_go_on_for_longer_are_not_waited_for() -> None:
+    sessions = drawn("mixed", 4, 1)
+    assert any(session.kind == "chat" for session in sessions)
+    records = [record(session.name, 0.0, 60.0 if session.kind == "chat" else 2.0) for session in sessions]
+    assert capacity_per_s(sessions, records) == pytest.approx(sum(map(arrives, sessions)) / 2.0)
+
+
+def test_a_session_whose_sub_agent_failed_is_not_completed() -> None:
+    (parent,) = drawn(agents=1, sessions=1)
+    turns = (replace(parent.turns[0], spawns=("sub",)), *parent.turns[1:])
+    sessions = [replace(parent, turns=turns), replace(parent, name="sub", forked=True)]
+    records = [record(parent.name, 0.0, 4.0), record("sub", 1.0, 2.0)]
+    assert capacity_per_s(sessions, records) == pytest.approx(0.25)
+    assert capacity_per_s(sessions, records[:1]) is None
+    records[1].error = "HTTP 503"
+    assert capacity_per_s(sessions, records) is None
+
+
+@pytest.mark.slow
+def test_capacity_is_measured_with_the_clients_of_the_baseline(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    class Noted(Replay):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            given.append((arguments[4], self.anonymous))
+
+    monkeypatch.setattr("vllm_agentserve.bench.experiment.Replay", Noted)
+    small = ("--agents", "4", "--sessions", "1", "--turns", "2", "--scale", "0.02", "--slo-factor", "0", "--rounds", "1")
+    with token_server("--first-s", "0.02") as one:
+        arms = ("--arms", "--url", f"stock={one}", "--anonymous")
+        code, said = run("bench", "run", *small, *arms, "--load", "0.8", "--output", "r")
+    assert code == 0, said
+    assert {part for part, _ in given} == {"capacity", "warm-up", "measured"}
+    assert all(anonymous for _, anonymous in given)

@@ -72,6 +72,31 @@ def all_at_once(sessions: Iterable[Session]) -> list[Session]:
     return [replace(session, start_s=0.0, after=None) if arrives(session) else session for session in sessions]
 
 
+def capacity_per_s(sessions: Iterable[Session], records: Iterable[Record]) -> float | None:
+    """How many sessions per second a server completes that has all of them at once; None where it completes none.
+
+    Those count that arrive and are answered to their ends, with all that they spawned, and the time until the last of these is
+    over: chats that go on after them do not make the server slower.
+
+    Args:
+        records: since the sessions began.
+    """
+    failed: set[str] = set()
+    ended_us: dict[str, int] = {}
+    for record in records:
+        ended_us[record.session] = max(ended_us.get(record.session, 0), record.ended_us)
+        if record.error is not None:
+            failed.add(record.session)
+    families = [
+        {session.name, *(name for turn in session.turns for name in turn.spawns)}
+        for session in sessions
+        if arrives(session)
+    ]
+    whole = [family for family in families if family <= ended_us.keys() and family.isdisjoint(failed)]
+    last_us = max((ended_us[name] for family in whole for name in family), default=0)
+    return len(whole) / (last_us / 1e6) if last_us else None
+
+
 def under_way(records: Iterable[Record]) -> tuple[float, float] | None:
     """How many sessions are under way on average, in the second and in the last quarter of the time in which they arrive.
 

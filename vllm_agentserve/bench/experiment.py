@@ -11,7 +11,7 @@ from typing import Any
 import uvloop
 
 from vllm_agentserve.bench.arms import Arm, hidden, last_value, option_name
-from vllm_agentserve.bench.arrivals import all_at_once, arrives, arriving, lead_s
+from vllm_agentserve.bench.arrivals import all_at_once, arriving, capacity_per_s, lead_s
 from vllm_agentserve.bench.client import StreamingClient
 from vllm_agentserve.bench.conditions import Conditions, pollution
 from vllm_agentserve.bench.endpoint import Endpoint, EndpointError, added, find_endpoint, kv_blocks, read_counters
@@ -171,12 +171,30 @@ class Experiment:
             for cell in cells:
                 sessions = salted(cell.sessions(0), f"capacity {self.plan.salt} {cell.name}")
                 for planned in (warm_up_of(sessions, f"capacity {self.plan.seed}"), all_at_once(sessions)):
-                    replay = Replay(client, planned, arm.name, 0, "capacity", self.plan.answers, suffix="-capacity")
+                    replay = Replay(
+                        client,
+                        planned,
+                        arm.name,
+                        0,
+                        "capacity",
+                        self.plan.answers,
+                        anonymous=self.plan.anonymous or arm.client.anonymous,
+                        suffix="-capacity",
+                        live=arm.client.live,
+                        last=arm.client.last,
+                        ranks=arm.client.ranks,
+                    )
                     uvloop.run(in_session(replay))
                     self.check(arm, server, replay)
-                self.capacity_per_s[cell.name] = sum(map(arrives, sessions)) / replay.seconds
+                capacity = capacity_per_s(sessions, replay.records)
+                if capacity is None:
+                    raise EndpointError(
+                        f"arm {arm.name!r} answered no session to its end, so there is no capacity to take a share of: give a rate "
+                        "with --sessions-per-s"
+                    )
+                self.capacity_per_s[cell.name] = capacity
                 self.results[cell.name].describe(self.description(cell))
-                self.progress.note(f"{arm.name} completes {self.capacity_per_s[cell.name]:.3g} sessions per second")
+                self.progress.note(f"{arm.name} completes {capacity:.3g} sessions per second")
 
     def run_arm(self, arm: Arm, number: int) -> None:
         """One arm in one round: a server, then every cell on it; when it fails, the cells left out say why."""
