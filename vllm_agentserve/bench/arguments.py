@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     traffic.add_argument(
         "--load",
         type=number_from(0.01, 10, whole=False),
-        help="sessions arrive at random, as fast as this share of what the first arm completes when all come at once, measured "
+        help="sessions arrive at random, as fast as this share of what stock (or the first arm) completes when all come at once, "
         "at the beginning (default: agents begin together); of programs: share of the time in which an engine whose batches "
         "are always full would have work (default: 0.9)",
     )
