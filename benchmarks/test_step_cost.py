@@ -7,10 +7,14 @@ medians. pytest-benchmark prints each arm's own distribution.
 """
 
 import statistics
-from time import monotonic, perf_counter
+from concurrent.futures import Future
+from time import monotonic, perf_counter, thread_time
 from typing import Any
 
 import pytest
+from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.request import RequestStatus
+from vllm.v1.structured_output.request import StructuredOutputRequest
 
 from tests.support.calls import call_of
 from tests.support.schedulers import Driver, make_request, make_scheduler
@@ -19,10 +23,10 @@ STEPS = 3000
 PROGRAMS = 10_000
 
 
-def steady(ours: bool, running: int, asynchronous: bool, waiting: int = 0, **options: Any) -> Driver:
+def steady(ours: bool, running: int, asynchronous: bool, waiting: int = 0, places: int = 8, **options: Any) -> Driver:
     """An engine with that many decodes, that many requests that wait for a place, and nothing else."""
     scheduler = make_scheduler(
-        ours, asynchronous, options, max_num_seqs=max(running, 8), max_num_batched_tokens=8192, num_blocks=200_000
+        ours, asynchronous, options, max_num_seqs=max(running, places), max_num_batched_tokens=8192, num_blocks=200_000
     )
     for number in range(running + waiting):
         scheduler.add_request(make_request(f"r{number}", 64, max_tokens=16_000, session=f"s{number}"))
@@ -79,6 +83,29 @@ def test_cost_of_programs(waiting: int, record_property) -> None:
         f"added {median['plas'] - median['fcfs']:.1f} us; mean added {mean['plas'] - mean['fcfs']:.1f} us"
     )
     record_property("added_us", median["plas"] - median["fcfs"])
+
+
+@pytest.mark.parametrize("waiting", [0, 2000])
+def test_cost_of_requests_that_wait_for_grammars(waiting: int, record_property) -> None:
+    """Eight requests decode, the others wait until another thread has made their grammar."""
+    took = {}
+    for ours in (False, True):
+        driver = steady(ours, 8, asynchronous=False, places=16)
+        for number in range(waiting):
+            request = make_request(f"waits {number}", 600)
+            request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+            parameters = StructuredOutputsParams(json_object=True)
+            request.structured_output_request = StructuredOutputRequest(parameters, Future())
+            driver.scheduler.add_request(request)
+        for _ in range(5):
+            driver.step()
+        driver.took.clear()
+        began = thread_time()
+        for _ in range(100):
+            driver.step()
+        took[ours] = (thread_time() - began) * 10
+    print(f"\n{waiting} requests wait for grammars: stock {took[False]:.2f} ms a step, ours {took[True]:.2f} ms")
+    record_property("ms", took[True])
 
 
 @pytest.mark.parametrize("blocks", [1_000, 10_000, 100_000])

@@ -229,7 +229,20 @@ def test_capacity_is_measured_with_the_clients_of_the_baseline(run, monkeypatch:
             given.append((arguments[4], self.anonymous))
 
     monkeypatch.setattr("vllm_agentserve.bench.experiment.Replay", Noted)
-    small = ("--agents", "4", "--sessions", "1", "--turns", "2", "--scale", "0.02", "--slo-factor", "0", "--rounds", "1")
+    small = (
+        "--agents",
+        "4",
+        "--sessions",
+        "1",
+        "--turns",
+        "2",
+        "--scale",
+        "0.02",
+        "--slo-factor",
+        "0",
+        "--rounds",
+        "1",
+    )
     with token_server("--first-s", "0.02") as one:
         arms = ("--arms", "--url", f"stock={one}", "--anonymous")
         code, said = run("bench", "run", *small, *arms, "--load", "0.8", "--output", "r")

@@ -217,7 +217,10 @@ def test_programs_through_the_command(run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--load", "0.5"), "--load 0.5 means nothing to workload 'react': leave it out, or choose one of programs"),
+        (
+            ("--programs", "5"),
+            "--programs 5 means nothing to workload 'react': leave it out, or choose one of programs",
+        ),
         (("--workload", "programs", "--agents", "3"), "--agents 3 means nothing to workload 'programs'"),
         (("--workload", "programs", "--turns", "3"), "leave it out, or use --programs"),
         (("--workload", "programs", "--load", "0"), "'0' must be a number from 0.01 to 10"),

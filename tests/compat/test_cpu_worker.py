@@ -18,11 +18,14 @@ class Machine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, slots: tuple[int, ...] = (), ranks: int = 1, **options: Any):
         self.now, self.threads, self.step_s = 0.0, 4, 0.001
-        self.ran: list[tuple[int, int]] = []
+        self.began: list[tuple[int, int]] = []
+        """Threads and tokens of every step, those for drawing tokens included."""
         self.mixed: dict[int, bool] = {}
-        self.sampled: list[int] = []
+        self.logits: list[int] = []
+        self.drawn: list[int] = []
         self.agreed: list[bool] = []
         self.fails_at = 0
+        self.draws = True
         self.seeded_after: int | None = None
         half = SimpleNamespace(slots=[SimpleNamespace(decode=decode) for decode in slots]) if slots else None
         group = SimpleNamespace(world_size=ranks, is_last_rank=True, broadcast_object=self._agree)
@@ -41,9 +44,17 @@ class Machine:
         )
         worker.model_config = SimpleNamespace(runner_type="generate")  # type: ignore[assignment]
         worker.model_runner = SimpleNamespace(  # type: ignore[assignment]
-            kv_caches=[0], _dummy_run=self._step, _dummy_sampler_run=self.sampled.append
+            kv_caches=[0],
+            _dummy_run=self._step,
+            _dummy_sampler_run=self._draw,
+            get_model=lambda: SimpleNamespace(compute_logits=self.logits.append),
         )
         self.worker = worker
+
+    @property
+    def ran(self) -> list[tuple[int, int]]:
+        """Without the two that draw tokens first."""
+        return self.began[2:]
 
     def _step(self, tokens: int, *, skip_eplb: bool, force_attention: bool, create_mixed_batch: bool) -> Any:
         assert skip_eplb
@@ -51,23 +62,28 @@ class Machine:
         if tokens == self.fails_at:
             raise RuntimeError("no kernel for so many")
         self.now += self.step_s
-        self.ran.append((self.threads, tokens))
+        self.began.append((self.threads, tokens))
         self.mixed[tokens] = create_mixed_batch
         return None, tokens
+
+    def _draw(self, hidden: int) -> None:
+        self.drawn.append(hidden)
+        if not self.draws:
+            raise RuntimeError("no compiler")
 
     def _agree(self, mine: bool) -> bool:
         self.agreed.append(mine)
         return mine
 
     def _seed(self) -> str:
-        self.seeded_after = len(self.ran)
+        self.seeded_after = len(self.began)
         return "times"
 
     def start(self) -> None:
         assert self.worker.compile_or_warm_up_model() == "times"
         assert self.threads == 4
         assert self.worker.warmed_up == tuple(self.ran)
-        assert self.seeded_after == len(self.ran)
+        assert self.seeded_after == len(self.began)
 
 
 def test_every_size_runs_once_before_the_seeds_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +91,16 @@ def test_every_size_runs_once_before_the_seeds_are_set(monkeypatch: pytest.Monke
     machine.start()
     assert machine.ran == [(4, size) for size in step_sizes(2048, 8)]
     assert [size for size, mixed in machine.mixed.items() if not mixed] == list(range(1, 17))
-    assert machine.sampled == list(range(1, 17))
+    assert machine.logits == list(range(1, 17))
+    assert machine.drawn == [1, 2]
+
+
+def test_sizes_run_where_tokens_cannot_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM compiles what draws them, also with `--enforce-eager`; requests that draw none need no compiler."""
+    machine = Machine(monkeypatch)
+    machine.draws = False
+    machine.worker.compile_or_warm_up_model()
+    assert machine.worker.warmed_up == tuple((4, size) for size in step_sizes(2048, 8))
 
 
 def test_sizes_beside_a_working_lane_run_on_the_threads_they_will_have(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +140,7 @@ def test_engines_without(monkeypatch: pytest.MonkeyPatch, without: str) -> None:
     if without == "pooling":
         machine.worker.model_config.runner_type = "pooling"
     machine.start()
-    assert machine.ran == []
+    assert machine.began == []
 
 
 @pytest.mark.parametrize(

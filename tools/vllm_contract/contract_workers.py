@@ -42,6 +42,12 @@ WORKERS = (
         _dummy_sampler_run="hidden_states",
     ),
     *reads("vllm.v1.worker.gpu_model_runner:GPUModelRunner", CPU_WORKER, "kv_caches"),
+    *calls("vllm.v1.worker.cpu_model_runner:CPUModelRunner", CPU_WORKER, get_model=""),
+    *calls(
+        "vllm.model_executor.models.interfaces_base:VllmModelForTextGeneration",
+        CPU_WORKER,
+        compute_logits="hidden_states",
+    ),
     *exports("vllm.distributed", CPU_WORKER, "get_pp_group get_world_group"),
     *calls("vllm.distributed.parallel_state:GroupCoordinator", CPU_WORKER, broadcast_object="obj"),
     *reads("vllm.distributed.parallel_state:GroupCoordinator", CPU_WORKER, "is_last_rank world_size"),

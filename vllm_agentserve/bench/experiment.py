@@ -3,6 +3,7 @@
 import os
 import shlex
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +22,15 @@ from vllm_agentserve.bench.progress import Progress
 from vllm_agentserve.bench.records import LEAD, Results, RoundRecord
 from vllm_agentserve.bench.replay import Replay
 from vllm_agentserve.bench.server import RunningServer, ServerError, VllmServer
-from vllm_agentserve.bench.sessions import WorkloadError, alone_of, count_requests, live_context, salted, warm_up_of
+from vllm_agentserve.bench.sessions import (
+    Session,
+    WorkloadError,
+    alone_of,
+    count_requests,
+    live_context,
+    salted,
+    warm_up_of,
+)
 
 LONGEST_NAME = 50
 """Characters of an arm's name in the name of a file."""
@@ -171,19 +180,7 @@ class Experiment:
             for cell in cells:
                 sessions = salted(cell.sessions(0), f"capacity {self.plan.salt} {cell.name}")
                 for planned in (warm_up_of(sessions, f"capacity {self.plan.seed}"), all_at_once(sessions)):
-                    replay = Replay(
-                        client,
-                        planned,
-                        arm.name,
-                        0,
-                        "capacity",
-                        self.plan.answers,
-                        anonymous=self.plan.anonymous or arm.client.anonymous,
-                        suffix="-capacity",
-                        live=arm.client.live,
-                        last=arm.client.last,
-                        ranks=arm.client.ranks,
-                    )
+                    replay = self.replay(client, planned, arm, 0, "capacity", "-capacity")
                     uvloop.run(in_session(replay))
                     self.check(arm, server, replay)
                 capacity = capacity_per_s(sessions, replay.records)
@@ -268,20 +265,7 @@ class Experiment:
             parts["alone"] = alone_of(sessions, seed)
         for part, planned in parts.items():
             on_turn = self.progress.advance if part != "warm-up" else lambda: None
-            replay = Replay(
-                client,
-                planned,
-                arm.name,
-                number,
-                part,
-                plan.answers,
-                on_turn,
-                anonymous=plan.anonymous or arm.client.anonymous,
-                suffix=f"-{mark}" if mark else "",
-                live=arm.client.live,
-                last=arm.client.last,
-                ranks=arm.client.ranks,
-            )
+            replay = self.replay(client, planned, arm, number, part, f"-{mark}" if mark else "", on_turn)
             counted = read_counters(url, key)
             with Conditions(replay.lateness_ms) as conditions:
                 try:
@@ -298,6 +282,32 @@ class Experiment:
                 record.conditions = conditions.report()
                 record.gpu = conditions.gpu.report(sum(len(one.stamps_us) for one in replay.records))
                 record.polluted = pollution(record.conditions, local=arm.ours)
+
+    def replay(
+        self,
+        client: StreamingClient,
+        planned: Sequence[Session],
+        arm: Arm,
+        number: int,
+        part: str,
+        suffix: str,
+        on_turn: Callable[[], None] = lambda: None,
+    ) -> Replay:
+        """Sessions against the server of an arm, with what the arm asks of its client."""
+        return Replay(
+            client,
+            planned,
+            arm.name,
+            number,
+            part,
+            self.plan.answers,
+            on_turn,
+            anonymous=self.plan.anonymous or arm.client.anonymous,
+            suffix=suffix,
+            live=arm.client.live,
+            last=arm.client.last,
+            ranks=arm.client.ranks,
+        )
 
     def check_room(self, arm: Arm, endpoint: Endpoint) -> None:
         """Raises `WorkloadError` where the longest context does not fit."""

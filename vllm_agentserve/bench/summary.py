@@ -240,7 +240,7 @@ def pressure_note(experiment: Mapping[str, Any], rounds: Sequence[RoundRecord]) 
 
 def steady_notes(experiment: Mapping[str, Any], rounds: Sequence[RoundRecord], requests: Sequence[Record]) -> list[str]:
     """Of steady traffic: which sessions are in no figure, and in which arms ever more are under way."""
-    workload = experiment["workload"]
+    workload = experiment.get("workload", {})
     rate, capacity = workload.get("sessions_per_s"), workload.get("capacity_per_s")
     if rate is None:
         return []

@@ -66,6 +66,7 @@ class SecondWorker:
         self._config = vllm_config
         self._block_sizes = [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups]
         self._finished: set[str] = set()
+        self._warmed_up = 0
 
     def warm_up(self, tokens: int) -> float:
         """Computes a chunk of so many tokens into the block that vLLM keeps unused; the first one compiles the model, unless vLLM
@@ -73,7 +74,8 @@ class SecondWorker:
         from vllm.v1.worker.cpu_model_runner import _set_global_compilation_settings
 
         blocks = tuple([0] * -(-(tokens + 1) // size) for size in self._block_sizes)
-        job = Job(f"{WARM_UP}-{tokens}", [0] * (tokens + 1), blocks, 0)
+        self._warmed_up += 1
+        job = Job(f"{WARM_UP}-{self._warmed_up}", [0] * (tokens + 1), blocks, 0)
         with _set_global_compilation_settings(self._config):
             began = time.monotonic()
             self.compute(JobChunk(job, 0, tokens, True, True))

@@ -23,7 +23,7 @@ class WarmCpuWorker(CPUWorker):
     """vLLM's CPU worker, which before the first request runs a step of every size that service will often have.
 
     oneDNN makes its kernels for each number of tokens and of threads when it first meets it: 1 ms to 3 ms for small steps,
-    and more for large ones. vLLM's own warm-up on CPUs compiles the model, and runs one size.
+    and more for large ones. vLLM's own warm-up on CPUs compiles the model, if it does, and runs one size.
 
     Retired by: sizes to warm up as an option of vLLM's CPU worker.
     """
@@ -33,9 +33,12 @@ class WarmCpuWorker(CPUWorker):
     _limit_s = 0.0
 
     def compile_or_warm_up_model(self) -> Any:
+        steps = list(self._steps_to_run())
+        if steps:
+            self._sample_once()
         began, done = time.monotonic(), []
         try:
-            for threads, tokens in self._steps_to_run():
+            for threads, tokens in steps:
                 self._run(threads, tokens)
                 done.append((threads, tokens))
                 if self._enough(began):
@@ -47,9 +50,9 @@ class WarmCpuWorker(CPUWorker):
         self.warmed_up = tuple(done)
         if done:
             logger.info(
-                "agentserve: %d steps of up to %d tokens were run once, in %.1f s ('warm_up_s').",
+                "agentserve: %d of %d sizes of steps were run once, in %.1f s ('warm_up_s').",
                 len(done),
-                max(tokens for _, tokens in done),
+                len(steps),
                 time.monotonic() - began,
             )
         # Afterwards, since vLLM sets the seeds of its random numbers at its end.
@@ -69,22 +72,35 @@ class WarmCpuWorker(CPUWorker):
             yield from ((threads, size) for size in beside)
         yield from ((every, size) for size in sizes)
 
+    def _sample_once(self) -> None:
+        """Draws tokens for one request, and for two: vLLM compiles what draws when it first does either, whatever its flags."""
+        try:
+            for requests in range(1, min(self.vllm_config.scheduler_config.max_num_seqs, 2) + 1):
+                last = self._step(requests, decodes=True)
+                if get_pp_group().is_last_rank:
+                    self.model_runner._dummy_sampler_run(last)
+        except Exception as error:
+            logger.warning("agentserve: drawing tokens failed in the warm-up: %s", error)
+
     def _run(self, threads: int, tokens: int) -> None:
-        """Runs a step that writes no KV: decodes alone where there are places for so many, or else beside a prompt."""
-        runner: Any = self.model_runner
-        requests = self.vllm_config.scheduler_config.max_num_seqs
-        decodes = tokens <= min(requests, EVERY_SIZE_TO)
+        """Runs a step on so many threads: decodes alone where there are places for so many, or else beside a prompt."""
+        decodes = tokens <= min(self.vllm_config.scheduler_config.max_num_seqs, EVERY_SIZE_TO)
         every = torch.get_num_threads()
         cpu.set_threads(threads)
         try:
-            with _set_global_compilation_settings(self.vllm_config):
-                _, last = runner._dummy_run(
-                    tokens, skip_eplb=True, force_attention=True, create_mixed_batch=not decodes
-                )
-                if decodes and get_pp_group().is_last_rank:
-                    runner._dummy_sampler_run(last)
+            last = self._step(tokens, decodes)
+            if decodes and get_pp_group().is_last_rank:
+                with torch.inference_mode():
+                    self.model_runner.get_model().compute_logits(last)
         finally:
             cpu.set_threads(every)
+
+    def _step(self, tokens: int, decodes: bool) -> Any:
+        """Runs a step that writes no KV; returns the hidden states of each request's last token."""
+        runner: Any = self.model_runner
+        with _set_global_compilation_settings(self.vllm_config):
+            _, last = runner._dummy_run(tokens, skip_eplb=True, force_attention=True, create_mixed_batch=not decodes)
+        return last
 
     def _enough(self, began: float) -> bool:
         """Whether the time is over; the same on all workers, which compute each step together."""
