@@ -87,11 +87,13 @@ def execute(arguments: argparse.Namespace) -> int:
         threading.Event().wait()
         return 0
     finally:
-        if arguments.address is None:
-            serve.shutdown()
-        else:
-            serve.delete(NAME)
-        ray.shutdown()
-        # After all that Ray says while it ends.
-        if failure:
-            print(f"error: {failure}", file=sys.stderr, flush=True)
+        try:
+            if arguments.address is None:
+                serve.shutdown()
+            else:
+                serve.delete(NAME)
+            ray.shutdown()
+        finally:
+            # After all that Ray says while it ends.
+            if failure:
+                print(f"error: {failure}", file=sys.stderr, flush=True)

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 
-BOUNDS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1, 1.0)
+BOUNDS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 1.0)
 """Upper bounds of the classes; the last class has none."""
 Counts = tuple[float, ...]
 """The sum in seconds, then the number in each class."""
