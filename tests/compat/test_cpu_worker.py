@@ -16,7 +16,15 @@ from vllm_agentserve.vllm_compat import cpu, cpu_worker
 class Machine:
     """A worker whose model runner only notes what it is asked for, on four cores and with a clock that steps advance."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, slots: tuple[int, ...] = (), ranks: int = 1, **options: Any):
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        slots: tuple[int, ...] = (),
+        ranks: int = 1,
+        seqs: int = 16,
+        longest: int = 4096,
+        **options: Any,
+    ) -> None:
         self.now, self.threads, self.step_s = 0.0, 4, 0.001
         self.began: list[tuple[int, int]] = []
         """Threads and tokens of every step, those for drawing tokens included."""
@@ -39,10 +47,10 @@ class Machine:
         worker = object.__new__(cpu_worker.WarmCpuWorker)
         worker.vllm_config = SimpleNamespace(  # type: ignore[assignment]
             additional_config={"agentserve": options},
-            scheduler_config=SimpleNamespace(max_num_batched_tokens=2048, max_num_seqs=16),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=2048, max_num_seqs=seqs),
             compilation_config=SimpleNamespace(inductor_compile_config={}),
         )
-        worker.model_config = SimpleNamespace(runner_type="generate")  # type: ignore[assignment]
+        worker.model_config = SimpleNamespace(runner_type="generate", max_model_len=longest)  # type: ignore[assignment]
         worker.model_runner = SimpleNamespace(  # type: ignore[assignment]
             kv_caches=[0],
             _dummy_run=self._step,
@@ -101,6 +109,18 @@ def test_sizes_run_where_tokens_cannot_be_drawn(monkeypatch: pytest.MonkeyPatch)
     machine.draws = False
     machine.worker.compile_or_warm_up_model()
     assert machine.worker.warmed_up == tuple((4, size) for size in step_sizes(2048, 8))
+
+
+@pytest.mark.parametrize("seqs", [1, 2, 16, 128])
+def test_no_step_has_a_longer_prompt_than_the_model_takes(monkeypatch: pytest.MonkeyPatch, seqs: int) -> None:
+    """There vLLM's tables of KV blocks end, and its attention reads whatever is behind them as numbers of blocks."""
+    machine = Machine(monkeypatch, seqs=seqs, longest=512)
+    machine.start()
+    sizes = step_sizes(2048, 8)
+    assert [size for _, size in machine.ran] == sizes[: len(machine.ran)]
+    # As `_dummy_run` divides a step into decodes and a prompt, which has a token of context.
+    prompts = [size - min(seqs - 1, size // 2) for size in sizes]
+    assert max(prompts[: len(machine.ran)]) + 1 <= 512 < prompts[len(machine.ran)] + 1
 
 
 def test_sizes_beside_a_working_lane_run_on_the_threads_they_will_have(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -359,6 +359,26 @@ def test_only_calls_that_go_before_it_keep_another(
     assert server.faults() == []
 
 
+def test_those_that_wait_for_their_grammars_keep_nobody() -> None:
+    """Otherwise a client with four of them would let others begin once a second, as long as nobody makes the grammars."""
+    server = unlimited(0)
+    server.arrive("one/0", "one", 4000)
+    assert server.may("one/0", idle=True)
+    server.begin("one/0")
+    for index in range(QUEUED):
+        server.arrive(f"slow-{index}/0", f"slow-{index}")
+        assert server.may(f"slow-{index}/0")
+        server.load.cannot_run(server.calls[f"slow-{index}/0"])
+    server.now += 0.4
+    for index in range(2 * QUEUED):
+        server.arrive(f"{index}/0", f"{index}")
+        assert server.may(f"{index}/0")
+        server.begin(f"{index}/0")
+    assert server.load.report().reason == "faster without"
+    server.begin("slow-0/0")
+    assert server.faults() == []
+
+
 def test_those_that_give_up_keep_nobody() -> None:
     server = unlimited()
     fit = [server.may(f"{index}/0") for index in range(16)].count(True)

@@ -520,3 +520,23 @@ def teach(server: Server, tenant: str, name: str) -> None:
     server.now += 0.1
     turn_of(server, tenant, f"parent {name}", last=True)
     server.now += 50.0
+
+
+def test_a_program_of_a_tenant_that_is_forgotten_is_so_among_those_of_its_tenant() -> None:
+    server = learned()
+    turn_of(server, "tenant a ", "one")
+    server.now += 0.01
+    turn_of(server, "tenant a ", "two")
+    known = server.load.programs._of_tenants["tenant a "]
+    assert known._parents == {"tenant a two": {"tenant a one"}}
+    for name in ("one", "two"):
+        server.load.forget(f"tenant a {name}")
+    assert known._parents == {}
+    assert known.learned
+
+
+def test_asking_again_for_those_that_are_held_remembers_no_tenant() -> None:
+    known = Server().load.programs
+    program, _ = known.comes("p", 0.0, True, "tenant a ")
+    assert not known.seems_sub_agent(program)
+    assert known._of_tenants == {}

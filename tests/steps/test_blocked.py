@@ -231,7 +231,7 @@ def test_a_paused_engine_lets_nobody_age_while_others_come(asynchronous: bool) -
     assert scheduler.integrity.faults() == []
 
 
-def waiting_for_grammar(scheduler: Any, name: str, tokens: int, **options: Any) -> tuple[Any, Future]:
+def waiting_for_grammar(scheduler: Any, name: str, tokens: int | list[int], **options: Any) -> tuple[Any, Future]:
     """A request whose grammar another thread makes, and what that thread sets."""
     request, grammar = make_request(name, tokens, **options), Future()
     request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
@@ -296,4 +296,32 @@ def test_one_whose_grammar_is_made_may_still_wait_for_an_adapter() -> None:
     rows = [driver.step() for _ in range(30)]
     assert "waits" not in rows[0]
     assert any("waits" in row for row in rows)
+    assert scheduler.integrity.faults() == []
+
+
+def test_one_that_ended_before_its_grammar_was_made_is_not_remembered() -> None:
+    scheduler, driver = started()
+    scheduler.add_request(make_request("runs", 40, max_tokens=100))
+    request, grammar = waiting_for_grammar(scheduler, "gone", 40)
+    steps(driver, 2)
+    scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+    grammar.set_result(SimpleNamespace())
+    scheduler.add_request(make_request("next", 40))
+    driver.step()
+    assert not scheduler.engine_policy.waiting._became_ready
+
+
+@both
+def test_what_others_have_cached_is_noticed_behind_many_whose_grammar_is_not_made(asynchronous: bool) -> None:
+    """As soon as it is cached for those that can run, and for the others when their grammar is made."""
+    scheduler, driver = started(asynchronous, num_blocks=2000, max_num_seqs=1)
+    context = list(range(1600))
+    made = [waiting_for_grammar(scheduler, f"slow {number}", [*context, number])[1] for number in range(LOOK_AHEAD)]
+    scheduler.add_request(make_request("first", context, max_tokens=100))
+    scheduler.add_request(make_request("second", [*context, 3000]))
+    assert driver.step() == {"first": 1600}
+    assert not scheduler.waiting.key("second").cold
+    made[7].set_result(SimpleNamespace())
+    driver.step()
+    assert not scheduler.waiting.key("slow 7").cold
     assert scheduler.integrity.faults() == []

@@ -11,6 +11,7 @@ from vllm.v1.request import RequestStatus
 from tests.support.metrics_page import Page
 from tests.support.pinned import PinnedController, PinnedModel
 from tests.support.schedulers import Clock, Driver, make_request, make_scheduler, serve
+from vllm_agentserve.policy.first_calls import QUEUED
 from vllm_agentserve.scheduler.features import load as feature
 from vllm_agentserve.scheduler.features.load import Load
 from vllm_agentserve.vllm_compat import scheduler as compat
@@ -112,6 +113,54 @@ def test_without_a_limit_a_burst_is_let_in_as_the_engine_takes_it(clock: Clock, 
     assert load.control.limit.reason != "model"
     assert order[len(seen) :] == [name for name in names if name not in seen]
     assert not load.control.firsts.queued
+
+
+def without_grammar(scheduler: Any, name: str, session: str) -> None:
+    """A request whose grammar is not made yet."""
+    request = make_request(name, 400, session=session)
+    request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+    scheduler.add_request(request)
+
+
+def test_first_calls_that_wait_for_their_grammars_do_not_slow_others_down(clock: Clock) -> None:
+    """Tools of a minute: no limit pays, and others are let in as the engine takes them."""
+    scheduler, driver, load = started()
+    for number in range(6):
+        for name in ("warm", "wram"):
+            turn(scheduler, name, number, 200)
+        serve(scheduler, driver, clock)
+        clock.now += 60.0
+    for index in range(QUEUED):
+        without_grammar(scheduler, f"slow-{index}", f"slow-{index}")
+    for index in range(8):
+        turn(scheduler, f"burst-{index}", 0)
+    assert held(scheduler)
+    for _ in range(150):
+        clock.now += 0.02
+        driver.step()
+        assert scheduler.integrity.faults() == []
+    assert sorted(scheduler.requests) == [f"slow-{index}" for index in range(QUEUED)]
+
+
+def test_one_that_waits_for_its_grammar_does_not_keep_an_idle_engine_from_others(clock: Clock) -> None:
+    """Those under way may wait for the very calls that are held."""
+    scheduler, driver, load = started()
+    learned(scheduler, driver, clock)
+    without_grammar(scheduler, "slow", "warm")
+    for name in "abcdefgh":
+        turn(scheduler, name, 0)
+    driver.step()
+    while scheduler.running:
+        clock.now += 0.02
+        driver.step()
+    waiting, began = held(scheduler), clock.now
+    assert waiting
+    while held(scheduler) == waiting:
+        clock.now += 0.02
+        driver.step()
+    assert clock.now - began <= 0.6 * load.control.returns.gaps.mean_s + 0.2
+    assert load.control.report().begun["idle"] == 1
+    assert scheduler.integrity.faults() == []
 
 
 def test_a_program_that_came_back_is_never_held(clock: Clock) -> None:

@@ -41,6 +41,12 @@ WORKERS = (
         _dummy_run="num_tokens skip_eplb= force_attention= create_mixed_batch=",
         _dummy_sampler_run="hidden_states",
     ),
+    *says(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._dummy_run",
+        CPU_WORKER,
+        "num_decode_tokens = min(max_num_reqs - 1, num_tokens // 2)",
+        "[1] * num_decode_tokens + [num_prefill_tokens + 1]",
+    ),
     *reads("vllm.v1.worker.gpu_model_runner:GPUModelRunner", CPU_WORKER, "kv_caches"),
     *calls("vllm.v1.worker.cpu_model_runner:CPUModelRunner", CPU_WORKER, get_model=""),
     *calls(

@@ -42,7 +42,7 @@ class FirstCalls:
     def __init__(self) -> None:
         self.waiting: dict[LoadCall, None] = {}
         self.queued: dict[LoadCall, None] = {}
-        """First calls that may begin and are not scheduled yet."""
+        """First calls that may begin, wait for the engine only, and are not scheduled yet."""
         self._queued_batch = 0
         """How many of them are of class batch."""
         self._began_s = -inf

@@ -60,13 +60,20 @@ class KnownPrograms:
         tenant = program.tenant
         if not tenant:
             return self.sub_agents
-        known = self._of_tenants.setdefault(tenant, SubAgents())
+        known = self._of_tenants.get(tenant)
+        if known is None:
+            known = self._of_tenants[tenant] = SubAgents()
         self._of_tenants.move_to_end(tenant)
         if len(self._of_tenants) > TENANTS_KEPT:
             # A client may invent tenants. Those of whom something was learned stay for longer.
             others = (name for name, one in self._of_tenants.items() if name != tenant and not one.learned)
             del self._of_tenants[next(others, next(iter(self._of_tenants)))]
         return known
+
+    def seems_sub_agent(self, program: Program) -> bool:
+        """See `SubAgents.seems`. All that are held are asked for again and again: that keeps no tenant for longer."""
+        known = self._of_tenants.get(program.tenant) if program.tenant else self.sub_agents
+        return known is not None and known.seems(program)
 
     def _look_again(self, now_s: float) -> None:
         """Whether some of the programs that are away have been so for too long: in turns, so that all are seen."""
@@ -131,7 +138,8 @@ class KnownPrograms:
         self.gone.pop(name, None)
         if name not in self.live or self.live[name].calls:
             return False
-        self.sub_agents.gone(self.live.pop(name))
+        program = self.live.pop(name)
+        self.sub_agents_of(program).gone(program)
         del self._away[name]
         return True
 

@@ -284,7 +284,7 @@ class LoadControl:
         with a huge prompt would make all others wait.
 
         Args:
-            idle: whether the engine has nothing else to do: nothing runs, and nothing that may begin waits.
+            idle: whether the engine has nothing else to do: nothing runs, and nothing waits that may begin and can run.
         """
         why = self._why(call, now_s, idle)
         if why is None:
@@ -298,6 +298,10 @@ class LoadControl:
         self._release(call)
         return True
 
+    def cannot_run(self, call: LoadCall) -> None:
+        """A call that may begin waits for its grammar or other data, and not for the engine: nobody would wait for it."""
+        self.firsts.leaves(call)
+
     def _why(self, call: LoadCall, now_s: float, idle: bool) -> Begins | None:
         """Why it may begin; None if it is held."""
         if call.why is not None:
@@ -308,7 +312,7 @@ class LoadControl:
             return "bound"
         if self.returns.begins(call.program.named) <= USUAL:
             return "one-shot"
-        if self.programs.sub_agents_of(call.program).seems(call.program):
+        if self.programs.seems_sub_agent(call.program):
             self.count.update(now_s)
             if self._within_limit(call, 1 + BEYOND):
                 return "sub-agent"

@@ -100,6 +100,11 @@ class Line:
         """Whether a cold one waits that can run."""
         return len(self.resumes) < len(self.entries) - self._blocked_colds
 
+    @property
+    def able(self) -> int:
+        """How many can run."""
+        return len(self.entries) - self._blocked
+
     def can_run(self, line: list[Entry]) -> Iterable[Entry]:
         """Those of a line that the engine did not pass over."""
         return (entry for entry in line if not entry[2].blocked) if self._blocked else line
@@ -376,10 +381,14 @@ class WaitingList(VllmOrder):
 
     def _take_in(self, call: Call, blocked: bool = False) -> None:
         """A call is offered again, and counts as one that can run unless it is blocked by something else."""
-        entry = entry_of(call)
+        entry, unready = entry_of(call), call.unready
         self._line.remove(entry)
         self._block(call, blocked)
-        self._line.add(entry)
+        if unready:
+            # Meanwhile nobody has asked what its key is.
+            self._insert(call)
+        else:
+            self._line.add(entry)
 
     def waits_anew(self, call: Call) -> None:
         self._wait(call)
@@ -452,6 +461,11 @@ class WaitingList(VllmOrder):
     def lists(self) -> tuple[list[Entry], list[Entry]]:
         """The calls that are offered and those that are parked, for who counts them several times a step."""
         return self._line.entries, self._parked
+
+    def any_can_run(self, but: Call | None = None) -> bool:
+        """Whether a call is offered that can run; `but`: one that does not count."""
+        counts = but is not None and but.key is not None and not (but.parked or but.blocked)
+        return self._line.able > counts
 
     def __iter__(self) -> Iterator[Call]:
         return iter([call for _, _, call in chain(self._line.entries, self._parked)])
@@ -539,7 +553,7 @@ class WaitingList(VllmOrder):
     def begin_step(self, step: int, relevels: bool, admits: bool = True) -> int:
         self._closed_steps += not admits
         self.step, self._admits = step, admits
-        if self._until_ready or self._passed_over:
+        if self._until_ready or self._passed_over or self._became_ready:
             self._look_again(LOOK_AHEAD)
         promoted = self.promote_overdue()
         if relevels and step % self._decide_steps == 0:
@@ -618,11 +632,11 @@ class WaitingList(VllmOrder):
             self._rekey([call])
 
     def sort_resumes(self, resume_budget: float, limit: int) -> None:
-        first = list(islice(self._line.entries, limit))
+        first = list(islice(self._line.offered(False), limit))
         self._rekey([call for key, _, call in first if call.found_resume and key.cold is (key.tokens <= resume_budget)])
 
     def retag(self, limit: int) -> None:
-        self._rekey([call for _, _, call in islice((one for one in self._line.entries if one[0].cold), limit)])
+        self._rekey([call for _, _, call in islice((one for one in self._line.offered(False) if one[0].cold), limit)])
 
     def relevel(self, limit: int) -> None:
         """Asks again for the keys of `limit` calls, each time the next ones in order: levels change while they wait."""

@@ -64,7 +64,11 @@ class WarmCpuWorker(CPUWorker):
         self._limit_s = 0.0 if envs.VLLM_CPU_CI_ENV else options.warm_up_s
         if not self._limit_s or not self.model_runner.kv_caches or self.model_config.runner_type != "generate":
             return
-        sizes = step_sizes(self.vllm_config.scheduler_config.max_num_batched_tokens, options.chunk_granularity_tokens)
+        largest = self.vllm_config.scheduler_config.max_num_batched_tokens
+        # A longer prompt than the model takes has more KV blocks than vLLM's tables have room for, and is read beyond their ends.
+        longest = self.model_config.max_model_len - 1
+        every_size = step_sizes(largest, options.chunk_granularity_tokens)
+        sizes = [size for size in every_size if self._prompt_tokens(size) <= longest]
         every, half = torch.get_num_threads(), local_worker_half()
         # Beside a working lane, decode steps have fewer threads, and longer prompts are the lane's.
         beside = [size for size in sizes if size <= max(options.lane_min_tokens, EVERY_SIZE_TO)]
@@ -82,9 +86,14 @@ class WarmCpuWorker(CPUWorker):
         except Exception as error:
             logger.warning("agentserve: drawing tokens failed in the warm-up: %s", error)
 
+    def _prompt_tokens(self, tokens: int) -> int:
+        """Tokens of the prompt in a step of so many, as vLLM's dummy step divides them; 0 where all of them are decodes."""
+        requests = self.vllm_config.scheduler_config.max_num_seqs
+        return 0 if tokens <= min(requests, EVERY_SIZE_TO) else tokens - min(requests - 1, tokens // 2)
+
     def _run(self, threads: int, tokens: int) -> None:
         """Runs a step on so many threads: decodes alone where there are places for so many, or else beside a prompt."""
-        decodes = tokens <= min(self.vllm_config.scheduler_config.max_num_seqs, EVERY_SIZE_TO)
+        decodes = not self._prompt_tokens(tokens)
         every = torch.get_num_threads()
         cpu.set_threads(threads)
         try:

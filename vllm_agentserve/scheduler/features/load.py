@@ -111,17 +111,19 @@ class Load(Feature):
         if call.key is None or compat.fetches_prompt(call.request):
             # A part of a prompt that is streamed is not in the list yet. Blocks to fetch are kept by another engine meanwhile.
             return
-        if not self.control.may_begin(call.load, now, idle=self._idle(call)):
+        if self.control.may_begin(call.load, now, idle=self._idle(call)):
+            if call.blocked:
+                self.control.cannot_run(call.load)
+        else:
             self._waiting.park({call: HELD})
             self._counts["load_held_requests"] += 1
             self._log.held()
         self._log.decided(self.control.limit, now)
 
     def _idle(self, but: Call | None = None) -> bool:
-        """Whether the engine has nothing else to do; `but`: a waiting call that does not count."""
-        scheduler, (offered, _) = self._scheduler, self._waiting.lists
-        others = len(offered) - (but is not None)
-        return not scheduler.running and not others and not compat.waits_elsewhere(scheduler)
+        """Whether the engine has nothing else to do; `but`: a waiting call that does not count. Nor do those that cannot run."""
+        scheduler = self._scheduler
+        return not (scheduler.running or self._waiting.any_can_run(but) or compat.waits_elsewhere(scheduler))
 
     def before_step(self, decodes: int, context: int) -> None:
         self._decodes = decodes
@@ -144,6 +146,8 @@ class Load(Feature):
             if not self.control.may_begin(load, now, idle=idle):
                 refused = not everybody and self.control.closed(now)
                 return False
+            if not compat.may_run(call.request):
+                self.control.cannot_run(load)
             idle = False
             self._counts["load_hold_seconds"] += now - load.came_s
             count_hold(self._counts, call.hints.batch, now - load.came_s)
