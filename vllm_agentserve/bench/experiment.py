@@ -186,8 +186,8 @@ class Experiment:
                 capacity = capacity_per_s(sessions, replay.records)
                 if capacity is None:
                     raise EndpointError(
-                        f"arm {arm.name!r} answered no session to its end, so there is no capacity to take a share of: give a rate "
-                        "with --sessions-per-s"
+                        f"arm {arm.name!r} answered no session to its end, so there is no capacity to take a share of: "
+                        "give a rate with --sessions-per-s"
                     )
                 self.capacity_per_s[cell.name] = capacity
                 self.results[cell.name].describe(self.description(cell))
