@@ -61,8 +61,8 @@ class Machine:
 
     @property
     def ran(self) -> list[tuple[int, int]]:
-        """Without the two that draw tokens first."""
-        return self.began[2:]
+        """Without those that draw tokens first."""
+        return self.began[len(self.drawn) :]
 
     def _step(self, tokens: int, *, skip_eplb: bool, force_attention: bool, create_mixed_batch: bool) -> Any:
         assert skip_eplb
