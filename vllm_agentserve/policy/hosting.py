@@ -10,8 +10,8 @@ come back in turns find nothing. Here whole programs go, and the others find eve
 - The end of a context goes before its beginning. Blocks that other contexts have too stay as long as one of these.
 - Who makes room goes on to do so until it is gone or has a call: half a context saves half of a prompt only.
 
-Everything is stored, also what would go next: to refuse copies of those that come back late gained little or lost in the
-simulator (`docs/results/host-simulated.md`). Without programs that come back this is vLLM's `lru`.
+Everything is stored, also what would go next. To refuse copies of those that come back late was not better in the simulator
+(`docs/results/host-simulated.md`). Without programs that come back this is vLLM's `lru`.
 """
 
 from collections import OrderedDict
