@@ -26,7 +26,11 @@ CLASS_HISTOGRAMS = {
 """(label, its values, meaning) by name, without prefix."""
 CLASS_COUNTERS = {
     MET: ("class", CLASSES, "Requests with agent_deadline_ms that ended in time."),
-    MISSED: ("class", CLASSES, "Requests with agent_deadline_ms that ended later, or were given up or failed after it."),
+    MISSED: (
+        "class",
+        CLASSES,
+        "Requests with agent_deadline_ms that ended later, or were given up or failed after it.",
+    ),
 }
 """(label, its values, meaning) by name, without prefix and `_total`. The key in a report is `name:label value`."""
 CLASS_BOUNDS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
