@@ -325,3 +325,45 @@ def test_what_others_have_cached_is_noticed_behind_many_whose_grammar_is_not_mad
     driver.step()
     assert not scheduler.waiting.key("slow 7").cold
     assert scheduler.integrity.faults() == []
+
+
+@both
+def test_those_that_wait_for_an_adapter_are_not_looked_at(asynchronous: bool) -> None:
+    """As those that wait for their grammars are not; when one can be used, the first of them in order that can get it, then all
+    others of the same adapter."""
+    scheduler, driver = started(asynchronous, num_blocks=2000)
+    adapter = with_adapters(scheduler, 1)
+    scheduler.add_request(make_request("runs", 40, max_tokens=30, **adapter(1)))
+    steps(driver, 2)
+    for number in range(2 * LOOK_AHEAD):
+        scheduler.add_request(make_request(f"two {number}", 30, max_tokens=2, **adapter(2 + number % 2)))
+    steps(driver, 2)
+    looked, stock = [], scheduler._handle_blocked_waiting_request
+    scheduler._handle_blocked_waiting_request = lambda request: looked.append(request) or stock(request)
+    steps(driver, 20)
+    assert looked == []
+    assert scheduler.integrity.faults() == []
+    order: list[str] = []
+    for _ in range(60):
+        order += [name for name in driver.step() if name not in ("runs", *order)]
+        assert scheduler.integrity.faults() == []
+    assert order[:LOOK_AHEAD] == [f"two {number}" for number in range(0, 2 * LOOK_AHEAD, 2)]
+    assert order[LOOK_AHEAD:] == [f"two {number}" for number in range(1, 2 * LOOK_AHEAD, 2)]
+    assert not scheduler.requests
+    assert len(looked) <= 4 * LOOK_AHEAD
+
+
+@both
+def test_of_many_whose_grammars_are_made_at_once_some_are_taken_in_each_step(asynchronous: bool) -> None:
+    """Thousands in one step would take as long as many steps. All of them have their turn."""
+    scheduler, driver = started(asynchronous, num_blocks=2000, max_num_seqs=2)
+    scheduler.add_request(make_request("runs", 40, max_tokens=1000))
+    made = [waiting_for_grammar(scheduler, f"slow {number}", 30, max_tokens=2)[1] for number in range(3 * LOOK_AHEAD)]
+    steps(driver, 2)
+    for grammar in made:
+        grammar.set_result(SimpleNamespace(accept_tokens=lambda *given: True, is_terminated=lambda: False))
+    driver.step()
+    assert len(scheduler.waiting) - sum(call.unready for call in scheduler.calls.values()) <= 2 * LOOK_AHEAD
+    steps(driver, 2)
+    assert not any(call.unready for call in scheduler.calls.values())
+    assert scheduler.integrity.faults() == []

@@ -119,7 +119,7 @@ class Call:
         blocked: whether the engine passed over it when it last looked at it: it waits for a grammar, an adapter or other data.
         blocked_since_s: since when, in s; what it was the last time where it is not.
         blocked_s: how long it was before that, all times together.
-        unready: whether it is blocked by something that ends once, such as its grammar; then the engine need not look at it.
+        unready: whether it is blocked by something of whose end is told, such as its grammar; the engine need not look at it.
         watched: whether the list will be told when that has ended.
         overdue: whether it has been overtaken for too long; while its prompt is computed, whether it has been there for as long.
         has_waited: whether it was parked for room in the lane for as long again after it was overdue.

@@ -38,8 +38,8 @@ class Engine(Protocol):
         ...
 
     def when_ready(self, call: Call, tell: Callable[[Call], None]) -> bool:
-        """Whether a blocked call waits for something that ends once and by itself; then `tell` is called with it at that moment,
-        from whichever thread."""
+        """Whether a blocked call waits for something that ends by itself; then `tell` is called with it at that moment, from
+        whichever thread, or `WaitingList.look_in_order`."""
         ...
 
     def is_preempted(self, call: Call) -> bool:

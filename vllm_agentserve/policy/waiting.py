@@ -235,6 +235,9 @@ class VllmOrder:
     def let_pass(self, call: Call, pass_it: bool) -> None:
         """Whether a call waits for KV blocks that are not kept for programs: others, who may need none of these, go before it."""
 
+    def look_in_order(self) -> None:
+        """Calls that are not ready may be so now, without having been told of: they are looked at in their order."""
+
     def waits_anew(self, call: Call) -> None:
         """A call begins to wait that the engine does not put into this list: the next part of a streamed session."""
 
@@ -259,8 +262,8 @@ class WaitingList(VllmOrder):
         decide_steps: how often `relevels` does something, in steps.
         clock: seconds, by which waiting times are counted; without one nothing waits for any time.
         is_blocked: whether a call cannot run whatever the step has room for.
-        when_ready: whether a call waits for something that ends once and by itself, such as its grammar. Then nobody looks at it
-            until the function that is given was called with it, from whichever thread.
+        when_ready: whether a call waits for something of which is told when it has ended, such as its grammar or an adapter. Then
+            nobody looks at it until the function that is given was called with it, from whichever thread, or `look_in_order`.
 
     Calls held back for the prefill lane are parked: they count as waiting, but nobody looks at them until what they wait
     for has happened, since a look costs a search through the prefix cache per call and step.
@@ -287,6 +290,8 @@ class WaitingList(VllmOrder):
         self._when_ready = when_ready
         self._became_ready: deque[Call] = deque()
         """Calls that may have become ready since the last step; other threads append."""
+        self._looks_in_order = False
+        """Whether others may have become ready that nobody has looked at since."""
         self._patience: Patience[Call] = Patience(bypass_steps)
         self._batch_patience: Patience[Call] = Patience(batch_bypass_steps or bypass_steps)
         self._decide_steps = decide_steps
@@ -361,12 +366,18 @@ class WaitingList(VllmOrder):
         """Calls that wait for no grammar or adapter any more count again, although the engine has not looked at them since: while
         one long prompt takes whole steps it looks at nobody. In turns, so that all are seen. Those that it passed over for
         reasons of its own count again once it has looked at nobody for a step."""
-        while self._became_ready:
+        for _ in range(min(len(self._became_ready), limit)):
             call = self._became_ready.popleft()
             call.watched = False
             if call in self._until_ready:
                 del self._until_ready[call]
                 self._take_in(call, self._is_blocked(call))
+        if self._looks_in_order:
+            able = [call for _, _, call in self._line.entries if call.unready and not self._is_blocked(call)]
+            for call in able[:limit]:
+                del self._until_ready[call]
+                self._take_in(call)
+            self._looks_in_order = len(able) > limit
         for call in list(islice(self._until_ready, limit)):
             del self._until_ready[call]
             if self._is_blocked(call):
@@ -389,6 +400,9 @@ class WaitingList(VllmOrder):
             self._insert(call)
         else:
             self._line.add(entry)
+
+    def look_in_order(self) -> None:
+        self._looks_in_order = True
 
     def waits_anew(self, call: Call) -> None:
         self._wait(call)

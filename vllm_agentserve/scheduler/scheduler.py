@@ -125,13 +125,15 @@ class AgentScheduler(VllmHooks, Scheduler):
         return cached + self.host.restorable_tokens(call.request, cached)
 
     def is_blocked(self, call: Call) -> bool:
+        return self._lacks_adapter(call) or not compat.may_run(call.request)
+
+    def _lacks_adapter(self, call: Call) -> bool:
+        """Whether a waiting call needs an adapter that cannot be used beside those that are."""
         adapter, in_use = call.request.lora_request, self._adapters_in_use
-        if in_use is not None and adapter and adapter.lora_int_id not in in_use:
-            return True
-        return not compat.may_run(call.request)
+        return bool(in_use is not None and adapter and adapter.lora_int_id not in in_use)
 
     def when_ready(self, call: Call, tell: Callable[[Call], None]) -> bool:
-        return compat.when_grammar_is_made(call.request, lambda: tell(call))
+        return compat.when_grammar_is_made(call.request, lambda: tell(call)) or self._lacks_adapter(call)
 
     def is_preempted(self, call: Call) -> bool:
         return call.request.status is RequestStatus.PREEMPTED
@@ -161,7 +163,10 @@ class AgentScheduler(VllmHooks, Scheduler):
         context = self._decode_context() if decodes else 0
         for before_step in events.before_step:
             before_step(decodes, context)
-        self._adapters_in_use = compat.adapters_in_use(self)
+        adapters = compat.adapters_in_use(self)
+        if adapters != self._adapters_in_use:
+            self._adapters_in_use = adapters
+            policy.waiting.look_in_order()
         policy.begin_step(self.current_step, compat.admits(self))
         for before_plan in events.before_plan:
             before_plan()
