@@ -127,6 +127,7 @@ def test_our_own_work_is_not_pollution() -> None:
     report = conditions.report()
     assert report["our_cores"] == pytest.approx(cores, rel=0.2)
     assert report["clock_step_s"] < 0.05
+    assert 0.01 < report["page_touch_us"] < 1e5
 
 
 def test_on_a_gpu_every_arm_gets_the_size_the_first_start_found(

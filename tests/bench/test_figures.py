@@ -186,12 +186,15 @@ CALM = {
         ({"stolen_share": 0.08}, "8.0% of CPU time was stolen"),
         ({"clock_step_s": 3.0}, "the wall clock was set by 3.00 s"),
         ({"client_lateness_p99_ms": 9.0}, "the client woke up 9.0 ms late"),
+        ({"page_touch_us": 11.2}, "new pages of memory took 11.2 us each"),
         ({"gpu_throttling": ["hardware slowdown"]}, "GPU throttled: hardware slowdown"),
     ],
 )
 def test_what_pollutes_a_round(changed: dict, words: str) -> None:
     assert pollution(CALM) == []
     assert pollution(CALM | {"gpu_throttling": ["software power cap"]}) == []
+    assert pollution(CALM | {"page_touch_us": 0.7}) == []
+    assert pollution(CALM | {"page_touch_us": 11.2}, local=False) == []
     assert len(pollution(CALM | changed)) == 1
     assert words in pollution(CALM | changed)[0]
 

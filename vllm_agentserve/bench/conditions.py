@@ -1,6 +1,7 @@
 """Under which conditions a round ran: other people's CPU load, stolen time, the clock, the GPU; and whether that spoils it."""
 
 import contextlib
+import mmap
 import os
 import threading
 import time
@@ -20,6 +21,10 @@ LATENESS_MAX_MS = 250.0
 """A single stall of the client, or of the whole machine, that spoils a round."""
 LATENESS_SHARE = 0.03
 """Share of the time that the client was late, in sum: many short stalls, or one long one."""
+PAGE_TOUCH_US = 4.0
+"""Time in which a page of memory is there when it is first used; usually below 1. Where the host of a virtual machine takes free
+memory back it is 5 to 11, and a server that frees memory and asks for it again in every step is slower by far."""
+PAGES_TOUCHED = 2048
 GPU_SAMPLE_S = 0.2
 THROTTLING = {
     "software power cap": "nvmlClocksEventReasonSwPowerCap",
@@ -43,8 +48,10 @@ class Conditions:
         self.lateness_ms = lateness_ms
         self.gpu = GpuWatch()
         self._end: dict[str, float] = {}
+        self._page_touch_us = 0.0
 
     def __enter__(self) -> "Conditions":
+        self._page_touch_us = page_touch_us()
         self.gpu.start()
         self._begin = snapshot()
         return self
@@ -55,7 +62,7 @@ class Conditions:
 
     def report(self) -> dict[str, Any]:
         """Cores busy for us and for others, share of stolen time, clock step (s), how late the client woke up: p99 and
-        largest (ms), and the sum as a share of the time."""
+        largest (ms), and the sum as a share of the time; how long a page of memory took that was used first (us)."""
         spent = {name: self._end[name] - self._begin[name] for name in self._begin}
         seconds = max(spent["monotonic"], 1e-3)
         # A stall of seconds is one sample among many, so no quantile shows it; it is in the largest and in the sum.
@@ -68,6 +75,7 @@ class Conditions:
             "client_lateness_p99_ms": round(float(np.quantile(late, 0.99)), 3),
             "client_lateness_max_ms": round(float(late.max()), 3),
             "client_late_share": round(float(late.clip(0).sum()) / 1000 / seconds, 4),
+            "page_touch_us": round(self._page_touch_us, 2),
             "cpu_mhz": round(self._end["mhz"]) or None,
             "gpu_throttling": sorted(self.gpu.reasons),
         }
@@ -92,6 +100,8 @@ def pollution(report: dict[str, Any], local: bool = True) -> list[str]:
         found.append(f"the client stood still for {report['client_lateness_max_ms']:.0f} ms once")
     if report.get("client_late_share", 0.0) > LATENESS_SHARE:
         found.append(f"the client was late for {report['client_late_share']:.1%} of the time")
+    if local and report.get("page_touch_us", 0.0) > PAGE_TOUCH_US:
+        found.append(f"new pages of memory took {report['page_touch_us']:.1f} us each")
     found += [f"GPU throttled: {reason}" for reason in report["gpu_throttling"] if reason not in HARMLESS]
     return found
 
@@ -113,6 +123,15 @@ def snapshot() -> dict[str, float]:
         "ours": sum(cpu_seconds()),
         "mhz": frequency.current if frequency else 0.0,
     }
+
+
+def page_touch_us() -> float:
+    """How long a page of memory takes that is used for the first time, in us, over 8 MiB."""
+    with mmap.mmap(-1, PAGES_TOUCHED * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        began = time.perf_counter()
+        for page in range(PAGES_TOUCHED):
+            memory[page * mmap.PAGESIZE] = 1
+        return (time.perf_counter() - began) / PAGES_TOUCHED * 1e6
 
 
 def cpu_seconds() -> Iterator[float]:
