@@ -34,6 +34,7 @@ class Machine:
         self.agreed: list[bool] = []
         self.fails_at = 0
         self.draws = True
+        self.others_end_after = 0
         self.seeded_after: int | None = None
         half = SimpleNamespace(slots=[SimpleNamespace(decode=decode) for decode in slots]) if slots else None
         group = SimpleNamespace(world_size=ranks, is_last_rank=True, broadcast_object=self._agree)
@@ -81,7 +82,7 @@ class Machine:
 
     def _agree(self, mine: bool) -> bool:
         self.agreed.append(mine)
-        return mine
+        return len(self.agreed) >= self.others_end_after if self.others_end_after else mine
 
     def _seed(self) -> str:
         self.seeded_after = len(self.began)
@@ -148,6 +149,15 @@ def test_a_step_that_fails_ends_the_warm_up_only(monkeypatch: pytest.MonkeyPatch
     machine.fails_at = 5
     machine.start()
     assert machine.ran == [(4, size) for size in range(1, 5)]
+
+
+def test_a_worker_on_which_a_step_fails_agrees_with_the_others_until_they_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the next thing that the first worker tells all of them would be taken for something else."""
+    machine = Machine(monkeypatch, ranks=2)
+    machine.fails_at, machine.others_end_after = 5, 20
+    machine.start()
+    assert machine.ran == [(4, size) for size in range(1, 5)]
+    assert machine.agreed == [False] * 4 + [True] * 16
 
 
 @pytest.mark.parametrize("without", ["option", "variable", "kv", "pooling"])

@@ -1,6 +1,7 @@
 """Sub-agents whose clients do not name the parent: who is thought to be one, and from what."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -540,3 +541,33 @@ def test_asking_again_for_those_that_are_held_remembers_no_tenant() -> None:
     program, _ = known.comes("p", 0.0, True, "tenant a ")
     assert not known.seems_sub_agent(program)
     assert known._of_tenants == {}
+
+
+def test_of_those_that_look_like_sub_agents_and_want_too_much_not_all_are_weighed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A client can make hundreds of them for each tenant that it invents. Smaller ones need not wait for larger ones."""
+    server = learned()
+    with_sub_agents(server)
+    fill(server)
+    server.now += 1.0
+    server.end("new-0/0")
+    server.now += 0.01
+    for number in range(200):
+        server.arrive(f"child-{number}", f"child-{number}", 3000 + number % 7)
+    server.arrive("small", "small", 20)
+    weighed, newcomer = [0], server.load.count.newcomer
+
+    def counted(*given: Any) -> Any:
+        weighed[0] += 1
+        return newcomer(*given)
+
+    monkeypatch.setattr(server.load.count, "newcomer", counted)
+    began = [server.may(f"child-{number}") for number in range(200)]
+    assert sum(began) <= 3
+    assert server.may("small")
+    assert weighed[0] <= 20
+    server.now += 0.2
+    assert not any(server.may(f"child-{number}") for number in range(200) if not began[number])
+    assert weighed[0] <= 40
+    assert server.faults() == []

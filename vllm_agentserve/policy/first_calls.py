@@ -53,6 +53,9 @@ class FirstCalls:
         """How many of these let others begin before them."""
         self._closed_until_s = self._large_closed_until_s = -inf
         """For those that others do not pass, and for those that they do."""
+        self._beyond: dict[bool, int] = {}
+        self._beyond_until_s = -inf
+        """Prompt tokens of the smallest call that went beyond what sub-agents may take, named or not; until when that holds."""
 
     def __len__(self) -> int:
         return len(self.waiting)
@@ -126,9 +129,20 @@ class FirstCalls:
         else:
             self._closed_until_s = until_s
 
+    def goes_beyond(self, call: LoadCall, now_s: float) -> bool:
+        """Whether a sub-agent's call wants no less than one that wanted too much just now."""
+        return now_s < self._beyond_until_s and call.prompt_tokens >= self._beyond.get(call.program.named, inf)
+
+    def went_beyond(self, call: LoadCall, now_s: float, until_s: float) -> None:
+        """A sub-agent's call wants too much, as do all that want no less before that time unless something happens."""
+        if now_s >= self._beyond_until_s:
+            self._beyond, self._beyond_until_s = {}, until_s
+        named = call.program.named
+        self._beyond[named] = min(call.prompt_tokens, self._beyond.get(named, call.prompt_tokens))
+
     def open(self) -> None:
         """Something has happened: those that are held may be asked for again."""
-        self._closed_until_s = self._large_closed_until_s = -inf
+        self._closed_until_s = self._large_closed_until_s = self._beyond_until_s = -inf
 
     def faults(self, live: Mapping[str, Program]) -> Iterator[str]:
         """What does not agree, `live` being the programs there are."""

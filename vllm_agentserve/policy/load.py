@@ -312,10 +312,11 @@ class LoadControl:
             return "bound"
         if self.returns.begins(call.program.named) <= USUAL:
             return "one-shot"
-        if self.programs.seems_sub_agent(call.program):
+        if self.programs.seems_sub_agent(call.program) and not self.firsts.goes_beyond(call, now_s):
             self.count.update(now_s)
             if self._within_limit(call, 1 + BEYOND):
                 return "sub-agent"
+            self.firsts.went_beyond(call, now_s, now_s + COUNT_S)
         if self.firsts.closed(call, now_s):
             return None
         self.count.update(now_s)

@@ -33,20 +33,26 @@ class WarmCpuWorker(CPUWorker):
     _limit_s = 0.0
 
     def compile_or_warm_up_model(self) -> Any:
-        steps = list(self._steps_to_run())
+        done, failed = [], False
+        try:
+            steps = [*self._steps_to_run()]
+        except Exception:
+            self._say_failed()
+            steps = []
         if steps:
             self._sample_once()
-        began, done = time.monotonic(), []
-        try:
-            for threads, tokens in steps:
-                self._run(threads, tokens)
-                done.append((threads, tokens))
-                if self._enough(began):
-                    break
-        except Exception:
-            logger.warning(
-                "agentserve: a step of the warm-up failed; the engine starts without the rest.", exc_info=True
-            )
+        began = time.monotonic()
+        for threads, tokens in steps:
+            # One that has failed goes on agreeing with the others on when to end: what they send each other is not told apart.
+            if not failed:
+                try:
+                    self._run(threads, tokens)
+                    done.append((threads, tokens))
+                except Exception:
+                    self._say_failed()
+                    failed = True
+            if self._enough(began, failed):
+                break
         self.warmed_up = tuple(done)
         if done:
             logger.info(
@@ -57,6 +63,9 @@ class WarmCpuWorker(CPUWorker):
             )
         # Afterwards, since vLLM sets the seeds of its random numbers at its end.
         return super().compile_or_warm_up_model()
+
+    def _say_failed(self) -> None:
+        logger.warning("agentserve: a step of the warm-up failed; the engine starts without the rest.", exc_info=True)
 
     def _steps_to_run(self) -> Iterator[tuple[int, int]]:
         """Threads and tokens of each step, small steps of fewer threads first: those beside a working prefill lane."""
@@ -111,8 +120,8 @@ class WarmCpuWorker(CPUWorker):
             _, last = runner._dummy_run(tokens, skip_eplb=True, force_attention=True, create_mixed_batch=not decodes)
         return last
 
-    def _enough(self, began: float) -> bool:
-        """Whether the time is over; the same on all workers, which compute each step together."""
-        enough = time.monotonic() - began >= self._limit_s
+    def _enough(self, began: float, failed: bool) -> bool:
+        """Whether the time is over, or there are no more steps; the same on all workers, which compute each step together."""
+        enough = failed or time.monotonic() - began >= self._limit_s
         group = get_world_group()
         return bool(group.broadcast_object(enough)) if group.world_size > 1 else enough
