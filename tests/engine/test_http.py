@@ -37,7 +37,10 @@ def server(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     os.environ["VLLM_LOG_STATS_INTERVAL"] = "1"
     os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
     settings = {"tpot_slo_ms": 40, "stats_interval_ms": 50, "policy": "plas", "warm_up_s": 2}
-    options = [*SERVE, "--additional-config", json.dumps({"agentserve": settings})]
+    # Random weights may write white space for ever where a grammar lets them.
+    grammars = {"backend": "xgrammar", "disable_any_whitespace": True}
+    options = [*SERVE, "--structured-outputs-config", json.dumps(grammars)]
+    options += ["--additional-config", json.dumps({"agentserve": settings})]
     with VllmServer(toy_model, options, log=tmp_path_factory.mktemp("server") / "log") as running:
         yield running
 
