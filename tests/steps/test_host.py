@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from vllm.v1.request import RequestStatus
 
-from tests.support.host_calls import OPTIONS, ask, finished, prompt, reset, started
+from tests.support.host_calls import OPTIONS, ask, finished, prompt, random_calls, started
 from tests.support.host_driver import HostDriver
 from tests.support.pinned import PinnedController
 from tests.support.schedulers import make_request, make_scheduler
@@ -360,26 +360,7 @@ def test_whatever_happens_nobody_reads_another_context(seed: int, chunks: int, a
         asynchronous=asynchronous,
     )
 
-    lengths = dict.fromkeys("abcdef", 60)
-    for number in range(300):
-        name = rng.choice("abcdef")
-        if len(scheduler.requests) < 8 and rng.random() < 0.4:
-            lengths[name] = min(lengths[name] + rng.randrange(40), 420)
-            ask(scheduler, name, lengths[name], max_tokens=rng.randrange(1, 60), number=number)
-        if scheduler.requests and rng.random() < 0.06:
-            scheduler.finish_requests(rng.choice([*scheduler.requests]), RequestStatus.FINISHED_ABORTED)
-        if rng.random() < 0.02:
-            while driver.in_flight:
-                driver.finish()
-            reset(scheduler, running=rng.random() < 0.5)
-        driver.step()
-        if rng.random() < 0.5:
-            driver.copies.let_go(rng.randrange(4))
-        assert driver.wrong == []
-        assert scheduler.integrity.faults() == []
-    driver.holds = False
-    finished(scheduler, driver)
-    assert driver.checked > 10_000
+    random_calls(scheduler, driver, rng)
     if chunks > 40:
         assert scheduler.counts["host_restored_requests"] > 3
     driver.close()

@@ -9,7 +9,7 @@ from vllm.v1.kv_offload.base import OffloadKey, ReqContext, make_offload_key
 from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
 from vllm.v1.request import RequestStatus
 
-from tests.support.host_calls import ask, finished, reset, started
+from tests.support.host_calls import ask, finished, random_calls, started
 from vllm_agentserve.scheduler.features.hosting import HostPrograms
 from vllm_agentserve.vllm_compat.program_cache import ProgramCachePolicy
 
@@ -99,27 +99,7 @@ def test_whatever_happens_nobody_reads_another_context(seed: int, chunks: int, a
         tpot_slo_ms=50.0,
         asynchronous=asynchronous,
     )
-    lengths = dict.fromkeys("abcdef", 60)
-    for number in range(300):
-        name = rng.choice("abcdef")
-        if len(scheduler.requests) < 8 and rng.random() < 0.4:
-            lengths[name] = min(lengths[name] + rng.randrange(40), 420)
-            hints = {"agent_last": True} if rng.random() < 0.1 else {}
-            ask(scheduler, name, lengths[name], max_tokens=rng.randrange(1, 60), number=number, **hints)
-        if scheduler.requests and rng.random() < 0.06:
-            scheduler.finish_requests(rng.choice([*scheduler.requests]), RequestStatus.FINISHED_ABORTED)
-        if rng.random() < 0.02:
-            while driver.in_flight:
-                driver.finish()
-            reset(scheduler, running=rng.random() < 0.5)
-        driver.step()
-        if rng.random() < 0.5:
-            driver.copies.let_go(rng.randrange(4))
-        assert driver.wrong == []
-        assert scheduler.integrity.faults() == []
-    driver.holds = False
-    finished(scheduler, driver)
-    assert driver.checked > 10_000
+    random_calls(scheduler, driver, rng, ends=0.1)
     driver.close()
 
 

@@ -55,13 +55,13 @@ def turn(scheduler: Any, name: str, number: int, tokens: int = 400, **hints: Any
     return request
 
 
-def learned(scheduler: Any, driver: Driver, clock: Clock) -> None:
-    """Two programs have come back several times, half a second after each answer."""
+def learned(scheduler: Any, driver: Driver, clock: Clock, gap_s: float = 0.5) -> None:
+    """Two programs have come back several times, `gap_s` after each answer."""
     for number in range(6):
         for name in ("warm", "wram"):
             turn(scheduler, name, number, 200)
         serve(scheduler, driver, clock)
-        clock.now += 0.5
+        clock.now += gap_s
 
 
 def held(scheduler: Any) -> list[str]:
@@ -88,11 +88,7 @@ def test_first_calls_are_held_while_the_contexts_fill_the_cache(clock: Clock, as
 def test_without_a_limit_a_burst_is_let_in_as_the_engine_takes_it(clock: Clock, asynchronous: bool) -> None:
     """Tools of a minute: no limit pays. Who might not fit is decided on when those before it are scheduled."""
     scheduler, driver, load = started(asynchronous=asynchronous)
-    for number in range(6):
-        for name in ("warm", "wram"):
-            turn(scheduler, name, number, 200)
-        serve(scheduler, driver, clock)
-        clock.now += 60.0
+    learned(scheduler, driver, clock, gap_s=60.0)
     names = [f"burst-{index}" for index in range(16)]
     for name in names:
         turn(scheduler, name, 0)
@@ -125,11 +121,7 @@ def without_grammar(scheduler: Any, name: str, session: str) -> None:
 def test_first_calls_that_wait_for_their_grammars_do_not_slow_others_down(clock: Clock) -> None:
     """Tools of a minute: no limit pays, and others are let in as the engine takes them."""
     scheduler, driver, load = started()
-    for number in range(6):
-        for name in ("warm", "wram"):
-            turn(scheduler, name, number, 200)
-        serve(scheduler, driver, clock)
-        clock.now += 60.0
+    learned(scheduler, driver, clock, gap_s=60.0)
     for index in range(QUEUED):
         without_grammar(scheduler, f"slow-{index}", f"slow-{index}")
     for index in range(8):

@@ -1,8 +1,10 @@
 """Calls of programs on a scheduler with host memory, and their ends: what step tables of host memory have in common."""
 
+import random
 from typing import Any
 
 import pytest
+from vllm.v1.request import RequestStatus
 
 from tests.support.host_driver import HostDriver
 from tests.support.schedulers import make_request, make_scheduler
@@ -71,3 +73,32 @@ def reset(scheduler: Any, running: bool) -> None:
             scheduler.reset_prefix_cache(reset_running_requests=True)
         return
     scheduler.reset_prefix_cache(reset_running_requests=running)
+
+
+def random_calls(scheduler: Any, driver: HostDriver, rng: random.Random, ends: float = 0.0) -> None:
+    """Calls of six programs, aborts, resets, and copies that are late, to their end; what is read is checked in every step.
+
+    Args:
+        ends: share of the calls that are said to be the last of their program.
+    """
+    lengths = dict.fromkeys("abcdef", 60)
+    for number in range(300):
+        name = rng.choice("abcdef")
+        if len(scheduler.requests) < 8 and rng.random() < 0.4:
+            lengths[name] = min(lengths[name] + rng.randrange(40), 420)
+            hints = {"agent_last": True} if ends and rng.random() < ends else {}
+            ask(scheduler, name, lengths[name], max_tokens=rng.randrange(1, 60), number=number, **hints)
+        if scheduler.requests and rng.random() < 0.06:
+            scheduler.finish_requests(rng.choice([*scheduler.requests]), RequestStatus.FINISHED_ABORTED)
+        if rng.random() < 0.02:
+            while driver.in_flight:
+                driver.finish()
+            reset(scheduler, running=rng.random() < 0.5)
+        driver.step()
+        if rng.random() < 0.5:
+            driver.copies.let_go(rng.randrange(4))
+        assert driver.wrong == []
+        assert scheduler.integrity.faults() == []
+    driver.holds = False
+    finished(scheduler, driver)
+    assert driver.checked > 10_000
