@@ -132,22 +132,15 @@ def test_prompts_of_the_lead_count_as_prompts_beside_others() -> None:
     assert figures.sessions[0].ttft.tolist() == [500.0]
 
 
+def small_agents(agents: int, sessions: int, rounds: int) -> list[str]:
+    """Arguments of `agentserve bench run` for agents of two short turns."""
+    short = "--turns 2 --scale 0.02 --slo-factor 0"
+    return f"--agents {agents} --sessions {sessions} --rounds {rounds} {short}".split()
+
+
 @pytest.mark.slow
 def test_a_load_is_measured_against_what_the_first_arm_completes(run, tmp_path: Path) -> None:
-    small = (
-        "--agents",
-        "8",
-        "--sessions",
-        "2",
-        "--turns",
-        "2",
-        "--scale",
-        "0.02",
-        "--slo-factor",
-        "0",
-        "--rounds",
-        "2",
-    )
+    small = small_agents(agents=8, sessions=2, rounds=2)
     with token_server("--interval-s", "0.004", "--first-s", "0.02") as one, token_server("--first-s", "0.02") as two:
         arms = ("--arms", "--url", f"stock={one}", "--url", f"other={two}")
         code, said = run("bench", "run", *small, *arms, "--load", "0.8", "--output", "r")
@@ -229,20 +222,7 @@ def test_capacity_is_measured_with_the_clients_of_the_baseline(run, monkeypatch:
             given.append((arguments[4], self.anonymous))
 
     monkeypatch.setattr("vllm_agentserve.bench.experiment.Replay", Noted)
-    small = (
-        "--agents",
-        "4",
-        "--sessions",
-        "1",
-        "--turns",
-        "2",
-        "--scale",
-        "0.02",
-        "--slo-factor",
-        "0",
-        "--rounds",
-        "1",
-    )
+    small = small_agents(agents=4, sessions=1, rounds=1)
     with token_server("--first-s", "0.02") as one:
         arms = ("--arms", "--url", f"stock={one}", "--anonymous")
         code, said = run("bench", "run", *small, *arms, "--load", "0.8", "--output", "r")
