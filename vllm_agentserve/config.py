@@ -107,7 +107,8 @@ class AgentServeConfig:
         10.0,
         "s",
         "Longest time at start in which the worker runs steps of the sizes that service will have, the smallest first: kernel "
-        "libraries prepare themselves for each. On CPUs only; vLLM warms up GPUs itself. 0: none.",
+        "libraries prepare themselves for each. Two steps that draw tokens come before, and are not counted. On CPUs only; vLLM "
+        "warms up GPUs itself. 0: none.",
         low=0.0,
         high=3600.0,
     )

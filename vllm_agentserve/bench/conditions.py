@@ -23,7 +23,7 @@ LATENESS_SHARE = 0.03
 """Share of the time that the client was late, in sum: many short stalls, or one long one."""
 PAGE_TOUCH_US = 4.0
 """Time in which a page of memory is there when it is first used; usually below 1. Where the host of a virtual machine takes free
-memory back it is 5 to 11, and a server that frees memory and asks for it again in every step is slower by far."""
+memory back it is 5 to 11, and servers were half as fast in runs in which that was seen."""
 PAGES_TOUCHED = 2048
 GPU_SAMPLE_S = 0.2
 THROTTLING = {
