@@ -1,5 +1,6 @@
 """Load control in the scheduler, on vLLM's real scheduler without a model: who is held, and what is said of it."""
 
+import random
 from typing import Any
 
 import pytest
@@ -49,7 +50,7 @@ def started(num_blocks: int = 129, asynchronous: bool = False, **options: Any) -
 
 def turn(scheduler: Any, name: str, number: int, tokens: int = 400, **hints: Any) -> Any:
     """A call of the program `name`, whose context grows by 8 tokens a turn."""
-    prompt = [(hash(name) % 997 * 31 + token) % 4000 for token in range(tokens + 8 * number)]
+    prompt = random.Random(name).choices(range(4000), k=tokens + 8 * number)
     request = make_request(f"{name}-{number}", prompt, max_tokens=8, session=name, hints=hints or None)
     scheduler.add_request(request)
     return request
