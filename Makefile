@@ -18,11 +18,11 @@ test-fast: setup
 	@$(HALVES) WHICH="not engine and not slow"
 
 # Both run to their end; what they say is printed when they have ended. One process imports vLLM, the other one need not: some tests
-# of compat/ read vLLM's sources only.
+# of compat/ read vLLM's sources only. Of those that need no vLLM, some run in the first, so that both end at the same time.
 HALVES = $(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target test-with-vllm test-without
 SOURCES_ONLY := compat/test_contract.py compat/test_ray_contract.py compat/test_verdicts.py
 COMPAT := $(filter-out $(SOURCES_ONLY),$(patsubst tests/%,%,$(wildcard tests/compat/test_*.py)))
-WITH_VLLM := steps lanes gpu torture $(COMPAT) package/test_bad_input.py package/test_package.py
+WITH_VLLM := steps lanes gpu torture $(COMPAT) package/test_bad_input.py package/test_package.py docs cluster bench/test_load_simulated.py
 test-with-vllm:
 	@$(RUN)/python -m pytest -q -m "$(WHICH)" $(addprefix tests/,$(WITH_VLLM))
 

@@ -59,7 +59,7 @@ class Refuses(BaseHTTPRequestHandler):
 
 def test_a_refusal_is_no_time_to_the_first_token() -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         try:
             with pytest.raises(RuntimeError, match="status 503"):
                 Address(server.server_port).first_token_s([5], "s")

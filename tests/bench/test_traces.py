@@ -115,10 +115,10 @@ def replayed(sessions: list[Session], fails: str = "", **more) -> Slow:
 @pytest.mark.parametrize("more", [{}, {"live": 2}])
 def test_a_replay_holds_the_prompts_that_are_in_flight(tmp_path: Path, more: dict) -> None:
     """Forty prompts, one every 50 ms after the preparation of a second: only those near their time are in memory."""
-    path = written(tmp_path, *many(80, blocks=4))
+    path = written(tmp_path, *many(60, blocks=4))
     server = replayed(read_trace(path, TraceOptions(pace="open", speed=20), 0), **more)
     one = max(len(json.dumps(prompt, separators=(",", ":"))) for prompt in server.prompts.values())
-    assert len(server.prompts) == 80
+    assert len(server.prompts) == 60
     assert server.most <= one * (PREPARE_AHEAD_S * 20 + 5 if not more else 3)
     assert server.replay is not None
     assert server.replay._contexts == {}
