@@ -22,7 +22,7 @@ test-fast: setup
 HALVES = $(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target test-with-vllm test-without
 SOURCES_ONLY := compat/test_contract.py compat/test_ray_contract.py compat/test_verdicts.py
 COMPAT := $(filter-out $(SOURCES_ONLY),$(patsubst tests/%,%,$(wildcard tests/compat/test_*.py)))
-WITH_VLLM := steps lanes gpu torture $(COMPAT) package/test_bad_input.py package/test_package.py docs cluster bench/test_load_simulated.py
+WITH_VLLM := steps lanes gpu torture $(COMPAT) package/test_bad_input.py package/test_package.py docs bench/test_load_simulated.py
 test-with-vllm:
 	@$(RUN)/python -m pytest -q -m "$(WHICH)" $(addprefix tests/,$(WITH_VLLM))
 
