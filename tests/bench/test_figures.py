@@ -11,6 +11,7 @@ from vllm_agentserve.bench.compare import BETTER, NOISE, UNKNOWN, WORSE, compare
 from vllm_agentserve.bench.conditions import pollution
 from vllm_agentserve.bench.measure import RoundFigures, SessionFigures, merged, overlaps, quantiles, round_figures
 from vllm_agentserve.bench.records import RoundRecord
+from vllm_agentserve.bench.sessions import ONE_SHOT
 from vllm_agentserve.bench.slo import attained, thresholds
 from vllm_agentserve.bench.summary import compare_prompts, decisions, notes
 
@@ -41,6 +42,26 @@ def test_merged_spans(spans: list, joined: list) -> None:
 def test_intervals_that_meet_a_prefill(begin: float, end: float, busy: bool) -> None:
     spans = np.asarray([(10.0, 20.0), (40.0, 50.0)])
     assert overlaps(np.asarray([float(begin)]), np.asarray([float(end)]), spans).tolist() == [busy]
+
+
+def test_single_calls_have_a_row_of_their_own() -> None:
+    records = [
+        record("a", sent=0, stamps=(50, 100)),
+        record("a", 1, sent=400, stamps=(450, 500)),
+        record("b", sent=200, stamps=(300, 1200)),
+        record("c", sent=0, stamps=(50, 300), kind=ONE_SHOT),
+        record("d", sent=100, stamps=(700, 800), kind=ONE_SHOT),
+    ]
+    one = round_figures(0, 1.5, records, {})
+    rows = {key: BY_KEY[key].of_sessions for key in ("session_mean_s", "waiting_mean_s", "one_shot_mean_s")}
+    values = {key: row(one.sessions) for key, row in rows.items() if row is not None}
+    assert values == {
+        "session_mean_s": pytest.approx(0.75),
+        "waiting_mean_s": pytest.approx(0.6),
+        "one_shot_mean_s": pytest.approx(0.5),
+    }
+    assert BY_KEY["round_s"].of_rounds is not None
+    assert BY_KEY["round_s"].of_rounds([one]) == 1.5
 
 
 def test_one_agent_waits_while_another_one_prefills() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -23,7 +24,7 @@ from vllm_agentserve.bench.program_traffic import (
 )
 from vllm_agentserve.bench.records import Results
 from vllm_agentserve.bench.replay import Replay
-from vllm_agentserve.bench.sessions import WorkloadError, longest_context, warm_up_of
+from vllm_agentserve.bench.sessions import ONE_SHOT, Session, Turn, WorkloadError, longest_context, warm_up_of
 
 CHOSEN = ProgramOptions(number=12, load=0.9, scale=0.1, cost=TOY_CPU, slots=4, block=32)
 
@@ -100,7 +101,7 @@ class Listener:
         return answer
 
 
-def replay(anonymous: bool) -> tuple[list[dict], Replay]:
+def replay(anonymous: bool, sessions: Sequence[Session] = FORKING) -> tuple[list[dict], Replay]:
     async def go() -> tuple[list[dict], Replay]:
         listener, app = Listener(), web.Application()
         app.add_routes([web.post("/v1/completions", listener.completions)])
@@ -110,7 +111,7 @@ def replay(anonymous: bool) -> tuple[list[dict], Replay]:
         host, port = runner.addresses[0][:2]
         try:
             async with StreamingClient(f"http://{host}:{port}") as client:
-                running = Replay(client, FORKING, anonymous=anonymous)
+                running = Replay(client, sessions, anonymous=anonymous)
                 await running.run()
         finally:
             await runner.cleanup()
@@ -133,6 +134,13 @@ def test_anonymous_requests_say_nothing() -> None:
     assert len(bodies) == 5
     assert not any("session_id" in body or "vllm_xargs" in body for body in bodies)
     assert {one.session for one in running.records} == {"p", "p.1", "p.2"}
+
+
+def test_single_calls_belong_to_no_session() -> None:
+    single = Session("one-shot-1", ONE_SHOT, (Turn((7,) * 8, 2),), ONE_SHOT)
+    bodies, running = replay(anonymous=False, sessions=[single, Session("a", "a", (Turn((8,) * 8, 2),))])
+    assert sorted(body.get("session_id", "") for body in bodies) == ["", "a"]
+    assert {one.session: one.kind for one in running.records} == {"one-shot-1": ONE_SHOT, "a": "agent"}
 
 
 def test_servers_without_the_extensions_get_no_hint() -> None:
@@ -227,7 +235,10 @@ def test_programs_through_the_command(run, tmp_path: Path) -> None:
         (("--workload", "programs", "--step-cost", "none.json"), "--step-cost none.json cannot be read"),
         (("--workload", "programs", "--serve", "--max-num-seqs x"), "--max-num-seqs 'x' is not allowed"),
         (("--trace", "sample", "--programs", "3"), "--programs 3 means nothing to a trace"),
-        (("--workload", "programms"), "choose one of react, plan-execute, coding, field, mixed, pressure, programs"),
+        (
+            ("--workload", "programms"),
+            "choose one of react, plan-execute, coding, field, mixed, pressure, pressure-one-shot, programs",
+        ),
     ],
 )
 def test_wrong_arguments(run, arguments: tuple, words: str, toy_model: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from vllm_agentserve.bench.drawing import WorkloadOptions, draw_sessions
 from vllm_agentserve.bench.sessions import (
+    ONE_SHOT,
     TOKEN_IDS,
     Session,
     Turn,
@@ -95,6 +96,17 @@ def test_sub_agents_fork_from_their_parent() -> None:
 def test_mixed_adds_chat_and_one_batch_job() -> None:
     kinds = [one.kind for one in draw_sessions(WORKLOADS["mixed"], WorkloadOptions(), 0)]
     assert (kinds.count("agent"), kinds.count("chat"), kinds.count("batch")) == (8, 2, 8)
+
+
+def test_as_many_single_calls_as_calls_of_agents() -> None:
+    drawn = draw_sessions(WORKLOADS["pressure-one-shot"], WorkloadOptions(), 0)
+    single = [one for one in drawn if one.kind == ONE_SHOT]
+    agents = [one for one in drawn if one.kind == "agent"]
+    assert len(single) == sum(len(one.turns) for one in agents) == 96
+    assert all(len(one.turns) == 1 and one.phase(0) == "cold" for one in single)
+    starts = sorted(one.start_s for one in single)
+    assert starts[0] < 1
+    assert 19 < starts[-1] < 20
 
 
 def test_the_isolated_run_has_the_same_lengths_and_other_tokens() -> None:

@@ -583,15 +583,23 @@ def test_what_clients_of_held_calls_get_is_the_same(clock: Clock) -> None:
     assert all(len(held_back[name][0]) == 8 for name in some)
 
 
-def test_a_prompt_that_another_engine_has_computed_is_not_held(clock: Clock) -> None:
-    """That engine keeps the KV blocks until they are fetched, and not for ever."""
+@pytest.mark.parametrize(
+    ("connector", "fetches"),
+    [("NixlConnector", True), ("OffloadingConnector", False), ("LaneConnector", False), (None, False)],
+)
+def test_a_prompt_that_another_engine_has_computed_is_not_held(
+    clock: Clock, connector: str | None, fetches: bool
+) -> None:
+    """That engine keeps the KV blocks until they are fetched, and not for ever. Elsewhere clients say so in vain."""
     scheduler, driver, load = started()
     learned(scheduler, driver, clock)
+    if connector is not None:
+        scheduler.vllm_config.kv_transfer_config = KVTransferConfig(kv_connector=connector, kv_role="kv_both")
     for name in "abcdefgh":
         turn(scheduler, name, 0)
     turn(scheduler, "fetched", 0, kv_transfer_params={"do_remote_prefill": True})
     turn(scheduler, "computed", 0, kv_transfer_params={"do_remote_decode": True})
-    assert "fetched-0" not in held(scheduler)
+    assert ("fetched-0" not in held(scheduler)) == fetches
     assert {"h-0", "computed-0"} <= set(held(scheduler))
     serve(scheduler, driver, clock, 4000)
     assert load.control.faults(()) == []

@@ -4,9 +4,19 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vllm_agentserve.bench.sessions import Session, Turn, WorkloadError
+from vllm_agentserve.bench.sessions import ONE_SHOT, Session, Turn, WorkloadError
 from vllm_agentserve.bench.tokens import draw_tokens
-from vllm_agentserve.bench.workloads import BATCH_ANSWER, BATCH_AT_S, BATCH_PROMPT, CHAT, Distribution, Workload
+from vllm_agentserve.bench.workloads import (
+    BATCH_ANSWER,
+    BATCH_AT_S,
+    BATCH_PROMPT,
+    CHAT,
+    ONE_SHOT_ANSWER,
+    ONE_SHOT_PROMPT,
+    ONE_SHOTS_S,
+    Distribution,
+    Workload,
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,12 @@ def draw_sessions(workload: Workload, chosen: WorkloadOptions, seed: int) -> lis
         length = scaled(BATCH_PROMPT, chosen.scale, rng)
         turn = Turn(draw_tokens(rng, length), scaled(BATCH_ANSWER, chosen.scale, rng))
         drawn.append(Session(f"batch-{number + 1}", "batch", (turn,), "batch", BATCH_AT_S))
+    for number in range(workload.one_shots):
+        rng = random.Random(f"{workload.name} {seed} one-shot {number}")
+        length = scaled(ONE_SHOT_PROMPT, chosen.scale, rng)
+        turn = Turn(draw_tokens(rng, length), scaled(ONE_SHOT_ANSWER, chosen.scale, rng))
+        start_s = rng.uniform(0.0, ONE_SHOTS_S)
+        drawn.append(Session(f"{ONE_SHOT}-{number + 1}", ONE_SHOT, (turn,), ONE_SHOT, start_s))
     return drawn
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from vllm_agentserve.bench.measure import QUANTILES, RoundFigures, SessionFigures, pool, quantile
 from vllm_agentserve.bench.program_figures import ProgramFigures
+from vllm_agentserve.bench.sessions import ONE_SHOT
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,14 @@ def pooled(name: str, q: float | None) -> Callable[[Sequence[SessionFigures]], f
     return figure
 
 
-def mean_of(value: Callable[[SessionFigures], float | None]) -> Callable[[Sequence[SessionFigures]], float]:
+def mean_of(
+    value: Callable[[SessionFigures], float | None], one_shots: bool = False
+) -> Callable[[Sequence[SessionFigures]], float]:
+    """The mean over sessions; batch sessions do not count, and single calls are apart."""
+
     def figure(sessions: Sequence[SessionFigures]) -> float:
-        values = [value(session) for session in sessions if session.kind != "batch" and session.complete]
+        counted = [one for one in sessions if one.kind != "batch" and (one.kind == ONE_SHOT) == one_shots]
+        values = [value(session) for session in counted if session.complete]
         known = [one for one in values if one is not None]
         return float(np.mean(known)) if known else float("nan")
 
@@ -165,6 +171,13 @@ METRICS = (
     quantile_of("tpot_p95_ms", "TPOT per request, p95", "tpot", 0.95),
     Metric("session_mean_s", "session from first request to last token, mean", "s", mean_of(lambda one: one.seconds)),
     Metric("waiting_mean_s", "of which waiting for the server, mean", "s", mean_of(lambda one: one.served_s)),
+    Metric("one_shot_mean_s", "single calls, until the last token, mean", "s", mean_of(lambda one: one.seconds, True)),
+    Metric(
+        "round_s",
+        "from the first request to the end of the last session",
+        "s",
+        of_rounds=mean_round(lambda one: one.seconds),
+    ),
     *(
         Metric(
             f"program_{name}_ms",

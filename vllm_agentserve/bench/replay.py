@@ -13,7 +13,7 @@ from vllm_agentserve.bench.live import LiveSessions
 from vllm_agentserve.bench.prompt import GrowingPrompt
 from vllm_agentserve.bench.recorder import Recorder
 from vllm_agentserve.bench.records import Record
-from vllm_agentserve.bench.sessions import Session, TurnKey, pinned_token, session_walk, spawning
+from vllm_agentserve.bench.sessions import ONE_SHOT, Session, TurnKey, pinned_token, session_walk, spawning
 from vllm_agentserve.bench.walk import DueCall
 
 LATENESS_PERIOD_S = 0.05
@@ -160,7 +160,7 @@ class Replay:
                 session.phase(number),
                 context.json,
                 turn.answer,
-                self._named(session.name),
+                None if session.kind == ONE_SHOT else self._named(session.name),
                 stream,
                 fixed=self.answers != "real",
                 pinned=pinned if self.answers == "pinned" else None,

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_agentserve.bench.sessions import WorkloadError
 
@@ -66,7 +66,8 @@ class Workload:
         shared: share of the system prompt that all agents have in common.
         stagger_s: time between the first starts of two agents.
         cpu_scale: factor on all lengths by default on machines without a GPU.
-        chats: plain chat users beside the agents; batch: requests of one batch job that arrives at once.
+        chats: plain chat users beside the agents; batch: requests of one batch job that arrives at once; one_shots: single calls
+            without a session, which arrive at random.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Workload:
     forks: Forks = NO_FORKS
     chats: int = 0
     batch: int = 0
+    one_shots: int = 0
 
 
 AGENTSERVE = "AgentServe (arXiv 2603.10342): phases and token counts of its workload table, drawn uniformly"
@@ -99,6 +101,19 @@ REACT = Workload(
     result=Uniform(30, 127),
     answer=Uniform(21, 141),
     tool_s=Uniform(0.1, 0.8),
+)
+PRESSURE = Workload(
+    name="pressure",
+    summary="Many agents over a KV cache that is too small: while one waits for its tool, others push its context out.",
+    source="our assumption",
+    agents=16,
+    sessions=1,
+    turns=Uniform(6, 6),
+    system=Uniform(1350, 1650),
+    result=Uniform(150, 250),
+    answer=Uniform(32, 32),
+    tool_s=around(1.0),
+    stagger_s=0.0,
 )
 WORKLOADS = {
     workload.name: workload
@@ -160,18 +175,12 @@ WORKLOADS = {
             chats=2,
             batch=8,
         ),
-        Workload(
-            name="pressure",
-            summary="Many agents over a KV cache that is too small: while one waits for its tool, others push its context out.",
-            source="our assumption",
-            agents=16,
-            sessions=1,
-            turns=Uniform(6, 6),
-            system=Uniform(1350, 1650),
-            result=Uniform(150, 250),
-            answer=Uniform(32, 32),
-            tool_s=around(1.0),
-            stagger_s=0.0,
+        PRESSURE,
+        replace(
+            PRESSURE,
+            name="pressure-one-shot",
+            summary="The agents of `pressure`, and as many single calls beside them.",
+            one_shots=96,
         ),
     )
 }
@@ -189,6 +198,9 @@ CHAT = Workload(
 )
 BATCH_AT_S = 3.0
 BATCH_PROMPT, BATCH_ANSWER = Uniform(500, 1500), Uniform(128, 128)
+ONE_SHOTS_S = 20.0
+"""For how long single calls arrive."""
+ONE_SHOT_PROMPT, ONE_SHOT_ANSWER = Uniform(600, 1000), Uniform(32, 32)
 
 
 def explain(workload: Workload) -> list[str]:
@@ -204,6 +216,8 @@ def explain(workload: Workload) -> list[str]:
         lines.append(f"{workload.forks.share:.0%} of the sessions have {workload.forks.count} sub-agents")
     if workload.chats or workload.batch:
         lines.append(f"beside them {workload.chats} people who chat and a batch job of {workload.batch} requests")
+    if workload.one_shots:
+        lines.append(f"beside them {workload.one_shots} single calls that arrive at random within {ONE_SHOTS_S:g} s")
     if workload.cpu_scale != 1:
         lines.append(f"without a GPU all lengths are scaled by {workload.cpu_scale:g} by default")
     return [*lines, f"source: {workload.source}"]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.scheduler import Scheduler as StockScheduler
 
+from vllm_agentserve.vllm_compat.lanes import CONNECTOR as LANE_CONNECTOR
+
 CHUNK_LIMIT = "limit_prefill_chunk" if hasattr(StockScheduler, "limit_prefill_chunk") else "_reserve_prefill_lookahead"
 """The method vLLM asks for every sequence, right before it allocates blocks, how many prompt tokens run.
 
@@ -173,8 +175,14 @@ def can_return(scheduler: "Scheduler", request: "Request") -> bool:
     return request.pooling_params is None and bool(scheduler.kv_cache_manager.prefix_cache_lookup_enabled(request))
 
 
-def fetches_prompt(request: "Request") -> bool:
-    """Whether another engine has computed the prompt, and keeps its KV blocks until this one has fetched them."""
+def fetches_prompt(scheduler: "Scheduler", request: "Request") -> bool:
+    """Whether another engine has computed the prompt, and keeps its KV blocks until this one has fetched them.
+
+    The client says so, and without a KV connector that fetches from other engines it says so in vain.
+    """
+    transfer = scheduler.vllm_config.kv_transfer_config
+    if transfer is None or transfer.kv_connector in (*OFFLOADS, LANE_CONNECTOR):
+        return False
     return bool((request.kv_transfer_params or {}).get("do_remote_prefill"))
 
 

@@ -108,7 +108,7 @@ class Load(Feature):
             ahead=call.hints.deadline_ms is not None or call.hints.priority > 0,
             tenant=call.tenant,
         )
-        if call.key is None or compat.fetches_prompt(call.request):
+        if call.key is None or compat.fetches_prompt(self._scheduler, call.request):
             # A part of a prompt that is streamed is not in the list yet. Blocks to fetch are kept by another engine meanwhile.
             return
         if self.control.may_begin(call.load, now, idle=self._idle(call)):
