@@ -139,6 +139,15 @@ class AgentServeConfig:
         "Keep the KV blocks of programs that are expected back, up to three quarters of the KV cache: they are handed out only "
         "when nothing else is left. Not with models whose layers differ in what they keep, nor without prefix caching.",
     )
+    kv_reserve_share: float = option(
+        0.0,
+        "of the KV cache",
+        "Largest share of the KV cache that is reserved for calls with the hint `agent_critical`, while there are any. It begins "
+        "at 0.05, and follows how much of the cache is in use. The contexts of their programs are kept as with `kv_retain`. Not "
+        "with models whose layers differ in what they keep, nor without prefix caching. 0: such calls only go before others.",
+        low=0.0,
+        high=0.9,
+    )
     kv_host_gib: float = option(
         0.0,
         "GiB",
@@ -160,8 +169,8 @@ class AgentServeConfig:
         "",
         "Refuse a request with an invalid hint (`agent_parent`, `agent_thread`, `agent_deadline_ms`, "
         "`agent_last`, `agent_tool`, `agent_class`, `agent_session`, `agent_previous`, `agent_priority`, "
-        "`agentic_context`, `agent_hint` in `vllm_xargs`, and the headers of clients) with status 400. Off: the hint is ignored "
-        "and counted.",
+        "`agent_critical`, `agentic_context`, `agent_hint` in `vllm_xargs`, and the headers of clients) with status 400. Off: "
+        "the hint is ignored and counted.",
     )
     client_names: bool = option(
         True,

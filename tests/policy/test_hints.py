@@ -22,6 +22,8 @@ from vllm_agentserve.policy.hints import KNOWN, LONGEST_DEADLINE_MS, MOST_ERRORS
         ({"agent_class": "batch"}, Hints(batch=True)),
         ({"agent_class": "interactive"}, Hints(batch=False)),
         ({"agent_priority": -3}, Hints(priority=-3)),
+        ({"agent_critical": True}, Hints(critical=True)),
+        ({"agent_critical": 0}, Hints(critical=False)),
         ({"session_id": 5, "kv_transfer_params": {}, "agents": 1}, Hints()),
     ],
 )
@@ -54,6 +56,8 @@ def test_right_hints_are_taken(given_: dict[str, Any] | None, hints: Hints) -> N
         ("agent_priority", 1.5, "= 1.5 is not allowed: it must be a whole number"),
         ("agent_priority", True, "= True is"),
         ("agent_priority", "3", "= '3' is"),
+        ("agent_critical", "yes", "= 'yes' is not allowed: it must be true or false"),
+        ("agent_critical", 2, "= 2 is"),
         ("agent_priority", 1 << 31, "= 2147483648 is"),
         ("agent_clas", "batch", "['agent_clas'] = 'batch' is not allowed: it must be named agent_parent, agent_thread"),
         ("agent_" + "x" * 10_000, 1, "is not allowed: it must be named"),
@@ -122,3 +126,16 @@ def test_of_families_the_longest_unseen_is_forgotten() -> None:
     known.root("a", None)
     known.root("c", "parent")
     assert [known.root(name, None) for name in "abc"] == ["parent", "b", "parent"]
+
+
+def test_critical_calls_go_before_every_priority() -> None:
+    ordered = [
+        Hints(critical=True, priority=(1 << 31) - 1),
+        Hints(critical=True),
+        Hints(critical=True, priority=1 - (1 << 31)),
+        Hints(priority=(1 << 31) - 1),
+        Hints(),
+        Hints(priority=-1),
+    ]
+    assert sorted(ordered, key=lambda hints: -hints.precedence) == ordered
+    assert len({hints.precedence for hints in ordered}) == len(ordered)

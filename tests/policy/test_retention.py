@@ -99,6 +99,48 @@ def test_who_comes_back_much_sooner_takes_the_room() -> None:
     assert turn(retention, "d", 0.0, 40, tool="fast") == (False, [])
 
 
+def test_a_critical_program_takes_the_room_of_others_and_gives_them_none() -> None:
+    retention = with_tools()
+    for name in "ab":
+        turn(retention, name, 0.0, 35, tool="fast")
+    critical(retention, "c", 30, tool="slow")
+    assert kept(retention) == ["a", "c"]
+    assert turn(retention, "d", 0.0, 35, tool="fast") == (False, [])
+    assert retention.first_out(["a", "c"]) == "a"
+    critical(retention, "e", 40, tool="slow")
+    assert kept(retention) == ["c", "e"]
+    # Of critical ones, who was kept first stays.
+    critical(retention, "f", 40, tool="slow")
+    assert kept(retention) == ["c", "e"]
+    assert (retention.away_blocks((), None), retention.away_blocks((), "c", critical=True)) == (70, 40)
+    assert retention.critical_blocks == 70
+    assert retention.faults() == []
+
+
+def critical(retention: Retention, name: str, blocks: int, **end: object) -> None:
+    """A critical call that comes and ends at once."""
+    retention.arrive(name, 0.0, critical=True)
+    retention.end(name, 0.0, blocks, **end)  # type: ignore[arg-type]
+
+
+def test_the_latest_call_says_whether_a_program_is_critical() -> None:
+    retention = Retention(100, returning(), only_critical=True)
+    assert turn(retention, "a", 0.0, 10) == (False, [])
+    critical(retention, "b", 10)
+    assert kept(retention) == ["b"]
+    assert turn(retention, "b", 0.0, 12) == (False, [])
+    assert (kept(retention), retention.critical_blocks) == ([], 0)
+    assert retention.faults() == []
+
+
+def test_what_is_learned_of_others_holds_for_critical_programs() -> None:
+    retention = Retention(100, only_critical=True)
+    for second in range(4):
+        turn(retention, "a", float(second), 10)
+    retention.arrive("b", 4.0, critical=True)
+    assert retention.end("b", 4.0, 10) == (True, [])
+
+
 def test_a_large_program_does_not_push_out_others_in_vain() -> None:
     retention = with_tools()
     turn(retention, "a", 0.0, 40, tool="fast")

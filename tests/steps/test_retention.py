@@ -291,6 +291,86 @@ def test_nobody_waits_for_more_than_64_steps_whatever_the_order(clock: Clock, po
     assert not retain._passed
 
 
+CRITICAL = {"kv_retain": False, "kv_reserve_share": 0.3}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_only_critical_programs_keep_their_blocks(clock: Clock, asynchronous: bool) -> None:
+    scheduler, driver, retain = started(asynchronous=asynchronous, **CRITICAL)
+    learned(scheduler, driver, clock)
+    assert not retain.ledger.segments
+    turn(scheduler, "a", 4, agent_critical=True)
+    turn(scheduler, "b", 4)
+    serve(scheduler, driver, clock)
+    assert [*retain.ledger.segments] == ["session a"]
+    one_shots(scheduler, driver, clock, 10)
+    assert cached(scheduler, "a", 464) == 448
+    assert cached(scheduler, "b", 464) == 0
+    assert scheduler.report()["retention_programs"] == 1
+    assert scheduler.integrity.faults() == []
+
+
+def reserving(clock: Clock, **options: Any) -> tuple[Any, Driver, Retain]:
+    """A call with 38 of 128 blocks decodes, another one with 63 too; 27 are free, and 38 are reserved for critical ones."""
+    scheduler, driver, retain = started(**CRITICAL | options)
+    retain.space.share = 0.3
+    retain.space.adapt(clock.now, 64)
+    for name, tokens in (("first", 600), ("second", 1000)):
+        scheduler.add_request(make_request(name, prompt(name, tokens), max_tokens=180))
+        driver.step()
+    driver.step()
+    assert len(scheduler.running) == 2
+    return scheduler, driver, retain
+
+
+def test_a_critical_call_gets_reserved_blocks_and_another_one_waits(clock: Clock) -> None:
+    scheduler, driver, retain = reserving(clock)
+    scheduler.add_request(make_request("before", prompt("before", 16), max_tokens=1))
+    assert steps_until_admitted(scheduler, driver, clock, "before") <= 2
+    turn(scheduler, "c", 0, 100, agent_critical=True)
+    scheduler.add_request(make_request("new", prompt("new", 100), max_tokens=4))
+    assert steps_until_admitted(scheduler, driver, clock, "c-0") <= 2
+    assert scheduler.calls["new"].cached_tokens is None
+    report = scheduler.report()
+    assert (report["reserve_ratio"], report["reserved_blocks"]) == (pytest.approx(0.3), 38 - 7)
+    # When no critical call is left nothing is reserved: nobody came back so far, so its context is not kept.
+    while "c-0" in scheduler.requests:
+        clock.now += 0.001
+        driver.step()
+    assert steps_until_admitted(scheduler, driver, clock, "new") <= 2
+    assert scheduler.integrity.faults() == []
+    serve(scheduler, driver, clock)
+    assert scheduler.kv_cache_manager.watermark_blocks == 0
+
+
+def test_nobody_waits_for_reserved_blocks_for_longer_than_the_bound(clock: Clock) -> None:
+    scheduler, driver, _ = reserving(clock, max_bypass_steps=30)
+    scheduler.add_request(make_request("critical", prompt("c", 100), max_tokens=160, hints={"agent_critical": True}))
+    scheduler.add_request(make_request("new", prompt("new", 100), max_tokens=4))
+    assert 25 <= steps_until_admitted(scheduler, driver, clock, "new") <= 35
+    assert "critical" in scheduler.requests
+
+
+def test_without_critical_calls_nothing_is_reserved(clock: Clock) -> None:
+    scheduler, driver, _ = reserving(clock)
+    scheduler.add_request(make_request("new", prompt("new", 300), max_tokens=4))
+    assert steps_until_admitted(scheduler, driver, clock, "new") <= 2
+    assert scheduler.report()["reserved_blocks"] == 0
+
+
+def test_critical_calls_that_are_aborted_reserve_nothing(clock: Clock) -> None:
+    scheduler, driver, retain = reserving(clock)
+    for index in range(3):
+        hints = {"agent_critical": True}
+        scheduler.add_request(make_request(f"c{index}", prompt(f"c{index}", 100), max_tokens=160, hints=hints))
+    driver.step()
+    scheduler.finish_requests(["c0", "c1", "c2"], RequestStatus.FINISHED_ABORTED)
+    assert not retain._critical
+    assert not retain._critical_begun
+    scheduler.add_request(make_request("new", prompt("new", 300), max_tokens=4))
+    assert steps_until_admitted(scheduler, driver, clock, "new") <= 2
+
+
 def test_headroom_that_is_configured_stays(clock: Clock) -> None:
     scheduler, driver, _ = started()
     compat.keep_headroom(scheduler, 7)

@@ -212,7 +212,7 @@ class EnginePolicy:
             level,
             hints.batch,
             call.due,
-            priority=hints.priority,
+            priority=hints.precedence,
             program=call.began,
         )
         if call.lost_ms is None and self._engine.is_preempted(call):
@@ -383,7 +383,7 @@ class EnginePolicy:
             return key
         hints, level = call.hints, self.programs.level(call)
         return key._replace(
-            urgency=Urgency.NORMAL, batch=hints.batch, level=level, priority=-hints.priority, due=call.due
+            urgency=Urgency.NORMAL, batch=hints.batch, level=level, priority=-hints.precedence, due=call.due
         )
 
     def _resume_tokens(self, places: int) -> int:

@@ -18,6 +18,8 @@ MOST_ERRORS = 8
 LONGEST_SHOWN = 40
 """Characters of a wrong value that a message repeats."""
 CLASSES = ("interactive", "batch")
+CRITICAL = 1 << 32
+"""More than the difference of any two priorities."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Hints:
         session: the program, in place of the `session_id` that vLLM reads.
         previous: id of the response that the request goes on from.
         priority: the larger one goes first among calls of one class and level.
+        critical: whether it goes before all that are not, among calls of one class and level, whatever their priority.
     """
 
     parent: str | None = None
@@ -45,6 +48,12 @@ class Hints:
     session: str | None = None
     previous: str | None = None
     priority: int = 0
+    critical: bool = False
+
+    @property
+    def precedence(self) -> int:
+        """The larger one goes first among calls of one class and level: critical ones, then by priority."""
+        return self.priority + (CRITICAL if self.critical else 0)
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,7 @@ KNOWN: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "agent_session": ("session", name, NAME),
     "agent_previous": ("previous", name, NAME),
     "agent_priority": ("priority", count, WHOLE),
+    "agent_critical": ("critical", truth, "true or false"),
 }
 """By name in `vllm_xargs`: the field, what reads it (None where it is wrong), and what is allowed."""
 PREFIX = "agent_"

@@ -10,6 +10,7 @@ kept stays kept from call to call, as long as its context fits. Kept blocks are 
 - A program is kept when it is likely to come back, and when its blocks fit beside those of the others that are kept.
 - It takes the room of others only if these are expected back much later than it.
 - When kept programs outgrow the room, the one that was kept last goes.
+- A critical program takes the room of any that is not, and gives its own to none of these; it is handed out after them.
 - It is kept as long as it is likely to come back still, with some grace, and not after a call that its client calls the last.
 
 Everything is said with the time at which it happened, in seconds of any clock. After Continuum (arXiv 2511.02230), whose time to
@@ -36,9 +37,11 @@ class Program(expected_back.Program):
 
     Args:
         blocks: its own KV blocks while it is kept, shared ones only if no other pays for them; else 0.
+        critical: whether its client says so, with its latest call.
     """
 
     blocks: int = 0
+    critical: bool = False
 
 
 class Retention(ExpectedBack[Program]):
@@ -48,10 +51,18 @@ class Retention(ExpectedBack[Program]):
         pool_blocks: size of the KV cache.
         returns: when and whether programs come back, where somebody else learns it; it is learned here otherwise.
         share: of the pool, what may be kept.
+        only_critical: whether only critical programs are kept; of when programs come back it learns from all.
     """
 
-    def __init__(self, pool_blocks: int, returns: Returns | None = None, share: float = SHARE) -> None:
+    def __init__(
+        self,
+        pool_blocks: int,
+        returns: Returns | None = None,
+        share: float = SHARE,
+        only_critical: bool = False,
+    ) -> None:
         super().__init__(Program, returns)
+        self._only_critical = only_critical
         self.room = int(pool_blocks * share)
         self._kept: dict[str, Program] = {}
         """Those that are kept, the first to be kept first; also while their calls run."""
@@ -68,9 +79,9 @@ class Retention(ExpectedBack[Program]):
 
     # Events. Those that let programs go return their names.
 
-    def arrive(self, name: str, now_s: float, *, named: bool = True) -> None:
+    def arrive(self, name: str, now_s: float, *, named: bool = True, critical: bool = False) -> None:
         """A call of the program came."""
-        self._arrives(name, now_s, named)
+        self._arrives(name, now_s, named).critical = critical
 
     def end(
         self,
@@ -94,7 +105,7 @@ class Retention(ExpectedBack[Program]):
         program = self._ends(name, now_s, last, tool, can_return)
         if program is None:
             return False, gone
-        if program.likely < LEAST:
+        if program.likely < LEAST or (self._only_critical and not program.critical):
             # Who is not kept any more because of this call is not among those that are to be let go: it is that program itself.
             self._leave(program)
             return False, gone
@@ -148,7 +159,9 @@ class Retention(ExpectedBack[Program]):
             if other is program:
                 kept = False
                 continue
-            if other.calls or not (kept or self._wait_s(other) > SOONER * wait_s):
+            if other.calls or other.critical > program.critical:
+                continue
+            if not (kept or other.critical < program.critical or self._wait_s(other) > SOONER * wait_s):
                 continue
             leaving.append(other)
             missing -= other.blocks
@@ -157,7 +170,9 @@ class Retention(ExpectedBack[Program]):
         return None
 
     def _latest_first(self) -> Iterator[Program]:
-        return reversed(self._kept.values())
+        """Those that are not critical, then the others; each from the last one that was kept."""
+        for critical in (False, True):
+            yield from (program for program in reversed(self._kept.values()) if program.critical is critical)
 
     def _leave(self, program: Program) -> None:
         if self._kept.pop(program.name, None) is not None:
@@ -177,18 +192,31 @@ class Retention(ExpectedBack[Program]):
             program.blocks += more
             self.blocks += more
 
-    def away_blocks(self, running: Container[str], but: str | None) -> int:
-        """Blocks of kept programs that are free, but for one program: those that do not run have none in use."""
-        return sum(program.blocks for name, program in self._kept.items() if name not in running and name != but)
+    def away_blocks(self, running: Container[str], but: str | None, critical: bool = False) -> int:
+        """Blocks of kept programs that are free, but for one program: those that do not run have none in use.
+
+        Args:
+            critical: whether only those of critical programs count.
+        """
+        return sum(
+            program.blocks
+            for name, program in self._kept.items()
+            if name not in running and name != but and program.critical >= critical
+        )
+
+    @property
+    def critical_blocks(self) -> int:
+        """Blocks of critical programs that are kept."""
+        return sum(program.blocks for program in self._kept.values() if program.critical)
 
     def first_out(self, names: Collection[str]) -> str:
         """Whose blocks go first when nothing else is left: those of the one that is expected back last, none of which waits."""
 
-        def rank(name: str) -> tuple[bool, float]:
+        def rank(name: str) -> tuple[bool, bool, float]:
             program = self._kept.get(name)
             if program is None:
-                return True, inf
-            return not program.calls, self._wait_s(program)
+                return True, True, inf
+            return not program.critical, not program.calls, self._wait_s(program)
 
         return max(names, key=rank)
 

@@ -45,7 +45,7 @@ def overdue_first(call: Call, key: AdmissionKey) -> AdmissionKey:
 
 def kind(call: Call, key: AdmissionKey) -> Kind:
     """What has to be alike so that nobody minds a prompt beside it."""
-    return call.hints.batch, call.hints.priority, call.due, key.cold
+    return call.hints.batch, call.hints.precedence, call.due, key.cold
 
 
 class NoOrder:

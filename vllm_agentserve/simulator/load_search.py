@@ -72,6 +72,7 @@ class Programs:
         gap_s: between calls, drawn within a half, or log-normal if `heavy`.
         arrive_s: they come at random within so many seconds.
         burst: so many come at once, then as many again after `arrive_s`; 0 for no bursts.
+        critical: one of so many is critical; 0 for none.
     """
 
     number: int
@@ -84,6 +85,7 @@ class Programs:
     heavy: bool = False
     burst: int = 0
     told: bool = True
+    critical: int = 0
 
     def draw(self, seed: int, kind: str = "agent") -> list[Agent]:
         rng = random.Random(f"{kind} {seed}")
@@ -95,7 +97,8 @@ class Programs:
                 gap = rng.lognormvariate(-0.32, 0.8) if self.heavy else rng.uniform(0.5, 1.5)
                 turns.append(Turn(tokens, self.answer, self.gap_s * gap if turn else 0.0))
             when = index // self.burst * self.arrive_s if self.burst else rng.uniform(0.0, self.arrive_s)
-            agents.append(Agent(f"{kind}-{seed}-{index}", when, tuple(turns), told=self.told))
+            critical = bool(self.critical) and index % self.critical == self.critical - 1
+            agents.append(Agent(f"{kind}-{seed}-{index}", when, tuple(turns), told=self.told, critical=critical))
         return agents
 
 

@@ -16,6 +16,7 @@ from vllm_agentserve.bench.cost import StepCost
 from vllm_agentserve.policy.claims import LoadCall, Program
 from vllm_agentserve.policy.load import LoadControl
 from vllm_agentserve.policy.program import Beginnings
+from vllm_agentserve.policy.space import Space
 from vllm_agentserve.simulator.host_blocks import NO_HOST, Filling, HostBlocks, HostLink
 from vllm_agentserve.simulator.kv_blocks import KvBlocks
 
@@ -48,7 +49,7 @@ class Agent:
         shared: what the first tokens are: agents of the same name share them.
         shared_tokens: how many tokens they share.
         told: whether the client gives a session id.
-        returns: whether it is a program with turns at all; one-shot traffic has one.
+        critical: whether it says that its calls are critical.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Agent:
     shared: str = ""
     shared_tokens: int = 0
     told: bool = True
+    critical: bool = False
 
 
 class FixedLimit:
@@ -75,7 +77,14 @@ class FixedLimit:
         self._begun: set[str] = set()
 
     def arrive(
-        self, name: str, now_s: float, prompt_tokens: int, *, named: bool = True, can_return: bool = True
+        self,
+        name: str,
+        now_s: float,
+        prompt_tokens: int,
+        *,
+        named: bool = True,
+        can_return: bool = True,
+        ahead: bool = False,
     ) -> LoadCall:
         return LoadCall(Program(name, named), now_s, prompt_tokens)
 
@@ -150,6 +159,10 @@ class Request:
     hosted: Filling = field(default_factory=lambda: Filling(""))
 
     @property
+    def critical(self) -> bool:
+        return self.run.agent.critical
+
+    @property
     def needs(self) -> int:
         """Tokens that have to be computed before the next one is sampled."""
         return self.prompt + self.done - self.computed
@@ -197,7 +210,9 @@ class PressureEngine:
         resume_first: whether waiting calls whose contexts are cached go before the others, as in `policy/order.py`; in order of
             arrival otherwise, as in stock vLLM.
         beside_kept: whether calls without a cached context wait while others run and only kept blocks are left, for up to
-            `BYPASS_STEPS` steps. The scheduler has no such rule.
+            `BYPASS_STEPS` steps.
+        critical_first: whether critical calls go before all others that wait, as in `policy/order.py`.
+        space: the reserve of critical calls; none by default.
         host: memory behind the KV cache; none by default.
         host_policy: makes what decides which copies it keeps.
     """
@@ -213,6 +228,8 @@ class PressureEngine:
         start_s: float = 0.0,
         resume_first: bool = False,
         beside_kept: bool = False,
+        critical_first: bool = False,
+        space: Space | None = None,
         host: HostLink = NO_HOST,
         host_policy: Callable[[HostLink, int], HostBlocks] = HostBlocks,
     ) -> None:
@@ -225,6 +242,9 @@ class PressureEngine:
         self._ends = ends
         self._resume_first = resume_first
         self._beside_kept = beside_kept
+        self._critical_first = critical_first
+        self._space = Space(blocks.capacity, 0.0) if space is None else space
+        self._reserved = 0
         self._host = host_policy(host, blocks.tokens)
         self.now_s = start_s
         self._numbers = count()
@@ -270,9 +290,10 @@ class PressureEngine:
             when, number, run = heapq.heappop(self._events)
             agent, turn = run.agent, run.agent.turns[run.turn]
             prompt = run.context + turn.added
-            load = self._load.arrive(run.program, when, prompt, named=agent.told)
+            first = self._critical_first and agent.critical
+            load = self._load.arrive(run.program, when, prompt, named=agent.told, ahead=first)
             if self._retention is not None:
-                self._retention.arrive(agent.name, when, named=agent.told)
+                self._retention.arrive(agent.name, when, named=agent.told, critical=agent.critical)
             request = Request(run, load, number, not run.turn, prompt, turn.answer)
             request.came_s, request.age = when, self._beginnings.number(run.program)
             request.hosted = Filling(agent.name, agent.told)
@@ -312,6 +333,7 @@ class PressureEngine:
             return chunks
         if self._resume_first and len(self._waiting) > 1:
             self._sort()
+        self._reserved = self._reserve()
         skipped: list[Request] = []
         idle = not self._running and not self._loading
         closed = self._load.closed(self.now_s)
@@ -354,14 +376,25 @@ class PressureEngine:
             left = length - self._blocks.hits(self._keys(request, length - 1)) * size
             if request.waited >= BYPASS_STEPS:
                 return 1, request.number, 0
+            later = 2 * (self._critical_first and not request.critical)
             if left < length and left <= RESUME_TOKENS:
-                return 2, left, request.number
-            return 3, request.age, request.number
+                return 2 + later, left, request.number
+            return 3 + later, request.age, request.number
 
         ordered = sorted(self._waiting, key=key)
         for request in ordered:
             request.waited += 1
         self._waiting = deque(ordered)
+
+    def _reserve(self) -> int:
+        """Free blocks that calls which are not critical may not have."""
+        kept = 0 if self._retention is None else self._retention.critical_blocks
+        critical = [one for one in (*self._running, *self._waiting) if one.critical]
+        if self._retention is None or not (kept or critical):
+            return 0
+        away = self._retention.away_blocks({one.run.agent.name for one in self._running}, None, critical=True)
+        self._space.adapt(self.now_s, self._blocks.capacity - self._blocks.free + away)
+        return self._space.reserved(sum(len(one.blocks) for one in critical))
 
     def _grow(self, request: Request, tokens: int) -> bool:
         missing = -(-(request.computed + tokens) // self._blocks.tokens) - len(request.blocks)
@@ -386,7 +419,7 @@ class PressureEngine:
             if self._blocks.needed(keys, hits, length) > self._blocks.free:
                 return None
             waits = self._beside_kept and self._running and request.waited < BYPASS_STEPS and 2 * hits < len(keys)
-            if waits and self._blocks.needed(keys, hits, length) > self._blocks.ordinary:
+            if waits and self._blocks.needed(keys, hits, length) > self._may_have(request):
                 return None
             request.blocks = self._blocks.touch(keys[:hits])
             request.computed = hits * self._blocks.tokens
@@ -414,6 +447,16 @@ class PressureEngine:
                 self.outcome.sought += request.run.context
                 self.outcome.restored += request.restored * self._blocks.tokens
         return tokens
+
+    def _may_have(self, request: Request) -> int:
+        """Free blocks that a call may have which did not find its context."""
+        free, retention = self._blocks.free, self._retention
+        if not request.critical:
+            return min(self._blocks.ordinary, free - self._reserved)
+        if retention is None:
+            return free
+        running = {one.run.agent.name for one in self._running}
+        return free - retention.away_blocks(running, request.run.agent.name, critical=True)
 
     def _restored(self) -> None:
         """Calls whose blocks have come back go before those that wait."""

@@ -104,6 +104,12 @@ def retain_blocks(scheduler: "Scheduler", keeper: Keeper) -> Ledger:
     return queue.ledger
 
 
+def blocks_in_use(scheduler: "Scheduler", request: "Request") -> int:
+    """How many blocks a request has, those that it shares with others included."""
+    (manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers
+    return len(manager.req_to_blocks.get(request.request_id, ()))
+
+
 def cached_blocks(scheduler: "Scheduler", request: "Request") -> list[KVCacheBlock]:
     """The blocks of a request that can be found again, from its first token on."""
     (manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers

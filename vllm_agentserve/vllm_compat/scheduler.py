@@ -160,6 +160,11 @@ def host_tokens(scheduler: "Scheduler") -> int:
     return int(pool_tokens(scheduler) * given / cache)
 
 
+def free_blocks(scheduler: "Scheduler") -> int:
+    """KV blocks that no request uses, cached or not."""
+    return int(scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
+
+
 def headroom_blocks(scheduler: "Scheduler") -> int:
     """KV blocks that have to stay free when a request is admitted beside others."""
     return int(scheduler.kv_cache_manager.watermark_blocks)

@@ -19,6 +19,7 @@ from vllm_agentserve.policy.preemption import PreemptionAccount
 from vllm_agentserve.policy.program_order import ProgramOrder
 from vllm_agentserve.policy.programs import ProgramTable
 from vllm_agentserve.policy.retention import Retention
+from vllm_agentserve.policy.space import Space
 from vllm_agentserve.policy.tier import Tier, UnmeasuredTier
 from vllm_agentserve.policy.waiting import WaitingList
 from vllm_agentserve.scheduler.features import Feature
@@ -46,11 +47,12 @@ def attribution_of(options: AgentServeConfig, orders: bool, block_size: int) -> 
     """Says whose a request is, where a part of the scheduler asks.
 
     Args:
-        options: order, load control, retention and host memory.
+        options: order, load control, retention, the reserve of critical calls and host memory.
         orders: whether waiting requests are ordered here, and not by vLLM.
         block_size: tokens per KV block.
     """
     asked = options.policy != "fcfs" or options.load_control or options.kv_retain or options.hosts_programs
+    asked = asked or options.kv_reserve_share > 0
     return Attribution(block_size) if orders and asked else NoAttribution()
 
 
@@ -119,13 +121,15 @@ def build_features(
         control = LoadControl(pool, int(scheduler.cache_config.block_size), options.max_hold_s, behind)
         features.append(Load(control, scheduler, policy, waiting, counts))
         returns = control.returns
-    if options.kv_retain:
+    if options.kv_retain or options.kv_reserve_share:
         obstacle = retention_obstacle(scheduler)
         if not isinstance(waiting, WaitingList):
             obstacle = "waiting requests are in vLLM's order, and nobody knows their programs"
         if obstacle is None:
-            retention = Retention(pool_blocks(scheduler), returns)
-            features.append(Retain(retention, retain_blocks(scheduler, retention), scheduler, waiting, counts))
+            blocks = pool_blocks(scheduler)
+            retention = Retention(blocks, returns, only_critical=not options.kv_retain)
+            space = Space(blocks, options.kv_reserve_share)
+            features.append(Retain(retention, retain_blocks(scheduler, retention), scheduler, waiting, counts, space))
         else:
             logger.warning("agentserve: KV blocks are not kept for programs that come back: %s.", obstacle)
     if isinstance(host, Host):

@@ -105,7 +105,7 @@ class Load(Feature):
             named=owner.source == "explicit",
             can_return=compat.can_return(self._scheduler, call.request),
             batch=call.hints.batch,
-            ahead=call.hints.deadline_ms is not None or call.hints.priority > 0,
+            ahead=call.hints.deadline_ms is not None or call.hints.precedence > 0,
             tenant=call.tenant,
         )
         if call.key is None or compat.fetches_prompt(self._scheduler, call.request):
