@@ -20,15 +20,15 @@ import random
 import re
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cluster_process import ClusterProcess, cluster_process, descendants
 from vllm_agentserve.bench.server import free_port
 from vllm_agentserve.cluster.timings import BOUNDS_S
 from vllm_agentserve.toy import make_toy_model
@@ -44,7 +44,6 @@ OPTIONS = (
     *("--dtype", "bfloat16", "--max-model-len", "4096", "--max-num-seqs", "16", "--enforce-eager"),
     *("--kv-cache-memory-bytes", str(2 << 30), "--served-model-name", "model", "--enable-prompt-tokens-details"),
 )
-START_S = 300.0
 AGAIN_S = 240.0
 """What an engine that was killed gets to start again."""
 
@@ -105,13 +104,13 @@ class Address:
 
 @dataclass
 class Cluster(Address):
-    log: Path = Path()
-    pid: int = 0
+    """The address of a cluster, and its process."""
+
+    process: ClusterProcess = field(kw_only=True)
 
     def engines(self) -> dict[str, int]:
         """The process of each engine that lives, by its name."""
-        ready = re.findall(r"agentserve: engine (\S+) is ready, process (\d+)", self.log.read_text(errors="replace"))
-        return {name: int(pid) for name, pid in ready if Path(f"/proc/{pid}").exists()}
+        return self.process.engines()
 
     def page(self) -> str:
         with self.open("GET", "/metrics") as answer:
@@ -124,50 +123,13 @@ def socket_of(pid: int) -> str:
     return command[command.index(b"--uds") + 1].decode()
 
 
-def descendants(pid: int) -> set[int]:
-    """A process and all that it started."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parent = int(stat.read_text(errors="replace").rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(stat.parent.name))
-    found, todo = set[int](), [pid]
-    while todo:
-        found.add(one := todo.pop())
-        todo += children.get(one, [])
-    return found
-
-
 @contextlib.contextmanager
 def serving(model: Path, port: int, options: Sequence[str]) -> Iterator[Cluster]:
-    """A cluster of two engines and two ingresses, ended with all that it started."""
+    """A cluster of two engines and two ingresses."""
     log = Path(tempfile.mkstemp(prefix="agentserve-", suffix=".log")[1])
-    command = [sys.executable, "-m", "vllm_agentserve.cli", "cluster", "serve", "--engines", "2", "--ingresses", "2"]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, "--port", str(port), str(model), *options],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
-        )
-    known = {process.pid}
-    try:
-        deadline = time.monotonic() + START_S
-        while f"at http://127.0.0.1:{port}" not in (said := log.read_text(errors="replace")):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the cluster did not start; its log {log} ends with:\n{said[-4000:]}")
-            time.sleep(0.5)
-        yield Cluster(port, "", log, process.pid)
-    finally:
-        known |= descendants(process.pid)
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(90)
-        for pid in known:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
+    own = ("--engines", "2", "--ingresses", "2")
+    with cluster_process(model, port, log, own, options, os.environ) as process:
+        yield Cluster(port, process=process)
 
 
 def conversations(cluster: Cluster, count: int, turns: int, seed: int) -> list[Row]:

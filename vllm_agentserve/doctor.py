@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from ctypes.util import find_library
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
@@ -92,6 +93,31 @@ def check_gpu() -> list[Finding]:
     if isinstance(lines, Finding):
         return [lines]
     return [*(finding for line in lines for finding in gpu_findings(line)), *check_mig(), *check_mps()]
+
+
+ALLOCATORS = ("tcmalloc", "jemalloc", "mimalloc")
+"""That take the place of glibc's."""
+
+
+def check_allocator(maps: str | None = None) -> Finding | None:
+    """Which memory allocator programs get that start here as this one did; None where vLLM does not run on the CPU.
+
+    Args:
+        maps: what is loaded, as `/proc/self/maps` has it; None: by this process.
+    """
+    if not sys.platform.startswith("linux") or shutil.which("nvidia-smi") is not None:
+        return None
+    loaded = Path("/proc/self/maps").read_text() if maps is None else maps
+    name = next((name for name in ALLOCATORS if name in loaded), None)
+    if name is not None:
+        return Finding("memory allocator", Level.OK, name)
+    found = find_library("tcmalloc_minimal")
+    install = "" if found else " after installing it (Debian and Ubuntu: libtcmalloc-minimal4)"
+    remedy = (
+        f"start vLLM with LD_PRELOAD={found or 'libtcmalloc_minimal.so.4'}{install}, as vLLM's documentation recommends"
+    )
+    says = "glibc's, which keeps freed memory: the resident memory of an engine on CPUs grows for hours"
+    return Finding("memory allocator", Level.NOTE, says, remedy)
 
 
 def check_options(text: str) -> Finding:
@@ -206,9 +232,7 @@ def examine(options: str = "{}", model: str | None = None, engine: str = "{}") -
     lanes = check_lanes(options, model, engine)
     if lanes is not None:
         findings.append(lanes)
-    memory = check_host(options)
-    if memory is not None:
-        findings.append(memory)
+    findings += [found for found in (check_host(options), check_allocator()) if found is not None]
     if findings[1].level is Level.OK:
         findings.append(check_scheduler())
     return findings

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.cluster_process import ClusterProcess, cluster_process, descendants
 from tests.support.paths import ROOT
 from vllm_agentserve.bench.server import free_port
 from vllm_agentserve.policy.program import identifier
@@ -47,7 +48,6 @@ OPTIONS = [
         ),
     ),
 ]
-START_S = 300.0
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Answer:
 class Cluster:
     port: int
     log: Path
-    process: subprocess.Popen[bytes]
+    process: ClusterProcess
     headers: dict[str, str] = field(default_factory=lambda: {"Content-Type": "application/json"})
 
     def open(self, method: str, path: str, body: Any = None, **headers: str) -> http.client.HTTPResponse:
@@ -91,28 +91,13 @@ class Cluster:
 
     def engines(self) -> dict[str, int]:
         """The process of each engine's `vllm serve` that lives, by the engine's name."""
-        ready = re.findall(r"agentserve: engine (\S+) is ready, process (\d+)", self.log.read_text(errors="replace"))
-        return {name: int(pid) for name, pid in ready if Path(f"/proc/{pid}").exists()}
+        return self.process.engines()
 
     def metric(self, name: str, **labels: str) -> float:
         page = self.ask("GET", "/metrics").body.decode()
         lines = [line for line in page.splitlines() if line.startswith(name + "{") or line.startswith(name + " ")]
         fitting = [line for line in lines if all(f'{key}="{value}"' in line for key, value in labels.items())]
         return sum(float(line.rsplit(" ", 1)[1]) for line in fitting)
-
-
-def descendants(pid: int) -> set[int]:
-    listing = subprocess.run(["ps", "-eo", "pid=,ppid="], text=True, capture_output=True, check=True).stdout
-    children: dict[int, list[int]] = {}
-    for line in listing.splitlines():
-        child, parent = map(int, line.split())
-        children.setdefault(parent, []).append(child)
-    found, todo = set[int](), [pid]
-    while todo:
-        one = todo.pop()
-        found.add(one)
-        todo += children.get(one, [])
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -125,36 +110,11 @@ def cluster(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def running(model: Path, log: Path, *own: str) -> Iterator[Cluster]:
     """A cluster with these options of its own."""
     port = free_port()
-    command = [sys.executable, "-m", "vllm_agentserve.cli", "cluster", "serve", *own]
-    environment = dict(os.environ) | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
     for name in ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_ENABLE_V1_MULTIPROCESSING"):
         environment.pop(name, None)
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, "--port", str(port), str(model), *OPTIONS],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-    found = Cluster(port, log, process)
-    known = {process.pid}
-    try:
-        deadline = time.monotonic() + START_S
-        while f"at http://127.0.0.1:{port}" not in log.read_text(errors="replace"):
-            assert process.poll() is None, log.read_text(errors="replace")[-8000:]
-            assert time.monotonic() < deadline, log.read_text(errors="replace")[-8000:]
-            time.sleep(0.5)
-        yield found
-    finally:
-        known |= descendants(process.pid)
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(90)
-        for pid in known:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
+    with cluster_process(model, port, log, own, OPTIONS, environment) as process:
+        yield Cluster(port, log, process)
 
 
 def test_conversations_stay_where_their_context_is(cluster: Cluster) -> None:

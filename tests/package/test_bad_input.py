@@ -8,7 +8,7 @@ from rich.console import Console
 
 from vllm_agentserve import cli
 from vllm_agentserve.config import AgentServeConfig, OptionError
-from vllm_agentserve.doctor import check_lanes, check_options
+from vllm_agentserve.doctor import check_allocator, check_lanes, check_options
 from vllm_agentserve.doctor_engine import check_engine
 from vllm_agentserve.doctor_gpu import Level
 from vllm_agentserve.options import read_json
@@ -75,3 +75,24 @@ def test_top_shows_what_it_knows_of_a_page_that_lacks_parts(page: str, shown: st
     with console.capture() as captured:
         console.print(picture(parse(page, 0.0)))
     assert shown in captured.get()
+
+
+@pytest.mark.parametrize(
+    ("maps", "level", "says", "remedy"),
+    [
+        ("7f00 r-xp /usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4.5.10\n", Level.OK, "tcmalloc", ""),
+        ("7f00 r-xp /usr/lib/libjemalloc.so.2\n", Level.OK, "jemalloc", ""),
+        ("7f00 r-xp /usr/lib/libc.so.6\n", Level.NOTE, "glibc's, which keeps freed memory", "LD_PRELOAD=libtcmalloc"),
+    ],
+)
+def test_the_memory_allocator_is_named(
+    monkeypatch: pytest.MonkeyPatch, maps: str, level: Level, says: str, remedy: str
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    found = check_allocator(maps)
+    assert found is not None
+    assert (found.level, found.subject) == (level, "memory allocator")
+    assert found.found.startswith(says)
+    assert remedy in found.remedy
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    assert check_allocator(maps) is None
