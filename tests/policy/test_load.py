@@ -310,7 +310,7 @@ def test_what_is_learned_meanwhile_counts() -> None:
     server = unlimited()
     fit = [server.may(f"{index}/0") for index in range(16)].count(True)
     for _ in range(200):
-        server.load.turns.read_s_per_token.add(1e-3, 1000)
+        server.load.turns.reads.add(1000, 1e-3)
     for index in range(fit):
         server.begin(f"{index}/0")
     server.now += 0.3
@@ -1176,3 +1176,13 @@ def test_an_idle_engine_never_waits_for_ever(seed: int) -> None:
             assert server.now - began < 20.0 * len(held)
         server.begin(call)
         server.end(call)
+
+
+def test_ends_are_noticed_late_where_nobody_tells_of_them() -> None:
+    """Four calls a program, a second apart; the lapse of a claim takes a little longer than that."""
+    told, silent = Server(), Server()
+    assert told.load.programs.unseen_s == 0.0
+    told.learn()
+    silent.learn(ends=False)
+    assert told.load.programs.unseen_s < 0.05
+    assert 0.2 < silent.load.programs.unseen_s < 1.0

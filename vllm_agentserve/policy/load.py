@@ -324,7 +324,7 @@ class LoadControl:
         wanted = (self.count.claims + newcomer).most
         known = self.count.claims.programs + len(self.firsts)
         if self.limit.due(now_s, wanted, known):
-            self.limit.decide(now_s, self._demand(), self.returns.gaps.mean_s)
+            self.limit.decide(now_s, self._demand(), self.returns.gaps.mean_s, self.programs.unseen_s)
         if self.limit.none:
             if self._others_may_come(call, now_s, idle, wanted, known):
                 return None
@@ -351,7 +351,7 @@ class LoadControl:
         """Whether a call might not fit and would wait for others first: who has begun cannot be put out again."""
         if idle or self.limit.reason == "fits" or wanted <= self.limit.fitting_tokens:
             return False
-        if not self.firsts.would_wait(call, now_s, call.prompt_tokens * self.turns.read_s_per_token.value):
+        if not self.firsts.would_wait(call, now_s, call.prompt_tokens * self.turns.reads.s_per_token):
             return False
         self.firsts.close(now_s + COUNT_S)
         return True
