@@ -310,7 +310,7 @@ def test_what_is_learned_meanwhile_counts() -> None:
     server = unlimited()
     fit = [server.may(f"{index}/0") for index in range(16)].count(True)
     for _ in range(200):
-        server.load.turns.reads.add(1000, 1e-3)
+        server.load.turns.read_s_per_token.add(1e-3, 1000)
     for index in range(fit):
         server.begin(f"{index}/0")
     server.now += 0.3
@@ -1178,11 +1178,24 @@ def test_an_idle_engine_never_waits_for_ever(seed: int) -> None:
         server.end(call)
 
 
-def test_ends_are_noticed_late_where_nobody_tells_of_them() -> None:
-    """Four calls a program, a second apart; the lapse of a claim takes a little longer than that."""
-    told, silent = Server(), Server()
+def test_ends_are_noticed_late_where_tools_differ() -> None:
+    """Four calls a program; the lapse of a claim takes as long as the longest gaps. Told ends are noticed at once."""
+    told, alike, differ = Server(), Server(), Server()
     assert told.load.programs.unseen_s == 0.0
-    told.learn()
-    silent.learn(ends=False)
-    assert told.load.programs.unseen_s < 0.05
-    assert 0.2 < silent.load.programs.unseen_s < 1.0
+    told.learn(gap_s=10.0, other_gap_s=0.1)
+    alike.learn(ends=False)
+    differ.learn(ends=False, gap_s=10.0, other_gap_s=0.1)
+    assert told.load.programs.unseen_s < 0.1
+    assert alike.load.programs.unseen_s < 0.1
+    assert 0.4 < differ.load.programs.unseen_s < 4.0
+
+
+def test_what_a_context_takes_in_one_go_is_what_it_takes_again() -> None:
+    """Not what the short prompts of resumed calls take, each of which is part of a step."""
+    server = Server()
+    server.learn()
+    assert server.load.turns.again_s_per_token == server.load.turns.read_s_per_token.value > 0
+    call = server.load.arrive("other", server.now, 1000)
+    server.load.begin(call, server.now, 0)
+    server.load.end(call, server.now, 1100, read_s=0.2, read_tokens=1000, decode_s=0.3, whole_s=0.11)
+    assert server.load.turns.again_s_per_token == pytest.approx(1e-4)

@@ -16,6 +16,8 @@ UNTRUE = 0.15
 """Ends that are told are believed while returns after them are at most this share of both."""
 LOOK_AHEAD = 4
 """Programs that are away and looked at again whenever a call comes."""
+SOON_GAPS = 1.5
+"""After so many mean gaps the end of a program is usually noticed; what is compared with no limit allows for that."""
 TENANTS_KEPT = 128
 """Tenants of whose sub-agents something is remembered."""
 PROGRAMS_KEPT = 65_536
@@ -134,9 +136,10 @@ class KnownPrograms:
 
     @property
     def unseen_s(self) -> float:
-        """For how much longer than it is away a program is thought to be under way, per turn: until its end is noticed."""
-        ends = 1 - self.returns.overall()
-        return ends * self._unseen.value * unseen_s(self.returns)
+        """For how much longer than usual programs that have ended are thought to be under way, per turn of a program: where some
+        tools take much longer than others, or where it is not known whether the next ones do."""
+        late = max(unseen_s(self.returns) - SOON_GAPS * self.returns.gaps.mean_s, 0.0)
+        return (1 - self.returns.overall()) * self._unseen.value * late
 
     def _ends(self, program: Program) -> None:
         self.gone[program.name] = self.live.pop(program.name)

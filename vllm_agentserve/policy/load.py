@@ -198,6 +198,7 @@ class LoadControl:
         read_tokens: int,
         decode_s: float,
         beside_s: float = 0.0,
+        whole_s: float = 0.0,
         last: bool = False,
         tool: str | None = None,
         child: bool = False,
@@ -210,6 +211,7 @@ class LoadControl:
             read_tokens: tokens of the prompt that were computed, again after a preemption included.
             decode_s: what its decoding would have taken alone, in steps without prompts.
             beside_s: how much longer that takes for each other sequence that decodes.
+            whole_s: what computing its whole context anew would take, in one go; 0 where that is not known.
             last: whether the client said that the program ends with it.
             tool: what the program does until it comes back, where that was said.
             child: whether it is known to be a sub-agent's: the context of its parent is still needed.
@@ -228,6 +230,8 @@ class LoadControl:
         program.answered(now_s, context_tokens, tool, child)
         self._idle_since_s = inf
         self.turns.answered(read_s, read_tokens, decode_s, beside_s, found)
+        if whole_s:
+            self.turns.whole_s_per_token.add(whole_s / context_tokens, context_tokens)
         self.firsts.open()
         self.programs.ended(program, now_s)
         if last and not program.calls and self.programs.told_over(program):
@@ -351,7 +355,7 @@ class LoadControl:
         """Whether a call might not fit and would wait for others first: who has begun cannot be put out again."""
         if idle or self.limit.reason == "fits" or wanted <= self.limit.fitting_tokens:
             return False
-        if not self.firsts.would_wait(call, now_s, call.prompt_tokens * self.turns.reads.s_per_token):
+        if not self.firsts.would_wait(call, now_s, call.prompt_tokens * self.turns.read_s_per_token.value):
             return False
         self.firsts.close(now_s + COUNT_S)
         return True

@@ -178,13 +178,13 @@ class Limit:
     def _forecast(self, everybody: Claims, gap_s: float, unseen_s: float) -> Forecast:
         turns, room = self._turns, self._room
         context = max(everybody.most / everybody.programs * (turns.parts.value or 1.0), 1.0)
-        again_s = context * turns.reads.s_per_further_token
+        again_s = context * turns.again_s_per_token
         restore_ms = room.tier.restore_ms(round(context)) if room.tier.host_tokens else 0.0
         turn = TurnCost(
             gap_s=gap_s,
             decode_s=turns.decode_s.value,
             beside_s=turns.beside_s.value,
-            read_s=turns.read_s.value or turns.new_tokens.value * turns.reads.s_per_token,
+            read_s=turns.read_s.value or turns.new_tokens.value * turns.read_s_per_token.value,
             again_s=again_s,
             restore_s=UNMEASURED * again_s if restore_ms is None else restore_ms / 1000,
         )

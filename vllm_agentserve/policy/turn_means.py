@@ -23,45 +23,6 @@ class Mean:
         return self._sum / self._weight if self._weight else 0.0
 
 
-SPREAD = 0.5
-"""A line through prompts is worth something where the standard deviation of their lengths is so large a share of their mean."""
-LEAST_SLOPE = 0.25
-"""Of the mean time per token, what each further token takes at least."""
-
-
-class ReadTimes:
-    """What prompts took that were computed lately: some time for each, and some for each token."""
-
-    def __init__(self) -> None:
-        self._fade = exp(-1 / TURNS_KEPT)
-        self._weight = self._tokens = self._squares = self._seconds = self._products = 0.0
-
-    def add(self, tokens: int, seconds: float) -> None:
-        fade = self._fade
-        self._weight = self._weight * fade + 1.0
-        self._tokens = self._tokens * fade + tokens
-        self._squares = self._squares * fade + tokens * tokens
-        self._seconds = self._seconds * fade + seconds
-        self._products = self._products * fade + tokens * seconds
-
-    @property
-    def s_per_token(self) -> float:
-        """Of all tokens, what one took; 0 where nothing was seen."""
-        return self._seconds / self._tokens if self._tokens else 0.0
-
-    @property
-    def s_per_further_token(self) -> float:
-        """What a prompt takes longer for each token that it is longer: a line through what was seen, where lengths differ.
-
-        Short prompts take more per token, since each takes part of a step; of a long one that says nothing.
-        """
-        spread = self._squares * self._weight - self._tokens * self._tokens
-        if spread < (SPREAD * self._tokens) ** 2:
-            return self.s_per_token
-        slope = (self._products * self._weight - self._tokens * self._seconds) / spread
-        return min(max(slope, LEAST_SLOPE * self.s_per_token), self.s_per_token)
-
-
 class TurnMeans:
     """What a turn takes, and what its context is like."""
 
@@ -74,18 +35,25 @@ class TurnMeans:
         """Tokens by which a context is longer after a turn."""
         self.new_tokens = Mean()
         """Tokens of a resumed call's prompt that its program did not have before."""
-        self.reads = ReadTimes()
+        self.read_s_per_token = Mean()
+        self.whole_s_per_token = Mean()
+        """Computing whole contexts anew, each in one go; short prompts take more per token, since each takes part of a step."""
         self.decode_s = Mean()
         self.beside_s = Mean()
         self.read_s = Mean()
         """Reading the prompt of a resumed call that found most of it."""
+
+    @property
+    def again_s_per_token(self) -> float:
+        """Computing a context again; as measured with all prompts, where nobody says what that takes."""
+        return self.whole_s_per_token.value or self.read_s_per_token.value
 
     def answered(
         self, read_s: float, read_tokens: int, decode_s: float, beside_s: float = 0.0, found: bool = False
     ) -> None:
         """A call ended that took so long."""
         if read_tokens:
-            self.reads.add(read_tokens, read_s)
+            self.read_s_per_token.add(read_s / read_tokens, read_tokens)
         if found:
             self.read_s.add(read_s)
         self.decode_s.add(decode_s)

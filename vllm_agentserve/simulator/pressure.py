@@ -543,6 +543,7 @@ class PressureEngine:
             read_tokens=request.prefill_tokens,
             decode_s=request.answer * alone_ms / 1000,
             beside_s=request.answer * (self._cost.decode_ms(2, 2 * run.context) - alone_ms) / 1000,
+            whole_s=(self._cost.chunk_ms(run.context, 0) + self._cost.prefill) / 1000,
             last=last and run.parent is None if self._ends == "told" else self._ends == "untrue",
             child=run.parent is not None,
         )
