@@ -1178,18 +1178,6 @@ def test_an_idle_engine_never_waits_for_ever(seed: int) -> None:
         server.end(call)
 
 
-def test_ends_are_noticed_late_where_tools_differ() -> None:
-    """Four calls a program; the lapse of a claim takes as long as the longest gaps. Told ends are noticed at once."""
-    told, alike, differ = Server(), Server(), Server()
-    assert told.load.programs.unseen_s == 0.0
-    told.learn(gap_s=10.0, other_gap_s=0.1)
-    alike.learn(ends=False)
-    differ.learn(ends=False, gap_s=10.0, other_gap_s=0.1)
-    assert told.load.programs.unseen_s < 0.1
-    assert alike.load.programs.unseen_s < 0.1
-    assert 0.4 < differ.load.programs.unseen_s < 4.0
-
-
 def test_what_a_context_takes_in_one_go_is_what_it_takes_again() -> None:
     """Not what the short prompts of resumed calls take, each of which is part of a step."""
     server = Server()

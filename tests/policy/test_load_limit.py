@@ -53,20 +53,6 @@ def test_there_is_none_where_all_fit() -> None:
     assert (one.none, one.reason, one.better_if_more) == (True, "fits", True)
 
 
-def test_ends_that_are_noticed_late_make_a_limit_worth_less() -> None:
-    seen, late = limit(), limit()
-    seen.decide(0.0, demand(5, 25), GAP_S)
-    late.decide(0.0, demand(5, 25), GAP_S, unseen_s=0.5)
-    assert seen.weighed is not None
-    assert late.weighed is not None
-    assert late.weighed.without == seen.weighed.without
-    assert late.weighed.limited < seen.weighed.limited
-    longer = limit()
-    longer.decide(0.0, demand(5, 25), GAP_S + 0.5)
-    assert longer.weighed is not None
-    assert late.weighed.limited == pytest.approx(longer.weighed.limited)
-
-
 def test_what_was_weighed() -> None:
     """Thirty programs, calls with 0.8 of their contexts of 1000 tokens: 0.04 s to read what is new, 0.32 s to read it again."""
     one = limit(parts=0.8)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vllm_agentserve.policy.gaps import MIDDLES_S, OwnGaps, Returns, Turn
+from vllm_agentserve.policy.gaps import OwnGaps, Returns, Turn
 
 TURNS_APART = 48
 """Calls of a program that are told apart by their number; later ones count as this one."""
@@ -147,21 +147,6 @@ def lapsed(program: Program, returns: Returns, now_s: float) -> bool:
     if program.calls:
         return False
     return longer(program, returns, away) <= LAPSE if returns.gaps.samples else away > UNKNOWN_S
-
-
-def unseen_s(returns: Returns) -> float:
-    """For how long programs that have ended are thought to come back, where nobody says that they end: the sum of `presence`."""
-    back, total, before = returns.overall(), 0.0, 0.0
-    if not back:
-        return 0.0
-    for away_s in MIDDLES_S:
-        left = returns.gaps.longer(away_s)
-        left = max(left, SLOWER) if away_s < SLOWER_S else left
-        if left <= LAPSE:
-            break
-        total += (away_s - before) * back * left / (back * left + 1 - back)
-        before = away_s
-    return total
 
 
 Stay = tuple[float, float]

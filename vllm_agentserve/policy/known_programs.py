@@ -5,7 +5,7 @@ from collections.abc import Container, Iterator
 from itertools import islice
 from math import inf
 
-from vllm_agentserve.policy.claims import LoadCall, Program, lapsed, longer, presence, unseen_s
+from vllm_agentserve.policy.claims import LoadCall, Program, lapsed, longer, presence
 from vllm_agentserve.policy.gaps import Returns
 from vllm_agentserve.policy.sub_agents import SubAgents
 from vllm_agentserve.policy.turn_means import Mean
@@ -16,8 +16,6 @@ UNTRUE = 0.15
 """Ends that are told are believed while returns after them are at most this share of both."""
 LOOK_AHEAD = 4
 """Programs that are away and looked at again whenever a call comes."""
-SOON_GAPS = 1.5
-"""After so many mean gaps the end of a program is usually noticed; what is compared with no limit allows for that."""
 TENANTS_KEPT = 128
 """Tenants of whose sub-agents something is remembered."""
 PROGRAMS_KEPT = 65_536
@@ -43,8 +41,6 @@ class KnownPrograms:
         """When calls came that were aborted while they were held, and when that was, by the names of their programs."""
         self._untrue = Mean()
         """1 for a program that came back after its told end, 0 for a told end."""
-        self._unseen = Mean()
-        """1 for an end that was noticed since the program stayed away, 0 for one that was told."""
 
     def comes(self, name: str, now_s: float, named: bool, tenant: str = "") -> tuple[Program, float]:
         """A call of that program came. Returns the program, and since when it has been waiting for its first call."""
@@ -125,23 +121,11 @@ class KnownPrograms:
         self._untrue.add(0.0)
         if self._untrue.value > UNTRUE:
             return False
-        self._ends(program)
-        self._unseen.add(0.0)
+        self.lapse(program)
         return True
 
     def lapse(self, program: Program) -> None:
         """A program that is away is thought to be over."""
-        self._ends(program)
-        self._unseen.add(1.0)
-
-    @property
-    def unseen_s(self) -> float:
-        """For how much longer than usual programs that have ended are thought to be under way, per turn of a program: where some
-        tools take much longer than others, or where it is not known whether the next ones do."""
-        late = max(unseen_s(self.returns) - SOON_GAPS * self.returns.gaps.mean_s, 0.0)
-        return (1 - self.returns.overall()) * self._unseen.value * late
-
-    def _ends(self, program: Program) -> None:
         self.gone[program.name] = self.live.pop(program.name)
         del self._away[program.name]
         self.returns.gone(program.turn(), program.tool)

@@ -328,7 +328,7 @@ class LoadControl:
         wanted = (self.count.claims + newcomer).most
         known = self.count.claims.programs + len(self.firsts)
         if self.limit.due(now_s, wanted, known):
-            self.limit.decide(now_s, self._demand(), self.returns.gaps.mean_s, self.programs.unseen_s)
+            self.limit.decide(now_s, self._demand(), self.returns.gaps.mean_s)
         if self.limit.none:
             if self._others_may_come(call, now_s, idle, wanted, known):
                 return None

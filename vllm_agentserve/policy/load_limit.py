@@ -143,17 +143,12 @@ class Limit:
             self._decided_s = -inf
         return now_s - self._decided_s >= DECIDE_S
 
-    def decide(self, now_s: float, demand: Demand, gap_s: float, unseen_s: float = 0.0) -> None:
-        """Chooses it for these programs.
-
-        Args:
-            gap_s: how long they are away between two calls.
-            unseen_s: by how much longer, per turn, they are thought to be under way than they are.
-        """
+    def decide(self, now_s: float, demand: Demand, gap_s: float) -> None:
+        """Chooses it for these programs, which are away for `gap_s` between two calls."""
         self._decided_s = now_s
         self._decided_on = demand.programs
         everybody = demand.everybody
-        forecast = self._forecast(everybody, gap_s, unseen_s)
+        forecast = self._forecast(everybody, gap_s)
         self._restores = forecast.turn.restore_s <= CHEAP * forecast.turn.again_s
         if everybody.most <= FITS * self.fitting_tokens:
             self.tokens, self.reason, self.better_if_more = inf, "fits", True
@@ -175,7 +170,7 @@ class Limit:
             forecast.limited(times)[0] * gives > forecast.without(times) * COMES for times in crowds
         )
 
-    def _forecast(self, everybody: Claims, gap_s: float, unseen_s: float) -> Forecast:
+    def _forecast(self, everybody: Claims, gap_s: float) -> Forecast:
         turns, room = self._turns, self._room
         context = max(everybody.most / everybody.programs * (turns.parts.value or 1.0), 1.0)
         again_s = context * turns.again_s_per_token
@@ -190,7 +185,7 @@ class Limit:
         )
         pool = room.tokens
         kept = room.kept_tokens * room.share
-        return Forecast(everybody.programs, everybody.likely, pool, kept, turn, max(pool / context, 1.0), unseen_s)
+        return Forecast(everybody.programs, everybody.likely, pool, kept, turn, max(pool / context, 1.0))
 
     def _later(self, forecast: Forecast, demand: Demand) -> float:
         """Turns per second with a limit where those under way find nothing, whether others are held or not: it only helps those

@@ -19,7 +19,7 @@ keeps its room as long, but leaves the engine to others: where a share q of the 
 the time for which room is taken. Contexts come back one after the other, so X is at most 1 / (q·r).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf, sqrt
 
 CLIFF = 0.6
@@ -87,7 +87,6 @@ class Forecast:
         kept: tokens that fit or come back from host memory; as many as fit without such memory.
         turn: of the mean program.
         room: so many calls of them can run at once.
-        unseen_s: by how much longer, per turn, programs keep others waiting than they are under way: their ends are noticed late.
     """
 
     programs: float
@@ -96,18 +95,17 @@ class Forecast:
     kept: float
     turn: TurnCost
     room: float
-    unseen_s: float = 0.0
 
     @property
     def footprint(self) -> float:
         """Tokens that one program will want at most."""
         return self.most / self.programs
 
-    def _rate(self, tokens: float, programs: float, room: float = inf, turn: TurnCost | None = None) -> float:
+    def _rate(self, tokens: float, programs: float, room: float = inf) -> float:
         """Turns per second of so many programs that want so many tokens."""
         found = hit_ratio(tokens / self.pool)
         restored = max(hit_ratio(tokens / self.kept) - found, 0.0)
-        return turns_per_second(programs, turn or self.turn, found, room, restored)
+        return turns_per_second(programs, self.turn, found, room, restored)
 
     def without(self, times: float = 1.0) -> float:
         """Without a limit, if so many times as many came."""
@@ -116,9 +114,8 @@ class Forecast:
     def limited(self, times: float = 1.0) -> tuple[float, float]:
         """The same with the best limit, and that limit in tokens; nothing where none is low enough for them."""
         limits = dict.fromkeys(pressure * size for size in (self.pool, self.kept) for pressure in PRESSURES)
-        turn = replace(self.turn, gap_s=self.turn.gap_s + self.unseen_s)
         tried = [
-            (self._rate(limit, limit / self.footprint, inf if limit <= self.pool else self.room, turn), -limit)
+            (self._rate(limit, limit / self.footprint, inf if limit <= self.pool else self.room), -limit)
             for limit in limits
             if self.footprint <= limit <= times * self.most
         ]

@@ -8,6 +8,7 @@ import argparse
 import json
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from vllm_agentserve.policy.retention import Retention
 from vllm_agentserve.policy.space import MOST, Space
@@ -85,7 +86,7 @@ The command writes the tables; the text around them is put in by hand, so give i
 """
 
 
-def tables(rows: list[dict]) -> str:
+def tables(rows: list[dict[str, Any]]) -> str:
     lines: list[str] = []
     head = None
     for row in rows:
