@@ -12,7 +12,7 @@ from vllm.v1.request import RequestStatus
 from vllm.v1.structured_output.request import StructuredOutputRequest
 
 from tests.support.program_steps import started as started_programs
-from tests.support.schedulers import Driver, make_request, make_scheduler
+from tests.support.schedulers import Clock, Driver, make_request, make_scheduler
 from vllm_agentserve.policy.order import DECIDE_STEPS, LOOK_AHEAD
 
 BOUND = 8
@@ -97,6 +97,30 @@ def test_a_paused_engine_lets_nobody_age(asynchronous: bool) -> None:
     assert scheduler.counts["overdue_requests"] == 0
     scheduler.set_pause_state(PauseState.UNPAUSED)
     assert "waits" in driver.step()
+
+
+def test_a_pause_promotes_nobody() -> None:
+    """A trainer pauses the engine for its weights. Who waited meanwhile has not waited for others."""
+    clock = Clock()
+    options = {"program_promote_ratio": 1.0, "program_quantum_ms": 100}
+    scheduler, driver = started_programs("plas", options=options, max_num_seqs=1)
+    scheduler.clock._clock = clock
+    scheduler.add_request(make_request("runs", 40, max_tokens=1000, session="runs"))
+    steps(driver, DECIDE_STEPS)
+    scheduler.add_request(make_request("waits", 40, session="waits"))
+    steps(driver, DECIDE_STEPS)
+    scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    steps(driver, 2 * DECIDE_STEPS)
+    clock.now += 3600.0
+    scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    clock.now += 3600.0
+    scheduler.set_pause_state(PauseState.UNPAUSED)
+    steps(driver, 2 * DECIDE_STEPS)
+    assert not scheduler.calls["waits"].program.promoted
+    clock.now += 3600.0
+    steps(driver, 2 * DECIDE_STEPS)
+    assert scheduler.calls["waits"].program.promoted
+    assert scheduler.integrity.faults() == []
 
 
 def test_a_blocked_first_one_does_not_keep_others_from_a_place() -> None:

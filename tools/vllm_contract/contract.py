@@ -49,6 +49,7 @@ CONTRACT = (
         _free_request="request ...",
         _handle_stopped_request="request",
         _handle_blocked_waiting_request="request",
+        set_pause_state="pause_state",
     ),
     # A request that is not ready is passed over, and those behind it are looked at.
     *says(

@@ -22,6 +22,7 @@ from vllm_agentserve.policy.engine import EnginePolicy
 from vllm_agentserve.policy.hints import read_hints
 from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.policy.waiting import WaitingList
+from vllm_agentserve.scheduler.clock import PausedClock
 from vllm_agentserve.scheduler.features import Events
 from vllm_agentserve.scheduler.features.build import attribution_of, build_features, lane_of, program_order
 from vllm_agentserve.scheduler.integrity import Integrity
@@ -35,6 +36,7 @@ from vllm_agentserve.vllm_compat import scheduler as compat
 from vllm_agentserve.vllm_compat.host import host_of, repeated_reset
 
 if TYPE_CHECKING:
+    from vllm.v1.core.sched.interface import PauseState
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import ModelRunnerOutput
 
@@ -82,11 +84,13 @@ class AgentScheduler(VllmHooks, Scheduler):
         block_size = int(self.cache_config.block_size)
         attribution = attribution_of(options, orders, block_size)
         programs = program_order(options if orders else None, controller, self.counts, stages > 1)
+        self.clock = PausedClock(perf_counter)
+        """By which waiting requests and programs grow older."""
         self.engine_policy = EnginePolicy(
             self,
             controller,
             self.counts,
-            perf_counter,
+            self.clock,
             attribution,
             programs,
             options.bypass_steps,
@@ -99,7 +103,7 @@ class AgentScheduler(VllmHooks, Scheduler):
             self.waiting = AgentQueue(self.engine_policy.waiting, self.calls)
         self._lane = lane_of(self, options, self.engine_policy, self.calls, self.counts)
         self._events = Events(
-            [self._lane, *build_features(self, options, self.engine_policy, self.calls, self.counts, self.host)]
+            [self._lane, *build_features(self, options, self.engine_policy, self.calls, self.counts, self.host, self.clock)]
         )
         self._log = StepLog(self.engine_policy, self.counts, self._events.finished)
         self._decode_width = 1 + self.num_spec_tokens
@@ -338,6 +342,10 @@ class AgentScheduler(VllmHooks, Scheduler):
                 self.engine_policy.offered(call.key.tokens)
             for arrived in self._events.arrived:
                 arrived(call)
+
+    def set_pause_state(self, pause_state: "PauseState") -> None:
+        super().set_pause_state(pause_state)
+        self.clock.admits(compat.admits(self))
 
     def _catch_up(self) -> None:
         """Tells the policy what quiet steps do not."""

@@ -1,6 +1,6 @@
 """Which features a scheduler has: made here, from the options and from what vLLM runs."""
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from logging import Logger
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -103,14 +103,15 @@ def build_features(
     calls: Mapping[str, Call],
     counts: Counts,
     host: NoHost,
+    clock: Callable[[], float],
 ) -> list[Feature]:
-    """All features but the lane, in the order in which their events are called."""
+    """All features but the lane, in the order in which their events are called; `clock` is that of the policy, in s."""
     tier = HostTier(host.tokens)
     features: list[Feature] = []
     programs, waiting = policy.programs, policy.waiting
     features.append(ClassTimes(counts, perf_counter))
     if isinstance(programs, ProgramOrder):
-        features.append(ProgramReport(programs.table, counts, perf_counter))
+        features.append(ProgramReport(programs.table, counts, clock))
         if options.program_preempt_share > 0 and isinstance(waiting, WaitingList):
             features.append(Preemption(scheduler, policy, waiting, programs, calls, counts, host))
     returns = None
