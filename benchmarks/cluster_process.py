@@ -49,6 +49,16 @@ def descendants(pid: int) -> set[int]:
     return found
 
 
+def in_session(leader: int) -> set[int]:
+    """The processes of a session that live: what a leader which has died left behind is nobody's child."""
+    found = set[int]()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text(errors="replace").rpartition(")")[2].split()[3]) == leader:
+                found.add(int(stat.parent.name))
+    return found
+
+
 @contextlib.contextmanager
 def cluster_process(
     model: Path, port: int, log: Path, own: Sequence[str], options: Sequence[str], environment: Mapping[str, str]
@@ -80,7 +90,7 @@ def cluster_process(
             time.sleep(0.5)
         yield ClusterProcess(port, log, process.pid)
     finally:
-        known |= descendants(process.pid)
+        known |= descendants(process.pid) | in_session(process.pid)
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(END_S)

@@ -280,7 +280,9 @@ def both_in_use(cluster: Cluster, prompt: Sequence[int], what: str) -> dict[str,
             for name in names:
                 cluster.complete(prompt, name, last=True)
         time.sleep(2.0)
-    raise RuntimeError(f"an engine did not start again within {AGAIN_S:g} s; the cluster's log is {cluster.log}")
+    raise RuntimeError(
+        f"an engine did not start again within {AGAIN_S:g} s; the cluster's log is {cluster.process.log}"
+    )
 
 
 def table(rows: Sequence[Row]) -> str:

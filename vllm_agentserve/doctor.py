@@ -107,8 +107,9 @@ def check_allocator(maps: str | None = None) -> Finding | None:
     """
     if not sys.platform.startswith("linux") or shutil.which("nvidia-smi") is not None:
         return None
-    loaded = Path("/proc/self/maps").read_text() if maps is None else maps
-    name = next((name for name in ALLOCATORS if name in loaded), None)
+    loaded = Path("/proc/self/maps").read_text(errors="replace") if maps is None else maps
+    # Folders may have such names, too.
+    name = next((name for name in ALLOCATORS if re.search(rf"/lib{name}[^/\n]*\.so", loaded)), None)
     if name is not None:
         return Finding("memory allocator", Level.OK, name)
     found = find_library("tcmalloc_minimal")

@@ -24,6 +24,7 @@ from vllm_agentserve.bench.drawing import WorkloadOptions, draw_sessions
 from vllm_agentserve.bench.measure import round_figures
 from vllm_agentserve.bench.records import LEAD, Record, Results
 from vllm_agentserve.bench.replay import Replay
+from vllm_agentserve.bench.sessions import ONE_SHOT
 from vllm_agentserve.bench.summary import steady_notes
 from vllm_agentserve.bench.workloads import WORKLOADS
 
@@ -105,6 +106,19 @@ def test_a_queue_that_grows_without_end_is_told_from_one_that_does_not() -> None
     assert not grows([(early, late), (5.0, 5.0)])
     assert not grows([])
     assert under_way(steady[:11]) is None
+
+
+def test_single_calls_are_not_sessions_under_way() -> None:
+    """Many come early: beside them a queue that grows would look as if it did not."""
+    behind = [record(f"s{n}", n, n + 5 + 0.8 * n) for n in range(40)]
+    single = [replace_kind(record(f"{ONE_SHOT}-{n}", 10 + n / 10, 40), ONE_SHOT) for n in range(96)]
+    assert under_way([*behind, *single]) == under_way(behind)
+    assert under_way(single) is None
+
+
+def replace_kind(one: Record, kind: str) -> Record:
+    one.kind = kind
+    return one
 
 
 def test_the_summary_names_the_arm_that_does_not_keep_up() -> None:

@@ -10,6 +10,7 @@ from tests.support.bench_records import BY_KEY, noisy_rounds, record
 from vllm_agentserve.bench.compare import BETTER, NOISE, UNKNOWN, WORSE, compare, round_interval
 from vllm_agentserve.bench.conditions import pollution
 from vllm_agentserve.bench.measure import RoundFigures, SessionFigures, merged, overlaps, quantiles, round_figures
+from vllm_agentserve.bench.plots import session_seconds
 from vllm_agentserve.bench.records import RoundRecord
 from vllm_agentserve.bench.sessions import ONE_SHOT
 from vllm_agentserve.bench.slo import attained, thresholds
@@ -60,6 +61,7 @@ def test_single_calls_have_a_row_of_their_own() -> None:
         "waiting_mean_s": pytest.approx(0.6),
         "one_shot_mean_s": pytest.approx(0.5),
     }
+    assert session_seconds(one) == pytest.approx(0.75)
     assert BY_KEY["round_s"].of_rounds is not None
     assert BY_KEY["round_s"].of_rounds([one]) == 1.5
 

@@ -22,7 +22,7 @@ from vllm_agentserve.bench.plan import Cell, Plan
 from vllm_agentserve.bench.progress import Progress
 from vllm_agentserve.bench.records import Results, RoundRecord
 from vllm_agentserve.bench.server import RunningServer, ServerError
-from vllm_agentserve.bench.sessions import Session, Turn, live_context, salted
+from vllm_agentserve.bench.sessions import Session, Turn, alone_of, live_context, salted
 from vllm_agentserve.bench.summary import arm_figures, pressure_note
 from vllm_agentserve.bench.trace import TraceOptions, read_trace, trace_path
 from vllm_agentserve.bench.workloads import WORKLOADS
@@ -47,6 +47,13 @@ def test_live_context_is_what_all_agents_have_at_their_longest() -> None:
     again = Session("a.2", "a", (Turn((1,) * 5, 1),), after="a.1")
     parent = Session("a.1", "a", (Turn((1,) * 10, 5, spawns=("a.sub",)), Turn((1,) * 3, 4)))
     assert live_context([parent, again, fork]) == (10 + 5 + 3 + 4) + (10 + 5 + 7 + 2)
+
+
+def test_single_calls_are_no_live_context_and_have_no_thresholds() -> None:
+    drawn = draw_sessions(WORKLOADS["pressure-one-shot"], WorkloadOptions(), 0)
+    agents = [one for one in drawn if one.kind == "agent"]
+    assert live_context(drawn) == live_context(agents)
+    assert [one.name for one in alone_of(drawn, "0")] == [f"alone-{one.name}" for one in agents]
 
 
 def test_salt_changes_every_prompt_and_nothing_else() -> None:

@@ -15,7 +15,7 @@ from vllm_agentserve.bench.plan import Plan
 from vllm_agentserve.bench.prompt import PIECE_TOKENS, GrowingPrompt
 from vllm_agentserve.bench.records import digest
 from vllm_agentserve.bench.replay import Replay
-from vllm_agentserve.bench.sessions import Session, Turn, WorkloadError
+from vllm_agentserve.bench.sessions import ONE_SHOT, Session, Turn, WorkloadError
 from vllm_agentserve.bench.trace import TraceOptions, read_trace, trace_path
 from vllm_agentserve.policy.hints import Hints, read_hints
 from vllm_agentserve.policy.load import MAX_HOLD_S
@@ -177,6 +177,16 @@ def test_a_session_that_ends_while_others_go_on_from_it_does_not_say_so() -> Non
     sessions.append(Session("b", "b", (Turn((3,), 1),), forked=True))
     asyncio.run(Replay(client, sessions, last=True).run())  # type: ignore[arg-type]
     assert (client.order, client.lasts) == (["a1", "a2", "b1"], [])
+
+
+def test_single_calls_take_no_place_and_end_no_session() -> None:
+    """Whoever limits agents does not keep others waiting."""
+    client = Slow()
+    sessions = [Session("a", "a", (Turn((1,), 1), Turn((2,), 1, 0.5)))]
+    sessions += [Session(f"{ONE_SHOT}-{number}", ONE_SHOT, (Turn((3,), 1),), ONE_SHOT) for number in range(2)]
+    asyncio.run(Replay(client, sessions, live=1, last=True).run())  # type: ignore[arg-type]
+    assert client.order == ["a1", "None1", "None2", "a2"]
+    assert client.lasts == ["a2"]
 
 
 def test_the_client_waits_for_longer_than_calls_are_held() -> None:

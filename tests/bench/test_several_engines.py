@@ -1,12 +1,16 @@
 """The figures of the benchmark of several engines, without any."""
 
 import math
+import os
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
-from benchmarks.several_engines import Address, Row, decisions, median, share_within, table
+from benchmarks.cluster_process import ClusterProcess, cluster_process
+from benchmarks.several_engines import Address, Cluster, Row, both_in_use, decisions, median, share_within, table
 from vllm_agentserve.cluster.merged import merged
 from vllm_agentserve.cluster.timings import Timings
 
@@ -29,6 +33,33 @@ def test_a_share_of_a_histogram_lies_within_the_bound_of_its_class() -> None:
     assert decisions(page(asked=[0.003] * 5, known=[0.0002] * 95))[0].value == 0.25
     assert decisions(page(asked=[5.0]))[0].value == math.inf
     assert math.isnan(share_within([], 0.95))
+
+
+def test_an_engine_that_does_not_start_again_is_said_with_the_log(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("benchmarks.several_engines.AGAIN_S", 0.0)
+    cluster = Cluster(1, process=ClusterProcess(1, tmp_path / "log", 1))
+    with pytest.raises(RuntimeError, match=f"did not start again within 0 s; .*{tmp_path / 'log'}"):
+        both_in_use(cluster, [5], "x")
+
+
+def test_a_cluster_that_dies_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nobody asks for the descendants of its command any more."""
+    command, child = tmp_path / "command", tmp_path / "child"
+    command.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {child}\nexit 1\n")
+    command.chmod(0o700)
+    monkeypatch.setattr("sys.executable", str(command))
+    with (
+        pytest.raises(RuntimeError, match="the cluster did not start"),
+        cluster_process(tmp_path, 1, tmp_path / "log", (), (), os.environ),
+    ):
+        pass
+    stat = Path(f"/proc/{child.read_text().strip()}/stat")
+    deadline = time.monotonic() + 5
+    while stat.exists() and " Z " not in stat.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not stat.exists() or " Z " in stat.read_text()
 
 
 def test_what_was_missed_stands_beside_what_was_to_be_reached() -> None:

@@ -83,6 +83,12 @@ def test_top_shows_what_it_knows_of_a_page_that_lacks_parts(page: str, shown: st
         ("7f00 r-xp /usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4.5.10\n", Level.OK, "tcmalloc", ""),
         ("7f00 r-xp /usr/lib/libjemalloc.so.2\n", Level.OK, "jemalloc", ""),
         ("7f00 r-xp /usr/lib/libc.so.6\n", Level.NOTE, "glibc's, which keeps freed memory", "LD_PRELOAD=libtcmalloc"),
+        (
+            "7f00 r-xp /srv/jemalloc-1/.venv/bin/python3.11\n",
+            Level.NOTE,
+            "glibc's, which keeps",
+            "LD_PRELOAD=libtcmalloc",
+        ),
     ],
 )
 def test_the_memory_allocator_is_named(

@@ -1187,3 +1187,15 @@ def test_what_a_context_takes_in_one_go_is_what_it_takes_again() -> None:
     server.load.begin(call, server.now, 0)
     server.load.end(call, server.now, 1100, read_s=0.2, read_tokens=1000, decode_s=0.3, whole_s=0.11)
     assert server.load.turns.again_s_per_token == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("strange", [float("nan"), float("inf"), -float("inf")])
+def test_a_time_that_is_no_number_is_not_learned(strange: float) -> None:
+    server = Server()
+    server.learn()
+    turns = server.load.turns
+    before = turns.again_s_per_token, turns.decode_s.value, turns.read_s_per_token.value
+    call = server.load.arrive("other", server.now, 1000)
+    server.load.begin(call, server.now, 0)
+    server.load.end(call, server.now, 1100, read_s=strange, read_tokens=1000, decode_s=strange, whole_s=strange)
+    assert (turns.again_s_per_token, turns.decode_s.value, turns.read_s_per_token.value) == before

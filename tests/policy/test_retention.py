@@ -233,13 +233,19 @@ def test_faults() -> None:
 
 EVENTS = st.lists(
     st.tuples(
-        st.sampled_from(["arrive", "end", "last", "abort", "expire", "lost", "release"]),
+        st.sampled_from(["arrive", "critical", "end", "last", "abort", "expire", "lost", "release"]),
         st.sampled_from("abcdefgh"),
         st.floats(0.0, 20.0),
         st.integers(0, 60),
     ),
     max_size=80,
 )
+
+
+def away(retention: Retention, running: set[str], but: str, critical: bool) -> int:
+    """What `away_blocks` counts, program by program."""
+    kept = [one for name, one in retention._kept.items() if name not in running and name != but]
+    return sum(one.blocks for one in kept if one.critical or not critical)
 
 
 @settings(max_examples=300, deadline=None)
@@ -249,8 +255,8 @@ def test_never_more_than_its_room_and_nobody_for_ever(events: list[tuple[str, st
     now, calls = 0.0, dict.fromkeys("abcdefgh", 0)
     for kind, name, after_s, blocks in events:
         now += after_s
-        if kind == "arrive":
-            retention.arrive(name, now)
+        if kind in ("arrive", "critical"):
+            retention.arrive(name, now, critical=kind == "critical")
             calls[name] += 1
         elif kind in ("end", "last") and calls[name]:
             calls[name] -= 1
@@ -269,6 +275,9 @@ def test_never_more_than_its_room_and_nobody_for_ever(events: list[tuple[str, st
             retention.release(name)
         assert 0 <= retention.blocks <= retention.room
         assert retention.faults() == []
+        running = {other for other in calls if calls[other]}
+        for critical in (False, True):
+            assert retention.away_blocks(running, name, critical) == away(retention, running, name, critical)
     for name, number in calls.items():
         for _ in range(number):
             retention.abort(name, now)

@@ -1,6 +1,7 @@
 """Load control in the scheduler, on vLLM's real scheduler without a model: who is held, and what is said of it."""
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -603,6 +604,38 @@ def test_a_prompt_that_another_engine_has_computed_is_not_held(
     assert {"h-0", "computed-0"} <= set(held(scheduler))
     serve(scheduler, driver, clock, 4000)
     assert load.control.faults(()) == []
+
+
+def several(*names: str) -> dict[str, Any]:
+    """What `MultiConnector` is told."""
+    connectors = [{"kv_connector": name, "kv_role": "kv_both"} for name in names]
+    return {"kv_connector_extra_config": {"connectors": connectors}}
+
+
+MULTI = {"kv_connector": "MultiConnector", "kv_role": "kv_both"}
+
+
+@pytest.mark.parametrize(
+    ("transfer", "said", "fetches"),
+    [
+        ({"kv_connector": "NixlConnector", "kv_role": "kv_both"}, {"do_remote_prefill": True}, True),
+        ({"kv_connector": "NixlConnector", "kv_role": "kv_both"}, {"do_remote_decode": True}, False),
+        ({"kv_connector": "NixlConnector", "kv_role": "kv_both"}, None, False),
+        # `vllm_xargs` may have texts and numbers by this name, too.
+        ({"kv_connector": "NixlConnector", "kv_role": "kv_both"}, "do_remote_prefill", False),
+        ({"kv_connector": "NixlConnector", "kv_role": "kv_both"}, 1, False),
+        (None, "do_remote_prefill", False),
+        ({}, {"do_remote_prefill": True}, False),
+        (MULTI, {"do_remote_prefill": True}, True),
+        (MULTI | several("OffloadingConnector"), {"do_remote_prefill": True}, False),
+        (MULTI | several("OffloadingConnector", "NixlConnector"), {"do_remote_prefill": True}, True),
+    ],
+)
+def test_which_connectors_fetch_prompts(transfer: dict[str, Any] | None, said: Any, fetches: bool) -> None:
+    config = None if transfer is None else KVTransferConfig(**transfer)
+    scheduler: Any = SimpleNamespace(vllm_config=SimpleNamespace(kv_transfer_config=config))
+    request: Any = SimpleNamespace(kv_transfer_params=said)
+    assert compat.fetches_prompt(scheduler, request) is fetches
 
 
 def test_no_report_is_made_for_every_empty_step_while_calls_are_held(

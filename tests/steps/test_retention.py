@@ -12,11 +12,12 @@ from vllm.v1.request import RequestStatus
 
 from tests.support.log_messages import log_messages
 from tests.support.schedulers import Clock, Driver, make_request, make_scheduler, serve
+from vllm_agentserve.policy.waiting import HELD
 from vllm_agentserve.scheduler.features import load, retention
 from vllm_agentserve.scheduler.features.load import Load
 from vllm_agentserve.scheduler.features.retention import Retain
 from vllm_agentserve.vllm_compat import scheduler as compat
-from vllm_agentserve.vllm_compat.free_blocks import retention_obstacle
+from vllm_agentserve.vllm_compat.free_blocks import blocks_of, retention_obstacle
 
 
 @pytest.fixture
@@ -373,6 +374,72 @@ def test_critical_calls_that_are_aborted_reserve_nothing(clock: Clock) -> None:
     assert steps_until_admitted(scheduler, driver, clock, "new") <= 2
 
 
+def test_blocks_that_critical_calls_share_count_once(clock: Clock) -> None:
+    """Four calls that go on from one context, as parts of one application do, have 32 blocks: the reserve is 6 more."""
+    scheduler, driver, retain = started(**CRITICAL)
+    retain.space.share = 0.3
+    retain.space.adapt(clock.now, 64)
+    for index in range(4):
+        tokens = prompt("shared", 320) + prompt(f"{index} alone", 20)
+        hints = {"agent_critical": True}
+        scheduler.add_request(make_request(f"c{index}", tokens, max_tokens=100, hints=hints))
+        driver.step()
+
+    def left() -> int:
+        """Of the reserve, counted block by block."""
+        manager = scheduler.kv_cache_manager
+        has = {block for name in scheduler.requests for block in manager.get_block_ids(name)[0]}
+        scheduler.add_request(make_request("looks", prompt("looks", 16), max_tokens=1))
+        driver.step()
+        return 38 - len(has)
+
+    assert left() == scheduler.report()["reserved_blocks"] > 0
+    scheduler.finish_requests(["c0"], RequestStatus.FINISHED_ABORTED)
+    assert left() == scheduler.report()["reserved_blocks"] > 0
+    compat.preempt(scheduler, scheduler.requests["c1"])
+    assert scheduler.integrity.faults() == []
+    assert left() == scheduler.report()["reserved_blocks"] > 0
+    serve(scheduler, driver, clock)
+
+
+def test_nothing_is_reserved_for_calls_of_class_batch(clock: Clock) -> None:
+    """Every interactive call goes before them."""
+    scheduler, driver, retain = reserving(clock)
+    hints = {"agent_critical": True, "agent_class": "batch"}
+    scheduler.add_request(make_request("batch", prompt("batch", 100), max_tokens=160, hints=hints))
+    assert steps_until_admitted(scheduler, driver, clock, "batch") <= 2
+    scheduler.add_request(make_request("new", prompt("new", 100), max_tokens=4))
+    assert steps_until_admitted(scheduler, driver, clock, "new") <= 2
+    assert "batch" in scheduler.requests
+
+
+def test_what_was_reserved_is_not_reported_any_more(clock: Clock) -> None:
+    """The last step of prompts was before the last critical call ended."""
+    scheduler, driver, _ = reserving(clock)
+    scheduler.add_request(make_request("c", prompt("c", 100), max_tokens=8, hints={"agent_critical": True}))
+    driver.step()
+    scheduler.add_request(make_request("new", prompt("new", 16), max_tokens=4))
+    driver.step()
+    assert scheduler.report()["reserved_blocks"] == 38 - 7
+    serve(scheduler, driver, clock)
+    report = scheduler.report()
+    assert (report["reserve_ratio"], report["reserved_blocks"]) == (0.0, 0.0)
+
+
+def test_nothing_is_reserved_for_calls_that_load_control_holds(clock: Clock) -> None:
+    """Others would wait for blocks that nobody may have."""
+    scheduler, driver, _ = reserving(clock)
+    waiting = scheduler.engine_policy.waiting
+    scheduler.add_request(make_request("c", prompt("c", 100), max_tokens=160, hints={"agent_critical": True}))
+    waiting.park({scheduler.calls["c"]: HELD})
+    scheduler.add_request(make_request("new", prompt("new", 100), max_tokens=4))
+    assert steps_until_admitted(scheduler, driver, clock, "new") <= 2
+    assert scheduler.report()["reserved_blocks"] == 0
+    waiting.release(lambda call: True)
+    assert steps_until_admitted(scheduler, driver, clock, "c") <= 2
+    assert scheduler.report()["reserved_blocks"] > 0
+
+
 def test_headroom_that_is_configured_stays(clock: Clock) -> None:
     scheduler, driver, _ = started()
     compat.keep_headroom(scheduler, 7)
@@ -510,20 +577,33 @@ def test_a_fault_is_seen(clock: Clock) -> None:
 class History:
     """Random calls of programs, sub-agents and one-shot prompts in a small KV cache, with aborts, preemptions and resets."""
 
-    def __init__(self, seed: int, clock: Clock, asynchronous: bool) -> None:
+    def __init__(self, seed: int, clock: Clock, asynchronous: bool, critical: bool = False) -> None:
         self.rng = random.Random(seed)
         self.clock = clock
         self.scheduler, self.driver, self.retain = started(
-            num_blocks=self.rng.choice([40, 80, 160]), asynchronous=asynchronous, load_control=self.rng.random() < 0.3
+            num_blocks=self.rng.choice([40, 80, 160]),
+            asynchronous=asynchronous,
+            load_control=self.rng.random() < 0.3,
+            kv_reserve_share=0.6 * critical,
         )
+        self.critical = critical
         self.contexts: dict[str, int] = {}
         self.numbers = count()
+
+    def hints(self) -> dict[str, Any]:
+        """Of a call: half of them are critical, and some of class batch."""
+        if not self.critical:
+            return {}
+        classes = {"agent_class": "batch"} if self.rng.random() < 0.2 else {}
+        return classes | {"agent_critical": self.rng.random() < 0.5}
 
     def arrives(self) -> None:
         rng, number = self.rng, next(self.numbers)
         if rng.random() < 0.3:
             text = prompt("system", 64) + prompt(f"one-shot {number}", rng.randrange(1, 200))
-            self.scheduler.add_request(make_request(f"one-shot-{number}", text, max_tokens=rng.randrange(1, 20)))
+            most = rng.randrange(1, 20)
+            request = make_request(f"one-shot-{number}", text, max_tokens=most, hints=self.hints() or None)
+            self.scheduler.add_request(request)
             return
         name = rng.choice("abcdefgh")
         tokens = self.contexts.get(name, 0) + rng.randrange(1, 60)
@@ -531,6 +611,7 @@ class History:
             tokens = rng.randrange(20, 100)
         self.contexts[name] = tokens
         hints: dict[str, Any] = {"agent_last": True} if rng.random() < 0.1 else {}
+        hints |= self.hints()
         if name in "gh":
             hints["agent_parent"] = "a"
         text = prompt("system", 64) + prompt(name, tokens)
@@ -553,9 +634,11 @@ class History:
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("critical", [False, True], ids=["nobody", "critical"])
 @pytest.mark.parametrize("seed", range(4))
-def test_nothing_is_lost_whatever_happens(clock: Clock, seed: int, asynchronous: bool) -> None:
-    history = History(seed, clock, asynchronous)
+def test_nothing_is_lost_whatever_happens(clock: Clock, seed: int, critical: bool, asynchronous: bool) -> None:
+    history = History(seed, clock, asynchronous, critical)
+    retain = history.retain
     scheduler, rng = history.scheduler, history.rng
     kept = 0
     for step in range(200):
@@ -565,7 +648,9 @@ def test_nothing_is_lost_whatever_happens(clock: Clock, seed: int, asynchronous:
         history.disturbs()
         history.driver.step()
         assert step % 3 or scheduler.integrity.faults() == []
-        kept = max(kept, len(history.retain.ledger.segments))
+        kept = max(kept, len(retain.ledger.segments))
+        held = [blocks_of(scheduler, call.request) for call in retain._critical_begun]
+        assert retain._critical_in_use() == len({block.block_id for blocks in held for block in blocks})
     for _ in range(2000):
         if not scheduler.requests:
             break

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from vllm_agentserve.bench.records import Record
-from vllm_agentserve.bench.sessions import Session
+from vllm_agentserve.bench.sessions import ONE_SHOT, Session
 
 LEAD_SHARE = 0.2
 """Of the sessions: the first ones, which find a server with less to do than those that follow, and are in no figure."""
@@ -98,7 +98,8 @@ def capacity_per_s(sessions: Iterable[Session], records: Iterable[Record]) -> fl
 
 
 def under_way(records: Iterable[Record]) -> tuple[float, float] | None:
-    """How many sessions are under way on average, in the second and in the last quarter of the time in which they arrive.
+    """How many sessions are under way on average, in the second and in the last quarter of the time in which they arrive. Single
+    calls do not count.
 
     Args:
         records: of one arm in one round, the lead included.
@@ -107,7 +108,7 @@ def under_way(records: Iterable[Record]) -> tuple[float, float] | None:
         None for too few sessions.
     """
     spans: dict[str, tuple[int, int]] = {}
-    for record in records:
+    for record in (one for one in records if one.kind != ONE_SHOT):
         begin, end = spans.get(record.session, (record.sent_us, record.ended_us))
         spans[record.session] = min(begin, record.sent_us), max(end, record.ended_us)
     last = max((begin for begin, _ in spans.values()), default=0)

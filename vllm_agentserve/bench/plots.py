@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from vllm_agentserve.bench.measure import RoundFigures, SessionFigures, pool, prefill_spans
 from vllm_agentserve.bench.records import Record
+from vllm_agentserve.bench.sessions import ONE_SHOT
 from vllm_agentserve.bench.summary import Analysis
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999999")
@@ -194,7 +195,7 @@ def tokens_per_second(one: RoundFigures) -> float:
 
 
 def session_seconds(one: RoundFigures) -> float:
-    return float(np.mean([session.seconds for session in one.sessions if session.kind != "batch"]))
+    return float(np.mean([session.seconds for session in one.sessions if session.kind not in ("batch", ONE_SHOT)]))
 
 
 def two_arms(analysis: Analysis) -> list[str]:

@@ -56,9 +56,9 @@ class Replay:
         anonymous: requests say neither which session they belong to nor which one spawned it.
         suffix: appended to every session id that is sent, so that a server which has seen these sessions before takes
             them for new ones.
-        live: sessions under way at most, those they spawn not counted. The others wait in order of their start; times are
-            counted from then on.
-        last: the last call of a session says so, unless another session spawned it, or it spawns others.
+        live: sessions under way at most, those they spawn and single calls not counted. The others wait in order of their
+            start; times are counted from then on.
+        last: the last call of a session says so, unless another session spawned it, or it spawns others; single calls do not.
         ranks: data-parallel engines among which sessions are shared out, those they spawn with them; None leaves it to the
             server.
     """
@@ -166,7 +166,7 @@ class Replay:
                 pinned=pinned if self.answers == "pinned" else None,
                 parent=self._named(self._spawned_by.get(session.name)),
                 due=due.at_s if session.timed or (self._live.limited and not number) else None,
-                last=self._tells_last and last and not turn.spawns and session.name not in self._spawned_by,
+                last=self._says_last(session, number),
                 rank=self._rank(session.name),
                 priority=turn.priority,
             )
@@ -186,6 +186,12 @@ class Replay:
             del self._contexts[session.name]
         self._start(group, self._walk.end(due.name, perf_counter()))
 
+    def _says_last(self, session: Session, number: int) -> bool:
+        """Whether a call says that its session ends with it. A single call belongs to none."""
+        if not self._tells_last or session.kind == ONE_SHOT or session.name in self._spawned_by:
+            return False
+        return number == len(session.turns) - 1 and not session.turns[number].spawns
+
     def _rank(self, session: str) -> int | None:
         """The engine of a session and of all that it spawns, the same in every arm."""
         if self._ranks is None:
@@ -204,8 +210,8 @@ class Replay:
             await free.wait()
 
     def _takes_place(self, session: Session) -> bool:
-        """Whether a session takes one of the places there are for sessions under way."""
-        return self._live.limited and session.name not in self._spawned_by
+        """Whether a session takes one of the places there are for sessions under way. Single calls are no sessions."""
+        return self._live.limited and session.name not in self._spawned_by and session.kind != ONE_SHOT
 
     def _leave(self, session: Session) -> None:
         """A session is over."""

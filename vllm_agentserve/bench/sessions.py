@@ -252,10 +252,10 @@ def longest_context(sessions: Iterable[Session]) -> int:
 
 
 def live_context(sessions: Iterable[Session]) -> int:
-    """Tokens that a KV cache needs to keep every agent's context at its longest: the sum over agents."""
+    """Tokens that a KV cache needs to keep every agent's context at its longest: the sum over agents. Single calls have none."""
     sessions = list(sessions)
     longest, of_agents = longest_contexts(sessions), dict[str, int]()
-    for session in sessions:
+    for session in (one for one in sessions if one.kind != ONE_SHOT):
         of_agents[session.agent] = max(of_agents.get(session.agent, 0), longest[session.name])
     return sum(of_agents.values())
 
@@ -315,7 +315,8 @@ OTHER = (*range(sum(TOKEN_IDS) // 2, TOKEN_IDS[1]), *range(TOKEN_IDS[0], sum(TOK
 
 
 def alone_of(sessions: Sequence[Session], seed: str) -> list[Session]:
-    """The same sessions one after the other, with other token ids and without tool times: what each takes when isolated.
+    """The same sessions one after the other, with other token ids and without tool times: what each takes when isolated. Batch
+    sessions and single calls are left out: they have no thresholds.
 
     Forked sessions become sessions of their own that start with as many tokens as they inherit; their first turn is then
     cold, so it is left out of the thresholds.
@@ -325,7 +326,7 @@ def alone_of(sessions: Sequence[Session], seed: str) -> list[Session]:
     inherited = {name: tokens[key] for name, key in spawning(sessions).items()}
     alone: list[Session] = []
     for session in sessions:
-        if session.kind == "batch":
+        if session.kind in ("batch", ONE_SHOT):
             continue
         turns = []
         for index, turn in enumerate(session.turns):

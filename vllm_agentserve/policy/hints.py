@@ -2,7 +2,8 @@
 
 Hints travel in vLLM's own `vllm_xargs`. Each is checked by itself: a wrong one is ignored, the others hold. A hint can only
 order a client's request among those of its class and the level of its program; who waits too long goes first whatever
-others say, so a client that lies delays others by no more than `max_bypass_steps`.
+others say, so a client that lies delays others by no more than `max_bypass_steps`. With `kv_reserve_share` critical calls keep
+others from KV blocks as well, for no longer than that either, and the contexts of their programs take the room of others.
 """
 
 from collections.abc import Callable, Mapping

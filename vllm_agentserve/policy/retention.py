@@ -17,7 +17,7 @@ Everything is said with the time at which it happened, in seconds of any clock. 
 live this is without holding blocks that a request needs.
 """
 
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import inf
 
@@ -68,6 +68,8 @@ class Retention(ExpectedBack[Program]):
         """Those that are kept, the first to be kept first; also while their calls run."""
         self.blocks = 0
         """Blocks of those that are kept."""
+        self.critical_blocks = 0
+        """Those of critical programs among them."""
         self._next_s = inf
         """No kept program is over its time before this."""
 
@@ -81,7 +83,10 @@ class Retention(ExpectedBack[Program]):
 
     def arrive(self, name: str, now_s: float, *, named: bool = True, critical: bool = False) -> None:
         """A call of the program came."""
-        self._arrives(name, now_s, named).critical = critical
+        program = self._arrives(name, now_s, named)
+        if program.critical is not critical:
+            program.critical = critical
+            self.critical_blocks += program.blocks if critical else -program.blocks
 
     def end(
         self,
@@ -115,8 +120,7 @@ class Retention(ExpectedBack[Program]):
             return False, gone
         for other in others:
             self._leave(other)
-        self.blocks += blocks - program.blocks
-        program.blocks = blocks
+        self._gets(program, blocks - program.blocks)
         self._kept[name] = program
         self._next_s = min(self._next_s, program.gone_s)
         return True, gone + [other.name for other in others]
@@ -176,8 +180,14 @@ class Retention(ExpectedBack[Program]):
 
     def _leave(self, program: Program) -> None:
         if self._kept.pop(program.name, None) is not None:
-            self.blocks -= program.blocks
-            program.blocks = 0
+            self._gets(program, -program.blocks)
+
+    def _gets(self, program: Program, more: int) -> None:
+        """A kept program has so many blocks more."""
+        program.blocks += more
+        self.blocks += more
+        if program.critical:
+            self.critical_blocks += more
 
     def release(self, name: str) -> None:
         """The program is not kept any more: its blocks are gone, or the cache was emptied."""
@@ -188,26 +198,19 @@ class Retention(ExpectedBack[Program]):
         """A kept program has so many blocks more of its own: it lost some, or those it shared are its own now."""
         program = self._kept.get(name)
         if program is not None:
-            more = max(blocks, -program.blocks)
-            program.blocks += more
-            self.blocks += more
+            self._gets(program, max(blocks, -program.blocks))
 
-    def away_blocks(self, running: Container[str], but: str | None, critical: bool = False) -> int:
-        """Blocks of kept programs that are free, but for one program: those that do not run have none in use.
+    def away_blocks(self, running: Collection[str], but: str | None, critical: bool = False) -> int:
+        """Blocks of kept programs that are free, but for one program: those that do not run have none in use. O(running).
 
         Args:
+            running: names, each once.
             critical: whether only those of critical programs count.
         """
-        return sum(
-            program.blocks
-            for name, program in self._kept.items()
-            if name not in running and name != but and program.critical >= critical
-        )
-
-    @property
-    def critical_blocks(self) -> int:
-        """Blocks of critical programs that are kept."""
-        return sum(program.blocks for program in self._kept.values() if program.critical)
+        others = running if but is None or but in running else (*running, but)
+        programs = (self._kept.get(name) for name in others)
+        there = sum(program.blocks for program in programs if program is not None and program.critical >= critical)
+        return (self.critical_blocks if critical else self.blocks) - there
 
     def first_out(self, names: Collection[str]) -> str:
         """Whose blocks go first when nothing else is left: those of the one that is expected back last, none of which waits."""
@@ -228,6 +231,11 @@ class Retention(ExpectedBack[Program]):
         counted = sum(program.blocks for program in self._kept.values())
         if counted != self.blocks:
             found.append(f"{self.blocks} KV blocks are said to be kept, and programs have {counted}")
+        counted = sum(program.blocks for program in self._kept.values() if program.critical)
+        if counted != self.critical_blocks:
+            found.append(
+                f"{self.critical_blocks} KV blocks are said to be kept for critical programs, and these have {counted}"
+            )
         for name, program in self._kept.items():
             if self._programs.get(name) is not program:
                 found.append(f"the program {name!r} is kept, and not remembered")

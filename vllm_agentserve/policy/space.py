@@ -28,7 +28,7 @@ class Space:
 
     def __init__(self, pool_blocks: int, most: float = MOST) -> None:
         self._pool_blocks = pool_blocks
-        self._most = most
+        self.most = most
         self.share = min(LEAST, most)
         self._changed_s = -inf
 
@@ -43,9 +43,9 @@ class Space:
         self._changed_s = now_s
         use = used_blocks / max(self._pool_blocks, 1)
         if use > HIGH:
-            self.share = min(self.share + STEP, self._most)
+            self.share = min(self.share + STEP, self.most)
         elif use < LOW:
-            self.share = max(self.share - STEP, min(LEAST, self._most))
+            self.share = max(self.share - STEP, min(LEAST, self.most))
 
     def reserved(self, critical_blocks: int) -> int:
         """Free blocks that other calls may not have.

@@ -1,6 +1,6 @@
 """What turns were like lately: means over about 32 of them."""
 
-from math import exp
+from math import exp, isfinite
 
 TURNS_KEPT = 32.0
 """Samples after which an old one counts 1/e."""
@@ -14,6 +14,9 @@ class Mean:
         self._sum = self._weight = 0.0
 
     def add(self, value: float, weight: float = 1.0) -> None:
+        if not isfinite(value):
+            # It would stay for ever.
+            return
         self._sum = self._sum * self._fade + value * weight
         self._weight = self._weight * self._fade + weight
 

@@ -69,7 +69,7 @@ GAUGES = {
     "retention_blocks": "KV blocks kept for programs that come back, also of running ones. With kv_retain or kv_reserve_share.",
     "retention_programs": "Programs whose KV blocks are kept. With kv_retain or kv_reserve_share.",
     "reserve_ratio": "Share of the KV cache that is reserved for critical calls. With kv_retain or kv_reserve_share.",
-    "reserved_blocks": "Free KV blocks that only critical calls may have now. With kv_retain or kv_reserve_share.",
+    "reserved_blocks": "KV blocks for critical calls only, as far as they are free. With kv_retain or kv_reserve_share.",
     "host_pool_tokens": "Tokens whose KV host memory has room for. With host memory only.",
     "host_used_tokens": "Tokens whose KV host memory keeps. With host memory only.",
     "host_restoring_requests": "Prompts whose KV is being copied back, or is there and waits for a step. With host memory only.",

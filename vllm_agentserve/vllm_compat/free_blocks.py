@@ -3,7 +3,7 @@
 Retired by: free blocks in the order that a scheduler class asks for, as in vLLM's RFC 52113.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
@@ -104,16 +104,15 @@ def retain_blocks(scheduler: "Scheduler", keeper: Keeper) -> Ledger:
     return queue.ledger
 
 
-def blocks_in_use(scheduler: "Scheduler", request: "Request") -> int:
-    """How many blocks a request has, those that it shares with others included."""
+def blocks_of(scheduler: "Scheduler", request: "Request") -> Sequence[KVCacheBlock]:
+    """The blocks that a request has, those that it shares with others included."""
     (manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers
-    return len(manager.req_to_blocks.get(request.request_id, ()))
+    return manager.req_to_blocks.get(request.request_id, ())
 
 
 def cached_blocks(scheduler: "Scheduler", request: "Request") -> list[KVCacheBlock]:
     """The blocks of a request that can be found again, from its first token on."""
-    (manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers
-    blocks = list(manager.req_to_blocks.get(request.request_id, ()))
+    blocks = list(blocks_of(scheduler, request))
     while blocks and blocks[-1].block_hash is None:
         blocks.pop()
     return blocks

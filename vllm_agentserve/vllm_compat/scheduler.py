@@ -144,6 +144,8 @@ def pool_tokens(scheduler: "Scheduler") -> int:
 
 OFFLOADS = "OffloadingConnector", "SimpleCPUOffloadConnector"
 """vLLM's connectors that keep copies of KV blocks in host memory."""
+MULTI = "MultiConnector"
+"""One for several others."""
 
 
 def host_tokens(scheduler: "Scheduler") -> int:
@@ -185,10 +187,13 @@ def fetches_prompt(scheduler: "Scheduler", request: "Request") -> bool:
 
     The client says so, and without a KV connector that fetches from other engines it says so in vain.
     """
-    transfer = scheduler.vllm_config.kv_transfer_config
-    if transfer is None or transfer.kv_connector in (*OFFLOADS, LANE_CONNECTOR):
+    transfer, said = scheduler.vllm_config.kv_transfer_config, request.kv_transfer_params
+    if transfer is None or not isinstance(said, dict):
+        # Within `vllm_xargs` it may be anything.
         return False
-    return bool((request.kv_transfer_params or {}).get("do_remote_prefill"))
+    several = (transfer.kv_connector_extra_config.get("connectors") or ()) if transfer.kv_connector == MULTI else ()
+    names = [one.get("kv_connector") for one in several] or [transfer.kv_connector]
+    return bool(said.get("do_remote_prefill")) and not {*names} <= {*OFFLOADS, LANE_CONNECTOR, None}
 
 
 def waits_elsewhere(scheduler: "Scheduler") -> bool:

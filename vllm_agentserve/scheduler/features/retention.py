@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, MutableMapping
+from itertools import chain
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -10,10 +11,10 @@ from vllm_agentserve.policy.call import Call
 from vllm_agentserve.policy.order import BYPASS_STEPS, Urgency
 from vllm_agentserve.policy.retention import Retention
 from vllm_agentserve.policy.space import Space
-from vllm_agentserve.policy.waiting import VllmOrder
+from vllm_agentserve.policy.waiting import HELD, VllmOrder
 from vllm_agentserve.scheduler.features import Feature
 from vllm_agentserve.vllm_compat import scheduler as compat
-from vllm_agentserve.vllm_compat.free_blocks import blocks_in_use, cached_blocks, pool_blocks
+from vllm_agentserve.vllm_compat.free_blocks import blocks_of, cached_blocks, pool_blocks
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -49,9 +50,11 @@ class Retain(Feature):
         self._running: Counter[str] = Counter()
         """Calls that have been admitted and have not ended, by program."""
         self._critical: dict[Call, None] = {}
-        """Critical calls that have not ended."""
+        """Critical calls that have not ended, but those of class batch: nobody waits for them."""
         self._critical_begun: dict[Call, None] = {}
-        """Those of them that have been admitted."""
+        """Those of them that run."""
+        self._shared: int | None = 0
+        """How many of their blocks are counted more than once if all are added up; None if it is not known."""
         self._reserved = 0
         """Free blocks that other calls may not have in this step."""
         self._passed: dict[Call, None] = {}
@@ -63,8 +66,13 @@ class Retain(Feature):
     def _name(call: Call) -> str | None:
         return None if call.owner is None else call.owner.context
 
+    @staticmethod
+    def _has_space(call: Call) -> bool:
+        """Whether blocks are reserved for a call, and the context of its program is kept for it."""
+        return call.hints.critical and not call.hints.batch
+
     def arrived(self, call: Call) -> None:
-        name, critical = self._name(call), call.hints.critical
+        name, critical = self._name(call), self._has_space(call)
         if critical:
             self._critical[call] = None
         if name is not None and call.owner is not None:
@@ -82,13 +90,30 @@ class Retain(Feature):
 
     def _reserve(self, now_s: float) -> int:
         """Free blocks that calls which are not critical may not have, while there are critical calls or programs."""
-        kept = self.retention.critical_blocks
-        if not (kept or self._critical):
+        if not self._reserves:
             return 0
-        running = sum(blocks_in_use(self._scheduler, call.request) for call in self._critical_begun)
+        running = self._critical_in_use()
         used = pool_blocks(self._scheduler) - compat.free_blocks(self._scheduler)
         self.space.adapt(now_s, used + self.retention.away_blocks(self._running, None, critical=True))
         return self.space.reserved(running)
+
+    @property
+    def _reserves(self) -> bool:
+        """Whether there is anybody whom blocks are reserved for. A call that load control holds needs none yet."""
+        if not self.space.most:
+            return False
+        if self._critical_begun or self.retention.critical_blocks:
+            return True
+        return any(call.awaited is not HELD for call in self._critical)
+
+    def _critical_in_use(self) -> int:
+        """Blocks that critical calls have which run; one that several of them have counts once."""
+        held = [blocks_of(self._scheduler, call.request) for call in self._critical_begun]
+        added_up = sum(map(len, held))
+        if self._shared is None:
+            # What a call shares it has from the moment on at which it was admitted.
+            self._shared = added_up - len(set(map(id, chain.from_iterable(held))))
+        return added_up - self._shared
 
     def _over(self, call: Call) -> bool:
         """Whether it has waited for long enough; those of class batch until they are overdue."""
@@ -99,7 +124,7 @@ class Retain(Feature):
         # While nothing runs vLLM keeps no headroom. All others wait behind who is overdue or was preempted.
         waits = call.key is not None and call.key.urgency > Urgency.OVERDUE and not self._over(call)
         waits = waits and 2 * computed < call.request.num_tokens
-        critical = call.hints.critical
+        critical = self._has_space(call)
         kept = self.retention.away_blocks(self._running, self._name(call), critical) if waits else 0
         if waits and not critical:
             kept = max(kept, self._reserved)
@@ -123,17 +148,22 @@ class Retain(Feature):
         self._passed.pop(call, None)
         call.passed_step = None
         if call in self._critical:
-            self._critical_begun[call] = None
+            self._critical_begun[call], self._shared = None, None
         # One that was preempted is admitted again.
         if name is not None and not call.holds:
             call.holds = True
             self._running[name] += 1
 
+    def preempted(self, call: Call) -> None:
+        if call in self._critical_begun:
+            del self._critical_begun[call]
+            self._shared = None
+
     def freed(self, call: Call) -> None:
         now, request, name = perf_counter(), call.request, self._name(call)
         self._passed.pop(call, None)
         self._critical.pop(call, None)
-        self._critical_begun.pop(call, None)
+        self.preempted(call)
         if name is None:
             return
         if call.holds:
@@ -170,8 +200,8 @@ class Retain(Feature):
         return {
             "retention_blocks": float(self.retention.blocks),
             "retention_programs": float(len(self.retention)),
-            "reserve_ratio": self.space.share,
-            "reserved_blocks": float(self._reserved),
+            "reserve_ratio": self.space.share if self._reserves else 0.0,
+            "reserved_blocks": float(self._reserved if self._reserves else 0),
         }
 
     def faults(self, calls: Iterable[Call]) -> list[str]:
@@ -185,4 +215,6 @@ class Retain(Feature):
             found.append("the calls that run are not those that are counted, by program")
         found += [f"{call.name!r} is passed by others, and is gone" for call in self._passed if call not in known]
         found += [f"{call.name!r} is critical, and is gone" for call in self._critical if call not in known]
+        strange = self._critical_begun.keys() - self._critical.keys()
+        found += [f"{call.name!r} runs as a critical call, and is none" for call in strange]
         return found
