@@ -103,7 +103,10 @@ class AgentScheduler(VllmHooks, Scheduler):
             self.waiting = AgentQueue(self.engine_policy.waiting, self.calls)
         self._lane = lane_of(self, options, self.engine_policy, self.calls, self.counts)
         self._events = Events(
-            [self._lane, *build_features(self, options, self.engine_policy, self.calls, self.counts, self.host, self.clock)]
+            [
+                self._lane,
+                *build_features(self, options, self.engine_policy, self.calls, self.counts, self.host, self.clock),
+            ]
         )
         self._log = StepLog(self.engine_policy, self.counts, self._events.finished)
         self._decode_width = 1 + self.num_spec_tokens
