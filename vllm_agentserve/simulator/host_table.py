@@ -8,7 +8,9 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from vllm_agentserve.simulator.arm_tables import arm_tables, found_and_sessions
 from vllm_agentserve.simulator.host_blocks import NO_HOST, HostLink
 from vllm_agentserve.simulator.host_policies import POLICIES, LruBlocks
 from vllm_agentserve.simulator.kv_blocks import KvBlocks
@@ -106,27 +108,9 @@ def cases() -> Iterator[tuple[str, str, Cell, bool, Ends]]:
             yield "Other traffic", f"{pressure:g} x, {kind}", others(pressure, kind), False, "untold"
 
 
-def table(rows: list[dict[str, object]]) -> str:
-    lines: list[str] = []
-    for name in dict.fromkeys(row["table"] for row in rows):
-        lines += [
-            "",
-            f"## {name}",
-            "",
-            "| live context, gap | " + " | ".join(ARMS) + " |",
-            "|---" * (len(ARMS) + 1) + "|",
-        ]
-        for row in rows:
-            if row["table"] != name:
-                continue
-            arms = row["arms"]
-            assert isinstance(arms, dict)
-            cells = [
-                f"{arms[arm]['hit_ratio']:.2f} / {arms[arm]['session_mean_s']:.1f} / {arms[arm]['session_p95_s']:.1f}"
-                for arm in ARMS
-            ]
-            lines.append(f"| {row['row']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines).strip() + "\n"
+def table(rows: list[dict[str, Any]]) -> str:
+    named = [(row["table"], row["row"], [found_and_sessions(row["arms"][arm]) for arm in ARMS]) for row in rows]
+    return arm_tables(ARMS, named, "##")
 
 
 HEAD = """# Small host memory in the simulator
@@ -142,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="JSON file; the tables go beside it, as .md")
     given = parser.parse_args()
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for name, row, case, controls, ends in cases():
         arms = {arm: averaged([run(case, arm, seed, controls, ends) for seed in SEEDS]) for arm in ARMS}
         rows.append({"table": name, "row": row, "arms": arms})

@@ -291,15 +291,20 @@ def host_cells() -> list[Cell]:
     return cells
 
 
+def p95(values: Sequence[float]) -> float:
+    """Of so few values that it is one of the longest."""
+    ordered = sorted(values)
+    return ordered[min(int(0.95 * len(ordered)), len(ordered) - 1)]
+
+
 def figures(outcome: Outcome, began_s: float) -> dict[str, float]:
     """Of the programs, and of the one-shot calls beside them."""
     programs = [seconds for name, seconds in outcome.sessions.items() if name.startswith("agent")]
     others = [seconds for name, seconds in outcome.sessions.items() if not name.startswith("agent")]
-    ordered = sorted(programs)
     makespan = outcome.ended_s - began_s
     found = {
         "session_mean_s": mean(programs),
-        "session_p95_s": ordered[min(int(0.95 * len(ordered)), len(ordered) - 1)],
+        "session_p95_s": p95(programs),
         "makespan_s": makespan,
         "turns_per_s": outcome.turns / makespan,
         "hit_ratio": outcome.hit_ratio,

@@ -76,16 +76,7 @@ class FixedLimit:
         self._left = dict(turns or {})
         self._begun: set[str] = set()
 
-    def arrive(
-        self,
-        name: str,
-        now_s: float,
-        prompt_tokens: int,
-        *,
-        named: bool = True,
-        can_return: bool = True,
-        ahead: bool = False,
-    ) -> LoadCall:
+    def arrive(self, name: str, now_s: float, prompt_tokens: int, *, named: bool = True, **more: Any) -> LoadCall:
         return LoadCall(Program(name, named), now_s, prompt_tokens)
 
     def may_begin(self, call: LoadCall, now_s: float, *, idle: bool) -> bool:

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from vllm_agentserve.policy.retention import Retention
+from vllm_agentserve.simulator.arm_tables import arm_tables, found_and_sessions
 from vllm_agentserve.simulator.kv_blocks import KvBlocks
 from vllm_agentserve.simulator.load_search import (
     ENGINE,
@@ -74,19 +75,8 @@ The command writes the tables; the text around them is put in by hand, so give i
 
 
 def tables(rows: list[dict[str, dict[str, float]]], names: list[tuple[str, str]]) -> str:
-    lines: list[str] = []
-    machine = None
-    for (of, cell), row in zip(names, rows, strict=True):
-        if of != machine:
-            machine = of
-            lines += ["", f"### {of}", "", "| live context, gap | " + " | ".join(ARMS) + " |"]
-            lines.append("|---" * (len(ARMS) + 1) + "|")
-        cells = [
-            f"{row[arm]['hit_ratio']:.2f} / {row[arm]['session_mean_s']:.1f} / {row[arm]['session_p95_s']:.1f}"
-            for arm in ARMS
-        ]
-        lines.append(f"| {cell} | " + " | ".join(cells) + " |")
-    return "\n".join(lines).strip() + "\n"
+    fields = [[found_and_sessions(row[arm]) for arm in ARMS] for row in rows]
+    return arm_tables(ARMS, [(of, cell, each) for (of, cell), each in zip(names, fields, strict=True)])
 
 
 def main() -> None:

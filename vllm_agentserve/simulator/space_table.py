@@ -12,8 +12,9 @@ from typing import Any
 
 from vllm_agentserve.policy.retention import Retention
 from vllm_agentserve.policy.space import MOST, Space
+from vllm_agentserve.simulator.arm_tables import arm_tables
 from vllm_agentserve.simulator.kv_blocks import KvBlocks
-from vllm_agentserve.simulator.load_search import Cell, Machine, Programs, averaged, warm_up
+from vllm_agentserve.simulator.load_search import Cell, Machine, Programs, averaged, p95, warm_up
 from vllm_agentserve.simulator.pressure import Agent, FixedLimit, Outcome, PressureEngine
 from vllm_agentserve.simulator.retention_table import BLOCK, GAPS_S, MACHINES, POOL
 
@@ -66,11 +67,11 @@ def run(case: Cell, arm: str, seed: int, controls: bool, most: float = MOST) -> 
 
 def figures(agents: list[Agent], outcome: Outcome, began_s: float) -> dict[str, float]:
     """Sessions of the critical programs and of the others, in s."""
-    critical = sorted(outcome.sessions[agent.name] for agent in agents if agent.critical)
+    critical = [outcome.sessions[agent.name] for agent in agents if agent.critical]
     others = [outcome.sessions[agent.name] for agent in agents if not agent.critical]
     return {
         "critical_mean_s": mean(critical),
-        "critical_p95_s": critical[min(int(0.95 * len(critical)), len(critical) - 1)],
+        "critical_p95_s": p95(critical),
         "others_mean_s": mean(others),
         "makespan_s": outcome.ended_s - began_s,
         "hit_ratio": outcome.hit_ratio,
@@ -87,16 +88,10 @@ The command writes the tables; the text around them is put in by hand, so give i
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    lines: list[str] = []
-    head = None
-    for row in rows:
-        if head != (row["machine"], row["beside"]):
-            head = row["machine"], row["beside"]
-            lines += ["", f"### {head[0]}, {head[1]}", "", "| live context, gap | " + " | ".join(ARMS) + " |"]
-            lines.append("|---" * (len(ARMS) + 1) + "|")
-        cells = [" / ".join(f"{row['arms'][arm][name]:.1f}" for name in FIGURES) for arm in ARMS]
-        lines.append(f"| {row['cell']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines).strip() + "\n"
+    def fields(row: dict[str, Any]) -> list[str]:
+        return [" / ".join(f"{row['arms'][arm][name]:.1f}" for name in FIGURES) for arm in ARMS]
+
+    return arm_tables(ARMS, [(f"{row['machine']}, {row['beside']}", row["cell"], fields(row)) for row in rows])
 
 
 def main() -> None:
