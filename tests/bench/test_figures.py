@@ -12,7 +12,7 @@ from vllm_agentserve.bench.conditions import pollution
 from vllm_agentserve.bench.measure import RoundFigures, SessionFigures, merged, overlaps, quantiles, round_figures
 from vllm_agentserve.bench.plots import session_seconds
 from vllm_agentserve.bench.records import RoundRecord
-from vllm_agentserve.bench.sessions import ONE_SHOT
+from vllm_agentserve.bench.sessions import CRITICAL, ONE_SHOT
 from vllm_agentserve.bench.slo import attained, thresholds
 from vllm_agentserve.bench.summary import compare_prompts, decisions, notes
 
@@ -64,6 +64,21 @@ def test_single_calls_have_a_row_of_their_own() -> None:
     assert session_seconds(one) == pytest.approx(0.75)
     assert BY_KEY["round_s"].of_rounds is not None
     assert BY_KEY["round_s"].of_rounds([one]) == 1.5
+
+
+def test_critical_agents_have_a_row_beside_that_of_all() -> None:
+    records = [
+        record("a", sent=0, stamps=(50, 500)),
+        record("b", sent=0, stamps=(50, 1500), kind=CRITICAL),
+        record("c", sent=0, stamps=(50, 90), kind=ONE_SHOT),
+    ]
+    one = round_figures(0, 1.5, records, {})
+    rows = {key: BY_KEY[key].of_sessions for key in ("session_mean_s", "critical_mean_s")}
+    values = {key: row(one.sessions) for key, row in rows.items() if row is not None}
+    assert values == {"session_mean_s": pytest.approx(1.0), "critical_mean_s": pytest.approx(1.5)}
+    # Agents of both kinds are served alike or not.
+    assert one.fairness < 1.0
+    assert round_figures(0, 1.5, records[:1], {}).fairness == 1.0
 
 
 def test_one_agent_waits_while_another_one_prefills() -> None:

@@ -237,7 +237,7 @@ def test_programs_through_the_command(run, tmp_path: Path) -> None:
         (("--trace", "sample", "--programs", "3"), "--programs 3 means nothing to a trace"),
         (
             ("--workload", "programms"),
-            "choose one of react, plan-execute, coding, field, mixed, pressure, pressure-one-shot, programs",
+            "choose one of react, plan-execute, coding, field, mixed, pressure, pressure-one-shot, pressure-critical, programs",
         ),
     ],
 )

@@ -15,7 +15,7 @@ from vllm_agentserve.bench.plan import Plan
 from vllm_agentserve.bench.prompt import PIECE_TOKENS, GrowingPrompt
 from vllm_agentserve.bench.records import digest
 from vllm_agentserve.bench.replay import Replay
-from vllm_agentserve.bench.sessions import ONE_SHOT, Session, Turn, WorkloadError
+from vllm_agentserve.bench.sessions import CRITICAL, ONE_SHOT, Session, Turn, WorkloadError
 from vllm_agentserve.bench.trace import TraceOptions, read_trace, trace_path
 from vllm_agentserve.policy.hints import Hints, read_hints
 from vllm_agentserve.policy.load import MAX_HOLD_S
@@ -129,14 +129,19 @@ class Slow(Instant):
         self.fails = fails
         self.order: list[str] = []
         self.lasts: list[str] = []
+        self.criticals: list[str] = []
         self.open: dict[str, int] = {}
         self.most = 0
 
-    async def generate(self, kind, prompt, max_tokens, session_id=None, into=None, due=None, last=False, **_) -> Stream:
+    async def generate(
+        self, kind, prompt, max_tokens, session_id=None, into=None, due=None, last=False, critical=False, **_
+    ) -> Stream:
         turns = self.open[session_id] = self.open.get(session_id, 0) + 1
         self.order.append(f"{session_id}{turns}")
         if last:
             self.lasts.append(self.order[-1])
+        if critical:
+            self.criticals.append(self.order[-1])
         self.most = max(self.most, sum(count < 2 for count in self.open.values()))
         await asyncio.sleep(0.02)
         if session_id == self.fails:
@@ -187,6 +192,18 @@ def test_single_calls_take_no_place_and_end_no_session() -> None:
     asyncio.run(Replay(client, sessions, live=1, last=True).run())  # type: ignore[arg-type]
     assert client.order == ["a1", "None1", "None2", "a2"]
     assert client.lasts == ["a2"]
+
+
+def test_every_call_of_a_critical_agent_says_so_and_no_other() -> None:
+    client = Slow()
+    sessions = [
+        Session(name, name, (Turn((1,), 1), Turn((2,), 1)), kind)
+        for name, kind in zip("abc", ("agent", CRITICAL, "chat"), strict=True)
+    ]
+    asyncio.run(Replay(client, sessions).run())  # type: ignore[arg-type]
+    assert sorted(client.criticals) == ["b1", "b2"]
+    hints = msgspec.json.decode(StreamingClient("u").body([1], 1, "s", True, critical=True))["vllm_xargs"]
+    assert read_hints(hints) == (Hints(critical=True), [])
 
 
 def test_the_client_waits_for_longer_than_calls_are_held() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from vllm_agentserve.bench.drawing import WorkloadOptions, draw_sessions
 from vllm_agentserve.bench.sessions import (
+    CRITICAL,
     ONE_SHOT,
     TOKEN_IDS,
     Session,
@@ -107,6 +108,15 @@ def test_as_many_single_calls_as_calls_of_agents() -> None:
     starts = sorted(one.start_s for one in single)
     assert starts[0] < 1
     assert 19 < starts[-1] < 20
+
+
+def test_every_fourth_agent_is_critical() -> None:
+    drawn = draw_sessions(WORKLOADS["pressure-critical"], WorkloadOptions(agents=9), 0)
+    assert [one.agent for one in drawn if one.kind == CRITICAL] == ["agent-4", "agent-8"]
+    assert [one.kind for one in drawn].count("agent") == 7
+    with_forks = replace(WORKLOADS["field"], critical=1)
+    assert {one.kind for one in draw_sessions(with_forks, WorkloadOptions(scale=0.02), 1)} == {CRITICAL}
+    assert "one of 4 agents is critical" in " ".join(explain(WORKLOADS["pressure-critical"]))
 
 
 def test_the_isolated_run_has_the_same_lengths_and_other_tokens() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from vllm_agentserve.bench.records import Record
-from vllm_agentserve.bench.sessions import ONE_SHOT, Session
+from vllm_agentserve.bench.sessions import AGENTS, ONE_SHOT, Session
 
 LEAD_SHARE = 0.2
 """Of the sessions: the first ones, which find a server with less to do than those that follow, and are in no figure."""
@@ -41,7 +41,7 @@ class Arrivals:
 
 def arrives(session: Session) -> bool:
     """Whether it comes at a random moment: sessions of agents do, but for those that others begin."""
-    return session.kind == "agent" and not session.forked
+    return session.kind in AGENTS and not session.forked
 
 
 def arriving(sessions: Sequence[Session], seed: int, per_s: float) -> list[Session]:

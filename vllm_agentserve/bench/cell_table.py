@@ -11,6 +11,7 @@ from vllm_agentserve.bench.summary import analyse, pressure_note
 MAIN = (
     "session_mean_s",
     "one_shot_mean_s",
+    "critical_mean_s",
     "round_s",
     "ttft_resume_mean_ms",
     "tokens_per_s",

@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from vllm_agentserve.bench.sessions import LAST_HINT, PARENT_HINT, PRIORITY_HINT
+from vllm_agentserve.bench.sessions import CRITICAL_HINT, LAST_HINT, PARENT_HINT, PRIORITY_HINT
 from vllm_agentserve.pages import authorization
 
 SILENCE_S = 600.0
@@ -155,6 +155,7 @@ class StreamingClient:
         parent: str | None = None,
         last: bool = False,
         priority: int | None = None,
+        critical: bool = False,
     ) -> bytes:
         """The request as it goes over the wire."""
         fields: dict[str, Any] = {
@@ -177,6 +178,8 @@ class StreamingClient:
                 hints[LAST_HINT] = True
             if priority is not None:
                 hints[PRIORITY_HINT] = priority
+            if critical:
+                hints[CRITICAL_HINT] = True
             if hints:
                 fields["vllm_xargs"] = hints
         return msgspec.json.encode(fields)
@@ -195,6 +198,7 @@ class StreamingClient:
         last: bool = False,
         rank: int | None = None,
         priority: int | None = None,
+        critical: bool = False,
     ) -> Stream:
         """Streams greedy tokens.
 
@@ -209,13 +213,14 @@ class StreamingClient:
             last: whether the session ends with it, for servers that know vLLM's fields.
             rank: the data-parallel engine that is to serve it, for vLLM; None leaves that to the server.
             priority: of the request, for servers that know vLLM's fields; None for none.
+            critical: whether the request is critical, for servers that know vLLM's fields.
 
         Raises:
             StreamError: the server cannot be reached, refuses the request, or breaks the stream off.
         """
         if self._session is None:
             raise RuntimeError("use `async with` to open the client first")
-        body = self.body(prompt, max_tokens, session_id, fixed, pinned, parent, last, priority)
+        body = self.body(prompt, max_tokens, session_id, fixed, pinned, parent, last, priority, critical)
         stream = into or Stream()
         stream.kind, stream.sent = kind, perf_counter() if due is None else due
         # Bytes are written at once, files in pieces between which other streams are read.

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vllm_agentserve.bench.sessions import ONE_SHOT, Session, Turn, WorkloadError
+from vllm_agentserve.bench.sessions import CRITICAL, ONE_SHOT, Session, Turn, WorkloadError
 from vllm_agentserve.bench.tokens import draw_tokens
 from vllm_agentserve.bench.workloads import (
     BATCH_ANSWER,
@@ -39,6 +39,7 @@ def draw_sessions(workload: Workload, chosen: WorkloadOptions, seed: int) -> lis
     common = draw_tokens(random.Random(f"{workload.name} {seed} common"), scaled(workload.system, chosen.scale, max_of))
     drawn: list[Session] = []
     for number in range(agents):
+        critical = workload.critical and number % workload.critical == workload.critical - 1
         for run in range(chosen.sessions or workload.sessions):
             agent = f"agent-{number + 1}"
             name = f"{agent}.{run + 1}"
@@ -46,7 +47,7 @@ def draw_sessions(workload: Workload, chosen: WorkloadOptions, seed: int) -> lis
             drawer = Drawer(workload, chosen, rng)
             start = number * workload.stagger_s if run == 0 else workload.tool_s.draw(rng)
             after = f"{agent}.{run}" if run else None
-            drawn += drawer.sessions(name, agent, "agent", start, after, common, shared)
+            drawn += drawer.sessions(name, agent, CRITICAL if critical else "agent", start, after, common, shared)
     for number in range(workload.chats):
         name = f"chat-{number + 1}"
         drawer = Drawer(CHAT, chosen, random.Random(f"{workload.name} {seed} {name}"))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from vllm_agentserve.bench.program_figures import ProgramFigures, program_figures
 from vllm_agentserve.bench.records import Record
+from vllm_agentserve.bench.sessions import AGENTS
 
 if TYPE_CHECKING:
     from vllm_agentserve.bench.client import Stream
@@ -159,7 +160,7 @@ class RoundFigures:
         tokens: dict[str, float] = {}
         served: dict[str, float] = {}
         for session in self.sessions:
-            if session.kind == "agent":
+            if session.kind in AGENTS:
                 tokens[session.agent] = tokens.get(session.agent, 0.0) + session.tokens
                 served[session.agent] = served.get(session.agent, 0.0) + session.served_s
         rates = np.asarray([tokens[agent] / served[agent] for agent in tokens if served[agent] > 0])

@@ -8,7 +8,7 @@ import numpy as np
 
 from vllm_agentserve.bench.measure import QUANTILES, RoundFigures, SessionFigures, pool, quantile
 from vllm_agentserve.bench.program_figures import ProgramFigures
-from vllm_agentserve.bench.sessions import ONE_SHOT
+from vllm_agentserve.bench.sessions import CRITICAL, ONE_SHOT
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ def pooled(name: str, q: float | None) -> Callable[[Sequence[SessionFigures]], f
 
 
 def mean_of(
-    value: Callable[[SessionFigures], float | None], one_shots: bool = False
+    value: Callable[[SessionFigures], float | None], *kinds: str
 ) -> Callable[[Sequence[SessionFigures]], float]:
-    """The mean over sessions; batch sessions do not count, and single calls are apart."""
+    """The mean over sessions of these kinds; without any, over all but batch sessions and single calls."""
 
     def figure(sessions: Sequence[SessionFigures]) -> float:
-        counted = [one for one in sessions if one.kind != "batch" and (one.kind == ONE_SHOT) == one_shots]
+        counted = [one for one in sessions if (one.kind in kinds if kinds else one.kind not in ("batch", ONE_SHOT))]
         values = [value(session) for session in counted if session.complete]
         known = [one for one in values if one is not None]
         return float(np.mean(known)) if known else float("nan")
@@ -171,7 +171,10 @@ METRICS = (
     quantile_of("tpot_p95_ms", "TPOT per request, p95", "tpot", 0.95),
     Metric("session_mean_s", "session from first request to last token, mean", "s", mean_of(lambda one: one.seconds)),
     Metric("waiting_mean_s", "of which waiting for the server, mean", "s", mean_of(lambda one: one.served_s)),
-    Metric("one_shot_mean_s", "single calls, until the last token, mean", "s", mean_of(lambda one: one.seconds, True)),
+    Metric(
+        "one_shot_mean_s", "single calls, until the last token, mean", "s", mean_of(lambda one: one.seconds, ONE_SHOT)
+    ),
+    Metric("critical_mean_s", "sessions of critical agents, mean", "s", mean_of(lambda one: one.seconds, CRITICAL)),
     Metric(
         "round_s",
         "from the first request to the end of the last session",

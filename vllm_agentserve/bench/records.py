@@ -28,7 +28,7 @@ class Record(msgspec.Struct, kw_only=True):
 
     Args:
         part: "measured", "lead", or "alone" for the isolated run behind the thresholds.
-        kind: "agent", "chat", "batch" or "one-shot"; phase: "cold" or "resume".
+        kind: "agent", "critical", "chat", "batch" or "one-shot"; phase: "cold" or "resume".
         prompt: digest of the prompt's token ids, to see whether two arms got the same.
         cached_tokens: prompt tokens found in the prefix cache, where the server tells.
         stamps_us: arrival of every token.

@@ -13,7 +13,7 @@ from vllm_agentserve.bench.live import LiveSessions
 from vllm_agentserve.bench.prompt import GrowingPrompt
 from vllm_agentserve.bench.recorder import Recorder
 from vllm_agentserve.bench.records import Record
-from vllm_agentserve.bench.sessions import ONE_SHOT, Session, TurnKey, pinned_token, session_walk, spawning
+from vllm_agentserve.bench.sessions import CRITICAL, ONE_SHOT, Session, TurnKey, pinned_token, session_walk, spawning
 from vllm_agentserve.bench.walk import DueCall
 
 LATENESS_PERIOD_S = 0.05
@@ -169,6 +169,7 @@ class Replay:
                 last=self._says_last(session, number),
                 rank=self._rank(session.name),
                 priority=turn.priority,
+                critical=session.kind == CRITICAL,
             )
         except StreamError as error:
             self._leave(session)

@@ -14,6 +14,12 @@ LAST_HINT = "agent_last"
 """The same for saying that a session ends with a call."""
 PRIORITY_HINT = "agent_priority"
 """The same for the priority of a call."""
+CRITICAL_HINT = "agent_critical"
+"""The same for saying that a call is critical."""
+CRITICAL = "critical"
+"""Kind of the sessions of agents whose calls say so."""
+AGENTS = ("agent", CRITICAL)
+"""Kinds of the sessions of agents."""
 ONE_SHOT = "one-shot"
 """Kind of the sessions that are a single call, of nobody who is known."""
 WARM_UP_PROGRAMS = 16
@@ -58,8 +64,8 @@ class Session:
         name: unique in the workload; also sent as `session_id`.
         turns: at least one.
         agent: whose it is; an agent has one session at a time, sub-agents are agents of their own.
-        kind: "agent", "chat", "batch" or `ONE_SHOT`. Batch sessions load the server; latencies of them are nobody's concern.
-            Single calls are sent without a session id, and have a row of their own.
+        kind: "agent", `CRITICAL`, "chat", "batch" or `ONE_SHOT`. Batch sessions load the server; latencies of them are nobody's
+            concern. Single calls are sent without a session id, and have a row of their own.
         start_s: seconds after the beginning of the workload, or after the end of `after`.
         after: the session that has to end before this one starts.
         forked: the context is a copy of another session's; that one starts it.

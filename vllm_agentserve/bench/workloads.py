@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from vllm_agentserve.bench.sessions import WorkloadError
+from vllm_agentserve.bench.sessions import CRITICAL_HINT, WorkloadError
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Workload:
         shared: share of the system prompt that all agents have in common.
         stagger_s: time between the first starts of two agents.
         cpu_scale: factor on all lengths by default on machines without a GPU.
+        critical: one of so many agents is critical, and its calls say so; 0 for none.
         chats: plain chat users beside the agents; batch: requests of one batch job that arrives at once; one_shots: single calls
             without a session, which arrive at random.
     """
@@ -84,6 +85,7 @@ class Workload:
     stagger_s: float = 1.5
     cpu_scale: float = 1.0
     forks: Forks = NO_FORKS
+    critical: int = 0
     chats: int = 0
     batch: int = 0
     one_shots: int = 0
@@ -182,6 +184,12 @@ WORKLOADS = {
             summary="The agents of `pressure`, and as many single calls beside them.",
             one_shots=96,
         ),
+        replace(
+            PRESSURE,
+            name="pressure-critical",
+            summary="The agents of `pressure`; every fourth one is critical, and its calls say so.",
+            critical=4,
+        ),
     )
 }
 CHAT = Workload(
@@ -214,6 +222,8 @@ def explain(workload: Workload) -> list[str]:
         lines.append(f"{workload.shared:.0%} of the cold prompt is shared by all agents")
     if workload.forks.share:
         lines.append(f"{workload.forks.share:.0%} of the sessions have {workload.forks.count} sub-agents")
+    if workload.critical:
+        lines.append(f"one of {workload.critical} agents is critical: its calls have the hint {CRITICAL_HINT}")
     if workload.chats or workload.batch:
         lines.append(f"beside them {workload.chats} people who chat and a batch job of {workload.batch} requests")
     if workload.one_shots:
