@@ -205,3 +205,17 @@ def test_where_too_little_can_go_nothing_is_stored() -> None:
         host = policy(HostLink(20, 0.0, 0.0), 10)
         assert offered(host, "a", ["a0", "a1", "a2"]).offered == 0
         assert len(host) == 0
+
+
+@pytest.mark.parametrize("gap_s", [0.2, 1.0])
+@pytest.mark.parametrize(("ratio", "size"), [(2, 1.0), (2, 2.0), (4, 2.0), (4, 4.0)])
+def test_copies_before_a_context_is_asked_for_would_gain_next_to_nothing(ratio: int, size: float, gap_s: float) -> None:
+    """They could hide no more than what restores take: as if these took no time."""
+    found = []
+    for copies in (COPIES, (0.0, 0.0)):
+        pool = 43_008 // ratio
+        machine = Machine("engine", ENGINE, pool, 128, 32, 2048, HostLink(int(size * pool), *copies))
+        case = Cell("", "", machine, Programs(16, (6, 6), 1500, 200, 32, gap_s), (), seeds=1)
+        found.append(controlled(case, 0, "told")["session_mean_s"])
+    as_measured, instant = found
+    assert instant >= 0.97 * as_measured
