@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-engine test-newest setup lint compat doctor bench bench-interference bench-lanes bench-pressure bench-programs bench-cost gpu-check client-check torture torture-contents soak coverage mutants clean
+.PHONY: demo test test-fast test-engine test-newest setup lint compat doctor bench bench-interference bench-lanes bench-pressure bench-programs bench-cost gpu-check client-check torture torture-contents torture-host soak coverage mutants clean
 
 demo: setup
 	@$(RUN)/agentserve demo
@@ -90,6 +90,10 @@ torture: setup
 # Twenty thousand short requests with shared prefixes that come in the same steps, with a lane: what KV blocks hold is compared.
 torture-contents: setup
 	@$(RUN)/python -m tests.torture.run_crowds --requests 20000 --output docs/results/torture-contents.json
+
+# Host memory under random calls on vLLM's scheduler, without a model: a million KV blocks are compared with what was computed.
+torture-host: setup
+	@$(RUN)/python -m tests.torture.run_host --blocks 1000000 --output docs/results/torture-host.json
 
 # One engine under such episodes for an hour, and a picture of its memory.
 soak: setup

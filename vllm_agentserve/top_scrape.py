@@ -41,7 +41,7 @@ class EngineMetrics:
         figures: those without a label of their own.
         labelled: those with `level`, `le` or `row`, by its value.
         cluster: what a cluster knows of this engine, by name.
-        load: those of load control with `class` or `reason`, by its value; without the buckets.
+        load: those of load control with `class`, `found` or `reason`, by its value; without the buckets.
     """
 
     time: float
@@ -145,7 +145,7 @@ def parse(text: str, time: float) -> dict[str, EngineMetrics]:
             continue
         name = STOCK_SERIES.get(sample.name) or sample.name.removeprefix(SERIES)
         own = [value for label, value in sample.labels.items() if label in ("level", "le", "row")]
-        of_load = [value for label, value in sample.labels.items() if label in ("class", "reason")]
+        of_load = [value for label, value in sample.labels.items() if label in ("class", "found", "reason")]
         if of_load:
             if not own:
                 reading.load.setdefault(name, {})[of_load[0]] = sample.value

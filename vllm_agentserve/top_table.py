@@ -112,16 +112,22 @@ def header(name: str, reading: EngineMetrics, before: EngineMetrics | None) -> l
 
 def host_memory(reading: EngineMetrics) -> list[Text]:
     """Returns how full host memory behind the KV cache is, and what came back from it; nothing where there is none."""
-    figures = reading.figures
+    figures, contexts = reading.figures, reading.load.get("returning_context_tokens_total", {})
     if not figures.get("host_pool_tokens"):
         return []
+    tokens = sum(contexts.values())
+    found: tuple[Text, ...] = ()
+    if tokens:
+        cache, host = (percent(contexts.get(where, 0.0) / tokens) for where in ("cache", "host"))
+        found = (Text(f"  contexts of returning calls: {cache} in the KV cache, {host} in host memory"),)
     return [
         Text(
             f"host memory: {number(figures.get('host_used_tokens'))} of {number(figures['host_pool_tokens'])} tokens  "
             f"{number(figures.get('external_hits'))} copied back for "
             f"{number(figures.get('host_restored_requests_total'))} prompts, "
             f"{number(figures.get('host_restore_tokens_per_second') or None)} tokens/s"
-        )
+        ),
+        *found,
     ]
 
 

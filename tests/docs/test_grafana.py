@@ -42,7 +42,7 @@ VLLM_GAUGES = {name for name, kind in VLLM.items() if kind == "gauge"}
 VARIABLES = ("model_name", "instance", "engine")
 WORDS = {"by", "sum", "rate", "histogram_quantile"}
 """Everything else in an expression, outside of selectors, is a series or a label to sum by."""
-LABELS = {*VARIABLES, "class", "le", "level", "reason", "row"}
+LABELS = {*VARIABLES, "class", "found", "le", "level", "reason", "row"}
 
 
 @pytest.fixture(scope="module")

@@ -241,6 +241,14 @@ vllm:external_prefix_cache_hits_total{{{labels}}} 9000.0
     said = drawn(page(STOCK + OURS + TOLD + text))
     assert "host memory: 12000 of 80000 tokens  9000 copied back for 7 prompts, 250000 tokens/s" in said
     assert max(map(len, said.splitlines())) <= 120
+    contexts = "".join(
+        f'vllm:agentserve_returning_context_tokens_total{{{{{{labels}},found="{found}"}}}} {tokens}\n'
+        for found, tokens in (("cache", 600.0), ("host", 300.0), ("computed", 100.0))
+    )
+    assert "contexts of returning calls: 60 % in the KV cache, 30 % in host memory" in drawn(
+        page(STOCK + OURS + TOLD + text + contexts)
+    )
+    assert "contexts of returning calls" not in said
     assert "host memory" not in drawn(page(STOCK + OURS + TOLD + text.replace(" 80000.0", " 0.0")))
     assert "host memory" not in drawn(page(STOCK + OURS + TOLD))
 

@@ -11,6 +11,7 @@ from tests.support.host_driver import HostDriver
 from tests.support.pinned import PinnedController
 from tests.support.schedulers import make_request, make_scheduler
 from vllm_agentserve.policy.phase import Phase
+from vllm_agentserve.scheduler.load_stats import FOUND
 from vllm_agentserve.vllm_compat.cpu_offload import BlockCopies
 from vllm_agentserve.vllm_compat.host import Host, NoHost
 
@@ -56,6 +57,26 @@ def test_a_context_comes_back_from_the_host() -> None:
     assert report["host_restoring_requests"] == 0
     assert report["host_restore_tokens_per_second"] > 0
     assert driver.memory.tier.restore_ms(400) is not None
+
+
+def test_where_the_contexts_of_returning_calls_were() -> None:
+    """Without a copy in host memory, with one, and in the KV cache. 400 tokens of the prompt and 4 of the answer; 3 of these have
+    KV."""
+    scheduler, driver = started(load_control=True)
+
+    def counted() -> tuple[float, ...]:
+        return tuple(scheduler.counts.get(f"returning_context_tokens:{found}", 0) for found in FOUND)
+
+    pushed_out(scheduler, driver, "a")
+    assert counted() == (0, 0, 0)
+    ask(scheduler, "a", 440, number=1)
+    finished(scheduler, driver)
+    assert counted() == (0, 400, 4)
+    ask(scheduler, "a", 480, number=2)
+    finished(scheduler, driver)
+    cache, host, computed = counted()
+    assert (host, cache + computed) == (400, 4 + 444)
+    assert cache >= 432
 
 
 def test_answers_are_kept_too() -> None:
@@ -323,13 +344,13 @@ def test_headroom_that_retention_set_for_another_call_does_not_hold_for_a_restor
     for feature in others:
         if type(feature).__name__ == "Retain":
             before = feature.asked
-            feature.asked = lambda call, computed, before=before: (
-                asked.append((call.name, computed)),
-                before(call, computed),
+            feature.asked = lambda call, computed, restored, before=before: (
+                asked.append((call.name, computed, restored)),
+                before(call, computed, restored),
             )
     ask(scheduler, "a", 440, number=1)
     driver.step()
-    assert asked == [("a-1", 400)]
+    assert asked == [("a-1", 400, 400)]
     finished(scheduler, driver)
 
 

@@ -5,6 +5,7 @@ from vllm.v1.request import RequestStatus
 
 from tests.support.lane_driver import PARKED, LaneReport, Slot, both, counts, started, status
 from tests.support.schedulers import BLOCK, make_request
+from vllm_agentserve.scheduler.features.retention import Retain
 
 
 @both
@@ -253,3 +254,42 @@ def test_a_preempted_sequence_is_filled_again_by_the_lane(asynchronous: bool) ->
     assert job.end == victim.num_tokens - 1 > victim.num_prompt_tokens
     driver.end(victim.request_id)
     assert driver.until(victim.request_id)[-1][victim.request_id] == 1
+
+
+@both
+def test_a_prompt_for_the_lane_takes_no_blocks_that_are_reserved(asynchronous: bool) -> None:
+    """A critical call has 7 of 128 blocks, and 69 more are reserved for such calls; a prompt of 63 would leave 56."""
+    options = {"kv_reserve_share": 0.6, "load_control": False}
+    scheduler, driver = started(asynchronous, num_blocks=129, options=options)
+    (retain,) = [one for one in scheduler._events.features if isinstance(one, Retain)]
+    retain.space.share = 0.6
+    scheduler.add_request(make_request("critical", 100, max_tokens=160, hints={"agent_critical": True}))
+    for _ in range(4):
+        driver.step()
+    assert retain._critical_in_use() >= 7
+    scheduler.add_request(make_request("long", list(range(1000))))
+    for _ in range(4):
+        driver.step()
+    assert status(scheduler, "long") is RequestStatus.WAITING
+    assert "long" not in driver.jobs
+    scheduler.finish_requests("critical", RequestStatus.FINISHED_ABORTED)
+    for _ in range(3):
+        driver.step()
+    assert status(scheduler, "long") is PARKED
+    assert scheduler.integrity.faults() == []
+
+
+@both
+def test_blocks_of_a_critical_prompt_in_the_lane_count_towards_the_reserve(asynchronous: bool) -> None:
+    options = {"kv_reserve_share": 0.6, "load_control": False}
+    scheduler, driver = started(asynchronous, num_blocks=129, options=options)
+    (retain,) = [one for one in scheduler._events.features if isinstance(one, Retain)]
+    scheduler.add_request(make_request("critical", 600, hints={"agent_critical": True}))
+    for _ in range(3):
+        driver.step()
+    assert status(scheduler, "critical") is PARKED
+    assert retain._critical_in_use() == 38
+    driver.end("critical")
+    driver.until("critical")
+    assert retain._critical_in_use() >= 38
+    assert scheduler.integrity.faults() == []

@@ -522,12 +522,19 @@ def test_the_hit_ratio_is_that_of_resumed_turns(clock: Clock, page: Page) -> Non
     learned(scheduler, driver, clock)
     page.record(scheduler.report())
     assert 0.85 < page.reading().figures["load_hit_ratio"] < 1.0
+    found, gone = (page.value("returning_context_tokens_total", found=where) for where in ("cache", "computed"))
+    # Five turns of each program that came back; less than a block of each context was computed again.
+    assert found > 5 * 190
+    assert 0 < gone < found / 10
     scheduler.reset_prefix_cache()
     before = page.reading().figures["load_hit_ratio"]
     turn(scheduler, "warm", 6, 200)
     serve(scheduler, driver, clock)
     page.record(scheduler.report())
     assert 0.0 < page.reading().figures["load_hit_ratio"] < before
+    assert page.value("returning_context_tokens_total", found="cache") == found
+    assert page.value("returning_context_tokens_total", found="computed") > gone + 200
+    assert page.value("returning_context_tokens_total", found="host") == 0
 
 
 def test_reported_claims_are_those_of_now(clock: Clock) -> None:

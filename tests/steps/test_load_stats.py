@@ -16,9 +16,11 @@ from vllm_agentserve.policy.hints import CLASSES
 from vllm_agentserve.scheduler.load_stats import (
     BEGINS,
     BUCKETS,
+    FOUND,
     HOLD_BOUNDS_S,
     HOLD_KEYS,
     count_hold,
+    count_returning,
     hold_times,
 )
 
@@ -92,11 +94,36 @@ def test_rounding_moves_no_call_into_another_bucket() -> None:
     assert BUCKETS["batch"][0].mean_s(2, 0.0) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("context", "cached", "host", "expected"),
+    [
+        (400, 400, 0, (400, 0, 0)),
+        (400, 384, 0, (384, 0, 16)),
+        (400, 384, 384, (0, 384, 16)),
+        (400, 384, 100, (284, 100, 16)),
+        (400, 0, 0, (0, 0, 400)),
+        # More of the prompt is found than the program had: another one has computed it.
+        (400, 600, 0, (400, 0, 0)),
+        (400, 600, 100, (400, 0, 0)),
+        (400, 600, 300, (300, 100, 0)),
+        (0, 600, 300, (0, 0, 0)),
+    ],
+)
+def test_where_a_context_was(context: int, cached: int, host: int, expected: tuple[int, int, int]) -> None:
+    counts: dict[str, float] = {}
+    count_returning(counts, context, cached, host)
+    assert counts == {
+        f"returning_context_tokens:{found}": tokens for found, tokens in zip(FOUND, expected, strict=True)
+    }
+
+
 def test_every_series_is_there_before_it_counts(page: Page) -> None:
     """Prometheus sees no increase from nothing to one."""
     for engine in (0, 1):
         for reason in BEGINS:
             assert page.value("load_begun_requests_total", engine, reason=reason) == 0
+        for found in FOUND:
+            assert page.value("returning_context_tokens_total", engine, found=found) == 0
         for kind in CLASSES:
             assert page.value("load_hold_time_seconds_count", engine, **{"class": kind}) == 0
             assert page.value("load_hold_time_seconds_bucket", engine, **{"class": kind, "le": "+Inf"}) == 0

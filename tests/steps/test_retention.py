@@ -413,6 +413,45 @@ def test_nothing_is_reserved_for_calls_of_class_batch(clock: Clock) -> None:
     assert "batch" in scheduler.requests
 
 
+def test_of_many_held_critical_calls_some_are_looked_at_in_each_step(clock: Clock) -> None:
+    _, _, retain = started(**CRITICAL)
+    looks = count()
+
+    class Held:
+        def __init__(self, awaited: Any) -> None:
+            self._awaited = awaited
+
+        @property
+        def awaited(self) -> Any:
+            next(looks)
+            return self._awaited
+
+    calls = [Held(None if index == 150 else HELD) for index in range(200)]
+    retain._critical.update(dict.fromkeys(calls))  # type: ignore[arg-type]
+    found = []
+    for _ in range(4):
+        before = next(looks)
+        retain._look_for_waiting()
+        assert next(looks) - before <= retention.LOOKED_AT + 1
+        found.append(retain._reserves)
+    assert found[:2] == [False, False]
+    assert True in found
+    assert len(retain._critical) == 200
+
+
+@pytest.mark.parametrize(("restored", "kept"), [(0, 0), (80, 38)])
+def test_a_context_that_comes_back_takes_no_reserved_blocks(clock: Clock, restored: int, kept: int) -> None:
+    """Ninety tokens of a hundred are found. Those that are in host memory need blocks as if they were computed."""
+    scheduler, driver, retain = reserving(clock)
+    scheduler.add_request(make_request("critical", prompt("c", 100), max_tokens=160, hints={"agent_critical": True}))
+    retain.before_step(2, 1600)
+    scheduler.add_request(make_request("new", prompt("new", 100), max_tokens=4))
+    retain.asked(scheduler.calls["new"], 90, restored)
+    assert scheduler.kv_cache_manager.watermark_blocks == kept
+    retain.after_schedule()
+    serve(scheduler, driver, clock)
+
+
 def test_what_was_reserved_is_not_reported_any_more(clock: Clock) -> None:
     """The last step of prompts was before the last critical call ended."""
     scheduler, driver, _ = reserving(clock)

@@ -47,6 +47,7 @@ class LaneConnectorScheduler:
         rates: of steps.
         on_dispatch: is called for every prompt that goes to the lane, with all that the lane computes of it as one chunk.
         on_failure: is called for every prompt on which the lane failed.
+        on_offer: is called for every prompt that is to go to the lane, with its cached tokens, before vLLM looks for its blocks.
 
     Before every step `decodes` and `context` are set.
     """
@@ -60,6 +61,7 @@ class LaneConnectorScheduler:
         rates: Rates,
         on_dispatch: Callable[[Call, Chunk], None],
         on_failure: Callable[[], None],
+        on_offer: Callable[[Call, int], None],
     ) -> None:
         self.policy = LanePolicy(options.lane_min_tokens, options.lane_max_requests, compares=options.mode == "auto")
         # Until the worker says that there is one: in mode `auto` there may be none.
@@ -70,6 +72,7 @@ class LaneConnectorScheduler:
         self._calls_policy = policy
         self._on_dispatch = on_dispatch
         self._on_failure = on_failure
+        self._on_offer = on_offer
         self.decodes = 0
         self.context = 0
         self.rate: LaneRate | None = None
@@ -126,7 +129,10 @@ class LaneConnectorScheduler:
             self._held[call] = None
             return None, False
         call.lane.reason = reason
-        return (uncached, True) if route is Route.LANE else (0, False)
+        if route is not Route.LANE:
+            return 0, False
+        self._on_offer(call, computed)
+        return uncached, True
 
     def _prompt(self, request: "Request", uncached: int, computed: int) -> Prompt:
         fit = lane_obstacle(request) is None

@@ -137,6 +137,7 @@ class Call:
         program: its part in a program, where calls are ordered by programs.
         load: what load control knows of it; None where that is off.
         cached_tokens: tokens of its prompt that the KV cache held when it was first admitted; None before that.
+        host_tokens: the last of them, which were in host memory.
         computed_tokens: tokens of its prompt that were scheduled so far, those computed again after a preemption included.
         computed_ms: what these take of the whole device, with what the steps in which it was the first prompt take anyway.
         lane: what the prefill lane has to do with it.
@@ -180,6 +181,7 @@ class Call:
     program: "ProgramCall | None" = None
     load: "LoadCall | None" = None
     cached_tokens: int | None = None
+    host_tokens: int = 0
     computed_tokens: int = 0
     computed_ms: float = 0.0
     holds: bool = False

@@ -5,7 +5,7 @@ two counters for each class and bucket: the calls in it, and the seconds these w
 mean of a bucket once for each of its calls. Its buckets, count and sum are then those of the engine, and several API servers
 add up as with vLLM's own histograms.
 
-The number of series is bounded: labels have the values of `BEGINS`, `REASONS` and `CLASSES`.
+The number of series is bounded: labels have the values of `BEGINS`, `REASONS`, `FOUND` and `CLASSES`.
 """
 
 from bisect import bisect_left
@@ -21,13 +21,21 @@ from vllm_agentserve.policy.load_limit import Reason
 
 BEGINS: tuple[str, ...] = get_args(Begins)
 REASONS: tuple[str, ...] = get_args(Reason)
+FOUND = ("cache", "host", "computed")
+"""Where the context of a returning call was: in the KV cache, in host memory, or nowhere, so that it was computed again."""
 
 BEGUN = "load_begun_requests"
+RETURNING = "returning_context_tokens"
 LIMIT_REASON = "load_limit_reason"
 HOLD_TIME = "load_hold_time_seconds"
 
 LOAD_COUNTERS = {
     BEGUN: ("reason", BEGINS, "First calls that load control let begin, by reason. With load_control only."),
+    RETURNING: (
+        "found",
+        FOUND,
+        "Tokens of the context of calls whose program had one, by where they were found. With load_control only.",
+    ),
 }
 """(label, its values, meaning) by name, without prefix and `_total`. The key in a report is `name:label value`."""
 LOAD_GAUGES = {
@@ -89,6 +97,20 @@ def count_hold(counts: MutableMapping[str, float], batch: bool, seconds: float) 
     bucket = BUCKETS[CLASSES[batch]][bisect_left(HOLD_BOUNDS_S, seconds)]
     counts[bucket.calls] = counts.get(bucket.calls, 0) + 1
     counts[bucket.seconds] = counts.get(bucket.seconds, 0.0) + seconds
+
+
+def count_returning(counts: MutableMapping[str, float], context: int, cached: int, host: int) -> None:
+    """Adds a call of a program that had a context.
+
+    Args:
+        context: its tokens, as far as they are part of the prompt.
+        cached: tokens of the prompt that were found.
+        host: the last of them, which were in host memory.
+    """
+    computed = max(context - cached, 0)
+    from_host = min(host, max(context - (cached - host), 0))
+    for found, tokens in zip(FOUND, (context - computed - from_host, from_host, computed), strict=True):
+        counts[f"{RETURNING}:{found}"] = counts.get(f"{RETURNING}:{found}", 0) + tokens
 
 
 def hold_times(report: Mapping[str, float]) -> Iterator[tuple[str, float, int]]:

@@ -101,7 +101,7 @@ class AgentScheduler(VllmHooks, Scheduler):
         )
         if isinstance(self.engine_policy.waiting, WaitingList):
             self.waiting = AgentQueue(self.engine_policy.waiting, self.calls)
-        self._lane = lane_of(self, options, self.engine_policy, self.calls, self.counts)
+        self._lane = lane_of(self, options, self.engine_policy, self.calls, self.counts, self._looks_for_blocks)
         self._events = Events(
             [
                 self._lane,
@@ -237,9 +237,13 @@ class AgentScheduler(VllmHooks, Scheduler):
                 self._said.prefill_not_cut(obstacle)
                 self.engine_policy.charge(call, num_new_tokens, num_computed_tokens)
         if not running and num_new_tokens:
-            for asked in self._events.asked:
-                asked(call, num_computed_tokens)
+            self._looks_for_blocks(call, num_computed_tokens)
         return self._stock_limit(request, num_computed_tokens, num_new_tokens)
+
+    def _looks_for_blocks(self, call: Call, computed: int) -> None:
+        """vLLM is about to look for KV blocks for a waiting request, of which so many tokens are computed or cached."""
+        for asked in self._events.asked:
+            asked(call, computed)
 
     def _take_chunks(self, output: "SchedulerOutput") -> tuple[list[Chunk], bool]:
         """Reads back which prefill chunks really run and whether one is the first of its prompt; counts admissions and

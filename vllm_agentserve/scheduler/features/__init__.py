@@ -25,8 +25,13 @@ class Feature:
     def after_schedule(self) -> None:
         """vLLM has scheduled the step, or failed to."""
 
-    def asked(self, call: Call, computed: int) -> None:
-        """vLLM is about to look for KV blocks for a waiting request, of which so many tokens are computed or cached."""
+    def asked(self, call: Call, computed: int, restored: int = 0) -> None:
+        """vLLM is about to look for KV blocks for a waiting request.
+
+        Args:
+            computed: tokens of it that are computed, cached or in host memory.
+            restored: those of them that are copied from host memory into new blocks.
+        """
 
     def admitted(self, call: Call) -> None:
         """A step takes up the prompt of a request; what it found in the KV cache is known by now."""

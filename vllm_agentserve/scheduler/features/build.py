@@ -89,11 +89,12 @@ def lane_of(
     policy: EnginePolicy,
     calls: Mapping[str, Call],
     counts: Counts,
+    asked: Callable[[Call, int], None],
 ) -> NoLaneFeature:
     """The prefill lane, where its connector runs."""
     if not compat.has_lane_connector(scheduler):
         return NoLaneFeature()
-    return LaneFeature(options, scheduler, policy, calls, counts)
+    return LaneFeature(options, scheduler, policy, calls, counts, asked)
 
 
 def build_features(

@@ -64,10 +64,12 @@ class HostMemory(Feature):
             waiting.closed = True
             return False
         for feature in self._others:
-            feature.asked(call, cached + tokens)
+            feature.asked(call, cached + tokens, tokens)
         policy.restores(call)
         self._asked.append(call)
         self._tokens[call.name] = tokens
+        if call.cached_tokens is None:
+            call.host_tokens = tokens
         return True
 
     def _free_places(self, call: Call) -> int:
@@ -82,6 +84,8 @@ class HostMemory(Feature):
             else:
                 # There were no blocks for it.
                 self._tokens.pop(call.name, None)
+                if call.cached_tokens is None:
+                    call.host_tokens = 0
         self._asked.clear()
         self._forget_others()
 

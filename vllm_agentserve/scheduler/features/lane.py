@@ -1,6 +1,6 @@
 """The prefill lane as the scheduler sees it: which prompts it gets, what is counted of them, and who waits for it."""
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import TYPE_CHECKING
 
 from vllm_agentserve.config import AgentServeConfig
@@ -35,6 +35,7 @@ class LaneFeature(NoLaneFeature):
         policy: tells the phase of a prompt and its rank, and knows rates.
         calls: by id of the request.
         counts: of prompts, tokens, failures and reasons.
+        asked: vLLM is about to look for KV blocks for a prompt that goes to the lane, of which so many tokens are cached.
     """
 
     def __init__(
@@ -44,10 +45,11 @@ class LaneFeature(NoLaneFeature):
         policy: EnginePolicy,
         calls: Mapping[str, Call],
         counts: MutableMapping[str, float],
+        asked: Callable[[Call, int], None],
     ) -> None:
         block_size = int(scheduler.cache_config.block_size)
         self.dispatch = LaneConnectorScheduler(
-            options, block_size, calls, policy, policy.controller, self.dispatched, self.failed
+            options, block_size, calls, policy, policy.controller, self.dispatched, self.failed, asked
         )
         compat.serve_lane_connector(scheduler, self.dispatch)
         guard_control_calls()

@@ -14,7 +14,7 @@ from vllm_agentserve.policy.load import LoadControl
 from vllm_agentserve.policy.load_limit import Limit, Reason
 from vllm_agentserve.policy.waiting import HELD, WaitingList
 from vllm_agentserve.scheduler.features import Feature
-from vllm_agentserve.scheduler.load_stats import count_hold, load_report
+from vllm_agentserve.scheduler.load_stats import count_hold, count_returning, load_report
 from vllm_agentserve.vllm_compat import scheduler as compat
 
 if TYPE_CHECKING:
@@ -157,8 +157,13 @@ class Load(Feature):
         self._log.decided(self.control.limit, now)
 
     def admitted(self, call: Call) -> None:
-        if call.load is not None and call.owner is not None:
-            self.control.begin(call.load, perf_counter(), call.cached_tokens or 0, child=call.owner.sub_agent)
+        load, owner, cached = call.load, call.owner, call.cached_tokens or 0
+        if load is None or owner is None:
+            return
+        if load.program.turns and not (load.begun or owner.sub_agent):
+            context = min(load.program.context, call.request.num_prompt_tokens)
+            count_returning(self._counts, context, cached, call.host_tokens)
+        self.control.begin(load, perf_counter(), cached, child=owner.sub_agent)
 
     def freed(self, call: Call) -> None:
         now, request, load, owner = perf_counter(), call.request, call.load, call.owner

@@ -1,8 +1,8 @@
 """Retention: KV blocks of programs that come back are handed out last; and the reserve of critical calls."""
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, MutableMapping
-from itertools import chain
+from itertools import chain, islice
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,9 @@ from vllm_agentserve.vllm_compat.free_blocks import blocks_of, cached_blocks, po
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
+
+LOOKED_AT = 64
+"""Critical calls that are looked at in a step to see whether one of them waits."""
 
 
 class Retain(Feature):
@@ -49,10 +52,12 @@ class Retain(Feature):
         """KV blocks that vLLM keeps free when it admits a request, as configured."""
         self._running: Counter[str] = Counter()
         """Calls that have been admitted and have not ended, by program."""
-        self._critical: dict[Call, None] = {}
+        self._critical: OrderedDict[Call, None] = OrderedDict()
         """Critical calls that have not ended, but those of class batch: nobody waits for them."""
         self._critical_begun: dict[Call, None] = {}
-        """Those of them that run."""
+        """Those of them that vLLM has looked for blocks for: they run, or come back from host memory, or are in a lane."""
+        self._critical_waits = False
+        """Whether one of them waits that load control does not hold, as far as they were looked at in this step."""
         self._shared: int | None = 0
         """How many of their blocks are counted more than once if all are added up; None if it is not known."""
         self._reserved = 0
@@ -83,6 +88,8 @@ class Retain(Feature):
         now = perf_counter()
         for name in self.retention.expire(now):
             self.ledger.give_up(name)
+        if self.space.most:
+            self._look_for_waiting()
         self._reserved = self._reserve(now)
         for call in [*self._passed]:
             if self._over(call):
@@ -102,16 +109,23 @@ class Retain(Feature):
         """Whether there is anybody whom blocks are reserved for. A call that load control holds needs none yet."""
         if not self.space.most:
             return False
-        if self._critical_begun or self.retention.critical_blocks:
-            return True
-        return any(call.awaited is not HELD for call in self._critical)
+        return bool(self._critical_begun or self.retention.critical_blocks or (self._critical and self._critical_waits))
+
+    def _look_for_waiting(self) -> None:
+        """Whether a critical call waits for blocks. Of thousands that load control holds some are looked at in each step; one
+        that may begin goes first, so vLLM looks for its blocks in the same step."""
+        looked = [*islice(self._critical, LOOKED_AT)]
+        self._critical_waits = any(call.awaited is not HELD for call in looked)
+        if not self._critical_waits and len(self._critical) > LOOKED_AT:
+            for call in looked:
+                self._critical.move_to_end(call)
 
     def _critical_in_use(self) -> int:
-        """Blocks that critical calls have which run; one that several of them have counts once."""
+        """Blocks that critical calls have; one that several of them have counts once."""
         held = [blocks_of(self._scheduler, call.request) for call in self._critical_begun]
         added_up = sum(map(len, held))
         if self._shared is None:
-            # What a call shares it has from the moment on at which it was admitted.
+            # What a call shares it has from the moment on at which it got its first blocks.
             self._shared = added_up - len(set(map(id, chain.from_iterable(held))))
         return added_up - self._shared
 
@@ -120,14 +134,17 @@ class Retain(Feature):
         since = call.passed_step
         return since is not None and not call.hints.batch and self._scheduler.current_step - since >= BYPASS_STEPS
 
-    def asked(self, call: Call, computed: int) -> None:
+    def asked(self, call: Call, computed: int, restored: int = 0) -> None:
         # While nothing runs vLLM keeps no headroom. All others wait behind who is overdue or was preempted.
         waits = call.key is not None and call.key.urgency > Urgency.OVERDUE and not self._over(call)
-        waits = waits and 2 * computed < call.request.num_tokens
-        critical = self._has_space(call)
-        kept = self.retention.away_blocks(self._running, self._name(call), critical) if waits else 0
-        if waits and not critical:
+        tokens, critical, kept = call.request.num_tokens, self._has_space(call), 0
+        if waits and 2 * computed < tokens:
+            kept = self.retention.away_blocks(self._running, self._name(call), critical)
+        # A context that comes back from host memory takes as many blocks as one that is computed.
+        if waits and not critical and 2 * (computed - restored) < tokens:
             kept = max(kept, self._reserved)
+        if call in self._critical and not (call in self._critical_begun and blocks_of(self._scheduler, call.request)):
+            self._critical_begun[call], self._shared = None, None
         compat.keep_headroom(self._scheduler, self._headroom + kept)
         self._asked = call, kept > 0
 
