@@ -4,7 +4,7 @@ import logging
 
 from vllm_agentserve import vllm_compat
 from vllm_agentserve.scheduler.vllm_hooks import VllmHooks
-from vllm_agentserve.vllm_compat import hooks
+from vllm_agentserve.vllm_compat import hooks, nixl
 
 logger = logging.getLogger("vllm.agentserve")
 
@@ -23,3 +23,4 @@ def register() -> None:
     hooks.refuse_invalid_hints(VllmHooks)
     hooks.add_middleware(VllmHooks)
     hooks.add_stat_logger(VllmHooks)
+    nixl.pause_progress_thread()

@@ -22,7 +22,7 @@ def page(**times_s: list[float]) -> str:
         for value in values:
             timings.add(value)
         found[name] = timings.take()
-    shown = {"decisions": {}, "moves": 0, "pins": 0, "resident_tokens": {}}
+    shown = {"decisions": {}, "moves": 0, "prefills": {}, "pins": 0, "resident_tokens": {}}
     return merged(shown | {"timings": found, "engine_pins": {}, "engine_moves": {}}, {})
 
 

@@ -182,6 +182,7 @@ async def test_one_page_of_metrics_has_all_engines() -> None:
         return {
             "decisions": {"first": 2},
             "moves": 0,
+            "prefills": {},
             "timings": {},
             "pins": 2,
             "resident_tokens": {"e1": 10, "e2": 0},

@@ -35,6 +35,7 @@ TIMES = TIMINGS.take()
 SHOWN = {
     "decisions": {"pinned": 8, "first": 4},
     "moves": 1,
+    "prefills": {"moved": 3, "late": 1},
     "timings": {"asked": TIMES, "known": both(TIMES, TIMES)},
     "pins": 4,
     "resident_tokens": {"e2": 7, "e1": 5},
@@ -97,6 +98,8 @@ def test_one_page_has_the_samples_of_all_engines() -> None:
     assert [took["asked", bound] for bound in ("0.0001", "0.0005", "0.001", "1.0", "+Inf")] == [1, 1, 2, 2, 3]
     assert took["known", "+Inf"] == 6
     assert TIMINGS.take() == NONE
+    asked = families["agentserve_cluster_prefills"]
+    assert {sample.labels["outcome"]: sample.value for sample in asked.samples} == {"moved": 3.0, "late": 1.0}
     for name, expected in (("engine_pins", {"e1": 1.0, "e2": 3.0}), ("engine_moves", {"e1": 0.0, "e2": 1.0})):
         samples = families[f"agentserve_cluster_{name}"].samples
         assert {sample.labels["replica"]: sample.value for sample in samples} == expected

@@ -103,6 +103,16 @@ async def test_how_long_decisions_take_is_told_by_whether_the_table_was_asked(ro
     assert counts == {"asked": 2, "known": 4}
 
 
+def test_prefillers_are_a_deployment_of_their_own() -> None:
+    from vllm_agentserve.cluster.application import build
+
+    ingress = build({"model": "model", "engines": 2, "prefillers": 3})._bound_deployment
+    (engines,) = [one._bound_deployment for one in ingress.init_args if hasattr(one, "_bound_deployment")]
+    (prefillers,) = [one._bound_deployment for one in engines.init_args if hasattr(one, "_bound_deployment")]
+    assert (engines.num_replicas, prefillers.name, prefillers.num_replicas) == (2, "prefillers", 3)
+    assert prefillers.init_args[1:] == (None, True)
+
+
 def test_the_application_is_what_its_settings_say() -> None:
     from vllm_agentserve.cluster.application import build
 

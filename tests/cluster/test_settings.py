@@ -1,5 +1,6 @@
 """Settings of a cluster: what is allowed, what engines get, and the command line."""
 
+import json
 import socket
 from typing import Any
 
@@ -28,6 +29,17 @@ def test_settings_survive_a_file() -> None:
         ({"model": "m", "engines": True}, "engines = True"),
         ({"model": "m", "engines": "2"}, "engines = '2'"),
         ({"model": "m", "ingresses": 2000}, "ingresses = 2000"),
+        ({"model": "m", "prefillers": -1}, "prefillers = -1"),
+        ({"model": "m", "prefill_tokens": 0.5}, "prefill_tokens = 0.5"),
+        ({"model": "m", "prefill_seconds": 0}, "prefill_seconds = 0"),
+        (
+            {"model": "m", "prefillers": 1, "options": ["--kv-transfer-config", "{}"]},
+            "--kv-transfer-config cannot be given with prefillers",
+        ),
+        (
+            {"model": "m", "prefillers": 1, "options": ["--kv_offloading_size=4"]},
+            "--kv-offloading-size cannot be given with prefillers",
+        ),
         ({"model": "m", "policy": "best"}, "policy = 'best'"),
         ({"model": "m", "bound": 0.5}, "bound = 0.5"),
         ({"model": "m", "bound": None}, "bound"),
@@ -70,6 +82,13 @@ def test_engines_get_our_scheduler(options: tuple[str, ...]) -> None:
 )
 def test_ingresses_read_names_as_their_engines_do(options: tuple[str, ...], names: bool) -> None:
     assert ClusterSettings("m", options).client_names is names
+
+
+def test_engines_that_move_kv_compute_again_what_did_not_come() -> None:
+    options = ClusterSettings("m", prefillers=1).engine_options()
+    given = json.loads(options[options.index("--kv-transfer-config") + 1])
+    assert (given["kv_connector"], given["kv_load_failure_policy"]) == ("NixlConnector", "recompute")
+    assert "--kv-transfer-config" not in ClusterSettings("m").engine_options()
 
 
 def test_all_policies_can_be_chosen() -> None:

@@ -35,6 +35,8 @@ CONFIG = "vllm.config:VllmConfig"
 SAMPLING = "vllm.sampling_params:SamplingParams"
 
 CONTRACT = (
+    # NIXL's own class, looked up when it is first used.
+    *exports("vllm.distributed.nixl_utils", "vllm_compat/nixl.py", "NixlWrapper"),
     *exports("vllm.v1.core.sched.scheduler", f"{SCHED} {COMPAT}", "Scheduler"),
     *exports("vllm.v1.core.sched.async_scheduler", SCHED, "AsyncScheduler"),
     *overrides(

@@ -59,6 +59,10 @@ class TableActor:
         if self._handle is not None:
             self._handle.timed.remote(dict(timings))
 
+    async def prefilled(self, outcome: str) -> None:
+        """Does not wait for the table."""
+        (await self._found()).prefilled.remote(outcome)
+
     async def failed(self, reason: str) -> None:
         await (await self._found()).failed.remote(reason)
 

@@ -1,9 +1,12 @@
 """The Ray Serve application of a cluster, as `serve deploy` and `agentserve cluster serve` build it."""
 
 import asyncio
+import math
+import os
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
@@ -61,6 +64,12 @@ class Ingress:
             raise
 
 
+def cores() -> float:
+    """Of all machines of a Ray that runs; otherwise of this one."""
+    known = ray.cluster_resources().get("CPU", 0.0) if ray.is_initialized() else 0.0
+    return float(known) or float(os.cpu_count() or 1)
+
+
 def build(given: Mapping[str, Any]) -> Any:
     """The application.
 
@@ -74,23 +83,33 @@ def build(given: Mapping[str, Any]) -> Any:
     app = rest.pop("app", NAME)
     settings = ClusterSettings.from_mapping(rest)
     gpus = ranks(settings.options) if has_nvidia_driver() else 0
+    # With more engines than cores each takes a part of one.
+    cpus = 0.0 if gpus else min(1.0, cores() / (settings.engines + settings.prefillers))
+    common: dict[str, Any] = {
+        "max_ongoing_requests": UNLIMITED,
+        "max_constructor_retry_count": 2,
+        "health_check_period_s": HEALTH_PERIOD_S,
+        "health_check_timeout_s": HEALTH_TIMEOUT_S,
+        "graceful_shutdown_timeout_s": STOP_S,
+        "ray_actor_options": {"num_cpus": math.floor(cpus * 1000) / 1000, "num_gpus": gpus},
+    }
+    prefillers = None
+    if settings.prefillers:
+        prefillers = serve.deployment(EngineServer, name="prefillers", num_replicas=settings.prefillers, **common).bind(
+            settings.mapping(), None, True
+        )
     engines = serve.deployment(
         EngineServer,
         name="engines",
         num_replicas=settings.engines,
-        max_ongoing_requests=UNLIMITED,
-        max_constructor_retry_count=2,
-        health_check_period_s=HEALTH_PERIOD_S,
-        health_check_timeout_s=HEALTH_TIMEOUT_S,
-        graceful_shutdown_timeout_s=STOP_S,
-        ray_actor_options={"num_cpus": 0 if gpus else 1, "num_gpus": gpus},
+        **common,
         request_router_config=RequestRouterConfig(
             request_router_class=ROUTER,
             # Ray shows them to whoever asks for its status. An API key may be among the options.
             request_router_kwargs={"settings": settings.without_options().mapping(), "app": app},
             request_routing_stats_period_s=REPORT_S,
         ),
-    ).bind(settings.mapping())
+    ).bind(settings.mapping(), prefillers)
     return serve.deployment(
         serve.ingress()(Ingress),
         name="ingress",

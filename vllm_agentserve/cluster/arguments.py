@@ -23,6 +23,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that take requests (default: %(default)s)",
     )
+    serve.add_argument(
+        "--prefillers",
+        type=number_from(0, 1024),
+        default=0,
+        metavar="N",
+        help="further engines that compute the first prompts of conversations (default: none)",
+    )
+    serve.add_argument(
+        "--prefill-tokens",
+        type=number_from(0, 1 << 30),
+        default=4096,
+        metavar="N",
+        help="first prompts that are shorter are computed where their conversation lives (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--prefill-seconds",
+        type=number_from(0.001, 1_000_000, whole=False),
+        default=30.0,
+        metavar="S",
+        help="a prefiller that has not answered by then is not waited for (default: %(default)s)",
+    )
     serve.add_argument("--policy", choices=POLICIES, default="conserve", help="default: %(default)s")
     serve.add_argument(
         "--bound",

@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+from importlib.util import find_spec
 
 from vllm_agentserve.cluster.settings import ClusterSettings, SettingsError
 from vllm_agentserve.vllm_compat import require_supported_vllm
@@ -35,6 +36,9 @@ def settings_of(arguments: argparse.Namespace) -> ClusterSettings:
         options=tuple(arguments.options),
         engines=arguments.engines,
         ingresses=arguments.ingresses,
+        prefillers=arguments.prefillers,
+        prefill_tokens=arguments.prefill_tokens,
+        prefill_seconds=arguments.prefill_seconds,
         policy=arguments.policy,
         bound=arguments.bound,
         pin_seconds=arguments.pin_seconds,
@@ -50,6 +54,9 @@ def execute(arguments: argparse.Namespace) -> int:
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if settings.prefillers and find_spec("nixl") is None:
+        print("error: --prefillers needs NIXL, which moves KV: pip install nixl", file=sys.stderr)
+        return 1
     if is_taken(arguments.host, arguments.port):
         print(f"error: port {arguments.port} is in use: choose another with --port, before the model", file=sys.stderr)
         return 1
@@ -62,6 +69,10 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.address is None:
         # Ray's own option for machines whose firewall asks: a Ray that no other machine can join listens on 127.0.0.1 only.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        if settings.prefillers:
+            # Engines that all run here move KV without a network.
+            os.environ.setdefault("UCX_NET_DEVICES", "lo")
+            os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_HOST", "127.0.0.1")
     import ray
     from ray import serve
 

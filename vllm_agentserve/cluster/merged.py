@@ -14,6 +14,7 @@ LABEL = "replica"
 KINDS = {
     "decisions_total": ("counter", "Calls placed, by the reason of their place."),
     "moves_total": ("counter", "Conversations that went on at another engine."),
+    "prefills_total": ("counter", "Prompts that a prefiller was asked for, by what came of it."),
     "decision_seconds": ("histogram", "Seconds that the choice of an engine took, by whether the table was asked."),
     "pins": ("gauge", "Conversations that are pinned."),
     "engine_pins": ("gauge", "Conversations that are pinned to an engine."),
@@ -41,6 +42,8 @@ def merged(shown: Mapping[str, Any], pages: Mapping[str, str]) -> str:
     for reason, count in sorted(shown["decisions"].items()):
         families[f"{SERIES}decisions_total"].append(f'{SERIES}decisions_total{{reason="{reason}"}} {count}')
     families[f"{SERIES}moves_total"].append(f"{SERIES}moves_total {shown['moves']}")
+    for outcome, count in sorted(shown["prefills"].items()):
+        families[f"{SERIES}prefills_total"].append(f'{SERIES}prefills_total{{outcome="{outcome}"}} {count}')
     for name, counts in sorted(shown["timings"].items()):
         families[f"{SERIES}decision_seconds"] += samples(f"{SERIES}decision_seconds", f'table="{name}"', counts)
     families[f"{SERIES}pins"].append(f"{SERIES}pins {shown['pins']}")

@@ -3,16 +3,19 @@
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any
 
+import ray
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
 from vllm_agentserve.bench.device import has_nvidia_driver
-from vllm_agentserve.bench.server import bound_cores, ranks, serving_environment
+from vllm_agentserve.bench.server import bound_cores, free_port, ranks, serving_environment
 from vllm_agentserve.cluster.actor import TableActor
 from vllm_agentserve.cluster.engine import Engine, EngineError
-from vllm_agentserve.cluster.load import Report, TokenRate, load_of, stats_of
+from vllm_agentserve.cluster.load import PER_CHARACTER, Report, TokenRate, load_of, stats_of
+from vllm_agentserve.cluster.prefill import Answer, Prefills
 from vllm_agentserve.cluster.relay import (
     ENGINE_HEADER,
     EVENT,
@@ -25,6 +28,7 @@ from vllm_agentserve.cluster.relay import (
     usage,
 )
 from vllm_agentserve.cluster.settings import ClusterSettings
+from vllm_agentserve.vllm_compat.nixl import PAUSE, PAUSE_US
 
 LOAD_S = 0.5
 """A page of metrics is not older than this when Ray asks for the engine's report."""
@@ -39,9 +43,13 @@ class EngineServer:
 
     Args:
         settings: of the cluster.
+        prefillers: the handle of those that compute prompts for this one; None if there are none.
+        prefills: whether this one computes prompts for others.
     """
 
-    async def __init__(self, settings: Mapping[str, Any]) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, settings: Mapping[str, Any], prefillers: DeploymentHandle[Any] | None = None, prefills: bool = False
+    ) -> None:
         found = ClusterSettings.from_mapping(settings)
         context = serve.get_replica_context()
         self.name: str = context.replica_tag
@@ -50,7 +58,12 @@ class EngineServer:
         self._reports = 0
         self._notes: set[asyncio.Task[None]] = set()
         rank = int(getattr(context.rank, "local_rank", 0) or 0)
-        self._engine = Engine(found.model, found.engine_options(), environment(found, rank), found.start_timeout_s)
+        self._prefills: Prefills | None = None
+        if prefillers is not None:
+            self._handle = prefillers.options(method_name="prefill")
+            self._prefills = Prefills(self._ask, found.prefill_tokens, found.prefill_seconds, found.max_pins)
+        place = rank + found.engines if prefills else rank
+        self._engine = Engine(found.model, found.engine_options(), environment(found, place), found.start_timeout_s)
         try:
             await asyncio.wait_for(self._table.ready(), found.start_timeout_s)
             await self._engine.start()
@@ -70,6 +83,11 @@ class EngineServer:
             return
         tail, events = b"", 0
         try:
+            if self._prefills is not None and not request.engine:
+                tokens = request.caller.prompt_tokens(self._rate.per_character or PER_CHARACTER)
+                request, outcome = await self._prefills.prepared(request, tokens)
+                if outcome:
+                    self._soon(self._table.prefilled(outcome))
             async for part in self._engine.answer(request):
                 if isinstance(part, Head):
                     yield Head(part.status, (*part.headers, (ENGINE_HEADER, self.name.encode())))
@@ -81,6 +99,27 @@ class EngineServer:
         finally:
             self._note(request, tail, events)
 
+    async def prefill(self, request: RelayedRequest) -> Answer:
+        """A prefiller's answer."""
+        status, content = 503, b""
+        async for part in self._engine.answer(request):
+            if isinstance(part, Failure):
+                return 503, part.text.encode()
+            if isinstance(part, Head):
+                status = part.status
+            elif isinstance(part, bytes):
+                content += part
+        return status, content
+
+    async def _ask(self, request: RelayedRequest) -> Answer:
+        answering = self._handle.remote(request)
+        try:
+            status, content = await answering
+        except asyncio.CancelledError:
+            answering.cancel()
+            raise
+        return status, content
+
     def _note(self, request: RelayedRequest, tail: bytes, events: int) -> None:
         """Tells the table that a call has ended, without waiting for it."""
         if request.engine:
@@ -90,14 +129,14 @@ class EngineServer:
             prompt, answer = known
             self._rate.saw(caller.characters, prompt - caller.tokens)
         else:
-            prompt, answer = caller.prompt_tokens(self._rate.per_character or 0.25), events
-        task = asyncio.ensure_future(self._tell(caller.session, prompt + answer, caller.last))
+            prompt, answer = caller.prompt_tokens(self._rate.per_character or PER_CHARACTER), events
+        self._soon(self._table.finished(caller.session, self.name, prompt + answer, caller.last))
+
+    def _soon(self, telling: Coroutine[Any, Any, None]) -> None:
+        """Tells the table without waiting for it."""
+        task = asyncio.ensure_future(quietly(telling))
         self._notes.add(task)
         task.add_done_callback(self._notes.discard)
-
-    async def _tell(self, session: str, context_tokens: int, last: bool) -> None:
-        with contextlib.suppress(Exception):  # it is told of the next one
-            await self._table.finished(session, self.name, context_tokens, last)
 
     async def record_routing_stats(self) -> dict[str, float]:
         """The report that Ray carries to the routers."""
@@ -118,19 +157,28 @@ class EngineServer:
             engine.stop()
 
 
+async def quietly(telling: Coroutine[Any, Any, None]) -> None:
+    with contextlib.suppress(Exception):  # the table is told of the next one
+        await telling
+
+
 def environment(settings: ClusterSettings, rank: int) -> dict[str, str]:
     """The environment of an engine's process.
 
     Args:
         settings: of the cluster.
-        rank: of the engine among those of its machine.
+        rank: of the engine among those of its machine; prefillers come after the others.
     """
     base = dict(os.environ)
     # Ray sets it to 1 for its own workers.
     base.pop("OMP_NUM_THREADS", None)
+    if settings.prefillers:
+        base.setdefault("VLLM_NIXL_SIDE_CHANNEL_HOST", ray.util.get_node_ip_address())
+        base["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_port())
+        base.setdefault(PAUSE, str(PAUSE_US))
     options = settings.engine_options()
     if settings.cores_shared and not has_nvidia_driver() and "VLLM_CPU_OMP_THREADS_BIND" not in base:
-        cores, share = sorted(os.sched_getaffinity(0)), max(settings.engines, 1)
+        cores, share = sorted(os.sched_getaffinity(0)), max(settings.engines + settings.prefillers, 1)
         own = bound_cores(cores, share).split("|")[rank % share]
         base["VLLM_CPU_OMP_THREADS_BIND"] = bound_cores([int(one) for one in own.split(",")], ranks(options))
     return serving_environment(base, offline=os.path.exists(settings.model), options=options)

@@ -1,6 +1,7 @@
 """What a cluster is made of: its model, options of `vllm serve`, how many engines, and how conversations are placed."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,9 @@ TAKEN = {
     "--middleware": "vllm_agentserve adds its own; others would not see what the ingress answers",
 }
 """Options of `vllm serve` that cannot be combined with a cluster."""
+TRANSFER_OPTION = "--kv-transfer-config"
+TRANSFER = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
+"""What engines get where prompts are computed on other ones."""
 
 
 class SettingsError(ValueError):
@@ -47,6 +51,9 @@ class ClusterSettings:
         options: further options of `vllm serve`, the same for every engine.
         engines: how many.
         ingresses: processes that take requests.
+        prefillers: further engines that compute the first prompts of conversations for the others; 0 for none.
+        prefill_tokens: first prompts that are shorter are computed where their conversation lives.
+        prefill_seconds: a prefiller that has not answered by then is not waited for.
         policy: see `Policy` of `policy/placement.py`.
         bound: see `Placement`.
         pin_seconds: see `Placement`.
@@ -62,6 +69,9 @@ class ClusterSettings:
     options: tuple[str, ...] = ()
     engines: int = 2
     ingresses: int = 1
+    prefillers: int = 0
+    prefill_tokens: int = 4096
+    prefill_seconds: float = 30.0
     policy: str = "conserve"
     bound: float = 1.25
     pin_seconds: float = 3600.0
@@ -76,10 +86,18 @@ class ClusterSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1024:
                 raise SettingsError(f"{name} = {value!r} is not allowed: it must be a whole number from 1 to 1024")
-        for name in ("bound", "pin_seconds", "max_pins", "start_timeout_s"):
+        for name, most in (("prefillers", 1024), ("prefill_tokens", 1 << 30)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+                raise SettingsError(f"{name} = {value!r} is not allowed: it must be a whole number from 0 to {most}")
+        for name in ("bound", "pin_seconds", "max_pins", "prefill_seconds", "start_timeout_s"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise SettingsError(f"{name} = {value!r} is not allowed: it must be a number")
+        if not 0 < self.prefill_seconds < float("inf"):
+            raise SettingsError(
+                f"prefill_seconds = {self.prefill_seconds!r} is not allowed: it must be a number above 0"
+            )
         if not 1 <= self.start_timeout_s <= LONGEST_START_S:
             raise SettingsError(
                 f"start_timeout_s = {self.start_timeout_s!r} is not allowed: it must be a number from 1 to {LONGEST_START_S}"
@@ -92,6 +110,8 @@ class ClusterSettings:
             name = given.partition("=")[0].replace("_", "-")
             if name in TAKEN:
                 raise SettingsError(f"{name} cannot be given to engines of a cluster: {TAKEN[name]}")
+            if self.prefillers and (name == TRANSFER_OPTION or name.startswith("--kv-offloading")):
+                raise SettingsError(f"{name} cannot be given with prefillers: they need vLLM's place for a connector")
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> "ClusterSettings":
@@ -121,7 +141,8 @@ class ClusterSettings:
 
     def engine_options(self) -> list[str]:
         """The options of every engine: with our scheduler, unless another one is chosen."""
-        missing = [one for name, value in ADDED.items() if not last_value(self.options, name) for one in (name, value)]
+        added = ADDED | ({TRANSFER_OPTION: json.dumps(TRANSFER)} if self.prefillers else {})
+        missing = [one for name, value in added.items() if not last_value(self.options, name) for one in (name, value)]
         return [*self.options, *missing]
 
     @property

@@ -44,6 +44,7 @@ class PinTable:
         self._decisions: dict[str, int] = {}
         self._moves = 0
         self._moved_to: dict[str, int] = {}
+        self._prefills: dict[str, int] = {}
         self._timings: dict[str, Counts] = {}
         self._failures: deque[tuple[float, str]] = deque(maxlen=FAILURES)
 
@@ -96,6 +97,10 @@ class PinTable:
         if last:
             self._placement.ended(session, now)
 
+    def prefilled(self, outcome: str) -> None:
+        """A prefiller was asked for a prompt, see `OUTCOMES` of `prefill.py`."""
+        self._prefills[outcome] = self._prefills.get(outcome, 0) + 1
+
     def timed(self, timings: Mapping[str, Counts]) -> None:
         """Decisions took so long, by whether the table was asked."""
         for name, counts in timings.items():
@@ -115,6 +120,7 @@ class PinTable:
         return {
             "decisions": dict(self._decisions),
             "moves": self._moves,
+            "prefills": dict(self._prefills),
             "timings": dict(self._timings),
             "pins": len(self._placement.pins),
             "resident_tokens": {name: self._placement.resident_tokens(name) for name in self._engines},
