@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.engine.test_cluster import BLOCK, OPTIONS, Cluster, command_of, descendants, running
+from benchmarks.cluster_process import ClusterProcess, descendants
+from tests.engine.test_cluster import BLOCK, OPTIONS, Cluster, command_of, running
 from vllm_agentserve.bench.server import VllmServer
 
 pytestmark = [
@@ -47,7 +48,7 @@ def expected(toy_model: Path) -> dict[str, list[str]]:
     stock = [*OPTIONS[: OPTIONS.index("--additional-config")]]
     del stock[(place := stock.index("--served-model-name")) : place + 2]
     with VllmServer(toy_model, stock) as server:
-        alone = Cluster(server.port, server.log, subprocess.Popen(["true"]))
+        alone = Cluster(server.port, server.log, ClusterProcess(server.port, server.log, 0))
         return {
             name: [alone.complete(turn, tokens=8).json["choices"][0]["text"] for turn in turns]
             for name, turns in CONVERSATIONS.items()
