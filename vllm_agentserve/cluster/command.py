@@ -55,7 +55,7 @@ def execute(arguments: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if settings.prefillers and find_spec("nixl") is None:
-        print("error: --prefillers needs NIXL, which moves KV: pip install nixl", file=sys.stderr)
+        print("error: --prefillers needs NIXL, which moves KV: pip install 'vllm-agentserve[nixl]'", file=sys.stderr)
         return 1
     if is_taken(arguments.host, arguments.port):
         print(f"error: port {arguments.port} is in use: choose another with --port, before the model", file=sys.stderr)
