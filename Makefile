@@ -91,9 +91,9 @@ torture: setup
 torture-contents: setup
 	@$(RUN)/python -m tests.torture.run_crowds --requests 20000 --output docs/results/torture-contents.json
 
-# Host memory under random calls on vLLM's scheduler, without a model: a million KV blocks are compared with what was computed.
+# Host memory under random calls on vLLM's scheduler, without a model: ten million KV blocks are compared with what was computed.
 torture-host: setup
-	@$(RUN)/python -m tests.torture.run_host --blocks 1000000 --output docs/results/torture-host.json
+	@$(RUN)/python -m tests.torture.run_host --blocks 10000000 --output docs/results/torture-host.json
 
 # One engine under such episodes for an hour, and a picture of its memory.
 soak: setup

@@ -79,6 +79,32 @@ def test_where_the_contexts_of_returning_calls_were() -> None:
     assert cache >= 432
 
 
+def test_the_same_prompt_again_comes_from_the_host_but_for_its_last_token() -> None:
+    scheduler, driver = started(load_control=True)
+    pushed_out(scheduler, driver, "a")
+    ask(scheduler, "a", 400, number=1)
+    finished(scheduler, driver)
+    found = [scheduler.counts.get(f"returning_context_tokens:{where}", 0) for where in FOUND]
+    assert found == [0, 399, 1]
+
+
+def test_a_context_that_a_reset_has_taken_back_was_nowhere() -> None:
+    scheduler, driver = started(load_control=True, holds=True)
+    driver.holds = False
+    pushed_out(scheduler, driver, "a")
+    driver.holds = True
+    ask(scheduler, "a", 440, number=1)
+    driver.step()
+    driver.copies.let_go()
+    driver.step()
+    if scheduler.calls["a-1"].cached_tokens is None:
+        scheduler.reset_prefix_cache(reset_running_requests=True)
+    driver.holds = False
+    finished(scheduler, driver)
+    found = [scheduler.counts.get(f"returning_context_tokens:{where}", 0) for where in FOUND]
+    assert found == [0, 0, 404]
+
+
 def test_answers_are_kept_too() -> None:
     scheduler, driver = started()
     first = ask(scheduler, "a", 400, max_tokens=50)

@@ -4,7 +4,8 @@ import pytest
 from vllm.v1.request import RequestStatus
 
 from tests.support.lane_driver import PARKED, LaneReport, Slot, both, counts, started, status
-from tests.support.schedulers import BLOCK, make_request
+from tests.support.schedulers import BLOCK, Clock, make_request
+from vllm_agentserve.scheduler.features import retention
 from vllm_agentserve.scheduler.features.retention import Retain
 
 
@@ -292,4 +293,41 @@ def test_blocks_of_a_critical_prompt_in_the_lane_count_towards_the_reserve(async
     driver.end("critical")
     driver.until("critical")
     assert retain._critical_in_use() >= 38
+    assert scheduler.integrity.faults() == []
+
+
+def test_kept_blocks_of_a_program_in_the_lane_are_in_use_and_keep_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A program comes back with 34 kept blocks and has 50 in the lane; 75 are free, and none of these is kept."""
+    clock = Clock()
+    monkeypatch.setattr(retention, "perf_counter", clock)
+    options = {"kv_reserve_share": 0.3, "kv_retain": True, "load_control": False, "lane_max_requests": 4}
+    scheduler, driver = started(False, num_blocks=129, options=options)
+    (retain,) = [one for one in scheduler._events.features if isinstance(one, Retain)]
+
+    def ask(name: str, number: int, tokens: int, **hints: bool) -> None:
+        given = list(range(1000 * ord(name) % 3000, 1000 * ord(name) % 3000 + tokens))
+        scheduler.add_request(make_request(f"{name}-{number}", given, max_tokens=4, session=name, hints=hints or None))
+
+    for number in range(5):
+        ask("p", number, 480 + 16 * number, agent_critical=True)
+        while f"p-{number}" in scheduler.requests:
+            clock.now += 0.02
+            for job in [*driver.jobs]:
+                driver.end(job)
+            driver.step()
+        clock.now += 0.5
+    assert retain.retention.critical_blocks >= 30
+    ask("p", 9, 800, agent_critical=True)
+    for _ in range(3):
+        clock.now += 0.02
+        driver.step()
+    assert status(scheduler, "p-9") is PARKED
+    assert retain.retention.away_blocks(retain._running, None, critical=True) == 0
+    ask("x", 0, 700)
+    for _ in range(3):
+        clock.now += 0.001
+        driver.step()
+    assert status(scheduler, "x-0") is PARKED
     assert scheduler.integrity.faults() == []

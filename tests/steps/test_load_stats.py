@@ -95,23 +95,26 @@ def test_rounding_moves_no_call_into_another_bucket() -> None:
 
 
 @pytest.mark.parametrize(
-    ("context", "cached", "host", "expected"),
+    ("context", "cached", "host_from", "expected"),
     [
-        (400, 400, 0, (400, 0, 0)),
-        (400, 384, 0, (384, 0, 16)),
-        (400, 384, 384, (0, 384, 16)),
-        (400, 384, 100, (284, 100, 16)),
+        (400, 400, None, (400, 0, 0)),
+        (400, 384, None, (384, 0, 16)),
+        (400, 384, 0, (0, 384, 16)),
+        (400, 384, 284, (284, 100, 16)),
+        (400, 0, None, (0, 0, 400)),
+        # What came back was lost again.
         (400, 0, 0, (0, 0, 400)),
+        (400, 100, 200, (100, 0, 300)),
         # More of the prompt is found than the program had: another one has computed it.
-        (400, 600, 0, (400, 0, 0)),
-        (400, 600, 100, (400, 0, 0)),
+        (400, 600, None, (400, 0, 0)),
+        (400, 600, 500, (400, 0, 0)),
         (400, 600, 300, (300, 100, 0)),
         (0, 600, 300, (0, 0, 0)),
     ],
 )
-def test_where_a_context_was(context: int, cached: int, host: int, expected: tuple[int, int, int]) -> None:
+def test_where_a_context_was(context: int, cached: int, host_from: int | None, expected: tuple[int, int, int]) -> None:
     counts: dict[str, float] = {}
-    count_returning(counts, context, cached, host)
+    count_returning(counts, context, cached, host_from)
     assert counts == {
         f"returning_context_tokens:{found}": tokens for found, tokens in zip(FOUND, expected, strict=True)
     }

@@ -413,30 +413,44 @@ def test_nothing_is_reserved_for_calls_of_class_batch(clock: Clock) -> None:
     assert "batch" in scheduler.requests
 
 
-def test_of_many_held_critical_calls_some_are_looked_at_in_each_step(clock: Clock) -> None:
-    _, _, retain = started(**CRITICAL)
-    looks = count()
+def test_blocks_are_reserved_at_once_beside_thousands_of_held_critical_calls(clock: Clock) -> None:
+    scheduler, driver, retain = reserving(clock)
+    waiting, hints = scheduler.engine_policy.waiting, {"agent_critical": True}
+    held = [f"held {index}" for index in range(300)]
+    for name in held:
+        scheduler.add_request(make_request(name, prompt(name, 20), max_tokens=2, hints=hints))
+    waiting.park({scheduler.calls[name]: HELD for name in held})
+    retain.before_step(2, 1600)
+    assert (waiting.held_critical, retain._reserved) == (300, 0)
+    scheduler.add_request(make_request("c", prompt("c", 100), max_tokens=160, hints=hints))
+    retain.before_step(2, 1600)
+    assert retain._reserved == 38
+    assert scheduler.integrity.faults() == []
+    scheduler.finish_requests(["c", *held[:100]], RequestStatus.FINISHED_ABORTED)
+    retain.before_step(2, 1600)
+    assert (waiting.held_critical, retain._reserved) == (200, 0)
+    waiting.release(lambda call: True)
+    assert waiting.held_critical == 0
+    serve(scheduler, driver, clock)
+    assert scheduler.integrity.faults() == []
 
-    class Held:
-        def __init__(self, awaited: Any) -> None:
-            self._awaited = awaited
 
-        @property
-        def awaited(self) -> Any:
-            next(looks)
-            return self._awaited
-
-    calls = [Held(None if index == 150 else HELD) for index in range(200)]
-    retain._critical.update(dict.fromkeys(calls))  # type: ignore[arg-type]
-    found = []
-    for _ in range(4):
-        before = next(looks)
-        retain._look_for_waiting()
-        assert next(looks) - before <= retention.LOOKED_AT + 1
-        found.append(retain._reserves)
-    assert found[:2] == [False, False]
-    assert True in found
-    assert len(retain._critical) == 200
+def test_what_critical_calls_share_is_not_counted_anew_while_another_one_waits(clock: Clock) -> None:
+    """Of all their blocks; that would be done in every step."""
+    scheduler, driver, retain = started(**CRITICAL)
+    hints = {"agent_critical": True}
+    for name, tokens in (("a", 900), ("b", 900)):
+        scheduler.add_request(make_request(name, prompt(name, tokens), max_tokens=100, hints=hints))
+        driver.step()
+    driver.step()
+    assert retain._critical_in_use() >= 2 * 57
+    scheduler.add_request(make_request("waits", prompt("waits", 900), max_tokens=2, hints=hints))
+    for _ in range(3):
+        driver.step()
+        assert scheduler.calls["waits"].cached_tokens is None
+        assert scheduler.calls["waits"] not in retain._critical_begun
+        assert retain._shared is not None
+    serve(scheduler, driver, clock)
 
 
 @pytest.mark.parametrize(("restored", "kept"), [(0, 0), (80, 38)])

@@ -75,18 +75,23 @@ def reset(scheduler: Any, running: bool) -> None:
     scheduler.reset_prefix_cache(reset_running_requests=running)
 
 
-def random_calls(scheduler: Any, driver: HostDriver, rng: random.Random, ends: float = 0.0) -> None:
+def random_calls(
+    scheduler: Any, driver: HostDriver, rng: random.Random, ends: float = 0.0, critical: float = 0.0
+) -> None:
     """Calls of six programs, aborts, resets, and copies that are late, to their end; what is read is checked in every step.
 
     Args:
         ends: share of the calls that are said to be the last of their program.
+        critical: share of the calls that are critical.
     """
-    lengths = dict.fromkeys("abcdef", 60)
+    lengths, before = dict.fromkeys("abcdef", 60), dict[str, float]()
     for number in range(300):
         name = rng.choice("abcdef")
         if len(scheduler.requests) < 8 and rng.random() < 0.4:
             lengths[name] = min(lengths[name] + rng.randrange(40), 420)
             hints = {"agent_last": True} if ends and rng.random() < ends else {}
+            if critical and rng.random() < critical:
+                hints["agent_critical"] = True
             ask(scheduler, name, lengths[name], max_tokens=rng.randrange(1, 60), number=number, **hints)
         if scheduler.requests and rng.random() < 0.06:
             scheduler.finish_requests(rng.choice([*scheduler.requests]), RequestStatus.FINISHED_ABORTED)
@@ -99,6 +104,9 @@ def random_calls(scheduler: Any, driver: HostDriver, rng: random.Random, ends: f
             driver.copies.let_go(rng.randrange(4))
         assert driver.wrong == []
         assert scheduler.integrity.faults() == []
+        found = {name: count for name, count in scheduler.counts.items() if name.startswith("returning_")}
+        assert all(count >= before.get(name, 0) for name, count in found.items()), found
+        before = found
     driver.holds = False
     finished(scheduler, driver)
     assert driver.checked > 10_000

@@ -3,9 +3,9 @@ was computed. On vLLM's scheduler and connector with our copies; no model is nee
 
     python -m tests.torture.run_host --blocks 1000000 --output docs/results/torture-host.json
 
-Every policy of host memory, with room for little and for much, with KV blocks kept or not, and with asynchronous scheduling or
-without it, in turns. After each run all KV blocks are free, and nobody reads or writes a copy. The exit code is 1 if anything is
-wrong.
+Every policy of host memory, with room for little and for much, with KV blocks kept or not, with load control and a reserve for
+critical calls or without, and with asynchronous scheduling or without it, in turns. After each run all KV blocks are free, and
+nobody reads or writes a copy. The exit code is 1 if anything is wrong.
 """
 
 import argparse
@@ -46,9 +46,11 @@ def main() -> int:
             tpot_slo_ms=50.0,
             kv_retain=retains,
             kv_host_policy=policy,
+            kv_reserve_share=0.3 * (seed % 3 == 0),
+            load_control=seed % 2 == 0,
         )
         try:
-            random_calls(scheduler, driver, random.Random(seed), ends=0.1)
+            random_calls(scheduler, driver, random.Random(seed), ends=0.1, critical=0.3)
         except Exception as error:
             wrong.append(f"seed {seed}, {policy}, {room} blocks, retain {retains}, async {asynchronous}: {error!r}")
             print(wrong[-1], flush=True)

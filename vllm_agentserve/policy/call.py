@@ -137,7 +137,7 @@ class Call:
         program: its part in a program, where calls are ordered by programs.
         load: what load control knows of it; None where that is off.
         cached_tokens: tokens of its prompt that the KV cache held when it was first admitted; None before that.
-        host_tokens: the last of them, which were in host memory.
+        host_from: how many of them were in the cache when the others were copied back from host memory; None without copies.
         computed_tokens: tokens of its prompt that were scheduled so far, those computed again after a preemption included.
         computed_ms: what these take of the whole device, with what the steps in which it was the first prompt take anyway.
         lane: what the prefill lane has to do with it.
@@ -181,7 +181,7 @@ class Call:
     program: "ProgramCall | None" = None
     load: "LoadCall | None" = None
     cached_tokens: int | None = None
-    host_tokens: int = 0
+    host_from: int | None = None
     computed_tokens: int = 0
     computed_ms: float = 0.0
     holds: bool = False
@@ -224,6 +224,12 @@ class Call:
         """The session that its client names, which is another one for each tenant; None if it names none."""
         named = self.named_session
         return None if named is None else f"{self.tenant}{named}"
+
+    @property
+    def critical(self) -> bool:
+        """Whether KV blocks are reserved for it, and the context of its program is kept for it: not for those of class batch,
+        since nobody waits for them."""
+        return self.hints.critical and not self.hints.batch
 
     def could_not_run_s(self, now: float) -> float:
         """How long it has been blocked until `now`, all times together, in s."""

@@ -2,8 +2,9 @@
 
 Clients say which calls are critical (`agent_critical`): those that somebody's result waits for, the longest chain of an
 application. They go before the others of their class and level, and the contexts of their programs are kept between calls
-(`policy/retention.py`). Kept blocks and those of critical calls that run count towards the reserve; others that wait may have all
-blocks but the rest of it. Nobody is kept from blocks for longer than a call may be overtaken.
+(`policy/retention.py`). Kept blocks and those that critical calls have count towards the reserve, also while a context comes
+back from host memory or is computed by a lane; others that wait may have all blocks but the rest of it. Nobody is kept from
+blocks for longer than a call may be overtaken.
 
 The share follows how much of the KV cache is in use or kept. After Tokencake (arXiv 2510.18586), with its figures.
 """

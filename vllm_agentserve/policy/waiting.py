@@ -165,6 +165,8 @@ class VllmOrder:
     """The engine's step counter."""
     blocked = False
     """Whether a call was not admitted in the last step for want of KV blocks or of places."""
+    held_critical = 0
+    """Critical calls that load control holds."""
 
     @property
     def tokens(self) -> int:
@@ -298,6 +300,7 @@ class WaitingList(VllmOrder):
         self._clock = clock
         self._line = Line()
         self._parked: list[Entry] = []
+        self.held_critical = 0
         self._offered: Call | None = None
         """The call that the last look showed."""
         self._arrivals = 0
@@ -535,6 +538,7 @@ class WaitingList(VllmOrder):
         self._until_ready.pop(call, None)
         self._passed_over.pop(call, None)
         call.parked, call.awaited = True, awaited
+        self.held_critical += awaited is HELD and call.critical
         insort(self._parked, entry)
 
     def release(self, ready: Callable[[Call], bool]) -> None:
@@ -694,6 +698,7 @@ class WaitingList(VllmOrder):
         """Takes a call out, parked or not."""
         entry = entry_of(call)
         if call.parked:
+            self.held_critical -= call.awaited is HELD and call.critical
             call.parked, call.awaited = False, None
             del self._parked[bisect_left(self._parked, entry)]
         else:
@@ -711,6 +716,9 @@ class WaitingList(VllmOrder):
             found.append("a request is in the queue twice")
         if self._parked != sorted(self._parked):
             found.append("the queue is not in order")
+        held = sum(call.awaited is HELD and call.critical for _, _, call in self._parked)
+        if held != self.held_critical:
+            found.append(f"{self.held_critical} critical calls are said to be held, and {held} are")
         for call in calls:
             if listed.pop(call, None) != (None if call.key is None else (call.key, call.number)):
                 found.append(f"{call.name!r} is not in the queue where its key says")

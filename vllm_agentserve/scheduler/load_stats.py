@@ -99,17 +99,17 @@ def count_hold(counts: MutableMapping[str, float], batch: bool, seconds: float) 
     counts[bucket.seconds] = counts.get(bucket.seconds, 0.0) + seconds
 
 
-def count_returning(counts: MutableMapping[str, float], context: int, cached: int, host: int) -> None:
+def count_returning(counts: MutableMapping[str, float], context: int, cached: int, host_from: int | None) -> None:
     """Adds a call of a program that had a context.
 
     Args:
         context: its tokens, as far as they are part of the prompt.
         cached: tokens of the prompt that were found.
-        host: the last of them, which were in host memory.
+        host_from: how many of them were in the KV cache, the others in host memory; None where all were.
     """
-    computed = max(context - cached, 0)
-    from_host = min(host, max(context - (cached - host), 0))
-    for found, tokens in zip(FOUND, (context - computed - from_host, from_host, computed), strict=True):
+    there = min(cached, context)
+    in_cache = there if host_from is None else min(host_from, there)
+    for found, tokens in zip(FOUND, (in_cache, there - in_cache, context - there), strict=True):
         counts[f"{RETURNING}:{found}"] = counts.get(f"{RETURNING}:{found}", 0) + tokens
 
 

@@ -69,7 +69,7 @@ class HostMemory(Feature):
         self._asked.append(call)
         self._tokens[call.name] = tokens
         if call.cached_tokens is None:
-            call.host_tokens = tokens
+            call.host_from = cached
         return True
 
     def _free_places(self, call: Call) -> int:
@@ -85,7 +85,7 @@ class HostMemory(Feature):
                 # There were no blocks for it.
                 self._tokens.pop(call.name, None)
                 if call.cached_tokens is None:
-                    call.host_tokens = 0
+                    call.host_from = None
         self._asked.clear()
         self._forget_others()
 

@@ -160,9 +160,10 @@ class Load(Feature):
         load, owner, cached = call.load, call.owner, call.cached_tokens or 0
         if load is None or owner is None:
             return
-        if load.program.turns and not (load.begun or owner.sub_agent):
+        # Of threads only the program's longest context is known.
+        if load.program.turns and not (load.begun or owner.sub_agent or owner.thread):
             context = min(load.program.context, call.request.num_prompt_tokens)
-            count_returning(self._counts, context, cached, call.host_tokens)
+            count_returning(self._counts, context, cached, call.host_from)
         self.control.begin(load, perf_counter(), cached, child=owner.sub_agent)
 
     def freed(self, call: Call) -> None:

@@ -1,8 +1,8 @@
 """Retention: KV blocks of programs that come back are handed out last; and the reserve of critical calls."""
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable, MutableMapping
-from itertools import chain, islice
+from itertools import chain
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -11,16 +11,13 @@ from vllm_agentserve.policy.call import Call
 from vllm_agentserve.policy.order import BYPASS_STEPS, Urgency
 from vllm_agentserve.policy.retention import Retention
 from vllm_agentserve.policy.space import Space
-from vllm_agentserve.policy.waiting import HELD, VllmOrder
+from vllm_agentserve.policy.waiting import VllmOrder
 from vllm_agentserve.scheduler.features import Feature
 from vllm_agentserve.vllm_compat import scheduler as compat
 from vllm_agentserve.vllm_compat.free_blocks import blocks_of, cached_blocks, pool_blocks
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
-
-LOOKED_AT = 64
-"""Critical calls that are looked at in a step to see whether one of them waits."""
 
 
 class Retain(Feature):
@@ -51,13 +48,11 @@ class Retain(Feature):
         self._headroom = compat.headroom_blocks(scheduler)
         """KV blocks that vLLM keeps free when it admits a request, as configured."""
         self._running: Counter[str] = Counter()
-        """Calls that have been admitted and have not ended, by program."""
-        self._critical: OrderedDict[Call, None] = OrderedDict()
+        """Calls that have had blocks and have not ended, by program."""
+        self._critical: dict[Call, None] = {}
         """Critical calls that have not ended, but those of class batch: nobody waits for them."""
         self._critical_begun: dict[Call, None] = {}
-        """Those of them that vLLM has looked for blocks for: they run, or come back from host memory, or are in a lane."""
-        self._critical_waits = False
-        """Whether one of them waits that load control does not hold, as far as they were looked at in this step."""
+        """Those of them that have blocks: they run, or come back from host memory, or are in a lane."""
         self._shared: int | None = 0
         """How many of their blocks are counted more than once if all are added up; None if it is not known."""
         self._reserved = 0
@@ -66,18 +61,15 @@ class Retain(Feature):
         """Waiting calls that were refused kept blocks."""
         self._asked: tuple[Call, bool] | None = None
         """The call that vLLM looked for blocks for last in this step, and whether it must not have kept ones."""
+        self._looked_for: list[Call] = []
+        """All those in this step that had none before, as far as is known."""
 
     @staticmethod
     def _name(call: Call) -> str | None:
         return None if call.owner is None else call.owner.context
 
-    @staticmethod
-    def _has_space(call: Call) -> bool:
-        """Whether blocks are reserved for a call, and the context of its program is kept for it."""
-        return call.hints.critical and not call.hints.batch
-
     def arrived(self, call: Call) -> None:
-        name, critical = self._name(call), self._has_space(call)
+        name, critical = self._name(call), call.critical
         if critical:
             self._critical[call] = None
         if name is not None and call.owner is not None:
@@ -88,8 +80,6 @@ class Retain(Feature):
         now = perf_counter()
         for name in self.retention.expire(now):
             self.ledger.give_up(name)
-        if self.space.most:
-            self._look_for_waiting()
         self._reserved = self._reserve(now)
         for call in [*self._passed]:
             if self._over(call):
@@ -109,24 +99,19 @@ class Retain(Feature):
         """Whether there is anybody whom blocks are reserved for. A call that load control holds needs none yet."""
         if not self.space.most:
             return False
-        return bool(self._critical_begun or self.retention.critical_blocks or (self._critical and self._critical_waits))
-
-    def _look_for_waiting(self) -> None:
-        """Whether a critical call waits for blocks. Of thousands that load control holds some are looked at in each step; one
-        that may begin goes first, so vLLM looks for its blocks in the same step."""
-        looked = [*islice(self._critical, LOOKED_AT)]
-        self._critical_waits = any(call.awaited is not HELD for call in looked)
-        if not self._critical_waits and len(self._critical) > LOOKED_AT:
-            for call in looked:
-                self._critical.move_to_end(call)
+        return bool(self.retention.critical_blocks) or len(self._critical) > self._waiting.held_critical
 
     def _critical_in_use(self) -> int:
         """Blocks that critical calls have; one that several of them have counts once."""
-        held = [blocks_of(self._scheduler, call.request) for call in self._critical_begun]
-        added_up = sum(map(len, held))
+        held = {call: blocks_of(self._scheduler, call.request) for call in self._critical_begun}
+        if not all(held.values()):
+            # Prompts that came back, or were in a lane, may lose their blocks without a word.
+            held = {call: blocks for call, blocks in held.items() if blocks}
+            self._critical_begun, self._shared = dict.fromkeys(held), None
+        added_up = sum(map(len, held.values()))
         if self._shared is None:
             # What a call shares it has from the moment on at which it got its first blocks.
-            self._shared = added_up - len(set(map(id, chain.from_iterable(held))))
+            self._shared = added_up - len(set(map(id, chain.from_iterable(held.values()))))
         return added_up - self._shared
 
     def _over(self, call: Call) -> bool:
@@ -137,19 +122,23 @@ class Retain(Feature):
     def asked(self, call: Call, computed: int, restored: int = 0) -> None:
         # While nothing runs vLLM keeps no headroom. All others wait behind who is overdue or was preempted.
         waits = call.key is not None and call.key.urgency > Urgency.OVERDUE and not self._over(call)
-        tokens, critical, kept = call.request.num_tokens, self._has_space(call), 0
+        tokens, critical, kept = call.request.num_tokens, call.critical, 0
         if waits and 2 * computed < tokens:
             kept = self.retention.away_blocks(self._running, self._name(call), critical)
         # A context that comes back from host memory takes as many blocks as one that is computed.
         if waits and not critical and 2 * (computed - restored) < tokens:
             kept = max(kept, self._reserved)
-        if call in self._critical and not (call in self._critical_begun and blocks_of(self._scheduler, call.request)):
-            self._critical_begun[call], self._shared = None, None
+        if not call.holds or call.critical:
+            self._looked_for.append(call)
         compat.keep_headroom(self._scheduler, self._headroom + kept)
         self._asked = call, kept > 0
 
     def after_schedule(self) -> None:
         compat.keep_headroom(self._scheduler, self._headroom)
+        for call in self._looked_for:
+            if blocks_of(self._scheduler, call.request):
+                self._has_blocks(call)
+        self._looked_for.clear()
         if self._asked is not None:
             call, kept = self._asked
             if kept and call.key is not None:
@@ -161,11 +150,15 @@ class Retain(Feature):
             self._asked = None
 
     def admitted(self, call: Call) -> None:
-        name = self._name(call)
         self._passed.pop(call, None)
         call.passed_step = None
-        if call in self._critical:
+        self._has_blocks(call)
+
+    def _has_blocks(self, call: Call) -> None:
+        """It runs, or its blocks are being filled in another way."""
+        if call in self._critical and call not in self._critical_begun:
             self._critical_begun[call], self._shared = None, None
+        name = self._name(call)
         # One that was preempted is admitted again.
         if name is not None and not call.holds:
             call.holds = True
