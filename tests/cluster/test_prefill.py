@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 
 from vllm_agentserve.cluster.caller import read_caller
-from vllm_agentserve.cluster.prefill import AGAIN_S, Answer, Prefills, decode_request, prefill_request
+from vllm_agentserve.cluster.prefill import (
+    AGAIN_S,
+    ENDED,
+    LONGEST_BODY,
+    Answer,
+    PrefillerEnded,
+    Prefills,
+    decode_request,
+    names_kv,
+    prefill_request,
+)
 from vllm_agentserve.cluster.relay import RelayedRequest
 from vllm_agentserve.vllm_compat.nixl import with_pause
 
@@ -59,6 +69,17 @@ async def test_only_the_first_long_prompt_of_a_conversation_is_asked_for() -> No
         (request(n=2), LONG),
         (request(echo=True), LONG),
         (request(prompt_logprobs=1), LONG),
+        (request(prompt_logprobs=0), LONG),
+        (request(prompt_embeds="AAAA"), LONG),
+        (request(stream_options={"include_usage": True}), LONG),
+        (request(logprobs=-5), LONG),
+        (request(top_logprobs=2), LONG),
+        (request(max_tokens="many"), LONG),
+        (request(max_tokens=0), LONG),
+        (request(max_tokens=True), LONG),
+        (request(path="/v1/messages", tool_choice={"type": "tool", "name": "a"}), LONG),
+        (request(path="/v1/chat/completions", messages=[{"content": [{"type": "image_url"}]}]), LONG),
+        (request(prompt="x" * (LONGEST_BODY + 1)), LONG),
         (request(prompt=["a", "b"]), LONG),
         (request(prompt=[[1], [2]]), LONG),
         (request(kv_transfer_params={"do_remote_prefill": True}), LONG),
@@ -66,7 +87,11 @@ async def test_only_the_first_long_prompt_of_a_conversation_is_asked_for() -> No
         (RelayedRequest("POST", "/v1/completions", (), b"{no json", request().caller), LONG),
         (RelayedRequest("POST", "/v1/completions", ((b"content-encoding", b"gzip"),), request().body, request().caller), LONG),
     ],
-    ids=["short", "no session", "n", "echo", "prompt logprobs", "texts", "lists", "own", "path", "no json", "packed"],
+    ids=[
+        *("short", "no session", "n", "echo", "prompt logprobs", "none of them", "embeds", "options of no stream", "logprobs"),
+        *("top logprobs", "words", "no tokens", "a truth", "a tool", "an image", "long", "texts", "lists", "own", "path"),
+        *("no json", "packed"),
+    ],
 )  # fmt: skip
 async def test_other_prompts_are_computed_where_they_are_answered(given: RelayedRequest, tokens: int) -> None:
     prefiller = Prefiller()
@@ -114,27 +139,102 @@ def test_numbers_and_texts_of_a_body_go_on_as_they_came() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "outcome", "again"),
+    ("answer", "outcome", "asked"),
     [
-        ((503, b"it has ended"), "failed", False),
-        (ConnectionError("gone"), "failed", False),
-        (None, "late", False),
-        ((400, b'{"error": {}}'), "refused", True),
-        ((200, b"{}"), "refused", True),
-        ((200, b"["), "refused", True),
+        # Another one may be there.
+        ((503, b"it has ended"), "failed", 2),
+        (ConnectionError("gone"), "failed", 2),
+        (None, "late", 1),
+        ((400, b'{"error": {}}'), "refused", 2),
+        ((200, b"{}"), "refused", 2),
+        ((200, b"["), "refused", 2),
     ],
     ids=["ended", "gone", "late", "error", "nothing", "no json"],
 )
-async def test_the_prompt_is_computed_here_where_a_prefiller_cannot(answer: Any, outcome: str, again: bool) -> None:
+async def test_the_prompt_is_computed_here_where_a_prefiller_cannot(answer: Any, outcome: str, asked: int) -> None:
     """And the next ones do not wait for it."""
     prefiller = Prefiller(answer)
     prefills = prefiller.prefills(seconds=0.05)
     assert await prefills.prepared(request(), LONG) == (request(), outcome)
     await prefills.prepared(request("next"), LONG)
-    assert len(prefiller.asked) == 1 + again
+    assert len(prefiller.asked) == asked
     prefiller.now += AGAIN_S
     prefiller.answer = MOVED
     assert (await prefills.prepared(request("later"), LONG))[1] == "moved"
+
+
+async def test_another_prefiller_is_asked_where_the_first_cannot_be() -> None:
+    prefiller = Prefiller((503, b""))
+    ask = prefiller.__call__
+
+    async def second(asked: RelayedRequest) -> Answer:
+        found = await ask(asked)
+        prefiller.answer = MOVED
+        return found
+
+    prefills = Prefills(second, 4096, 5.0)
+    assert (await prefills.prepared(request(), LONG))[1] == "moved"
+    assert len(prefiller.asked) == 2
+
+
+async def test_after_three_refusals_in_a_row_prefillers_are_left_alone() -> None:
+    prefiller = Prefiller((400, b"{}"))
+    prefills = prefiller.prefills()
+    for number in range(2):
+        await prefills.prepared(request(f"{number}"), LONG)
+    prefiller.answer = MOVED
+    await prefills.prepared(request("moved"), LONG)
+    prefiller.answer = (400, b"{}")
+    for number in range(3, 6):
+        assert (await prefills.prepared(request(f"{number}"), LONG))[1] == "refused"
+    assert (await prefills.prepared(request("next"), LONG))[1] == ""
+    assert len(prefiller.asked) == 6
+
+
+async def test_a_request_that_ends_a_prefiller_goes_to_no_other_engine() -> None:
+    prefiller = Prefiller((ENDED, b"it ended before it answered"))
+    with pytest.raises(PrefillerEnded, match="it ended before it answered"):
+        await prefiller.prefills().prepared(request(), LONG)
+    assert len(prefiller.asked) == 1
+
+
+async def test_a_client_that_leaves_meanwhile_is_not_forgotten_and_may_come_again() -> None:
+    answered = asyncio.Event()
+
+    async def ask(asked: RelayedRequest) -> Answer:
+        await answered.wait()
+        return MOVED
+
+    prefills = Prefills(ask, 4096, 5.0)
+    task = asyncio.ensure_future(prefills.prepared(request(), LONG))
+    await asyncio.sleep(0.01)
+    # It leaves in the very tick in which the answer is there.
+    answered.set()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (await prefills.prepared(request(), LONG))[1] == "moved"
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        (b'{"prompt": "kv_transfer_params is a key"}', False),
+        (b'{"prompt": "a\\u00e9"}', False),
+        (b'{"kv_transfer_params": {}}', True),
+        (b'{"kv_transfer_params": null}', True),
+        (b'{"kv_transfer\\u005fparams": 0}', True),
+        (b'{"vllm_xargs": {"kv_transfer_params": 0}}', True),
+        (b'{"sampling_params": {"extra_args": {"kv_transfer_params": ""}}}', True),
+        (b'{"kv_transfer_params": 1, "kv_transfer_params": 2, "x": NaN}', True),
+        ('{"kv_transfer_params": 1}'.encode("utf-16"), True),
+        ('{"prompt": "a"}'.encode("utf-16"), False),
+        (b"--form\r\nkv_transfer_params", True),
+        (b"", False),
+    ],
+)
+def test_clients_say_nothing_of_kv(body: bytes, named: bool) -> None:
+    assert names_kv(RelayedRequest("POST", "/v1/completions", (), body)) is named
 
 
 async def test_conversations_that_are_remembered_are_bounded() -> None:

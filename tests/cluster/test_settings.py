@@ -37,6 +37,18 @@ def test_settings_survive_a_file() -> None:
             "--kv-transfer-config cannot be given with prefillers",
         ),
         (
+            {"model": "m", "prefillers": 1, "options": ["--kv-transfer-config.kv_connector", "OffloadingConnector"]},
+            "--kv-transfer-config.kv-connector cannot be given with prefillers",
+        ),
+        (
+            {
+                "model": "m",
+                "prefillers": 1,
+                "options": ["--additional-config", '{"agentserve": {"kv_host_gib": 1}}'],
+            },
+            "kv_host_gib cannot be given with prefillers",
+        ),
+        (
             {"model": "m", "prefillers": 1, "options": ["--kv_offloading_size=4"]},
             "--kv-offloading-size cannot be given with prefillers",
         ),

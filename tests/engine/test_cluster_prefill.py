@@ -142,10 +142,31 @@ def test_an_idle_pair_does_not_burn_a_core(cluster: Cluster) -> None:
 def test_it_listens_on_this_machine_only(cluster: Cluster) -> None:
     """What moves KV too."""
     listening = subprocess.run(["ss", "-ltnpH"], text=True, capture_output=True, check=True).stdout
-    ours = {one for pid in cluster.engines().values() for one in descendants(pid)}
+    ours, seen = {one for pid in cluster.engines().values() for one in descendants(pid)}, list[str]()
     for line in listening.splitlines():
         if ours & set(map(int, re.findall(r"pid=(\d+)", line))):
+            seen.append(line)
             assert line.split()[3].startswith(("127.0.0.1:", "[::ffff:127.0.0.1]:")), line
+    # Both say on a port of their own where their KV is.
+    assert len(seen) >= 2, listening
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_clients_cannot_name_kv(cluster: Cluster, path: str) -> None:
+    """With a connector that reads KV this would end an engine, or show one client what another one sent."""
+    engines = set(cluster.engines().values())
+    body: dict[str, Any] = {
+        "model": "model",
+        "max_tokens": 2,
+        "prompt": "a",
+        "messages": [{"role": "user", "content": "a"}],
+    }
+    for named in ({"kv_transfer_params": {"do_remote_prefill": True}}, {"vllm_xargs": {"kv_transfer_params": 0}}):
+        answer = cluster.ask("POST", path, body | named)
+        assert answer.status == 400, answer.body
+        assert "kv_transfer_params is not allowed" in answer.json["error"]["message"]
+    assert cluster.complete([5, 6, 7]).status == 200
+    assert set(cluster.engines().values()) == engines
 
 
 def test_new_conversations_go_on_without_the_prefiller(cluster: Cluster, expected: dict[str, list[str]]) -> None:

@@ -125,9 +125,11 @@ def usage(tail: bytes) -> tuple[int, int] | None:
 def error_body(path: str, status: int, text: str) -> bytes:
     """An error as the interface of that path has it."""
     if path.partition("?")[0].endswith("/v1/messages"):
-        content: object = {"type": "error", "error": {"type": "api_error", "message": text}}
+        kind = "invalid_request_error" if status == 400 else "api_error"
+        content: object = {"type": "error", "error": {"type": kind, "message": text}}
     else:
-        content = {"error": {"message": text, "type": "ServiceUnavailableError", "param": None, "code": status}}
+        kind = "BadRequestError" if status == 400 else "ServiceUnavailableError"
+        content = {"error": {"message": text, "type": kind, "param": None, "code": status}}
     return json.dumps(content).encode()
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import socket
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any
 
@@ -11,11 +12,11 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from vllm_agentserve.bench.device import has_nvidia_driver
-from vllm_agentserve.bench.server import bound_cores, free_port, ranks, serving_environment
+from vllm_agentserve.bench.server import bound_cores, ranks, serving_environment
 from vllm_agentserve.cluster.actor import TableActor
 from vllm_agentserve.cluster.engine import Engine, EngineError
 from vllm_agentserve.cluster.load import PER_CHARACTER, Report, TokenRate, load_of, stats_of
-from vllm_agentserve.cluster.prefill import Answer, Prefills
+from vllm_agentserve.cluster.prefill import ENDED, UNREACHED, Answer, PrefillerEnded, Prefills, names_kv
 from vllm_agentserve.cluster.relay import (
     ENGINE_HEADER,
     EVENT,
@@ -25,6 +26,7 @@ from vllm_agentserve.cluster.relay import (
     Part,
     RelayedRequest,
     Taken,
+    error_body,
     usage,
 )
 from vllm_agentserve.cluster.settings import ClusterSettings
@@ -34,8 +36,16 @@ LOAD_S = 0.5
 """A page of metrics is not older than this when Ray asks for the engine's report."""
 TELL_S = 5.0
 """So long an engine that did not start tries to tell why."""
+SIDE_CHANNEL, SIDE_CHANNEL_FIRST = "VLLM_NIXL_SIDE_CHANNEL_PORT", 15_600
+"""Names the port on which an engine says where its KV is; that of the first engine of a machine. It is outside of those that are
+given out by chance: vLLM binds it late, and an engine whose port is taken by then waits until its start is given up."""
+PORTS_APART = 20
+"""Between those of two engines."""
 HEALTH_S = 10.0
 """An engine whose server does not answer for so long is started anew."""
+INLINE_BYTES = 1 << 18
+"""Longer bodies are read beside the streams of others."""
+NO_PARAMS = "kv_transfer_params is not allowed: engines of this cluster set it themselves. Leave it out."
 
 
 class EngineServer:
@@ -58,6 +68,7 @@ class EngineServer:
         self._reports = 0
         self._notes: set[asyncio.Task[None]] = set()
         rank = int(getattr(context.rank, "local_rank", 0) or 0)
+        self._moves_kv = found.prefillers > 0
         self._prefills: Prefills | None = None
         if prefillers is not None:
             self._handle = prefillers.options(method_name="prefill")
@@ -81,11 +92,19 @@ class EngineServer:
         if request.engine not in ("", self.name):
             yield Failure(f"there is no engine {request.engine!r} any more", delivered=False)
             return
+        if self._moves_kv and await self._names_kv(request):
+            yield Head(400, ((b"content-type", b"application/json"), (ENGINE_HEADER, self.name.encode())))
+            yield error_body(request.path, 400, NO_PARAMS)
+            return
         tail, events = b"", 0
         try:
             if self._prefills is not None and not request.engine:
                 tokens = request.caller.prompt_tokens(self._rate.per_character or PER_CHARACTER)
-                request, outcome = await self._prefills.prepared(request, tokens)
+                try:
+                    request, outcome = await self._prefills.prepared(request, tokens)
+                except PrefillerEnded as error:
+                    yield Failure(str(error), delivered=True)
+                    return
                 if outcome:
                     self._soon(self._table.prefilled(outcome))
             async for part in self._engine.answer(request):
@@ -99,12 +118,16 @@ class EngineServer:
         finally:
             self._note(request, tail, events)
 
+    @staticmethod
+    async def _names_kv(request: RelayedRequest) -> bool:
+        return await asyncio.to_thread(names_kv, request) if len(request.body) > INLINE_BYTES else names_kv(request)
+
     async def prefill(self, request: RelayedRequest) -> Answer:
         """A prefiller's answer."""
-        status, content = 503, b""
+        status, content = UNREACHED, b""
         async for part in self._engine.answer(request):
             if isinstance(part, Failure):
-                return 503, part.text.encode()
+                return ENDED if part.delivered else UNREACHED, part.text.encode()
             if isinstance(part, Head):
                 status = part.status
             elif isinstance(part, bytes):
@@ -157,6 +180,23 @@ class EngineServer:
             engine.stop()
 
 
+def free_ports(host: str, first: int, count: int) -> int:
+    """The first of so many TCP ports in a row on which nobody listens, from `first` on."""
+    for port in range(first, first + PORTS_APART):
+        with contextlib.ExitStack() as probes:
+            try:
+                for place in range(count):
+                    probe = probes.enter_context(socket.socket())
+                    probe.bind((host, port + place))
+            except OSError:
+                continue
+            return port
+    raise EngineError(
+        f"no {count} ports in a row are free on {host} from {first} on, on which engines say where their KV is: choose others "
+        f"with {SIDE_CHANNEL}"
+    )
+
+
 async def quietly(telling: Coroutine[Any, Any, None]) -> None:
     with contextlib.suppress(Exception):  # the table is told of the next one
         await telling
@@ -173,8 +213,9 @@ def environment(settings: ClusterSettings, rank: int) -> dict[str, str]:
     # Ray sets it to 1 for its own workers.
     base.pop("OMP_NUM_THREADS", None)
     if settings.prefillers:
-        base.setdefault("VLLM_NIXL_SIDE_CHANNEL_HOST", ray.util.get_node_ip_address())
-        base["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_port())
+        host = base.setdefault("VLLM_NIXL_SIDE_CHANNEL_HOST", ray.util.get_node_ip_address())
+        first, count = int(base.get(SIDE_CHANNEL, SIDE_CHANNEL_FIRST)), ranks(settings.engine_options())
+        base[SIDE_CHANNEL] = str(free_ports(host, first + rank * max(PORTS_APART, count), count))
         base.setdefault(PAUSE, str(PAUSE_US))
     options = settings.engine_options()
     if settings.cores_shared and not has_nvidia_driver() and "VLLM_CPU_OMP_THREADS_BIND" not in base:

@@ -110,8 +110,10 @@ class ClusterSettings:
             name = given.partition("=")[0].replace("_", "-")
             if name in TAKEN:
                 raise SettingsError(f"{name} cannot be given to engines of a cluster: {TAKEN[name]}")
-            if self.prefillers and (name == TRANSFER_OPTION or name.startswith("--kv-offloading")):
+            if self.prefillers and name.startswith((TRANSFER_OPTION, "--kv-offloading")):
                 raise SettingsError(f"{name} cannot be given with prefillers: they need vLLM's place for a connector")
+        if self.prefillers and self.own_options().kv_host_gib:
+            raise SettingsError("kv_host_gib cannot be given with prefillers: they need vLLM's place for a connector")
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> "ClusterSettings":
@@ -148,10 +150,13 @@ class ClusterSettings:
     @property
     def client_names(self) -> bool:
         """Whether the engines read names that clients give in forms of their own."""
-        if not is_our_scheduler(last_value(self.engine_options(), SCHEDULER_OPTION)):
-            return False
+        ours = is_our_scheduler(last_value(self.engine_options(), SCHEDULER_OPTION))
+        return ours and self.own_options().client_names
+
+    def own_options(self) -> AgentServeConfig:
+        """Those of our scheduler; the default ones where they are wrong, which the engines will say."""
         try:
             given = read_json(last_value(self.options, "--additional-config") or "{}")
-            return AgentServeConfig.from_mapping(given.get(KEY, {})).client_names
+            return AgentServeConfig.from_mapping(given.get(KEY, {}))
         except (AttributeError, ValueError):
-            return True  # the engines say what is wrong
+            return AgentServeConfig()
