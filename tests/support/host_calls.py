@@ -1,6 +1,7 @@
 """Calls of programs on a scheduler with host memory, and their ends: what step tables of host memory have in common."""
 
 import random
+import time
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from tests.support.host_driver import HostDriver
 from tests.support.schedulers import make_request, make_scheduler
 from vllm_agentserve.policy.controller import BudgetController
 
+WAIT_S = 10.0
+"""What steps get until all calls have ended; load control lets calls begin after less, whatever it has learned here."""
 OPTIONS = {"mode": "time-sliced", "load_control": False, "tpot_slo_ms": 10_000, "first_chunk_tokens": 4096}
 
 
@@ -35,13 +38,13 @@ def started(
 
 
 def finished(scheduler: Any, driver: HostDriver, limit: int = 500) -> None:
-    """All requests, and all copies."""
-    for _ in range(limit):
-        if not scheduler.has_requests():
-            break
+    """All requests, and all copies. What load control holds begins after some time, and not after some steps."""
+    began, steps = time.monotonic(), 0
+    while scheduler.has_requests():
+        if steps >= limit and time.monotonic() - began > WAIT_S:
+            raise AssertionError(f"{list(scheduler.requests)} did not end")
         driver.step()
-    else:
-        raise AssertionError(f"{list(scheduler.requests)} did not end")
+        steps += 1
     while driver.in_flight:
         driver.finish()
     assert driver.wrong == [], driver.wrong

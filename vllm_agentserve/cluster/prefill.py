@@ -39,10 +39,6 @@ Answer = tuple[int, bytes]
 UNREACHED, ENDED = 503, 502
 
 
-class PrefillerEnded(RuntimeError):
-    """A prefiller ended while it had a request. No other engine gets that: it may end them all."""
-
-
 class Prefills:
     """Decides for one decoder which prompts a prefiller computes, and asks for them.
 
@@ -79,9 +75,6 @@ class Prefills:
         Args:
             request: as it came.
             prompt_tokens: of its prompt.
-
-        Raises:
-            PrefillerEnded: see there.
         """
         caller = request.caller
         first = self._is_first(caller.session)
@@ -100,9 +93,7 @@ class Prefills:
         except asyncio.CancelledError:
             self._known.pop(caller.session, None)
             raise
-        if status == ENDED:
-            raise PrefillerEnded(content.decode(errors="replace"))
-        if status == UNREACHED:
+        if status in (UNREACHED, ENDED):
             self._pause()
             return request, "failed"
         given = decode_request(request, content) if status == 200 else None
@@ -116,7 +107,8 @@ class Prefills:
         self._again_s = self._clock() + AGAIN_S
 
     async def _answer(self, asked: RelayedRequest) -> Answer:
-        """That of a prefiller; of another one where the first cannot be asked."""
+        """That of a prefiller; of another one where the first cannot be asked. One that ended with the request may have ended of
+        it: no other prefiller gets it."""
         found: Answer = UNREACHED, b""
         for _ in range(2):
             try:

@@ -16,7 +16,7 @@ from vllm_agentserve.bench.server import bound_cores, ranks, serving_environment
 from vllm_agentserve.cluster.actor import TableActor
 from vllm_agentserve.cluster.engine import Engine, EngineError
 from vllm_agentserve.cluster.load import PER_CHARACTER, Report, TokenRate, load_of, stats_of
-from vllm_agentserve.cluster.prefill import ENDED, UNREACHED, Answer, PrefillerEnded, Prefills, names_kv
+from vllm_agentserve.cluster.prefill import ENDED, UNREACHED, Answer, Prefills, names_kv
 from vllm_agentserve.cluster.relay import (
     ENGINE_HEADER,
     EVENT,
@@ -100,11 +100,7 @@ class EngineServer:
         try:
             if self._prefills is not None and not request.engine:
                 tokens = request.caller.prompt_tokens(self._rate.per_character or PER_CHARACTER)
-                try:
-                    request, outcome = await self._prefills.prepared(request, tokens)
-                except PrefillerEnded as error:
-                    yield Failure(str(error), delivered=True)
-                    return
+                request, outcome = await self._prefills.prepared(request, tokens)
                 if outcome:
                     self._soon(self._table.prefilled(outcome))
             async for part in self._engine.answer(request):
