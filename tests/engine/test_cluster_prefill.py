@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 import signal
+import statistics
 import subprocess
 import time
 from collections.abc import Iterator
@@ -136,7 +137,7 @@ def test_an_idle_pair_does_not_burn_a_core(cluster: Cluster) -> None:
     for pid in cluster.engines().values():
         found = {one for one in descendants(pid) if "EngineCore" in command_of(one)}
         assert len(found) == 1
-        assert cores(found) < IDLE_CORES
+        assert statistics.median(cores(found) for _ in range(3)) < IDLE_CORES
 
 
 def test_it_listens_on_this_machine_only(cluster: Cluster) -> None:
