@@ -1,7 +1,7 @@
 """Random calls over host memory behind a small KV cache: in every step the KV of each context that is read is compared with what
 was computed. On vLLM's scheduler and connector with our copies; no model is needed.
 
-    python -m tests.torture.run_host --blocks 1000000 --output docs/results/torture-host.json
+    python -m tests.torture.run_host --blocks 10000000 --output docs/results/torture-host.json
 
 Every policy of host memory, with room for little and for much, with KV blocks kept or not, with load control and a reserve for
 critical calls or without, and with asynchronous scheduling or without it, in turns. After each run all KV blocks are free, and
@@ -35,8 +35,10 @@ def main() -> int:
     total = dict.fromkeys(("runs", "blocks", "calls", "restored_prompts", "stored_tokens"), 0)
     wrong: list[str] = []
     began = time.monotonic()
-    kinds = itertools.cycle(itertools.product(HOST_POLICIES, ROOMS, (False, True), (False, True)))
-    for seed, (policy, room, retains, asynchronous) in zip(itertools.count(arguments.seed), kinds, strict=False):
+    kinds = itertools.cycle(itertools.product(HOST_POLICIES, ROOMS, *[(False, True)] * 4))
+    for seed, (policy, room, retains, reserves, controls, asynchronous) in zip(
+        itertools.count(arguments.seed), kinds, strict=False
+    ):
         scheduler, driver = started(
             num_blocks=49,
             chunks=room,
@@ -46,13 +48,16 @@ def main() -> int:
             tpot_slo_ms=50.0,
             kv_retain=retains,
             kv_host_policy=policy,
-            kv_reserve_share=0.3 * (seed % 3 == 0),
-            load_control=seed % 2 == 0,
+            kv_reserve_share=0.3 * reserves,
+            load_control=controls,
         )
         try:
             random_calls(scheduler, driver, random.Random(seed), ends=0.1, critical=0.3)
         except Exception as error:
-            wrong.append(f"seed {seed}, {policy}, {room} blocks, retain {retains}, async {asynchronous}: {error!r}")
+            kind = (
+                f"{policy}, {room} blocks, retain {retains}, reserve {reserves}, load {controls}, async {asynchronous}"
+            )
+            wrong.append(f"seed {seed}, {kind}: {error!r}")
             print(wrong[-1], flush=True)
         counts = scheduler.counts
         total["runs"] += 1
