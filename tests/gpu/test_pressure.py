@@ -15,11 +15,21 @@ from vllm_agentserve.bench.sessions import live_context, longest_context
 from vllm_agentserve.gpucheck import command, pressure
 from vllm_agentserve.gpucheck.check_run import CheckRun
 from vllm_agentserve.gpucheck.engines import SHAPES, TOY, engine_arguments, weight_bytes
-from vllm_agentserve.gpucheck.pressure import ARMS, Pressure, needed_gib, setting, shape_for
+from vllm_agentserve.gpucheck.pressure import (
+    ARMS,
+    HOST,
+    LOAD_CONTROL,
+    Comparison,
+    Pressure,
+    needed_gib,
+    setting,
+    shape_for,
+)
 from vllm_agentserve.gpucheck.pressure_cells import LARGE, TINY, pool_for, seed_of, sessions_of
 from vllm_agentserve.gpucheck.pressure_engine import read_packed, write_packed
 from vllm_agentserve.gpucheck.pressure_figures import CellRounds, cell_text, figures_of, hit_percent, table
 from vllm_agentserve.gpucheck.standing_task import StandingTask, StandingTaskError
+from vllm_agentserve.vllm_compat import host
 
 NAMES = [arm.name for arm in ARMS]
 POOL = pool_for(LARGE, gpu=True)
@@ -82,6 +92,51 @@ def test_engines_have_the_same_cache_and_measure_no_memory(tmp_path: Path) -> No
     ]
     folders = [setting(check, arm, SHAPES[0], POOL).folder for arm in ARMS]
     assert len(set(folders)) == len(ARMS), "engines that start at the same time each write a configuration"
+
+
+def test_engines_with_host_memory_have_it_alike(tmp_path: Path) -> None:
+    """Ours asks for it by our option, stock vLLM by its own."""
+    check = CheckRun(tmp_path, "cuda", False, {})
+    given = {arm.name: engine_arguments(setting(check, arm, SHAPES[0], POOL)) for arm in HOST.arms}
+    size = pressure.host_gib(HOST.arms[1], SHAPES[0], POOL)
+    assert size * 2**30 == pytest.approx(5 * POOL.tokens * 57_344, rel=1e-3)
+    assert given["agentserve-host"]["additional_config"]["agentserve"] == {
+        "mode": "time-sliced",
+        "kv_host_gib": size,
+        "kv_host_policy": "lru",
+    }
+    asked = given["stock-offload"]["kv_transfer_config"]
+    assert asked["kv_connector_extra_config"] == {
+        "cpu_bytes_to_use": int(size * 2**30),
+        "eviction_policy": "lru",
+        "offload_prompt_only": False,
+    }
+    assert "additional_config" not in given["stock-offload"]
+    assert all("kv_transfer_config" not in given[name] for name in ("stock", "agentserve", "agentserve-host"))
+    assert max(cell.times for cell in HOST.cells) < pressure.LARGE_HOST, "all contexts fit"
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "shared_gib", "words"),
+    [
+        (100, 100, None),
+        (40, 100, "47.774 GiB are needed, and 40.0 GiB of memory are available"),
+        (100, 1, "which has 1.0 GiB left"),
+    ],
+)
+def test_engines_whose_host_memory_has_no_room_do_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_gib: int, shared_gib: int, words: str | None
+) -> None:
+    monkeypatch.setattr(host, "available_bytes", lambda: free_gib << 30)
+    monkeypatch.setattr(host.os, "statvfs", lambda path: SimpleNamespace(f_bavail=shared_gib, f_frsize=1 << 30))
+    found = pressure.host_obstacle(HOST, SHAPES[0], POOL, shared=True)
+    assert (found is None) if words is None else (words in (found or ""))
+    assert pressure.host_obstacle(LOAD_CONTROL, SHAPES[0], POOL, shared=True) is None
+    if words is not None:
+        monkeypatch.setattr(pressure, "free_gib", lambda check: 139.0)
+        ended = pressure.run_host(CheckRun(tmp_path, "cuda", False, {}))
+        assert ended.status == "not run"
+        assert words in ended.line
 
 
 # Figures
@@ -149,7 +204,7 @@ class FakeTask:
     takes_s = 0.0
 
     def __init__(self, check: Any, name: str, function: str, options: Any, limit_s: float, fresh: bool = False) -> None:
-        self.check, self.name, self.fresh = check, name.removeprefix("pressure-"), fresh
+        self.check, self.name, self.fresh = check, name.removeprefix("pressure-").removeprefix("host-"), fresh
         self.made.append(self)
 
     def ready(self, limit_s: float) -> Any:
@@ -206,11 +261,13 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeTask]:
     return FakeTask
 
 
-def part(folder: Path, monkeypatch: pytest.MonkeyPatch, budget_s: float) -> Pressure:
+def part(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, budget_s: float, comparison: Comparison = LOAD_CONTROL
+) -> Pressure:
     check = Clock(folder, "cuda", False, {})
     check.end = budget_s
     monkeypatch.setattr(pressure, "time", SimpleNamespace(monotonic=lambda: check.clock))
-    return Pressure(check, SHAPES[0], POOL)
+    return Pressure(check, SHAPES[0], POOL, comparison)
 
 
 def test_arms_take_turns_in_every_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: type[FakeTask]) -> None:
@@ -229,8 +286,25 @@ def test_arms_take_turns_in_every_round(tmp_path: Path, monkeypatch: pytest.Monk
     assert "x2-gap-0.2s: agentserve x0.50 [x0.50, x0.50], stock-limited x0.50" in found.line
     assert len(list((tmp_path / "raw").glob("*.json.gz"))) == 48
     assert "**32 agents of 6 turns, tools of 0.2 s, contexts of 4 KV caches" in "\n".join(found.page)
-    assert (tmp_path / "raw" / pressure.SO_FAR).read_text().splitlines() == found.page
+    assert (tmp_path / "raw" / "pressure.md").read_text().splitlines() == found.page
     json.dumps(found.figures)
+
+
+def test_each_part_has_its_own_arms_cells_and_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: type[FakeTask]
+) -> None:
+    one = part(tmp_path, monkeypatch, 1e6, HOST)
+    one.run()
+    names = [arm.name for arm in HOST.arms]
+    assert [fake.asked[at][1:] for at in range(0, len(fake.asked), 4)] == [
+        (cell, number) for cell in ("x2-1", "x4-1", "x4-0.2", "x2-5") for number in range(-1, 2)
+    ]
+    assert sorted({name for name, *_ in fake.asked}) == sorted(names)
+    text = "\n".join(one.finding().page)
+    assert "`stock-offload` has 23.887 GiB of host memory, 5 KV caches (`lru`)." in text
+    assert "stock-limited" not in text
+    assert len(list((tmp_path / "raw").glob("pressure-host-x*.json.gz"))) == 32
+    assert (tmp_path / "raw" / "pressure-host.md").exists()
 
 
 def test_a_round_is_begun_only_if_it_fits(
@@ -302,6 +376,8 @@ def test_the_part_runs_only_if_it_is_named(tmp_path: Path, monkeypatch: pytest.M
     assert ran == list(command.PARTS)
     assert command.main([*given, "--parts", "pressure"]) == 0
     assert ran == ["imports", "environment", "pressure"]
+    assert command.main([*given, "--parts", "pressure-host"]) == 0
+    assert ran == ["imports", "environment", "pressure-host"]
 
 
 # Processes

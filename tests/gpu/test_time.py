@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 from tests.support.gpu_kit import answer, here
-from vllm_agentserve.gpucheck import agents_ab, check_run, command, equality, faults, imports, probe, throughput
+from vllm_agentserve.gpucheck import (
+    agents_ab,
+    check_run,
+    command,
+    equality,
+    faults,
+    host_tokens,
+    imports,
+    probe,
+    throughput,
+)
 from vllm_agentserve.gpucheck.check_run import CheckRun, PartResult, Status
 from vllm_agentserve.gpucheck.schedule import Span
 from vllm_agentserve.gpucheck.scripted_requests import beside_requests, to_json
@@ -61,7 +71,15 @@ def test_parts_pass_on_why_a_child_ended(tmp_path: Path, ended: ChildResult, sta
 
     where = Cut(tmp_path, "cuda", True, {})
     where.end = check_run.time.monotonic() + 100
-    for part in (imports.run, probe.run, equality.run_bfloat16, faults.run, equality.run_float32, throughput.run):
+    for part in (
+        imports.run,
+        probe.run,
+        equality.run_bfloat16,
+        faults.run,
+        equality.run_float32,
+        host_tokens.run,
+        throughput.run,
+    ):
         assert part(where).status == status
 
 
@@ -154,6 +172,7 @@ def test_least_times_let_an_engine_start() -> None:
         "agents",
         "faults",
         "equality-float32",
+        "host",
         "shares",
     ]
 

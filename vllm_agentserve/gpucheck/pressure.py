@@ -14,7 +14,7 @@ from vllm_agentserve.gpucheck.archive import write_archive
 from vllm_agentserve.gpucheck.check_run import PACKAGE, CheckRun, PartResult
 from vllm_agentserve.gpucheck.engines import SHAPES, TOY, ModelShape, Setting, kv_block_bytes, weight_bytes
 from vllm_agentserve.gpucheck.environment import UNKNOWN, free_gib
-from vllm_agentserve.gpucheck.pressure_cells import LARGE, TINY, WARM_UP_AGENTS, Cell, pool_for, seed_of
+from vllm_agentserve.gpucheck.pressure_cells import HOST_LARGE, LARGE, TINY, WARM_UP_AGENTS, Cell, pool_for, seed_of
 from vllm_agentserve.gpucheck.pressure_engine import read_packed
 from vllm_agentserve.gpucheck.pressure_figures import (
     COUNTERS,
@@ -25,6 +25,7 @@ from vllm_agentserve.gpucheck.pressure_figures import (
     table,
 )
 from vllm_agentserve.gpucheck.standing_task import StandingTask, StandingTaskError
+from vllm_agentserve.vllm_compat.host import room_obstacle, transfer_options
 
 ROUNDS = 3
 GRAPH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32)
@@ -42,8 +43,6 @@ WARM_UP = -1
 """The number of the warm-up among the rounds."""
 ENOUGH = 1.1
 """A round is begun when so many times what it is thought to take is left."""
-SO_FAR = "pressure.md"
-"""In `raw/`: the tables after the last round, for a check that is ended before it has a summary."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,16 @@ class Arm:
     Args:
         limited: whether its client lets only as many agents in as the KV cache has room for.
         options: ours.
+        host: size of the host memory behind the KV cache, in KV caches; 0 for none.
+        host_policy: what makes room in it.
     """
 
     name: str
     engine: str = STOCK
     limited: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    host: float = 0.0
+    host_policy: str = "lru"
 
 
 OURS = Arm("agentserve", "time-sliced")
@@ -68,6 +71,39 @@ ARMS = (
     Arm("stock-limited", limited=True),
     Arm("agentserve-no-load-control", "time-sliced", options={"load_control": False}),
 )
+LARGE_HOST = 5.0
+"""Room for contexts of four KV caches, and some to spare."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What one part compares.
+
+    Args:
+        name: of the part, and the beginning of its files' names.
+        cells: with a GPU.
+        rounds: of each cell, at most.
+    """
+
+    name: str
+    arms: Sequence[Arm]
+    cells: Sequence[Cell]
+    rounds: int
+
+
+LOAD_CONTROL = Comparison("pressure", ARMS, LARGE, ROUNDS)
+HOST = Comparison(
+    "pressure-host",
+    (
+        Arm(STOCK),
+        Arm("agentserve-host", "time-sliced", host=LARGE_HOST),
+        OURS,
+        Arm("stock-offload", host=LARGE_HOST),
+    ),
+    HOST_LARGE,
+    2,
+)
+"""Host memory behind the KV cache: ours, and vLLM's own offloading of that size."""
 DECIDES = "session_mean_s"
 
 
@@ -82,12 +118,17 @@ class Measured:
     """By arm: why its engine is gone."""
 
 
-def cells_for(check: CheckRun) -> Sequence[Cell]:
-    return TINY if check.small or check.device == "cpu" else LARGE
+def cells_for(check: CheckRun, comparison: Comparison = LOAD_CONTROL) -> Sequence[Cell]:
+    return TINY if check.small or check.device == "cpu" else comparison.cells
 
 
-def arms_for(check: CheckRun) -> Sequence[Arm]:
-    return ARMS[:2] if check.small else ARMS
+def arms_for(check: CheckRun, comparison: Comparison = LOAD_CONTROL) -> Sequence[Arm]:
+    return comparison.arms[:2] if check.small else comparison.arms
+
+
+def host_gib(arm: Arm, shape: ModelShape, pool: KvPool) -> float:
+    """Size of an arm's host memory."""
+    return round(arm.host * pool.blocks * kv_block_bytes(shape, pool.block_tokens) / 2**30, 3)
 
 
 def needed_gib(shape: ModelShape, pool: KvPool, engines: int) -> float:
@@ -104,7 +145,8 @@ def shape_for(free: float | None, pool: KvPool, engines: int) -> ModelShape | No
 
 
 def setting(check: CheckRun, arm: Arm, shape: ModelShape, pool: KvPool) -> Setting:
-    large = cells_for(check) is LARGE
+    large = cells_for(check) is not TINY
+    options = dict(arm.options)
     engine: dict[str, Any] = {
         "max_model_len": LARGE_TOKENS if large else TINY_TOKENS,
         "max_num_seqs": max(GRAPH_SIZES),
@@ -115,6 +157,12 @@ def setting(check: CheckRun, arm: Arm, shape: ModelShape, pool: KvPool) -> Setti
     }
     if check.device == "cuda":
         engine["gpu_memory_utilization"] = UTILIZATION
+    if arm.host:
+        size = host_gib(arm, shape, pool)
+        if arm.engine == STOCK:
+            engine["kv_transfer_config"] = transfer_options(size, arm.host_policy, check.device == "cpu")
+        else:
+            options |= {"kv_host_gib": size, "kv_host_policy": arm.host_policy}
     return Setting(
         arm.engine,
         shape.name,
@@ -123,7 +171,7 @@ def setting(check: CheckRun, arm: Arm, shape: ModelShape, pool: KvPool) -> Setti
         # A folder of its own: the engines start at the same time, and each writes the configuration of the model.
         str(check.folder / f"model-{arm.name}"),
         True,
-        arm.options,
+        options,
         engine,
         GRAPH_SIZES,
     )
@@ -142,12 +190,13 @@ class Pressure:
         shape: of the model.
     """
 
-    def __init__(self, check: CheckRun, shape: ModelShape, pool: KvPool) -> None:
+    def __init__(self, check: CheckRun, shape: ModelShape, pool: KvPool, comparison: Comparison = LOAD_CONTROL) -> None:
         self.check = check
         self.shape = shape
         self.pool = pool
-        self.cells = cells_for(check)
-        self.arms = arms_for(check)
+        self.comparison = comparison
+        self.cells = cells_for(check, comparison)
+        self.arms = arms_for(check, comparison)
         self.measured = Measured()
         self._engines: dict[str, StandingTask] = {}
         self._last: tuple[Cell, float] | None = None
@@ -184,7 +233,7 @@ class Pressure:
         given = asdict(setting(self.check, arm, self.shape, self.pool))
         return StandingTask(
             self.check,
-            f"pressure-{arm.name}",
+            f"{self.comparison.name}-{arm.name}",
             f"{PACKAGE}.pressure_engine:serve",
             {"setting": given},
             self.limit_s,
@@ -200,14 +249,17 @@ class Pressure:
             self._lose(arm, error)
             return error.ended
         self.measured.lost.pop(arm.name, None)
-        print(f"  pressure: {arm.name} started ({self.measured.starts[arm.name]['start_s']:.0f} s)", flush=True)
+        print(
+            f"  {self.comparison.name}: {arm.name} started ({self.measured.starts[arm.name]['start_s']:.0f} s)",
+            flush=True,
+        )
         return False
 
     def _lose(self, arm: Arm, error: StandingTaskError) -> None:
         """An engine is gone; the others go on."""
         self.measured.lost[arm.name] = error
         self._engines.pop(arm.name).close()
-        print(f"  pressure: {arm.name}: {str(error).splitlines()[0]}", flush=True)
+        print(f"  {self.comparison.name}: {arm.name}: {str(error).splitlines()[0]}", flush=True)
 
     @property
     def alive(self) -> list[Arm]:
@@ -219,7 +271,7 @@ class Pressure:
             return
         for arm in self.alive:
             self._ask(arm, cell, WARM_UP)
-        for number in range(1 if cell in TINY else ROUNDS):
+        for number in range(1 if cell in TINY else self.comparison.rounds):
             if not self.alive or self.check.left_s() < ENOUGH * self.expected_s(cell):
                 return
             began = time.monotonic()
@@ -253,7 +305,7 @@ class Pressure:
         self.keep()
 
     def _raw(self, arm: Arm, cell: Cell, number: int) -> Any:
-        return self.check.folder / "raw" / f"pressure-{cell.name}-{number}-{arm.name}.json.gz"
+        return self.check.folder / "raw" / f"{self.comparison.name}-{cell.name}-{number}-{arm.name}.json.gz"
 
     def _ask(self, arm: Arm, cell: Cell, number: int) -> bool:
         """One arm of a round, or the warm-up; returns whether it came to its end."""
@@ -277,13 +329,16 @@ class Pressure:
         what = "warm-up" if warm_up else f"round {number}"
         held = answer.get("load_held_requests")
         more = f", {held:g} calls held for {answer['load_hold_seconds']:.3g} s" if held else ""
-        print(f"  pressure: {cell.name}, {what}, {arm.name}: {answer['seconds']:.1f} s{more}", flush=True)
+        print(f"  {self.comparison.name}: {cell.name}, {what}, {arm.name}: {answer['seconds']:.1f} s{more}", flush=True)
         return True
 
     def keep(self) -> None:
-        """Writes what there is so far, and the archive. A full disk does not end the part."""
+        """Writes what there is so far, and the archive. A full disk does not end the part.
+
+        The tables are for a check that is ended before it has a summary.
+        """
         try:
-            (self.check.folder / "raw" / SO_FAR).write_text("\n".join(self.page()) + "\n")
+            (self.check.folder / "raw" / f"{self.comparison.name}.md").write_text("\n".join(self.page()) + "\n")
             write_archive(self.check.folder)
         except OSError as error:
             print(f"  results so far could not be written: {error}", flush=True)
@@ -295,13 +350,18 @@ class Pressure:
             f"Model `{self.shape.name}` ({kind}), bfloat16; a KV cache of {self.pool.tokens} tokens for each engine. "
             f"{len(self.arms)} engines run side by side and take turns.",
         ]
+        for arm in self.arms:
+            if arm.host:
+                size = host_gib(arm, self.shape, self.pool)
+                lines.append(
+                    f"`{arm.name}` has {size:g} GiB of host memory, {arm.host:g} KV caches (`{arm.host_policy}`)."
+                )
         for cell in self.cells:
             if (rounds := self.measured.cells.get(cell.name)) is None:
                 continue
-            title = (
-                f"{cell.agents} agents of {cell.turns} turns, tools of {cell.gap_s:g} s, contexts of {cell.times} KV caches; "
-                f"`stock-limited` lets {cell.live} in"
-            )
+            title = f"{cell.agents} agents of {cell.turns} turns, tools of {cell.gap_s:g} s, contexts of {cell.times} KV caches"
+            if any(arm.limited for arm in self.arms):
+                title += f"; `stock-limited` lets {cell.live} in"
             lines += ["", f"**{title}**", "", *table(rounds)]
         if self.measured.starts:
             lines += ["", "| arm | engine start (s) | KV blocks |", "|---|---:|---:|"]
@@ -348,16 +408,34 @@ class Pressure:
         return PartResult("ok", line, page, figures)
 
 
-def run(check: CheckRun) -> PartResult:
-    """The part."""
+def host_obstacle(comparison: Comparison, shape: ModelShape, pool: KvPool, shared: bool) -> str | None:
+    """Why the engines cannot have their host memory all at once; None if they can, or have none."""
+    wanted = sum(host_gib(arm, shape, pool) for arm in comparison.arms)
+    return room_obstacle(wanted, shared) if wanted else None
+
+
+def run_comparison(check: CheckRun, comparison: Comparison) -> PartResult:
+    """A part."""
     free = free_gib(check)
     if free is None and check.device == "cuda":
         return PartResult("not run", UNKNOWN)
-    cells, arms = cells_for(check), arms_for(check)
-    pool = pool_for(cells, check.device == "cuda")
+    arms = arms_for(check, comparison)
+    pool = pool_for(cells_for(check, comparison), check.device == "cuda")
     shape = shape_for(free, pool, len(arms))
     if shape is None:
         return PartResult("not run", f"{free:.0f} GiB of GPU memory do not suffice for {len(arms)} engines at a time")
-    part = Pressure(check, shape, pool)
+    if (obstacle := host_obstacle(comparison, shape, pool, check.device == "cuda")) is not None:
+        return PartResult("not run", f"host memory of the engines: {obstacle}")
+    part = Pressure(check, shape, pool, comparison)
     part.run()
     return part.finding()
+
+
+def run(check: CheckRun) -> PartResult:
+    """The part that compares load control."""
+    return run_comparison(check, LOAD_CONTROL)
+
+
+def run_host(check: CheckRun) -> PartResult:
+    """The part that compares host memory."""
+    return run_comparison(check, HOST)

@@ -48,6 +48,8 @@ class Cell:
 
 LARGE = (Cell(2, 0.2, 16), Cell(2, 1.0, 16), Cell(4, 0.2, 32), Cell(2, 5.0, 16))
 """In the order in which they are measured: the one with long tools takes longest, and needs load control least."""
+HOST_LARGE = (Cell(2, 1.0, 16), Cell(4, 1.0, 32), Cell(4, 0.2, 32), Cell(2, 5.0, 16))
+"""For host memory: the first cell is the one that load control alone gains least in."""
 TINY = (Cell(2, 0.05, 4, turns=3, scale=0.1),)
 """Without a GPU: a test of the check itself."""
 

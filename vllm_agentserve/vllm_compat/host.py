@@ -118,14 +118,19 @@ def memory_obstacle(gib: float) -> str | None:
     """Why a host of this size cannot be had on this machine, with the remedy; None if it can, as far as is known."""
     from vllm.platforms import current_platform
 
+    return room_obstacle(gib, shared=not current_platform.is_cpu())
+
+
+def room_obstacle(gib: float, shared: bool) -> str | None:
+    """The same; `shared`: whether vLLM keeps it where processes share memory, as it does on GPUs."""
     free = available_bytes()
     if free is not None and gib * 2**30 > free:
         return f"{gib:g} GiB are needed, and {free / 2**30:.1f} GiB of memory are available. Give less"
-    if current_platform.is_cpu() or not SHARED_MEMORY.is_dir():
+    if not shared or not SHARED_MEMORY.is_dir():
         return None
-    shared = os.statvfs(SHARED_MEMORY)
-    if gib * 2**30 > shared.f_bavail * shared.f_frsize:
-        room = shared.f_bavail * shared.f_frsize / 2**30
+    state = os.statvfs(SHARED_MEMORY)
+    if gib * 2**30 > state.f_bavail * state.f_frsize:
+        room = state.f_bavail * state.f_frsize / 2**30
         return f"vLLM keeps it in {SHARED_MEMORY}, which has {room:.1f} GiB left. Give less, or make {SHARED_MEMORY} larger"
     return None
 
