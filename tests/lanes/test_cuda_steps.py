@@ -176,7 +176,7 @@ def test_drain_takes_every_job_back_when_its_chunk_is_through(said: list[str]) -
     bench = WorkerBench()
     bench.work(job("a", 300), job("b", 300, first_block=60), slot=1, through=False)
     bench.lane._sleep = lambda seconds: bench.device.finish()
-    assert bench.worker.drain() == {"a", "b"}
+    assert bench.worker.drain().ended == {"a", "b"}
     bench.work(job("a", 60), slot=1)
     for _ in range(3):
         bench.work(slot=1)
@@ -189,7 +189,7 @@ def test_drain_ends_a_lane_that_does_not_let_go(said: list[str], monkeypatch: py
     monkeypatch.setattr(worker_half, "DRAIN_PATIENCE_S", 0.001)
     bench = WorkerBench()
     bench.work(job("a", 300), job("b", 300, first_block=60), slot=1, through=False)
-    assert bench.worker.drain() == {"b"}
+    assert bench.worker.drain().ended == {"b"}
     bench.device.finish()
     bench.work(slot=1)
     assert bench.told == {"a": False}, "nobody wants it any more"

@@ -286,7 +286,7 @@ def test_drain_ends_a_lane_that_does_not_answer(lanes: Callable[..., Any], monke
         monkeypatch.setattr(half, "DRAIN_LIMIT_S", 30.0)
 
     monkeypatch.setattr(lane, "end", end_patiently)
-    assert worker.drain() == {"a", "b"}
+    assert worker.drain().ended == {"a", "b"}
     assert worker._lane is not lane
     assert worker.report() == LaneReport(down=True), "the scheduler hears of it"
 

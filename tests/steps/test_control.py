@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.request import RequestStatus
 
-from tests.support.lane_driver import PARKED, LaneDriver, both, started
+from tests.support.lane_driver import PARKED, AheadDriver, LaneDriver, both, started
 from tests.support.schedulers import make_request
+from vllm_agentserve.policy.jobs import Drained
 from vllm_agentserve.vllm_compat import LaneError
 from vllm_agentserve.vllm_compat.control import drain_here, worker_may_have_lane
 
@@ -22,8 +24,8 @@ class Executor(SimpleNamespace):
 
     def collective_rpc(self, method: str | Callable[..., Any]) -> list[Any]:
         if method is drain_here:
-            jobs, self.driver.jobs = set(self.driver.jobs), {}
-            return [jobs]
+            jobs, self.driver.jobs = frozenset(self.driver.jobs), {}
+            return [Drained(jobs)]
         if method is worker_may_have_lane:
             return [self.has_lane]
         return [None]
@@ -40,8 +42,8 @@ def engine_of(scheduler: Any, driver: LaneDriver, has_lane: bool = True) -> Any:
     return core
 
 
-def with_a_prompt_in_the_lane(asynchronous: bool) -> tuple[Any, Any]:
-    scheduler, driver = started(asynchronous)
+def with_a_prompt_in_the_lane(asynchronous: bool, driver_type: type[LaneDriver] = LaneDriver) -> tuple[Any, Any]:
+    scheduler, driver = started(asynchronous, driver_type)
     scheduler.add_request(make_request("lane", 600, max_tokens=3))
     while "lane" not in driver.jobs:
         driver.step()
@@ -64,6 +66,59 @@ def test_jobs_are_taken_back_across_processes(asynchronous: bool, call: str) -> 
         assert engine.reset_prefix_cache(reset_running_requests=True)
     assert scheduler.integrity.faults() == []
     driver.until("lane")
+    assert scheduler.integrity.faults() == []
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["computed", "failed"])
+@pytest.mark.parametrize("gone", [False, True], ids=["waits", "aborted"])
+def test_jobs_whose_report_is_on_its_way_are_taken_back(gone: bool, fails: bool) -> None:
+    """With asynchronous scheduling the job ends in a step without tokens that is under way when the call comes. The prompt goes
+    to the lane again before the scheduler hears of that, and under its own name another one may come."""
+    scheduler, driver = with_a_prompt_in_the_lane(True, AheadDriver)
+    engine = engine_of(scheduler, driver)
+    scheduler.finish_requests("stream", RequestStatus.FINISHED_ABORTED)
+    (driver.fail if fails else driver.end)("lane")
+    driver.step()
+    assert "lane" not in driver.jobs
+    assert driver.in_flight
+    assert scheduler._lane.busy
+    if gone:
+        scheduler.finish_requests("lane", RequestStatus.FINISHED_ABORTED)
+    assert engine.reset_prefix_cache(reset_running_requests=True)
+    assert scheduler.kv_cache_manager.usage == 0.0
+    assert scheduler.integrity.faults() == []
+    scheduler.add_request(make_request("stream", 30, max_tokens=60))
+    if gone:
+        assert "lane" not in scheduler.requests
+        scheduler.add_request(make_request("lane", 700, max_tokens=3))
+    while "lane" not in driver.jobs and scheduler.requests["lane"].num_output_tokens == 0:
+        driver.step()
+    while driver.in_flight:
+        driver.finish()
+    assert scheduler.integrity.faults() == []
+    driver.end("lane")
+    driver.until("lane")
+    while "lane" in scheduler.requests:
+        driver.step()
+    assert scheduler.integrity.faults() == []
+
+
+def test_a_reset_under_a_step_that_is_under_way_is_refused_before_anything_has_changed() -> None:
+    """vLLM would preempt what runs and then fail, since their blocks are freed when the step is over."""
+    scheduler, driver = with_a_prompt_in_the_lane(True, AheadDriver)
+    engine = engine_of(scheduler, driver)
+    driver.step()
+    assert driver.in_flight
+    running = list(scheduler.running)
+    with pytest.raises(RuntimeError, match=r"a step is under way .* pause it \(POST /pause\?mode=keep\)"):
+        engine.reset_prefix_cache(reset_running_requests=True)
+    assert running
+    assert scheduler.running == running
+    assert scheduler.requests["lane"].status is PARKED
+    assert "lane" in driver.jobs
+    while driver.in_flight:
+        driver.finish()
+    assert engine.reset_prefix_cache(reset_running_requests=True)
     assert scheduler.integrity.faults() == []
 
 

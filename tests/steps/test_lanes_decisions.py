@@ -10,6 +10,7 @@ from vllm.v1.request import Request, RequestStatus
 from tests.support.lane_driver import PARKED, LaneDriver, LaneReport, Slot, both, counts, started, status
 from tests.support.schedulers import BLOCK, make_request, make_scheduler
 from vllm_agentserve.lanes import connector_scheduler
+from vllm_agentserve.policy.jobs import Drained
 
 
 @both
@@ -82,10 +83,10 @@ def test_the_cache_is_reset_while_the_lane_works(asynchronous: bool, monkeypatch
     driver.step()
     scheduler.finish_requests("b", RequestStatus.FINISHED_ABORTED)
 
-    def drain() -> set[str]:
-        ended = set(driver.jobs)
+    def drain() -> Drained:
+        ended = frozenset(driver.jobs)
         driver.jobs.clear()
-        return ended
+        return Drained(ended)
 
     monkeypatch.setattr(connector_scheduler, "local_worker_half", lambda: SimpleNamespace(drain=drain))
     while driver.in_flight:

@@ -1,5 +1,6 @@
 """A lane without a model: plays worker and lane for vLLM's real scheduler; jobs end when the test says so."""
 
+from collections import deque
 from typing import Any
 
 import pytest
@@ -60,11 +61,27 @@ class LaneDriver(Driver):
         return rows
 
 
-def started(asynchronous: bool = False, **given: Any) -> tuple[Any, LaneDriver]:
+class AheadDriver(LaneDriver):
+    """Its worker runs each step before the engine looks at what came of it, as real ones do with asynchronous scheduling."""
+
+    def __init__(self, scheduler: Any, depth: int = 1) -> None:
+        super().__init__(scheduler, depth)
+        self._reports: deque[KVConnectorOutput] = deque()
+
+    def runs(self, output: SchedulerOutput) -> None:
+        self._reports.append(super().transfers(output))
+
+    def transfers(self, output: SchedulerOutput) -> KVConnectorOutput:
+        return self._reports.popleft()
+
+
+def started(
+    asynchronous: bool = False, driver_type: type[LaneDriver] = LaneDriver, **given: Any
+) -> tuple[Any, LaneDriver]:
     """A scheduler with lanes and one stream that decodes."""
     options = {"mode": "lanes", "lane_min_tokens": 100, "lane_max_requests": 2} | given.pop("options", {})
     scheduler: Any = make_scheduler(asynchronous=asynchronous, options=options, lanes=True, **given)
-    driver = LaneDriver(scheduler, depth=2 if asynchronous else 1)
+    driver = driver_type(scheduler, depth=2 if asynchronous else 1)
     scheduler.add_request(make_request("stream", 20))
     for _ in range(3):
         driver.step()

@@ -162,9 +162,13 @@ class Driver:
         output = self.scheduler.schedule()
         self._scheduling = perf_counter() - begin
         self.in_flight.append(output)
+        self.runs(output)
         if len(self.in_flight) >= self.depth:
             self.finish()
         return dict(output.num_scheduled_tokens)
+
+    def runs(self, output: SchedulerOutput) -> None:
+        """The worker has got a step."""
 
     def finish(self) -> None:
         output = self.in_flight.popleft()

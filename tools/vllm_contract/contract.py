@@ -88,6 +88,9 @@ CONTRACT = (
     *reads(SCHEDULER, f"{COMPAT} {HOST}", "connector"),
     *reads(SCHEDULER, f"{COMPAT} {BOOKS}", "kv_cache_manager"),
     *reads(SCHEDULER, COMPAT, "finished_recving_kv_req_ids"),
+    # What a reset under running requests would wait for, see `reset_obstacle`.
+    *reads(SCHEDULER, COMPAT, "defer_block_free processed_step_seq sched_step_seq"),
+    *says(f"{SCHEDULER}._request_blocks_can_be_freed", COMPAT, "request.last_sched_seq <= self.processed_step_seq"),
     *reads(SCHEDULER, COMPAT, "max_num_running_reqs need_mamba_block_aligned_split num_sampled_tokens_per_step"),
     *reads(SCHEDULER, COMPAT, "max_num_active_reqs num_waiting_for_streaming_input pause_state"),
     # How vLLM counts the places that are taken, see `free_places`; a further limit would stand here.

@@ -95,7 +95,10 @@ class LaneConnector(KVConnectorBase_V1):
         return LaneMetadata(self.half.take_new(), computes, self.half.slot, self.half.target_ms)
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
-        self.half.ended(connector_output.finished_recving or set(), connector_output.failed_recving or set())
+        finished = self.half.still_wanted(connector_output.finished_recving or set())
+        # vLLM goes on with what is left here.
+        connector_output.finished_recving = finished or None
+        self.half.ended(finished, finished & (connector_output.failed_recving or set()))
         said = connector_output.kv_connector_worker_meta
         if isinstance(said, LaneWorkerMetadata):
             self.half.reported(said.report)

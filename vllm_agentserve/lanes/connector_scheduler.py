@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes.lane import LaneReport, Slot
 from vllm_agentserve.policy.call import Call, Chunk
-from vllm_agentserve.policy.jobs import Job
+from vllm_agentserve.policy.jobs import Drained, Job
 from vllm_agentserve.policy.phase import Phase
 from vllm_agentserve.policy.preemption import Rank
 from vllm_agentserve.policy.routes import LanePolicy, Prompt, Reason, Route
@@ -86,7 +86,9 @@ class LaneConnectorScheduler:
         self._new: list[Job] = []
         self.in_flight: list[Call] = []
         """Calls whose prompts are on their way or under way, ended ones too until the worker says that their jobs have ended."""
-        self.drain_worker: Callable[[], set[str]] | None = None
+        self._taken_back: set[str] = set()
+        """Requests that do not wait for their jobs any more, though the report of how these ended is still on its way."""
+        self.drain_worker: Callable[[], Drained] | None = None
         """Takes back every job of a worker in another process, as `drain`; None where it cannot be asked."""
         self._held: dict[Call, Hashable | None] = {}
         self.filling: set[Hashable] = set()
@@ -169,21 +171,39 @@ class LaneConnectorScheduler:
             request.prefill_stats.set(request.num_prompt_tokens, min(start, request.num_prompt_tokens), 0)
         self._on_dispatch(call, Chunk(phase, tokens, start))
 
-    def drain(self) -> set[str]:
-        """Takes every job back; returns the requests whose blocks nobody writes any more, filled or not.
+    def drain(self) -> tuple[set[str], set[str]]:
+        """Takes every job back. Returns the requests whose blocks nobody writes any more, filled or not: those that the worker
+        has named now, and those whose report is on its way, since with asynchronous scheduling it comes with a step that is
+        still under way. When they have been told, `taken_back` is to be called for the latter.
 
         Raises:
             RuntimeError: the worker is in another process and cannot be asked.
         """
+        if not self.busy:
+            return set(), set()
         worker = local_worker_half()
-        if worker is None and self.drain_worker is not None:
-            return self.drain_worker()
-        if worker is None:
+        if worker is not None:
+            drained = worker.drain()
+        elif self.drain_worker is not None:
+            drained = self.drain_worker()
+        else:
             raise RuntimeError(
                 f"{len(self.in_flight)} prompts are in the prefill lane of a worker in another process: call again when they "
                 "have ended, or serve in mode 'time-sliced'"
             )
-        return set(worker.drain())
+        sent = {call.name for call in self.in_flight}
+        return set(drained.ended), sent - drained.ended - drained.left
+
+    def taken_back(self, late: set[str]) -> None:
+        """The report on these jobs is still on its way, and means nothing any more when it comes."""
+        self._taken_back |= late
+
+    def still_wanted(self, finished: set[str]) -> set[str]:
+        """Of the jobs that are reported as ended, those whose requests wait for that. Reports come in the order of the steps, so
+        the next one about a request that was taken back is the old one."""
+        late = finished & self._taken_back
+        self._taken_back -= late
+        return finished - late
 
     def take_held(self) -> dict[Call, Hashable | None]:
         """The calls held back since the last call, and what each waits for: the hash of a block, None for room."""

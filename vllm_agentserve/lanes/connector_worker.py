@@ -11,7 +11,7 @@ from vllm.logger import init_logger
 from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes.lane import LaneProvider, LaneReport, NoLane, Outcome, PrefillLane, Slot
 from vllm_agentserve.policy.fence import StepFence
-from vllm_agentserve.policy.jobs import Job
+from vllm_agentserve.policy.jobs import Drained, Job
 from vllm_agentserve.vllm_compat import LaneError
 
 logger = init_logger("vllm.agentserve")
@@ -190,8 +190,8 @@ class LaneConnectorWorker:
                 "agentserve: the prefill lane cannot be started; from now on everything is time-sliced: %s", error
             )
 
-    def drain(self) -> set[str]:
-        """Cancels every job and waits until none holds blocks; returns the requests whose blocks are written by nothing any more.
+    def drain(self) -> Drained:
+        """Cancels every job and waits until none holds blocks.
 
         A lane that does not answer is ended. If even that takes too long, its jobs are left for later steps to report.
         """
@@ -210,7 +210,8 @@ class LaneConnectorWorker:
                     break
                 lane.end(f"its jobs have not ended within {DRAIN_LIMIT_S:g} s")
                 deadline, ending = time.monotonic() + DRAIN_LIMIT_S, True
-        return ended | (self._results([]).finished_recving or set())
+        ended |= self._results([]).finished_recving or set()
+        return Drained(frozenset(ended), frozenset(lane.jobs()))
 
     def report(self) -> LaneReport | None:
         """What the scheduler is to know about the lane, None when there is nothing new."""

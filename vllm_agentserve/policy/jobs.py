@@ -3,10 +3,22 @@
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_agentserve.policy.preemption import FIRST, Rank
 from vllm_agentserve.policy.slots import Waiting, next_job
+
+
+class Drained(NamedTuple):
+    """What became of a worker's jobs when all were taken back, by request.
+
+    Args:
+        ended: nothing writes their blocks any more. They are named here, and not again with a step.
+        left: the lane has not let go of them in time; a later step reports them.
+    """
+
+    ended: frozenset[str] = frozenset()
+    left: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -316,6 +316,8 @@ class AgentScheduler(VllmHooks, Scheduler):
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         if reset_running_requests:
+            if (obstacle := compat.reset_obstacle(self)) is not None:
+                raise RuntimeError(f"the prefix cache is not reset under running requests: {obstacle}")
             for before_reset in self._events.before_reset:
                 before_reset()
         # Host memory that our option asked for holds nothing that the cache is to have forgotten.

@@ -3,6 +3,7 @@ before the engine has changed anything."""
 
 from typing import TYPE_CHECKING, Any
 
+from vllm_agentserve.policy.jobs import Drained
 from vllm_agentserve.vllm_compat import LaneError
 from vllm_agentserve.vllm_compat.lanes import local_worker_half
 from vllm_agentserve.vllm_compat.scheduler import has_lane_connector
@@ -45,15 +46,16 @@ def guard_control_calls() -> None:
     EngineCore.sleep = sleep
 
 
-def drained(executor: Any) -> set[str]:
-    """Has every worker take its lane's jobs back; returns the requests whose blocks nobody writes any more."""
-    return set().union(*executor.collective_rpc(drain_here))
+def drained(executor: Any) -> Drained:
+    """Has every worker take its lane's jobs back."""
+    found = executor.collective_rpc(drain_here)
+    return Drained(frozenset().union(*(one.ended for one in found)), frozenset().union(*(one.left for one in found)))
 
 
-def drain_here(worker: Any) -> set[str]:
+def drain_here(worker: Any) -> Drained:
     """Runs in the worker."""
     half = local_worker_half()
-    return set() if half is None else set(half.drain())
+    return Drained() if half is None else half.drain()
 
 
 def worker_may_have_lane(worker: Any) -> bool:

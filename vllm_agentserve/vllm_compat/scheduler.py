@@ -100,6 +100,21 @@ def drop_external_hits(scheduler: "Scheduler") -> None:
         scheduler.connector_prefix_cache_stats = type(statistics)()
 
 
+def reset_obstacle(scheduler: "Scheduler") -> str | None:
+    """Why the prefix cache cannot be reset under running requests, with the remedy; None if it can.
+
+    vLLM would preempt them and then fail. With a KV connector it frees their blocks only when the steps under way are over.
+
+    Retired by: `Scheduler.reset_prefix_cache` that waits for `deferred_frees`, or refuses before it preempts.
+    """
+    if not scheduler.defer_block_free or scheduler.sched_step_seq <= scheduler.processed_step_seq:
+        return None
+    return (
+        "a step is under way that may still write their KV blocks, since this engine schedules asynchronously and has a KV "
+        "connector: pause it (POST /pause?mode=keep), which resets the prefix cache when the step is over, and resume it"
+    )
+
+
 def take_back(scheduler: "Scheduler", cancelled: set[str]) -> None:
     """Puts requests whose asynchronous load is over among the waiting ones again, without blocks.
 

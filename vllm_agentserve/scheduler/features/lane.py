@@ -105,7 +105,9 @@ class LaneFeature(NoLaneFeature):
 
     def before_reset(self) -> None:
         # Blocks that the lane fills cannot be freed under it: its prompts wait again, as running ones do.
-        compat.take_back(self._scheduler, self.dispatch.drain() if self.dispatch.busy else set())
+        ended, late = self.dispatch.drain()
+        compat.take_back(self._scheduler, ended | late)
+        self.dispatch.taken_back(late)
 
     def report(self) -> dict[str, float]:
         lane = self.dispatch
