@@ -307,3 +307,18 @@ def test_a_lane_is_not_ended_for_time_in_which_everything_stood_still(
         skipped[0] += 1.0
         lane.poll()
     assert not lane.alive(), "a minute that was watched counts"
+
+
+def test_shared_memory_is_closed_once() -> None:
+    """The number of its descriptor may be that of somebody else's file by the second call."""
+    from vllm_agentserve.lanes.cpu.memory import SharedMemory
+
+    memory = SharedMemory(8)
+    number = memory.descriptor
+    memory.close()
+    other = os.open(os.devnull, os.O_RDONLY)
+    assert other == number
+    memory.close()
+    os.close(other)
+    memory.numbers()[0] = 1.5
+    assert memory.numbers()[0] == 1.5

@@ -8,6 +8,9 @@ import torch
 
 from vllm_agentserve.vllm_compat import cpu
 
+CLOSED = -1
+"""Number of a descriptor that is none."""
+
 
 class SharedMemory:
     """An anonymous memory file.
@@ -25,8 +28,11 @@ class SharedMemory:
         self._map = mmap.mmap(self.descriptor, size)
 
     def close(self) -> None:
-        """Closes the descriptor; what is mapped stays until its tensors are gone."""
-        os.close(self.descriptor)
+        """Closes the descriptor, once: its number may be another file's by the next call. What is mapped stays until its tensors
+        are gone."""
+        descriptor, self.descriptor = self.descriptor, CLOSED
+        if descriptor != CLOSED:
+            os.close(descriptor)
 
     def tensor(self, dtype: torch.dtype = torch.int8) -> torch.Tensor:
         """All of it, shape (size / itemsize,)."""
