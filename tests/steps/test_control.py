@@ -13,7 +13,7 @@ from tests.support.lane_driver import PARKED, AheadDriver, LaneDriver, both, sta
 from tests.support.schedulers import make_request
 from vllm_agentserve.policy.jobs import Drained
 from vllm_agentserve.vllm_compat import LaneError
-from vllm_agentserve.vllm_compat.control import drain_here, worker_may_have_lane
+from vllm_agentserve.vllm_compat.control import drain_here, drained, worker_may_have_lane
 
 
 class Executor(SimpleNamespace):
@@ -132,6 +132,11 @@ def test_sleep_is_refused_before_anything_has_changed(asynchronous: bool, mode: 
     assert scheduler.pause_state is PauseState.UNPAUSED
     assert set(scheduler.requests) == {"stream", "lane"}
     assert "stream" in driver.step()
+
+
+def test_a_job_that_one_worker_still_has_has_not_ended() -> None:
+    found = [Drained(frozenset("ab")), Drained(frozenset("b"), frozenset("a"))]
+    assert drained(SimpleNamespace(collective_rpc=lambda method: found)) == Drained(frozenset("b"), frozenset("a"))
 
 
 def test_sleep_works_where_the_lane_has_been_given_up() -> None:

@@ -7,7 +7,7 @@ import pytest
 from tests.support.lane_driver import both, counts
 from tests.support.lane_worker import FollowedLane, KvContents, WorkerDriver, at_work, no_waiting
 from tests.support.schedulers import make_request
-from vllm_agentserve.lanes import connector_scheduler
+from vllm_agentserve.lanes import connector_scheduler, connector_worker
 from vllm_agentserve.lanes.lane import LaneReport, Outcome
 
 
@@ -110,6 +110,52 @@ def test_a_lane_that_dies_while_it_is_drained(asynchronous: bool, monkeypatch: p
     driver.step()
     scheduler.add_request(make_request("later", 500, max_tokens=3))
     ends(driver, scheduler, "a", "later")
+
+
+class StuckLane(FollowedLane):
+    """Lets go of nothing while it is stuck, also when it is ended."""
+
+    stuck = True
+
+    def poll(self, patience_s: float = 0.0) -> list[Outcome]:
+        return [] if self.stuck else super().poll(patience_s)
+
+
+@both
+@pytest.mark.parametrize("lets_go", [(), ("b",)])
+def test_a_reset_is_refused_where_the_lane_does_not_let_go(
+    asynchronous: bool, lets_go: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine on which a chunk takes more than ten seconds, and the end of its process as long. vLLM would preempt what runs
+    and then fail. A prompt that the lane has let go of is computed again."""
+    monkeypatch.setattr(connector_worker, "DRAIN_LIMIT_S", 0.01)
+    monkeypatch.setattr(connector_worker, "DRAIN_PATIENCE_S", 0.001)
+    scheduler, driver = at_work(asynchronous, lambda kv: StuckLane(kv, chunk=0))
+    monkeypatch.setattr(connector_scheduler, "local_worker_half", lambda: driver.worker)
+    lane = driver.lanes[0]
+    for name in ("a", "b"):
+        scheduler.add_request(make_request(name, 400, max_tokens=3))
+        driver.step()
+    driver.step()
+    assert sorted(lane.jobs()) == ["a", "b"]
+    while driver.in_flight:
+        driver.finish()
+    running = list(scheduler.running)
+    held = lane.poll
+
+    def poll(patience_s: float = 0.0) -> list[Outcome]:
+        return [lane.let_go(name) for name in lets_go if name in lane.jobs()] or held(patience_s)
+
+    monkeypatch.setattr(lane, "poll", poll)
+    with pytest.raises(RuntimeError, match=rf"the prefill lane has not let go of {2 - len(lets_go)} prompts in time"):
+        scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert running
+    assert scheduler.running == running
+    assert scheduler.integrity.faults() == []
+    lane.stuck = False
+    assert scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert scheduler.kv_cache_manager.usage == 0.0
+    ends(driver, scheduler, "a", "b")
 
 
 @both

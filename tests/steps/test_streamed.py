@@ -119,3 +119,21 @@ def test_a_streamed_session_that_loses_its_place_with_its_last_token_under_way()
         until(driver, lambda: not scheduler.requests)
         assert len(scheduler.waiting) == 0
         assert scheduler.integrity.faults() == []
+
+
+def test_a_reset_under_a_session_that_waits_for_input_is_refused_before_anything_has_changed() -> None:
+    """It keeps its blocks; vLLM would preempt what runs and then fail."""
+    scheduler, driver = started()
+    scheduler.add_request(part("streamed", 40))
+    until(driver, lambda: scheduler.num_waiting_for_streaming_input)
+    scheduler.add_request(make_request("other", 40))
+    until(driver, lambda: scheduler.running)
+    running = list(scheduler.running)
+    with pytest.raises(
+        RuntimeError, match="1 streamed sessions wait for more input and keep their KV blocks: end them"
+    ):
+        scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert scheduler.running == running
+    scheduler.finish_requests("streamed", RequestStatus.FINISHED_ABORTED)
+    assert scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert scheduler.integrity.faults() == []

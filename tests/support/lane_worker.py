@@ -132,6 +132,12 @@ class FollowedLane:
     def fail(self, name: str) -> None:
         self._end(name, "failed")
 
+    def let_go(self, name: str) -> Outcome:
+        """The end of a job that was cancelled."""
+        del self._held[name]
+        self._ended = [outcome for outcome in self._ended if outcome.request_id != name]
+        return Outcome(name)
+
     def _end(self, name: str, error: str | None = None) -> None:
         if all(outcome.request_id != name for outcome in self._ended):
             self._ended.append(Outcome(name, error))

@@ -21,6 +21,8 @@ from vllm_agentserve.scheduler.features.lane import LaneFeature
 
 LOOK_EVERY_STEPS = 16
 """So often all state is checked while requests run; the prefix cache as often on average, at random moments."""
+RESETS = 6
+"""Tries of a reset under running requests."""
 LIMIT_STEPS = 20_000
 """An episode that takes more is stuck."""
 
@@ -164,7 +166,7 @@ class Rig:
             case "reset":
                 self.scheduler.reset_prefix_cache()
             case "reset_running":
-                self.scheduler.reset_prefix_cache(reset_running_requests=True)
+                self.reset_running()
             case "pause" if resume_at is None:
                 self.core.pause_scheduler(mode="keep", clear_cache=False)
                 resume_at = step + event.length
@@ -174,6 +176,18 @@ class Rig:
                 return resume_at
         outcome.faults += 1
         return resume_at
+
+    def reset_running(self) -> None:
+        """On a machine that stands still for longer than the lane is given to let go of its prompts, it is refused."""
+        for _ in range(RESETS):
+            try:
+                self.scheduler.reset_prefix_cache(reset_running_requests=True)
+            except RuntimeError as error:
+                if "has not let go of" not in str(error):
+                    raise
+            else:
+                return
+        raise AssertionError(f"the prefix cache could not be reset in {RESETS} tries")
 
     @property
     def lane(self) -> Any:

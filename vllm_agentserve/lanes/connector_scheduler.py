@@ -171,16 +171,16 @@ class LaneConnectorScheduler:
             request.prefill_stats.set(request.num_prompt_tokens, min(start, request.num_prompt_tokens), 0)
         self._on_dispatch(call, Chunk(phase, tokens, start))
 
-    def drain(self) -> tuple[set[str], set[str]]:
-        """Takes every job back. Returns the requests whose blocks nobody writes any more, filled or not: those that the worker
-        has named now, and those whose report is on its way, since with asynchronous scheduling it comes with a step that is
-        still under way. When they have been told, `taken_back` is to be called for the latter.
+    def drain(self) -> tuple[Drained, set[str]]:
+        """Takes every job back. Returns what became of them, and the requests whose jobs have ended while the report of that is
+        on its way: with asynchronous scheduling it comes with a step that is still under way. When these have been told,
+        `taken_back` is to be called for them.
 
         Raises:
             RuntimeError: the worker is in another process and cannot be asked.
         """
         if not self.busy:
-            return set(), set()
+            return Drained(), set()
         worker = local_worker_half()
         if worker is not None:
             drained = worker.drain()
@@ -192,7 +192,7 @@ class LaneConnectorScheduler:
                 "have ended, or serve in mode 'time-sliced'"
             )
         sent = {call.name for call in self.in_flight}
-        return set(drained.ended), sent - drained.ended - drained.left
+        return drained, sent - drained.ended - drained.left
 
     def taken_back(self, late: set[str]) -> None:
         """The report on these jobs is still on its way, and means nothing any more when it comes."""

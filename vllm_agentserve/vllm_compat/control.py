@@ -47,9 +47,10 @@ def guard_control_calls() -> None:
 
 
 def drained(executor: Any) -> Drained:
-    """Has every worker take its lane's jobs back."""
+    """Has every worker take its lane's jobs back. A job has ended when no worker has it any more."""
     found = executor.collective_rpc(drain_here)
-    return Drained(frozenset().union(*(one.ended for one in found)), frozenset().union(*(one.left for one in found)))
+    left = frozenset().union(*(one.left for one in found))
+    return Drained(frozenset().union(*(one.ended for one in found)) - left, left)
 
 
 def drain_here(worker: Any) -> Drained:

@@ -1,6 +1,6 @@
 """What the scheduler asks of vLLM's own beyond its public interface."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from math import inf
 from time import monotonic
@@ -103,10 +103,16 @@ def drop_external_hits(scheduler: "Scheduler") -> None:
 def reset_obstacle(scheduler: "Scheduler") -> str | None:
     """Why the prefix cache cannot be reset under running requests, with the remedy; None if it can.
 
-    vLLM would preempt them and then fail. With a KV connector it frees their blocks only when the steps under way are over.
+    vLLM would preempt them and then fail. With a KV connector it frees their blocks only when the steps under way are over, and
+    a streamed session keeps its blocks while it waits for more input.
 
     Retired by: `Scheduler.reset_prefix_cache` that waits for `deferred_frees`, or refuses before it preempts.
     """
+    if scheduler.num_waiting_for_streaming_input:
+        return (
+            f"{scheduler.num_waiting_for_streaming_input} streamed sessions wait for more input and keep their KV blocks: end "
+            "them, or try again while they run"
+        )
     if not scheduler.defer_block_free or scheduler.sched_step_seq <= scheduler.processed_step_seq:
         return None
     return (
@@ -115,7 +121,7 @@ def reset_obstacle(scheduler: "Scheduler") -> str | None:
     )
 
 
-def take_back(scheduler: "Scheduler", cancelled: set[str]) -> None:
+def take_back(scheduler: "Scheduler", cancelled: Iterable[str]) -> None:
     """Puts requests whose asynchronous load is over among the waiting ones again, without blocks.
 
     Args:

@@ -105,8 +105,15 @@ class LaneFeature(NoLaneFeature):
 
     def before_reset(self) -> None:
         # Blocks that the lane fills cannot be freed under it: its prompts wait again, as running ones do.
-        ended, late = self.dispatch.drain()
-        compat.take_back(self._scheduler, ended | late)
+        drained, late = self.dispatch.drain()
+        if drained.left:
+            # They were to be cancelled; what is left of them comes with a step.
+            compat.take_back(self._scheduler, set(drained.ended))
+            raise RuntimeError(
+                f"the prefill lane has not let go of {len(drained.left)} prompts in time, so the prefix cache is not reset under "
+                "running requests, which go on. Try again in a moment."
+            )
+        compat.take_back(self._scheduler, drained.ended | late)
         self.dispatch.taken_back(late)
 
     def report(self) -> dict[str, float]:
