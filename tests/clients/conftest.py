@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,10 +39,37 @@ def hub(clients: Path, toy_model: Path, tmp_path_factory: pytest.TempPathFactory
     return name, os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
+@contextmanager
+def on_cores(cores: set[int]) -> Iterator[None]:
+    """This process, and those that it starts meanwhile, run on these cores only; all of them where there are none of these."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores or before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+CORES = sorted(os.sched_getaffinity(0))
+SERVER_CORES, CLIENT_CORES = set(CORES[: len(CORES) // 2]), set(CORES[len(CORES) // 2 :])
+
+
 @pytest.fixture(scope="session")
 def server(clients: Path, toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
-    with VllmServer(toy_model, SERVE, log=tmp_path_factory.mktemp("server") / "log") as running:
+    """Its cores are its own, so that a client that computes much does not slow it down."""
+    with on_cores(SERVER_CORES):
+        running = VllmServer(toy_model, SERVE, log=tmp_path_factory.mktemp("server") / "log").__enter__()
+    try:
         yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture
+def own_cores() -> Iterator[None]:
+    """This test and its clients leave the server's cores alone."""
+    with on_cores(CLIENT_CORES):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -119,6 +119,7 @@ def test_clients_agree_on_a_schedule(clients: Path, hub: Hub, rows: list[Row], t
     rows.append(Row(f"{name}, tokens on a schedule", "", "", agreement(found, pairs)))
 
 
+@pytest.mark.usefixtures("own_cores")
 def test_aiperf_measures_what_we_measure(
     server: VllmServer, clients: Path, hub: Hub, rows: list[Row], tmp_path: Path
 ) -> None:
@@ -131,6 +132,7 @@ def test_aiperf_measures_what_we_measure(
     assert found.keys() == {"ttft", "tpot", "itl", "tokens_per_s"}
 
 
+@pytest.mark.usefixtures("own_cores")
 def test_guidellm_measures_what_we_measure(
     server: VllmServer, clients: Path, hub: Hub, rows: list[Row], tmp_path: Path
 ) -> None:
@@ -165,6 +167,7 @@ def test_conversations_of_aiperf_are_programs(
         rows.append(Row(f"aiperf, {TURNS} turns", header, f"{CONVERSATIONS} of {CONVERSATIONS} conversations", "runs"))
 
 
+@pytest.mark.usefixtures("own_cores")
 def test_aiperf_measures_turns_as_we_do(
     server: VllmServer, clients: Path, hub: Hub, rows: list[Row], tmp_path: Path
 ) -> None:
