@@ -165,14 +165,33 @@ def conversations(cluster: Cluster, count: int, turns: int, seed: int) -> list[R
     ]
 
 
-def decisions(page: str) -> list[Row]:
-    """How long the choice of an engine took, from the page of metrics: the upper bound of the class that a share is in."""
+Decisions = dict[str, list[float]]
+"""How many decisions took how long, cumulated over the classes of `BOUNDS_S`: those that asked the table of pins, and others."""
+
+
+def decided(page: str) -> Decisions:
+    """What a page of metrics says of all decisions so far."""
     name = "agentserve_cluster_decision_seconds_bucket"
-    counts: dict[str, list[float]] = {}
+    counts: Decisions = {}
     for table, value in re.findall(rf'^{name}{{table="(\w+)",le="[^"]+"}} (\d+)$', page, re.MULTILINE):
         counts.setdefault(table, []).append(float(value))
+    return counts
+
+
+def since(now: Decisions, before: Decisions) -> Decisions:
+    """The decisions between two pages."""
+    return {table: [a - b for a, b in zip(one, before[table], strict=True)] for table, one in now.items()}
+
+
+def decisions(counts: Decisions, when: str, most: float | None) -> list[Row]:
+    """How long the choice of an engine took: the upper bound of the class that a share is in.
+
+    Args:
+        when: these were.
+        most: ms within which 95 % are to be.
+    """
     every = [sum(one) for one in zip(*counts.values(), strict=True)]
-    rows = [Row("router decision, 95 % within (ms)", share_within(every, 0.95) * 1000, most=1.0)]
+    rows = [Row(f"router decision {when}, 95 % within (ms)", share_within(every, 0.95) * 1000, most=most)]
     for table, one in sorted(counts.items()):
         words = "the table of pins was asked" if table == "asked" else "the ingress knew"
         rows.append(Row(f"the same where {words}, {one[-1]:.0f} decisions (ms)", share_within(one, 0.95) * 1000))
@@ -309,8 +328,11 @@ def main() -> int:
     with serving(make_toy_model(), free_port(), OPTIONS) as cluster:
         rows += conversations(cluster, arguments.conversations, arguments.turns, arguments.seed)
         cluster.complete([5, 6, 7], "the times so far are told with the next call")
-        rows += decisions(cluster.page())
+        busy = decided(cluster.page())
+        rows += decisions(busy, f"with {AT_ONCE} conversations at a time", 1.0)
         rows += pairs(cluster, arguments.pairs, arguments.seed)
+        cluster.complete([5, 6, 7], "and those of the pairs with this one")
+        rows += decisions(since(decided(cluster.page()), busy), "with one request at a time", 1.0)
         if not arguments.no_kills:
             for what in ("EngineCore", "server"):
                 rows += kill(cluster, what, arguments.seed)

@@ -157,12 +157,12 @@ class AgentServeConfig:
         low=0.0,
         high=65_536.0,
     )
-    kv_host_policy: typing.Literal["lru", "arc", "program"] = option(
-        "lru",
+    kv_host_policy: typing.Literal["program", "lru", "arc"] = option(
+        "program",
         "",
-        "Which copies make room in host memory. `lru`, vLLM's own: those not used for longest. `arc`, vLLM's own: by how lately "
-        "and how often they were used. `program`: whole contexts, first those of programs that are not expected back, then of "
-        "the one that is expected back last; for host memory that is too small for all that come back.",
+        "Which copies make room in host memory, where it is too small for all that come back. `program`: whole contexts, first "
+        "those of programs that are not expected back, then of the one that is expected back last. `lru`, vLLM's own: those not "
+        "used for longest. `arc`, vLLM's own: by how lately and how often they were used.",
     )
     strict_hints: bool = option(
         False,
