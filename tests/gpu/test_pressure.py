@@ -103,7 +103,7 @@ def test_engines_with_host_memory_have_it_alike(tmp_path: Path) -> None:
     assert given["agentserve-host"]["additional_config"]["agentserve"] == {
         "mode": "time-sliced",
         "kv_host_gib": size,
-        "kv_host_policy": "lru",
+        "kv_host_policy": "program",
     }
     asked = given["stock-offload"]["kv_transfer_config"]
     assert asked["kv_connector_extra_config"] == {

@@ -13,7 +13,13 @@ from vllm_agentserve.policy.controller import BudgetController
 
 WAIT_S = 10.0
 """What steps get until all calls have ended; load control lets calls begin after less, whatever it has learned here."""
-OPTIONS = {"mode": "time-sliced", "load_control": False, "tpot_slo_ms": 10_000, "first_chunk_tokens": 4096}
+OPTIONS = {
+    "mode": "time-sliced",
+    "load_control": False,
+    "tpot_slo_ms": 10_000,
+    "first_chunk_tokens": 4096,
+    "kv_host_policy": "lru",
+}
 
 
 def started(

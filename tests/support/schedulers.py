@@ -27,6 +27,7 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.policy.controller import BudgetController
 from vllm_agentserve.scheduler.scheduler import AgentScheduler, AsyncAgentScheduler
 from vllm_agentserve.toy import make_toy_model
@@ -73,7 +74,7 @@ def make_scheduler(
         add_lane_connector(transfer)
     if host_chunks:
         # A KV block of the model below takes less than a page of memory, and gets one.
-        policy_of_copies = (options or {}).get("kv_host_policy", "lru")
+        policy_of_copies = (options or {}).get("kv_host_policy", AgentServeConfig().kv_host_policy)
         given = transfer_options(host_chunks * PAGESIZE / 2**30, policy_of_copies, on_cpu=True)
         transfer.kv_transfer_config = KVTransferConfig(**given)
     model_config = copy(toy_config())

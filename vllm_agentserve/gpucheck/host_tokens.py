@@ -20,10 +20,10 @@ from vllm_agentserve.gpucheck.scripted_requests import (
 )
 
 HOSTS: Mapping[str, Mapping[str, Any]] = {
-    "host": {"kv_host_gib": 0.5},
-    "host-program": {"kv_host_gib": 0.03, "kv_host_policy": "program"},
+    "host": {"kv_host_gib": 0.5, "kv_host_policy": "lru"},
+    "host-program": {"kv_host_gib": 0.03},
 }
-"""Our options by arm: room for all contexts, and for about half of them."""
+"""Our options by arm: room for all contexts, with vLLM's own policy, and for about half of them, with ours."""
 SLO = {"tpot_slo_ms": 15}
 """Prompts are cut into many chunks."""
 ORDER: Mapping[str, Sequence[str]] = {"float32": ("stock", *HOSTS), "bfloat16": ("stock", CONTROL, "host")}

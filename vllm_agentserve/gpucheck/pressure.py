@@ -96,7 +96,7 @@ HOST = Comparison(
     "pressure-host",
     (
         Arm(STOCK),
-        Arm("agentserve-host", "time-sliced", host=LARGE_HOST),
+        Arm("agentserve-host", "time-sliced", host=LARGE_HOST, host_policy="program"),
         OURS,
         Arm("stock-offload", host=LARGE_HOST),
     ),
