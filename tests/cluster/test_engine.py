@@ -16,7 +16,7 @@ from vllm_agentserve.cluster.engine import Engine, EngineError
 from vllm_agentserve.cluster.relay import Failure, Head, Part, RelayedRequest
 
 SERVER = """
-    import asyncio, os, signal, sys
+    import asyncio, os, signal, subprocess, sys
     from aiohttp import web
     ended = []
     async def health(request): return web.Response(status=503 if ended else 200)
@@ -56,6 +56,8 @@ SERVER = """
         await asyncio.sleep(0.1)
         os.kill(os.getpid(), signal.SIGKILL)
     async def dies(request): os.kill(os.getpid(), signal.SIGKILL)
+    async def starts(request):
+        return web.Response(text=str(subprocess.Popen(["sleep", "300"]).pid))
     if "--never-ready" in sys.argv:
         print("loading weights", flush=True)
         signal.pause()
@@ -64,7 +66,7 @@ SERVER = """
     app = web.Application()
     app.add_routes([web.get("/health", health), web.post("/echo", echo), web.post("/stream", stream), web.post("/dies", dies),
         web.post("/cookie", cookie), web.post("/core-ends", core_ends), web.post("/own-error", own_error),
-        web.post("/closes", closes),
+        web.post("/closes", closes), web.post("/starts", starts),
     ])
     web.run_app(app, path=sys.argv[sys.argv.index("--uds") + 1], print=None)
 """
@@ -145,6 +147,21 @@ async def test_a_request_to_a_server_that_has_ended_went_nowhere(engine: Engine)
     assert not end.delivered
     assert "ended with exit code -9" in end.text
     assert not await engine.healthy(1.0)
+
+
+async def test_what_a_killed_server_has_started_ends_too(engine: Engine) -> None:
+    """The EngineCore of a `vllm serve` that the kernel kills would go on, and keep the memory that the next one needs."""
+    _, pid = await parts(engine, "/starts")
+    assert isinstance(pid, bytes)
+    started = Path(f"/proc/{int(pid)}/status")
+    assert started.exists()
+    await parts(engine, "/dies")
+    for _ in range(100):
+        if not started.exists() or "\nState:\tZ" in started.read_text():
+            break
+        await asyncio.sleep(0.05)
+    else:
+        raise AssertionError("what the server has started goes on without it")
 
 
 async def test_an_error_of_an_engine_whose_core_has_ended_is_a_failure(engine: Engine) -> None:

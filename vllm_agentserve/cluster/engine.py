@@ -1,6 +1,7 @@
 """One engine: a `vllm serve` that listens on a Unix socket, in a folder that no other user can read."""
 
 import asyncio
+import contextlib
 import errno
 import os
 import re
@@ -19,7 +20,7 @@ from typing import IO, TYPE_CHECKING
 from vllm_agentserve.bench.server import first_cause
 from vllm_agentserve.cluster.relay import EVENT, Failure, Head, Part, RelayedRequest, WholeEvents, end_to_end, is_stream
 from vllm_agentserve.cluster.settings import START_TIMEOUT_S
-from vllm_agentserve.processes.group import stop_group
+from vllm_agentserve.processes.group import signal_group, stop_group
 
 if TYPE_CHECKING:
     import aiohttp
@@ -113,6 +114,7 @@ class Engine:
         )
         assert self._process.stdout is not None
         threading.Thread(target=self._pass_on, args=(self._process.stdout,), daemon=True).start()
+        threading.Thread(target=self._leave_nothing, args=(self._process,), daemon=True).start()
         self._session = aiohttp.ClientSession(
             # A connection that is kept open may be closed by the server just as a request is sent.
             connector=aiohttp.UnixConnector(self._socket, limit=0, force_close=True),
@@ -146,6 +148,14 @@ class Engine:
             text = line.decode(errors="replace").rstrip("\n")
             self._said.append(text[:LINE_CHARACTERS])
             print(text, flush=True)
+
+    def _leave_nothing(self, process: "subprocess.Popen[bytes]") -> None:
+        """Where its server is killed, its EngineCore would go on, and keep the memory that the next one needs."""
+        with contextlib.suppress(ChildProcessError):
+            # Not reaped: its number stays that of its group.
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        if self._process is process:
+            signal_group(process.pid, signal.SIGKILL)
 
     async def page(self, path: str, timeout_s: float = 5.0) -> bytes | None:
         """The contents of one of its pages; None if it cannot be had in that time."""

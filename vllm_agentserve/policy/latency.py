@@ -13,6 +13,7 @@ about the next prompt's first ones. What changes quickly, how fast the machine i
 
 from collections import deque
 from collections.abc import Sequence
+from heapq import nlargest
 from math import inf, sqrt
 
 from vllm_agentserve.policy.call import Chunk
@@ -116,10 +117,12 @@ class StepModel:
     CERTAIN = 8
     """Samples before a step can be told from a hiccup."""
     KEPT_STEPS, LONG_STEPS = 64, 8
-    """Mixed steps that are remembered, and how many long ones of them say what long chunks take."""
+    """Mixed steps that are remembered, and how many of them, the longest ones, say what long chunks take."""
+    PARTS = 4
+    """They say nothing of prompts for which it takes more steps of their length than that: in short ones most is mixing."""
     MISFIT = 1.3
-    """The coefficients are not believed for a chunk longer than all that were seen, if steps of those lengths took so many times
-    what they say for it, token by token."""
+    """The coefficients are not believed for a chunk longer than those, if they took so many times what the coefficients say for
+    it, token by token."""
 
     def __init__(self) -> None:
         # Empty: the first step of each kind brings its prior, for what is long depends on model and machine.
@@ -173,17 +176,17 @@ class StepModel:
 
     def whole_ms(self, tokens: int) -> float:
         """What reading so many tokens takes, of a prompt of which nothing is cached: in one go by the coefficients, or in steps
-        as long as the longest ones lately, if those took much more.
+        as long as the longest ones lately, if those took much more and it does not take many of them.
 
         A GPU computes while the next kernels are launched. So up to some length chunks take as long as the launches do, and
         longer ones take far more than those make one expect.
         """
         modelled = self.chunk_ms(tokens, 0)
-        most = max((length for length, _ in self._kept), default=0)
-        long_steps = [step for step in self._kept if 2 * step[0] >= most]
-        if len(long_steps) < self.LONG_STEPS or tokens <= most:
+        longest = nlargest(self.LONG_STEPS, self._kept)
+        length = sum(length for length, _ in longest)
+        if len(longest) < self.LONG_STEPS or not length < self.LONG_STEPS * tokens <= self.PARTS * length:
             return modelled
-        seen = tokens * sum(added_ms for _, added_ms in long_steps) / max(sum(length for length, _ in long_steps), 1)
+        seen = tokens * sum(added_ms for _, added_ms in longest) / length
         return seen if seen > self.MISFIT * modelled else modelled
 
     def step_ms(self, sequences: int, context: int, chunks: Sequence[Chunk]) -> float:
