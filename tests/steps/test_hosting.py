@@ -11,7 +11,7 @@ from vllm.v1.request import RequestStatus
 
 from tests.support.host_calls import ask, finished, random_calls, started
 from vllm_agentserve.scheduler.features.hosting import HostPrograms
-from vllm_agentserve.vllm_compat.program_cache import ProgramCachePolicy
+from vllm_agentserve.vllm_compat.program_cache import ProgramCachePolicy, unknown
 
 ROUNDS, PROGRAMS, TOKENS, ADDED = 5, "abcdefgh", 200, 32
 """Contexts of 2,700 tokens at their ends; a KV cache of 1,024, and a host of half of what is live."""
@@ -177,3 +177,21 @@ def test_blocks_that_are_offered_once_more_are_those_of_their_program() -> None:
     for request in requests.values():
         manager.on_request_finished(request)
     assert not policy._storing
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ("", "abcdef"),
+        ("abcd", "ef"),
+        ("abcdef", ""),
+        # Something in the middle made room, or a call beside this one has another end.
+        ("abde", "cf"),
+        ("abcdx", "ef"),
+        ("axy", "bcdef"),
+        # As much is gone as another end has: the gap is not seen, and makes room sooner.
+        ("abdx", "ef"),
+    ],
+)
+def test_what_is_new_of_a_context(known: str, expected: str) -> None:
+    assert [*unknown([*"abcdef"], {*known})] == [*expected]  # type: ignore[list-item]

@@ -3,7 +3,7 @@
 The connector names this module as `cache_policy_module_path`; vLLM's own books, copies and counts of users stay as they are.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from time import perf_counter
 
 from vllm.v1.kv_offload.base import OffloadKey, ReqContext
@@ -13,6 +13,15 @@ from vllm_agentserve.policy.hosting import Hosting
 
 UNKNOWN = "unknown request"
 """Has the chunks that a request offers once more."""
+
+
+def unknown(keys: Sequence[OffloadKey], known: Collection[OffloadKey]) -> Sequence[OffloadKey]:
+    """Those of a context that are not among the known ones: nearly always its end, since contexts grow there, and make room from
+    there. A gap is seen by the number of known ones, unless that of another end makes up for it."""
+    end = len(keys)
+    while end and keys[end - 1] not in known:
+        end -= 1
+    return keys[end:] if len(known) == end else [key for key in keys if key not in known]
 
 
 class ProgramCachePolicy(CachePolicy):
@@ -72,10 +81,10 @@ class ProgramCachePolicy(CachePolicy):
         name, end_of = self._name(req_context), req_context.get_offload_key_position
         known = self.hosting.context(name)
         for keys in key_groups:
-            # Most of a long context is known from the calls before.
-            new = [key for key in keys if key not in known]
-            self.hosting.use(name, ((key, end_of(key) or 0) for key in new))
-            for key in keys:
+            self.hosting.use(name, ((key, end_of(key) or 0) for key in unknown(keys, known)))
+            # Whatever is shorter.
+            mine = [*self._storing] if len(self._storing) < len(keys) else keys
+            for key in mine:
                 if self._storing.get(key) is req_context:
                     del self._storing[key]
 
