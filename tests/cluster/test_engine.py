@@ -57,7 +57,12 @@ SERVER = """
         os.kill(os.getpid(), signal.SIGKILL)
     async def dies(request): os.kill(os.getpid(), signal.SIGKILL)
     async def starts(request):
-        return web.Response(text=str(subprocess.Popen(["sleep", "300"]).pid))
+        script = "sleep 300 & wait"
+        if "cleans" in request.query:
+            script = f"trap 'touch {request.query['cleans']}; exit' TERM; {script}"
+        started = subprocess.Popen(["sh", "-c", script])
+        await asyncio.sleep(0.3)
+        return web.Response(text=str(started.pid))
     if "--never-ready" in sys.argv:
         print("loading weights", flush=True)
         signal.pause()
@@ -162,6 +167,18 @@ async def test_what_a_killed_server_has_started_ends_too(engine: Engine) -> None
         await asyncio.sleep(0.05)
     else:
         raise AssertionError("what the server has started goes on without it")
+
+
+async def test_what_a_killed_server_has_started_may_clean_up(engine: Engine, tmp_path: Path) -> None:
+    """Whoever removes shared memory when its users are gone is in the group too."""
+    _, _ = await parts(engine, f"/starts?cleans={tmp_path / 'cleaned'}")
+    await parts(engine, "/dies")
+    for _ in range(100):
+        if (tmp_path / "cleaned").exists():
+            break
+        await asyncio.sleep(0.05)
+    else:
+        raise AssertionError("what the server has started was killed before it could clean up")
 
 
 async def test_an_error_of_an_engine_whose_core_has_ended_is_a_failure(engine: Engine) -> None:

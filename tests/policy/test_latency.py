@@ -65,55 +65,6 @@ def test_the_model_follows_a_machine_that_became_slower() -> None:
     assert model.step_ms(4, 2000, [cold(200, 3000)]) == pytest.approx(1.6 * truth(4, 200, 3000), rel=0.1)
 
 
-def launched(tokens: int, context: int) -> float:
-    """A 7B model on a large GPU without compilation: computing takes 24.5 ms per thousand tokens, and launching a step 22 ms."""
-    work = tokens * 0.0245 + 0.6e-6 * tokens * (context + tokens / 2)
-    return 5.0 + (max(22.0, work) if tokens else 0.0)
-
-
-def trained_on(lengths: tuple[int, ...], hiccups: bool = False) -> StepModel:
-    rng, model = random.Random(1), StepModel()
-    for step in range(600):
-        if rng.random() < 0.5:
-            model.learn_decode(4, 30_000, launched(0, 0) * rng.gauss(1, 0.03))
-            continue
-        tokens, context = rng.choice(lengths), rng.choice((0, 2000, 5000, 8000))
-        took = launched(tokens, context) * rng.gauss(1, 0.03) * (20 if hiccups and step % 50 == 0 else 1)
-        model.learn_prefill(4, 30_000, [cold(tokens, context)], took)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("lengths", "error"),
-    [((500, 1000, 2000, 3000), 0.15), ((64, 256, 1024, 2304), 0.15), ((500, 1000, 2000, 4000, 8000), 0.1)],
-)  # fmt: skip
-@pytest.mark.parametrize("hiccups", [False, True])
-def test_what_a_whole_context_takes_where_launches_bound_short_chunks(
-    lengths: tuple[int, ...], error: float, hiccups: bool
-) -> None:
-    """By coefficients of short chunks it takes far less, and load control sees no use in a limit."""
-    model = trained_on(lengths, hiccups)
-    truth = launched(8400, 0) - launched(0, 0)
-    assert model.whole_ms(8400) == pytest.approx(truth, rel=error + 0.1 * hiccups)
-    if min(lengths) < 500:
-        assert model.chunk_ms(8400, 0) < 0.75 * truth
-
-
-def test_the_coefficients_are_believed_where_they_fit() -> None:
-    model = trained()
-    assert model.whole_ms(8000) == model.chunk_ms(8000, 0)
-    assert trained_on((2000, 4000)).whole_ms(1000) == trained_on((2000, 4000)).chunk_ms(1000, 0), (
-        "such chunks were seen"
-    )
-    assert StepModel().whole_ms(1000) == 0.0
-    short = trained_on((16, 24, 32))
-    assert short.whole_ms(8400) == short.chunk_ms(8400, 0), "most of such steps is their launch"
-    young = StepModel()
-    for _ in range(StepModel.LONG_STEPS - 1):
-        young.learn_prefill(4, 0, [cold(100, 0)], 30.0)
-    assert young.whole_ms(1000) == young.chunk_ms(1000, 0)
-
-
 def test_least_squares_stay_finite_without_excitation() -> None:
     fit = RecursiveLeastSquares((10.0, 10.0), forgetting=0.9)
     for _ in range(5000):

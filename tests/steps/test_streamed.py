@@ -121,18 +121,26 @@ def test_a_streamed_session_that_loses_its_place_with_its_last_token_under_way()
         assert scheduler.integrity.faults() == []
 
 
-def test_a_reset_under_a_session_that_waits_for_input_is_refused_before_anything_has_changed() -> None:
+@both
+@pytest.mark.parametrize("more", [False, True], ids=["waits for input", "has its next part"])
+def test_a_reset_under_a_session_between_two_steps_is_refused_before_anything_has_changed(
+    asynchronous: bool, more: bool
+) -> None:
     """It keeps its blocks; vLLM would preempt what runs and then fail."""
-    scheduler, driver = started()
+    scheduler, driver = started(asynchronous)
     scheduler.add_request(part("streamed", 40))
     until(driver, lambda: scheduler.num_waiting_for_streaming_input)
     scheduler.add_request(make_request("other", 40))
     until(driver, lambda: scheduler.running)
+    while driver.in_flight:
+        driver.finish()
+    if more:
+        scheduler.add_request(part("streamed", 30))
+        assert scheduler.requests["streamed"].status is RequestStatus.WAITING
     running = list(scheduler.running)
-    with pytest.raises(
-        RuntimeError, match="1 streamed sessions wait for more input and keep their KV blocks: end them"
-    ):
+    with pytest.raises(RuntimeError, match=r"1 streamed sessions wait .* keep their KV blocks: end them, or try again"):
         scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert running
     assert scheduler.running == running
     scheduler.finish_requests("streamed", RequestStatus.FINISHED_ABORTED)
     assert scheduler.reset_prefix_cache(reset_running_requests=True)

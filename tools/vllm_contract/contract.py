@@ -179,6 +179,7 @@ CONTRACT = (
     ),
     *reads(REQUEST, f"{SCHED} {COMPAT} {LANES}", "sampling_params"),
     *reads(REQUEST, SCHED, "is_prefill_chunk"),
+    *reads(REQUEST, COMPAT, "streaming_queue"),
     *calls(REQUEST, BALANCE, is_finished=""),
     *reads(REQUEST, f"{COMPAT} {HOST} {DISPATCH} policy/attribution.py", "block_hashes"),
     *reads(REQUEST, f"{COMPAT} {LANES}", "has_encoder_inputs"),

@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING
 from vllm_agentserve.bench.server import first_cause
 from vllm_agentserve.cluster.relay import EVENT, Failure, Head, Part, RelayedRequest, WholeEvents, end_to_end, is_stream
 from vllm_agentserve.cluster.settings import START_TIMEOUT_S
-from vllm_agentserve.processes.group import signal_group, stop_group
+from vllm_agentserve.processes.group import group_lives, signal_group, stop_group
 
 if TYPE_CHECKING:
     import aiohttp
@@ -154,8 +154,14 @@ class Engine:
         with contextlib.suppress(ChildProcessError):
             # Not reaped: its number stays that of its group.
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        if self._process is process:
-            signal_group(process.pid, signal.SIGKILL)
+        for kind in (signal.SIGTERM, signal.SIGKILL):
+            deadline = time.monotonic() + STOP_S
+            if self._process is process and group_lives(process.pid):
+                signal_group(process.pid, kind)
+            # Those that clean up after others, such as shared memory, get the time for it.
+            while self._process is process and group_lives(process.pid) and time.monotonic() < deadline:
+                process.poll()
+                time.sleep(0.05)
 
     async def page(self, path: str, timeout_s: float = 5.0) -> bytes | None:
         """The contents of one of its pages; None if it cannot be had in that time."""

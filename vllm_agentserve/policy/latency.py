@@ -13,7 +13,6 @@ about the next prompt's first ones. What changes quickly, how fast the machine i
 
 from collections import deque
 from collections.abc import Sequence
-from heapq import nlargest
 from math import inf, sqrt
 
 from vllm_agentserve.policy.call import Chunk
@@ -116,13 +115,6 @@ class StepModel:
     all chunks are as long as each other, the coefficients alone cannot tell mixing from computing."""
     CERTAIN = 8
     """Samples before a step can be told from a hiccup."""
-    KEPT_STEPS, LONG_STEPS = 64, 8
-    """Mixed steps that are remembered, and how many of them, the longest ones, say what long chunks take."""
-    PARTS = 4
-    """They say nothing of prompts for which it takes more steps of their length than that: in short ones most is mixing."""
-    MISFIT = 1.3
-    """The coefficients are not believed for a chunk longer than those, if they took so many times what the coefficients say for
-    it, token by token."""
 
     def __init__(self) -> None:
         # Empty: the first step of each kind brings its prior, for what is long depends on model and machine.
@@ -136,8 +128,6 @@ class StepModel:
         """Mixed steps in a row that took less than the prediction divided by `OUTLIER`, or more than it times that."""
         self._constrained: tuple[int, list[float]] = (-1, [])
         """The coefficients of chunks after so many samples, none below zero."""
-        self._kept: deque[tuple[int, float]] = deque(maxlen=self.KEPT_STEPS)
-        """Prompt tokens of mixed steps, and what they took for them."""
         self._short_ms: deque[float] = deque(maxlen=self.SHORT_STEPS)
         """What the last mixed steps with few prompt tokens took for them."""
         self._most_mixing_ms = inf
@@ -173,21 +163,6 @@ class StepModel:
         """What a step with chunks takes longer than one without, whatever their length: on a GPU its kernels are launched one by
         one, while steps of decodes only are CUDA graphs. 0 before any chunk has been seen."""
         return min(max(self.chunk_ms(0, 0) - self.chunk_ms(0, 0, first=False), 0.0), self._most_mixing_ms)
-
-    def whole_ms(self, tokens: int) -> float:
-        """What reading so many tokens takes, of a prompt of which nothing is cached: in one go by the coefficients, or in steps
-        as long as the longest ones lately, if those took much more and it does not take many of them.
-
-        A GPU computes while the next kernels are launched. So up to some length chunks take as long as the launches do, and
-        longer ones take far more than those make one expect.
-        """
-        modelled = self.chunk_ms(tokens, 0)
-        longest = nlargest(self.LONG_STEPS, self._kept)
-        length = sum(length for length, _ in longest)
-        if len(longest) < self.LONG_STEPS or not length < self.LONG_STEPS * tokens <= self.PARTS * length:
-            return modelled
-        seen = tokens * sum(added_ms for _, added_ms in longest) / length
-        return seen if seen > self.MISFIT * modelled else modelled
 
     def step_ms(self, sequences: int, context: int, chunks: Sequence[Chunk]) -> float:
         """The predicted duration of a step with these decodes (their number and summed context) and chunks."""
@@ -244,8 +219,7 @@ class StepModel:
         base = self.decode_ms(sequences, context)
         predicted = self.step_ms(sequences, context, chunks)
         noise_ms = duration_ms
-        total = sum(tokens for _, tokens, _ in chunks)
-        if sequences and total <= self.SHORT_TOKENS:
+        if sequences and sum(tokens for _, tokens, _ in chunks) <= self.SHORT_TOKENS:
             self._short_ms.append(max(duration_ms - base, 0.0))
             if len(self._short_ms) == self.SHORT_STEPS:
                 self._most_mixing_ms = sorted(self._short_ms)[-2]
@@ -260,8 +234,6 @@ class StepModel:
                 duration_ms = self._plausible(duration_ms, predicted)
             ratio = (duration_ms - base) / max(predicted - base, 0.1) * self._slowness
             self._slowness += 0.1 * (min(max(ratio, 0.4), self.OUTLIER) - self._slowness)
-        if sequences:
-            self._kept.append((total, max(duration_ms - base, 0.0)))
         features = [1.0, 0.0, 0.0, 0.0]
         for _, tokens, before in chunks:
             p, c = tokens / 1000, (before + tokens) / 1000

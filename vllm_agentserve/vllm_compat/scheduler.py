@@ -104,14 +104,22 @@ def reset_obstacle(scheduler: "Scheduler") -> str | None:
     """Why the prefix cache cannot be reset under running requests, with the remedy; None if it can.
 
     vLLM would preempt them and then fail. With a KV connector it frees their blocks only when the steps under way are over, and
-    a streamed session keeps its blocks while it waits for more input.
+    a streamed session keeps its blocks while it waits, for input or with it.
 
     Retired by: `Scheduler.reset_prefix_cache` that waits for `deferred_frees`, or refuses before it preempts.
     """
-    if scheduler.num_waiting_for_streaming_input:
+    from vllm.v1.request import RequestStatus
+
+    sessions = sum(
+        request.streaming_queue is not None
+        and request.status != RequestStatus.RUNNING
+        and any(scheduler.kv_cache_manager.get_block_ids(request.request_id))
+        for request in scheduler.requests.values()
+    )
+    if sessions:
         return (
-            f"{scheduler.num_waiting_for_streaming_input} streamed sessions wait for more input and keep their KV blocks: end "
-            "them, or try again while they run"
+            f"{sessions} streamed sessions wait for input or for their next step, and keep their KV blocks: end them, or try "
+            "again when they run"
         )
     if not scheduler.defer_block_free or scheduler.sched_step_seq <= scheduler.processed_step_seq:
         return None

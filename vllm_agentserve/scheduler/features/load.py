@@ -185,7 +185,7 @@ class Load(Feature):
             read_tokens=call.computed_tokens,
             decode_s=request.num_output_tokens * alone_ms / 1000,
             beside_s=request.num_output_tokens * max(model.decode_ms(2, 2 * context) - alone_ms, 0.0) / 1000,
-            whole_s=model.whole_ms(context) / 1000,
+            whole_s=model.chunk_ms(context, 0) / 1000,
             # Where a sub-agent ends, its program goes on.
             last=call.hints.last and not owner.sub_agent,
             tool=call.hints.tool,
