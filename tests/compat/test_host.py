@@ -78,7 +78,7 @@ def test_a_size_that_is_none_is_refused(value: Any) -> None:
 
 
 def test_a_policy_that_vllm_does_not_have_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"'kv_host_policy' = 'fifo' .* one of 'lru', 'arc'"):
+    with pytest.raises(OptionError, match=r"'kv_host_policy' = 'fifo' .* one of 'program', 'lru', 'arc'"):
         AgentServeConfig(kv_host_policy="fifo")  # type: ignore[arg-type]
 
 
