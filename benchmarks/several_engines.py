@@ -183,15 +183,11 @@ def since(now: Decisions, before: Decisions) -> Decisions:
     return {table: [a - b for a, b in zip(one, before[table], strict=True)] for table, one in now.items()}
 
 
-def decisions(counts: Decisions, when: str, most: float | None) -> list[Row]:
-    """How long the choice of an engine took: the upper bound of the class that a share is in.
-
-    Args:
-        when: these were.
-        most: ms within which 95 % are to be.
-    """
+def decisions(counts: Decisions, when: str) -> list[Row]:
+    """How long the choice of an engine took, with what was going on then (`when`): the upper bound of the class that a share is
+    in."""
     every = [sum(one) for one in zip(*counts.values(), strict=True)]
-    rows = [Row(f"router decision {when}, 95 % within (ms)", share_within(every, 0.95) * 1000, most=most)]
+    rows = [Row(f"router decision {when}, 95 % within (ms)", share_within(every, 0.95) * 1000, most=1.0)]
     for table, one in sorted(counts.items()):
         words = "the table of pins was asked" if table == "asked" else "the ingress knew"
         rows.append(Row(f"the same where {words}, {one[-1]:.0f} decisions (ms)", share_within(one, 0.95) * 1000))
@@ -329,10 +325,10 @@ def main() -> int:
         rows += conversations(cluster, arguments.conversations, arguments.turns, arguments.seed)
         cluster.complete([5, 6, 7], "the times so far are told with the next call")
         busy = decided(cluster.page())
-        rows += decisions(busy, f"with {AT_ONCE} conversations at a time", 1.0)
+        rows += decisions(busy, f"with {AT_ONCE} conversations at a time")
         rows += pairs(cluster, arguments.pairs, arguments.seed)
         cluster.complete([5, 6, 7], "and those of the pairs with this one")
-        rows += decisions(since(decided(cluster.page()), busy), "with one request at a time", 1.0)
+        rows += decisions(since(decided(cluster.page()), busy), "with one request at a time")
         if not arguments.no_kills:
             for what in ("EngineCore", "server"):
                 rows += kill(cluster, what, arguments.seed)

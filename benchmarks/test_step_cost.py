@@ -116,8 +116,7 @@ def test_cost_of_requests_that_wait_for_grammars(waiting: int, record_property) 
 def host_with(policy: str, programs: int, blocks: int) -> tuple[list[float], Callable[[], None]]:
     """vLLM's manager of host memory that keeps the contexts of so many programs: what its policy takes for the ends of calls, in
     seconds, and one more call of one of them, which has a block that is new."""
-    module = OWN_POLICIES[policy][1] if policy in OWN_POLICIES else None
-    name = OWN_POLICIES[policy][0] if policy in OWN_POLICIES else policy
+    name, module = OWN_POLICIES.get(policy, (policy, None))
     manager: Any = CPUOffloadingManager(programs * (blocks + 64), name, module)
     contexts = {
         program: [make_offload_key(f"{program} {block}".encode(), 0) for block in range(blocks)]

@@ -38,17 +38,17 @@ def page(**times_s: list[float]) -> str:
 
 
 def test_a_share_of_a_histogram_lies_within_the_bound_of_its_class() -> None:
-    every, asked, known = decisions(decided(page(asked=[0.003] * 6, known=[0.0002] * 94)), "now", 1.0)
+    every, asked, known = decisions(decided(page(asked=[0.003] * 6, known=[0.0002] * 94)), "now")
     assert (every.value, every.reached) == (5.0, False)
     assert (asked.value, known.value) == (5.0, 0.25)
-    assert decisions(decided(page(asked=[0.003] * 5, known=[0.0002] * 95)), "now", 1.0)[0].value == 0.25
-    assert decisions(decided(page(asked=[5.0])), "now", 1.0)[0].value == math.inf
+    assert decisions(decided(page(asked=[0.003] * 5, known=[0.0002] * 95)), "now")[0].value == 0.25
+    assert decisions(decided(page(asked=[5.0])), "now")[0].value == math.inf
 
 
 def test_decisions_between_two_pages_are_those_of_the_second_without_the_first() -> None:
     before = decided(page(asked=[0.2] * 9, known=[0.0002]))
     later = since(decided(page(asked=[0.2] * 9, known=[0.0002] * 21)), before)
-    found = decisions(later, "later", 1.0)
+    found = decisions(later, "later")
     assert found[0].name == "router decision later, 95 % within (ms)"
     assert (found[0].value, found[0].reached) == (0.25, True)
     assert found[-1].name.startswith("the same where the ingress knew, 20 decisions")

@@ -20,13 +20,13 @@ from typing import IO, TYPE_CHECKING
 from vllm_agentserve.bench.server import first_cause
 from vllm_agentserve.cluster.relay import EVENT, Failure, Head, Part, RelayedRequest, WholeEvents, end_to_end, is_stream
 from vllm_agentserve.cluster.settings import START_TIMEOUT_S
-from vllm_agentserve.processes.group import group_lives, signal_group, stop_group
+from vllm_agentserve.processes.group import stop_group
 
 if TYPE_CHECKING:
     import aiohttp
 
-STOP_S = 20.0
-"""What a `vllm serve` gets to end by itself."""
+STOP_STEPS = ((signal.SIGTERM, 20.0), (signal.SIGKILL, 5.0))
+"""How a `vllm serve` and all that it started are ended: signals, and the seconds that they get before the next one."""
 ENDING_S = 1.0
 ASK_S = 0.25
 """Between two questions whether it is healthy."""
@@ -114,7 +114,7 @@ class Engine:
         )
         assert self._process.stdout is not None
         threading.Thread(target=self._pass_on, args=(self._process.stdout,), daemon=True).start()
-        threading.Thread(target=self._leave_nothing, args=(self._process,), daemon=True).start()
+        threading.Thread(target=self._end_what_it_started, args=(self._process,), daemon=True).start()
         self._session = aiohttp.ClientSession(
             # A connection that is kept open may be closed by the server just as a request is sent.
             connector=aiohttp.UnixConnector(self._socket, limit=0, force_close=True),
@@ -149,19 +149,14 @@ class Engine:
             self._said.append(text[:LINE_CHARACTERS])
             print(text, flush=True)
 
-    def _leave_nothing(self, process: "subprocess.Popen[bytes]") -> None:
+    def _end_what_it_started(self, process: "subprocess.Popen[bytes]") -> None:
         """Where its server is killed, its EngineCore would go on, and keep the memory that the next one needs."""
         with contextlib.suppress(ChildProcessError):
             # Not reaped: its number stays that of its group.
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        for kind in (signal.SIGTERM, signal.SIGKILL):
-            deadline = time.monotonic() + STOP_S
-            if self._process is process and group_lives(process.pid):
-                signal_group(process.pid, kind)
-            # Those that clean up after others, such as shared memory, get the time for it.
-            while self._process is process and group_lives(process.pid) and time.monotonic() < deadline:
-                process.poll()
-                time.sleep(0.05)
+        if self._process is process:
+            # What removes shared memory is in the group too, and gets the time for it.
+            stop_group(process, STOP_STEPS)
 
     async def page(self, path: str, timeout_s: float = 5.0) -> bytes | None:
         """The contents of one of its pages; None if it cannot be had in that time."""
@@ -269,7 +264,7 @@ class Engine:
         """Asks it to end, then makes it; returns when it and all that it started are gone."""
         process, self._process = self._process, None
         if process is not None:
-            stop_group(process, ((signal.SIGTERM, STOP_S), (signal.SIGKILL, 5.0)))
+            stop_group(process, STOP_STEPS)
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

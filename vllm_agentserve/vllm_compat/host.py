@@ -122,7 +122,12 @@ def memory_obstacle(gib: float) -> str | None:
 
 
 def room_obstacle(gib: float, shared: bool) -> str | None:
-    """The same; `shared`: whether vLLM keeps it where processes share memory, as it does on GPUs."""
+    """Why this machine has no room for host memory of this size, with the remedy; None if it has.
+
+    Args:
+        gib: its size.
+        shared: whether vLLM keeps it in `SHARED_MEMORY`, as it does on GPUs.
+    """
     free = available_bytes()
     if free is not None and gib * 2**30 > free:
         return f"{gib:g} GiB are needed, and {free / 2**30:.1f} GiB of memory are available. Give less"

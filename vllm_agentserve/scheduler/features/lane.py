@@ -108,7 +108,7 @@ class LaneFeature(NoLaneFeature):
         drained, late = self.dispatch.drain()
         if drained.left:
             # They were to be cancelled; what is left of them comes with a step.
-            compat.take_back(self._scheduler, set(drained.ended))
+            compat.take_back(self._scheduler, drained.ended)
             raise RuntimeError(
                 f"the prefill lane has not let go of {len(drained.left)} prompts in time, so the prefix cache is not reset under "
                 "running requests, which go on. Try again in a moment."
