@@ -104,6 +104,11 @@ def row(dtype: str, arm: str, comparison: AnswerComparison, lane_requests: int) 
     return f"| {dtype} | {arm} | {equal} | {apart} | {shown} | {lane_requests} |"
 
 
+def row_without_answers(dtype: str, arm: str, why: str) -> str:
+    """The row of an arm that has none."""
+    return f"| {dtype} | {arm} | {why} | | | |"
+
+
 def run_bfloat16(check: CheckRun) -> PartResult:
     """The part that decides whether lanes work as users run them: FlashAttention, and decode steps as CUDA graphs."""
     return run(check, "bfloat16")
@@ -129,16 +134,18 @@ def run(check: CheckRun, dtype: str) -> PartResult:
     for arm in ORDER[dtype]:
         if arm == CONTROL and dtype == "float32" and check.device == "cpu":
             # Its CPU runner takes back the draws of a prompt that is cut by a call that CPU generators lack.
-            page.append(f"| {dtype} | {arm} | not run: vLLM on CPUs cannot cut prompts that sample with a seed | | | |")
+            page.append(
+                row_without_answers(dtype, arm, "not run: vLLM on CPUs cannot cut prompts that sample with a seed")
+            )
             continue
         if check.left_s() < LEAST_S:
-            page.append(f"| {dtype} | {arm} | not run: the time was used up | | | |")
+            page.append(row_without_answers(dtype, arm, "not run: the time was used up"))
             continue
         answers = answers_of(check, dtype, arm)
         if isinstance(answers, str):
             late = check.ran_out(name_of(dtype, arm))
             problems += [] if late else [f"{dtype} {arm}: no answers"]
-            page.append(f"| {dtype} | {arm} | {'ran out of time' if late else 'failed'} | | | |")
+            page.append(row_without_answers(dtype, arm, "ran out of time" if late else "failed"))
             figures[name_of(dtype, arm)] = {"error": answers}
             if arm == "stock":
                 break

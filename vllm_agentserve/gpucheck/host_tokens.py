@@ -7,7 +7,7 @@ from typing import Any
 from vllm_agentserve.gpucheck.check_run import PACKAGE, CheckRun, PartResult
 from vllm_agentserve.gpucheck.compare import AnswerComparison, compare, wrong
 from vllm_agentserve.gpucheck.engines import TOY, Setting, counters, make_engine
-from vllm_agentserve.gpucheck.equality import CONTROL, GRAPHS, LEAST_S, engine_limits, errors_of
+from vllm_agentserve.gpucheck.equality import CONTROL, GRAPHS, LEAST_S, engine_limits, errors_of, row_without_answers
 from vllm_agentserve.gpucheck.scripted_requests import (
     Answers,
     ScriptedRequest,
@@ -111,14 +111,14 @@ def run(check: CheckRun) -> PartResult:
         for arm in arms:
             name = f"host-{dtype}-{arm}"
             if check.left_s() < LEAST_S:
-                page.append(f"| {dtype} | {arm} | not run: the time was used up | | | |")
+                page.append(row_without_answers(dtype, arm, "not run: the time was used up"))
                 continue
             options = {"setting": asdict(setting(check, arm, dtype)), "small": check.small}
             limit = None if arm == "stock" else check.patience_s
             ended = check.run(name, f"{PACKAGE}.host_tokens:answer", options, limit)
             if ended.error is not None:
                 problems += [] if ended.out_of_time else [f"{dtype} {arm}: no answers"]
-                page.append(f"| {dtype} | {arm} | {'ran out of time' if ended.out_of_time else 'failed'} | | | |")
+                page.append(row_without_answers(dtype, arm, "ran out of time" if ended.out_of_time else "failed"))
                 figures[name] = {"error": ended.error}
                 if arm == "stock":
                     break
