@@ -14,7 +14,7 @@ from vllm_agentserve.bench.records import Record
 from vllm_agentserve.bench.sessions import live_context, longest_context
 from vllm_agentserve.gpucheck import command, pressure
 from vllm_agentserve.gpucheck.check_run import CheckRun
-from vllm_agentserve.gpucheck.engines import SHAPES, TOY, engine_arguments, weight_bytes
+from vllm_agentserve.gpucheck.engines import SHAPES, TOY, engine_arguments, variables, weight_bytes
 from vllm_agentserve.gpucheck.pressure import (
     ARMS,
     HOST,
@@ -92,6 +92,20 @@ def test_engines_have_the_same_cache_and_measure_no_memory(tmp_path: Path) -> No
     ]
     folders = [setting(check, arm, SHAPES[0], POOL).folder for arm in ARMS]
     assert len(set(folders)) == len(ARMS), "engines that start at the same time each write a configuration"
+
+
+def test_engines_compile_their_model_where_that_is_asked_for(tmp_path: Path) -> None:
+    """As a server does: vLLM's own modes, so that chunks are CUDA graphs too. Every engine has its own compiled code."""
+    check = CheckRun(tmp_path, "cuda", False, {}, compiled=True)
+    for arm in ARMS:
+        given = engine_arguments(setting(check, arm, SHAPES[0], POOL))
+        assert given["compilation_config"] == {"max_cudagraph_capture_size": 512}
+        assert "enforce_eager" not in given
+    folders = {variables(setting(check, arm, SHAPES[0], POOL))["VLLM_CACHE_ROOT"] for arm in ARMS}
+    assert len(folders) == len(ARMS)
+    assert all(folder.startswith(str(tmp_path)) for folder in folders)
+    plain = CheckRun(tmp_path, "cuda", False, {})
+    assert not variables(setting(plain, ARMS[0], SHAPES[0], POOL))
 
 
 def test_engines_with_host_memory_have_it_alike(tmp_path: Path) -> None:

@@ -70,12 +70,16 @@ class CheckRun:
         device: "cuda" or "cpu".
         small: everything in the smallest size that still exercises it.
         environment: of all child processes.
+        compiled: whether engines under memory pressure compile their model, as a server does.
     """
 
-    def __init__(self, folder: Path, device: str, small: bool, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, folder: Path, device: str, small: bool, environment: Mapping[str, str], compiled: bool = False
+    ) -> None:
         self.folder = folder.resolve()
         self.device = device
         self.small = small
+        self.compiled = compiled
         self.environment = dict(environment)
         self.end = float("inf")
         self.starter = Starter()

@@ -172,13 +172,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=list(PARTS),
         help="run only these parts, in the usual order; those under memory pressure run only if they are named",
     )
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="engines under memory pressure compile their model, as a server does by default; they take longer to start",
+    )
     given = parser.parse_args(arguments)
     if given.device == "cpu" and has_nvidia_driver():
         parser.error("--device cpu is for machines without an NVIDIA driver: vLLM takes the GPU where there is one")
     # A plain `kill` unwinds like Ctrl-C, so that no engine is left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     device = chosen_device(given.device)
-    check = CheckRun(given.output, device, given.small, child_environment(os.environ, serving_environment(base={})))
+    environment_of_children = child_environment(os.environ, serving_environment(base={}))
+    check = CheckRun(given.output, device, given.small, environment_of_children, given.compiled)
     names = [name for name, part in {**PARTS, **ON_REQUEST}.items() if name in given.parts or part.always]
     shown = " ".join(["python -m vllm_agentserve.gpucheck", *(sys.argv[1:] if arguments is None else arguments)])
     done = run_parts(check, names, given.budget_s, shown)

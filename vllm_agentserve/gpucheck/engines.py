@@ -1,6 +1,7 @@
 """The engines of the check: real vLLM in this process, stock or with our scheduler, over a model that needs no download."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ OURS = tuple(MODES)
 STOCK = ("stock", "stock-chunk")
 GRAPH_SIZES = (1, 2, 4, 8)
 """Decode batches that are CUDA graphs: agents are few, and every size takes start-up time."""
+GRAPH_TOKENS = 512
+"""The largest step that is a CUDA graph where the model is compiled: vLLM's default for the 256 places that a server has."""
 CONTROL_CHUNK = 256
 """Prompt tokens per step of the arm `stock-chunk`: stock vLLM against itself, with other rounding."""
 
@@ -94,6 +97,7 @@ class Setting:
         options: ours, for the arms that have them.
         engine: further arguments of `LLM`.
         graph_sizes: decode batches that are CUDA graphs.
+        compiled: whether `graphs` are vLLM's own: the model is compiled, and steps of up to `GRAPH_TOKENS` tokens are graphs.
     """
 
     arm: str
@@ -105,6 +109,7 @@ class Setting:
     options: Mapping[str, Any] = field(default_factory=dict)
     engine: Mapping[str, Any] = field(default_factory=dict)
     graph_sizes: Sequence[int] = GRAPH_SIZES
+    compiled: bool = False
 
 
 def write_config(shape: ModelShape, folder: Path) -> Path:
@@ -155,7 +160,9 @@ def engine_arguments(setting: Setting) -> dict[str, Any]:
         given["attention_config"] = {"backend": "TRITON_ATTN" if setting.dtype == "float32" else "FLASH_ATTN"}
         # Where the size of the KV cache is given, this is only how much must be free at start.
         given.setdefault("gpu_memory_utilization", 0.3)
-    if setting.device == "cuda" and setting.graphs:
+    if setting.device == "cuda" and setting.graphs and setting.compiled:
+        given["compilation_config"] = {"max_cudagraph_capture_size": GRAPH_TOKENS}
+    elif setting.device == "cuda" and setting.graphs:
         given["compilation_config"] = {
             "mode": 0,
             "cudagraph_mode": "FULL_DECODE_ONLY",
@@ -171,12 +178,18 @@ def engine_arguments(setting: Setting) -> dict[str, Any]:
     return given
 
 
+def variables(setting: Setting) -> dict[str, str]:
+    """Environment variables of its process: engines that start at the same time must not write the same compiled code."""
+    return {"VLLM_CACHE_ROOT": str(Path(setting.folder) / "compiled")} if setting.compiled else {}
+
+
 def make_engine(setting: Setting) -> Any:
     """A `vllm.LLM`. In a child process, which ends with it."""
     from vllm import LLM
 
     from vllm_agentserve import plugin
 
+    os.environ.update(variables(setting))
     # vLLM finds the plugin by itself where it is installed; a bare source tree on the path has no entry points.
     plugin.register()
     if setting.model == TOY.name:

@@ -174,6 +174,7 @@ def setting(check: CheckRun, arm: Arm, shape: ModelShape, pool: KvPool) -> Setti
         options,
         engine,
         GRAPH_SIZES,
+        check.compiled,
     )
 
 
@@ -348,7 +349,8 @@ class Pressure:
         kind = "real random weights" if self.shape is TOY else "vLLM's dummy weights"
         lines = [
             f"Model `{self.shape.name}` ({kind}), bfloat16; a KV cache of {self.pool.tokens} tokens for each engine. "
-            f"{len(self.arms)} engines run side by side and take turns.",
+            f"{len(self.arms)} engines run side by side and take turns. "
+            f"The model is {'compiled, as in a server' if self.check.compiled else 'not compiled'}.",
         ]
         for arm in self.arms:
             if arm.host:
