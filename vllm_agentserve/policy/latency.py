@@ -128,6 +128,8 @@ class StepModel:
         """Mixed steps in a row that took less than the prediction divided by `OUTLIER`, or more than it times that."""
         self._constrained: tuple[int, list[float]] = (-1, [])
         """The coefficients of chunks after so many samples, none below zero."""
+        self._constrained_decode: tuple[int, list[float]] = (-1, [])
+        """The same of decodes."""
         self._short_ms: deque[float] = deque(maxlen=self.SHORT_STEPS)
         """What the last mixed steps with few prompt tokens took for them."""
         self._most_mixing_ms = inf
@@ -150,7 +152,9 @@ class StepModel:
         base, per_sequence, per_context = self._decode.weights
         if per_sequence < 0.0 or per_context < 0.0:
             # Far from what was seen a slope below zero would say that a larger step takes no time at all.
-            base, per_sequence, per_context = self._decode.at_least_zero((1, 2))
+            if self._constrained_decode[0] != self._decode.samples:
+                self._constrained_decode = self._decode.samples, self._decode.at_least_zero((1, 2))
+            base, per_sequence, per_context = self._constrained_decode[1]
         return max(base + per_sequence * sequences + per_context * context / 1000, 0.0)
 
     def chunk_ms(self, tokens: int, context: int, first: bool = True) -> float:

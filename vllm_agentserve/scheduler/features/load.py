@@ -27,6 +27,9 @@ TELL_S = 10.0
 ASK_S = 0.1
 """All held calls are asked for after so long."""
 
+REPORT_S = 1.0
+"""Claims are counted again for a report after so long, unless others ask for them."""
+
 
 class LoadLog:
     """What is logged of load control: that first calls are held, and decisions that differ from the last one that was logged."""
@@ -92,7 +95,7 @@ class Load(Feature):
         self._waiting = waiting
         self._counts = counts
         self._decodes = 0
-        self._asked_s = -inf
+        self._asked_s = self._reported_s = -inf
         self._log = LoadLog()
 
     def arrived(self, call: Call) -> None:
@@ -193,8 +196,12 @@ class Load(Feature):
         )
 
     def report(self) -> dict[str, float]:
-        # With a time: the claims of programs that have stayed away are no longer there.
-        return load_report(self.control.report(perf_counter()), self._counts)
+        now = perf_counter()
+        # With a time the claims of programs that have stayed away are no longer there; but counting takes a millisecond.
+        counts = now - self._reported_s >= REPORT_S or self._idle()
+        if counts:
+            self._reported_s = now
+        return load_report(self.control.report(now if counts else None), self._counts)
 
     def faults(self, calls: Iterable[Call]) -> list[str]:
         return self.control.faults({call.load for call in calls if call.load is not None})
