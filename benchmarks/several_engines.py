@@ -124,10 +124,11 @@ def socket_of(pid: int) -> str:
 
 
 @contextlib.contextmanager
-def serving(model: Path, port: int, options: Sequence[str]) -> Iterator[Cluster]:
-    """A cluster of two engines and two ingresses."""
+def serving(
+    model: Path, port: int, options: Sequence[str], own: Sequence[str] = ("--engines", "2", "--ingresses", "2")
+) -> Iterator[Cluster]:
+    """A cluster, by default of two engines and two ingresses."""
     log = Path(tempfile.mkstemp(prefix="agentserve-", suffix=".log")[1])
-    own = ("--engines", "2", "--ingresses", "2")
     with cluster_process(model, port, log, own, options, os.environ) as process:
         yield Cluster(port, process=process)
 

@@ -59,7 +59,10 @@ class Served:
     Args:
         first_s: by conversation, from its first call to the first token of its last answer, without its tools.
         turns_s: of every turn, the time to its first token.
+        answers_s: of every turn, the time to the end of its answer.
+        whole_s: by conversation, from its first call to the end of its last answer, without its tools.
         ends_s: when the last answer was complete.
+        turns: answered by each engine.
         reasons: decisions by reason.
         moves: pins that moved.
         changes: turns that went to another engine than the one before.
@@ -68,7 +71,10 @@ class Served:
 
     first_s: dict[str, float] = field(default_factory=dict)
     turns_s: list[float] = field(default_factory=list)
+    answers_s: list[float] = field(default_factory=list)
+    whole_s: dict[str, float] = field(default_factory=dict)
     ends_s: float = 0.0
+    turns: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     moves: int = 0
     changes: int = 0
@@ -265,6 +271,8 @@ class Cluster:
         talk.context = job.prompt + job.answer
         talk.turn += 1
         self.served.turns_s.append(job.first_s - talk.came_s)
+        self.served.answers_s.append(self.now_s - talk.came_s)
+        self.served.turns[talk.engine] += 1
         if self._predictor is None:
             self.placement.finished(agent.name, talk.engine, talk.context, self.now_s)
         else:
@@ -275,6 +283,7 @@ class Cluster:
             self._plan(self.now_s + gap_s, "turn", agent.name)
             return
         self._left -= 1
+        self.served.whole_s[agent.name] = self.now_s - agent.arrival_s - talk.tools_s
         self.served.first_s[agent.name] = job.first_s - agent.arrival_s - talk.tools_s
         self.served.ends_s = self.now_s
         if self._told and self._predictor is None:

@@ -1,0 +1,340 @@
+"""The simulator of several engines held against two real ones: the same conversations, placed by the same policy.
+
+    python -m benchmarks.cluster_agreement --output docs/results/NAME.json
+
+Two engines of the toy model, one core each, behind one ingress. What their steps take is timed over HTTP on both at once,
+and so is the way through the cluster; that gives the simulator its cost. Then conversations arrive at random, in real time, and
+the simulator runs the same ones. Engines run in mode `stock`, as those of the simulator do.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import random
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.several_engines import Address, Cluster, serving, socket_of
+from vllm_agentserve.bench.cost import StepCost
+from vllm_agentserve.bench.measure import quantiles
+from vllm_agentserve.bench.server import free_port
+from vllm_agentserve.policy.placement import Placement
+from vllm_agentserve.simulator.calibration import Sample, fit
+from vllm_agentserve.simulator.cluster import Cluster as SimulatedCluster
+from vllm_agentserve.simulator.cluster_engine import Power, Tier
+from vllm_agentserve.simulator.pressure import Agent, Turn
+from vllm_agentserve.toy import make_toy_model
+from vllm_agentserve.vllm_compat import installed_vllm
+
+SLOTS, STEP_TOKENS, BLOCK, KV_BYTES = 16, 2048, 32, 1 << 30
+KV_TOKENS = 100_000
+"""More than all contexts together, in the simulator as on the engines."""
+OPTIONS = (
+    *("--dtype", "bfloat16", "--max-model-len", "4096", "--max-num-seqs", str(SLOTS), "--enforce-eager"),
+    *("--max-num-batched-tokens", str(STEP_TOKENS), "--block-size", str(BLOCK)),
+    *("--kv-cache-memory-bytes", str(KV_BYTES), "--served-model-name", "model"),
+    *("--additional-config", json.dumps({"agentserve": {"mode": "stock"}})),
+)
+ANSWERED = 7
+"""The only token that answers have, so that what a turn adds to its context is known beforehand."""
+DECODES = ((1, 64), (2, 64), (4, 64), (8, 64), (1, 1500), (4, 1500))
+"""Streams at once and tokens of their prompts, while decode steps are timed."""
+PROMPTS = (256, 512, 1024, 2000)
+"""Tokens of prompts that are timed with nothing beside them."""
+MIXED = ((1, 256), (1, 1024), (2, 512), (4, 256), (4, 1024))
+"""Streams at once and tokens of a prompt that comes beside them."""
+SHORT = 16
+"""Tokens of a prompt that takes next to nothing."""
+LONG, BRIEF, REPEATS = 64, 4, 5
+"""Tokens of the answers that are timed, and how often each is."""
+NO_POWER = Power(0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """When an answer was asked for and when it was complete, in seconds, and its engine."""
+
+    asked_s: float
+    end_s: float
+    engine: str
+
+    @property
+    def took_s(self) -> float:
+        return self.end_s - self.asked_s
+
+
+def ask(address: Address, prompt: Sequence[int], tokens: int, session: str = "") -> Answer:
+    """Asks for an answer of so many tokens, all `ANSWERED`. Not as a stream: every token on its way would take time of the
+    engines' cores.
+
+    Raises:
+        RuntimeError: it was refused.
+    """
+    body = {"model": "model", "prompt": list(prompt), "max_tokens": tokens, "ignore_eos": True}
+    asked_s = time.monotonic()
+    with address.open("POST", "/v1/completions", body | {"allowed_token_ids": [ANSWERED]}, session) as answer:
+        content = answer.read()
+        if answer.status != 200:
+            raise RuntimeError(f"a request was answered with status {answer.status}: {content[-300:]!r}")
+        return Answer(asked_s, time.monotonic(), answer.getheader("x-agentserve-engine") or "")
+
+
+def at_once(tasks: Sequence[Callable[[], Answer]]) -> list[Answer]:
+    """Runs all at the same time; raises what one of them raised."""
+    found: list[Answer | BaseException] = [RuntimeError("it did not run")] * len(tasks)
+
+    def run(number: int) -> None:
+        try:
+            found[number] = tasks[number]()
+        except BaseException as error:
+            found[number] = error
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(tasks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one in found:
+        if isinstance(one, BaseException):
+            raise one
+    return [one for one in found if isinstance(one, Answer)]
+
+
+class Timing:
+    """Times both engines at their sockets, at the same time, as they work later."""
+
+    def __init__(self, cluster: Cluster, seed: int) -> None:
+        self._cluster = cluster
+        self._sockets = [Address(path=socket_of(pid)) for _, pid in sorted(cluster.engines().items())]
+        self._dice = random.Random(f"timing {seed}")
+
+    def _prompt(self, tokens: int) -> list[int]:
+        return [self._dice.randrange(5, 4000) for _ in range(tokens)]
+
+    def decodes(self, streams: int, tokens: int) -> Sample:
+        """A step of so many sequences: what a long answer takes longer than a short one. Their prompts are in the KV cache, so
+        that all begin together."""
+        asked = [(address, self._prompt(tokens)) for address in self._sockets for _ in range(streams)]
+        for address, prompt in asked:
+            ask(address, prompt, 1)
+        more = []
+        for _ in range(REPEATS):
+            long, short = (at_once([lambda a=a, p=p, n=n: ask(a, p, n) for a, p in asked]) for n in (LONG, BRIEF))
+            more.append(statistics.fmean(one.took_s for one in long) - statistics.fmean(one.took_s for one in short))
+        each_s = statistics.median(more) / (LONG - BRIEF)
+        return Sample(streams, streams * (tokens + LONG // 2), (), 1000 * each_s)
+
+    def mixed(self, streams: int, tokens: int, decode_ms: float) -> Sample:
+        """A step of so many sequences with a prompt: what their answers take longer when a prompt comes in the middle."""
+        asked = [(address, self._prompt(SHORT)) for address in self._sockets for _ in range(streams)]
+        for address, prompt in asked:
+            ask(address, prompt, 1)
+        more = []
+        for _ in range(REPEATS):
+            alone = at_once([lambda a=a, p=p: ask(a, p, LONG) for a, p in asked])
+
+            def comes(address: Address, prompt: Sequence[int]) -> Answer:
+                time.sleep(LONG / 2 * decode_ms / 1000)
+                return ask(address, prompt, 1)
+
+            given = [(address, self._prompt(tokens)) for address in self._sockets]
+            prompts = [lambda a=a, p=p: comes(a, p) for a, p in given]
+            beside = at_once([*(lambda a=a, p=p: ask(a, p, LONG) for a, p in asked), *prompts])[: len(asked)]
+            more.append(statistics.fmean(one.took_s for one in beside) - statistics.fmean(one.took_s for one in alone))
+        ms = decode_ms + max(1000 * statistics.median(more), 0.0)
+        return Sample(streams, streams * (SHORT + LONG // 2), ((tokens, 0),), ms)
+
+    def prompt_s(self, tokens: int) -> float:
+        """An answer of one token to a prompt of so many, with nothing beside it, median."""
+        times = []
+        for _ in range(REPEATS):
+            prompts = [self._prompt(tokens) for _ in self._sockets]
+            found = at_once([lambda a=a, p=p: ask(a, p, 1) for a, p in zip(self._sockets, prompts, strict=True)])
+            times += [one.took_s for one in found]
+        return statistics.median(times)
+
+    def way_s(self) -> float:
+        """The same for a short prompt through the cluster."""
+        return statistics.median(
+            ask(self._cluster, self._prompt(SHORT), 1, f"way {number}").took_s for number in range(4 * REPEATS)
+        )
+
+    def run(self) -> tuple[StepCost, float, list[Sample]]:
+        """The cost of steps; seconds that a call takes longer through the cluster than its steps do; and the samples."""
+        self.decodes(2, SHORT)
+        samples = [self.decodes(*one) for one in DECODES]
+        short_s = self.prompt_s(SHORT)
+        decodes = fit([*samples, Sample(0, 0, ((SHORT, 0),), samples[0].ms)])
+        base_ms = decodes.base
+        samples += [
+            # What a short prompt takes besides its step, the way to the socket, is in both.
+            Sample(0, 0, ((tokens, 0),), base_ms + 1000 * (self.prompt_s(tokens) - short_s))
+            for tokens in PROMPTS
+        ]
+        samples += [
+            self.mixed(streams, tokens, decodes.decode_ms(streams, streams * (SHORT + LONG // 2)))
+            for streams, tokens in MIXED
+        ]
+        cost = fit(samples)
+        return cost, max(self.way_s() - cost.step_ms(0, 0, [(SHORT, 0)]) / 1000, 0.0), samples
+
+
+def draw(seed: int, number: int, per_s: float) -> list[Agent]:
+    """So many conversations, which begin at random times."""
+    dice, now_s, found = random.Random(f"conversations {seed}"), 0.0, []
+    for index in range(number):
+        now_s += dice.expovariate(per_s)
+        turns = [Turn(dice.randint(300, 1500), dice.randint(20, 60))]
+        turns += [
+            Turn(dice.randint(40, 200), dice.randint(20, 60), dice.uniform(0.5, 1.5)) for _ in range(dice.randint(3, 6))
+        ]
+        found.append(Agent(f"conversation {seed} {index}", now_s, tuple(turns)))
+    return found
+
+
+Figures = dict[str, float]
+
+
+def figures(
+    turns_s: Sequence[float], talks_s: Sequence[float], ends_s: float, changes: int, engines: Mapping[str, int]
+) -> Figures:
+    """Of one run.
+
+    Args:
+        turns_s: of every turn, the time to the end of its answer.
+        talks_s: of every conversation, from its first call to its last answer, without its tools.
+        ends_s: when the last answer was complete.
+        changes: turns that went to another engine than the one before.
+        engines: how many turns each had.
+    """
+    return {
+        "turn, mean (s)": statistics.fmean(turns_s),
+        "turn, p95 (s)": quantiles(turns_s)["p95"],
+        "conversation without tools, mean (s)": statistics.fmean(talks_s),
+        "conversation without tools, p95 (s)": quantiles(talks_s)["p95"],
+        "until all had ended (s)": ends_s,
+        "turns that changed their engine": float(changes),
+        "share of turns on the engine with more": max(engines.values()) / sum(engines.values()),
+    }
+
+
+COMPARED = 5
+"""The first so many figures are times."""
+
+
+def converse(cluster: Cluster, agent: Agent, began_s: float) -> list[Answer]:
+    """One conversation, in real time."""
+    prompt: list[int] = []
+    dice, found = random.Random(agent.name), list[Answer]()
+    for number, turn in enumerate(agent.turns):
+        due_s = began_s + agent.arrival_s if number == 0 else found[-1].end_s + turn.gap_s
+        time.sleep(max(due_s - time.monotonic(), 0.0))
+        prompt += [dice.randrange(5, 4000) for _ in range(turn.added)]
+        answer = ask(cluster, prompt, turn.answer, agent.name)
+        # The call was due then, whatever the client was doing.
+        found.append(replace(answer, asked_s=due_s))
+        prompt += [ANSWERED] * turn.answer
+    return found
+
+
+def measured(cluster: Cluster, agents: Sequence[Agent]) -> Figures:
+    """What the engines did."""
+    began_s = time.monotonic() + 0.5
+    by_agent: dict[str, list[Answer]] = {}
+
+    def run(agent: Agent) -> Answer:
+        by_agent[agent.name] = converse(cluster, agent, began_s)
+        return by_agent[agent.name][-1]
+
+    at_once([lambda agent=agent: run(agent) for agent in agents])
+    answers = [by_agent[agent.name] for agent in agents]
+    turns = [one for own in answers for one in own]
+    names = {one.engine for one in turns}
+    return figures(
+        [one.took_s for one in turns],
+        [
+            own[-1].end_s - own[0].asked_s - sum(turn.gap_s for turn in agent.turns)
+            for own, agent in zip(answers, agents, strict=True)
+        ],
+        max(one.end_s for one in turns) - began_s,
+        sum(a.engine != b.engine for own in answers for a, b in itertools.pairwise(own)),
+        {name: sum(one.engine == name for one in turns) for name in names},
+    )
+
+
+def simulated(agents: Sequence[Agent], policy: str, cost: StepCost, way_s: float) -> Figures:
+    """What the simulator says. The way to the engine is part of every call, and so of what is between two of them."""
+    tier = Tier(cost, KV_TOKENS, NO_POWER, SLOTS, STEP_TOKENS)
+    later = [
+        replace(
+            agent,
+            turns=tuple(replace(turn, gap_s=turn.gap_s + way_s * bool(at)) for at, turn in enumerate(agent.turns)),
+        )
+        for agent in agents
+    ]
+    cluster = SimulatedCluster([tier, tier], Placement(policy))
+    served = cluster.run(later)
+    # What the simulator says has no gaps, and so no ways either.
+    return figures(
+        [one + way_s for one in served.answers_s],
+        [served.whole_s[agent.name] + way_s * len(agent.turns) for agent in agents],
+        served.ends_s + way_s,
+        served.changes,
+        served.turns,
+    )
+
+
+def compare(policy: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One policy: a cluster of its own, timed, and then the conversations of each round."""
+    own = ("--engines", "2", "--ingresses", "1", "--policy", policy)
+    rounds = []
+    with serving(make_toy_model(), free_port(), OPTIONS, own) as cluster:
+        timing = Timing(cluster, arguments.seed)
+        cost, way_s, samples = timing.run()
+        for number in range(arguments.rounds):
+            agents = draw(arguments.seed * 1000 + number, arguments.conversations, arguments.per_s)
+            engine = measured(cluster, agents)
+            model = simulated(agents, policy, cost, way_s)
+            for name in [*engine][:COMPARED]:
+                ratio = model[name] / engine[name]
+                print(f"| {policy} | {number + 1} | {name} | {engine[name]:.2f} | {model[name]:.2f} | {ratio:.2f} |")
+            sys.stdout.flush()
+            rounds.append({"engine": engine, "simulator": model})
+    return {"cost": asdict(cost), "way_s": way_s, "samples": [asdict(one) for one in samples], "rounds": rounds}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policies", nargs="+", default=["conserve", "least-loaded"])
+    parser.add_argument("--conversations", type=int, default=30)
+    parser.add_argument("--per-s", type=float, default=0.5, help="conversations that begin per second")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="a file for the figures, as JSON")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    print("| policy | round | figure | engines | simulator | simulator / engines |\n|---|---|---|---|---|---|")
+    found = {policy: compare(policy, arguments) for policy in arguments.policies}
+    if arguments.output:
+        report = {
+            "command": " ".join(["python", "-m", "benchmarks.cluster_agreement", *sys.argv[1:]]),
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+            "vllm": installed_vllm(),
+            "policies": found,
+        }
+        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
