@@ -128,6 +128,8 @@ def test_our_own_work_is_not_pollution() -> None:
     assert report["our_cores"] == pytest.approx(cores, rel=0.2)
     assert report["clock_step_s"] < 0.05
     assert 0.01 < report["page_touch_us"] < 1e5
+    assert len(report["work_ms"]) == 2
+    assert all(0.01 < ms < 1e4 for ms in report["work_ms"])
 
 
 def test_on_a_gpu_every_arm_gets_the_size_the_first_start_found(

@@ -255,6 +255,25 @@ def test_where_long_prompts_were_computed_is_said_for_arms_with_a_lane() -> None
     ]
 
 
+def test_a_machine_that_was_not_steady_is_told_of() -> None:
+    """By fixed work before and after each run: the mean of each arm shows whom it may have favoured."""
+
+    def rounds(*slow: float) -> list[RoundRecord]:
+        return [
+            RoundRecord(arm=arm, round=number, began="", conditions={"work_ms": [2.0, 2.0 * times]})
+            for number in range(2)
+            for arm, times in zip(("stock", "agentserve"), slow, strict=True)
+        ]
+
+    experiment = {"rounds": 2, "arms": [{}, {}]}
+    told = [line for line in notes(experiment, rounds(1.0, 1.5), [], False) if "not steady" in line]
+    assert len(told) == 1
+    assert "took 2.00 to 3.00 ms (mean by arm: stock 2.00, agentserve 2.50)" in told[0]
+    assert not [line for line in notes(experiment, rounds(1.0, 1.1), [], False) if "steady" in line]
+    before = [RoundRecord(arm="stock", round=0, began="", conditions={"page_touch_us": 0.5})]
+    assert not [line for line in notes(experiment, before, [], False) if "steady" in line]
+
+
 def test_different_servers_are_named() -> None:
     experiment = {"rounds": 3, "arms": [{}, {}]}
     rounds = [

@@ -457,3 +457,13 @@ def test_two_engines_serve_agents_in_turns(tmp_path: Path, toy_model: Path) -> N
         assert all(len(record["stamps_us"]) == record["wanted_tokens"] for record in raw["records"])
         prompts.append({record["prompt"] for record in raw["records"] if record["turn"] == 0})
     assert prompts[0] == prompts[1], "both have the same sessions"
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_command_line_says_whether_models_are_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    seen: list[CheckRun] = []
+    monkeypatch.setattr(command, "run_parts", lambda check, names, budget_s, shown: seen.append(check) or [])
+    command.main(["--output", str(tmp_path), "--device", "cuda", *(["--compiled"] if asked else [])])
+    assert [check.compiled for check in seen] == [asked]

@@ -25,6 +25,8 @@ PAGE_TOUCH_US = 4.0
 """Time in which a page of memory is there when it is first used; usually below 1. Where the host of a virtual machine takes free
 memory back it is 5 to 11, and servers were half as fast in runs in which that was seen."""
 PAGES_TOUCHED = 2048
+WORK_SHAPE, WORK_TIMES = (1024, 4096), 25
+"""Of the fixed work: a matrix of 16 MiB times a vector, so many times. It needs what decode steps on CPUs need."""
 GPU_SAMPLE_S = 0.2
 THROTTLING = {
     "software power cap": "nvmlClocksEventReasonSwPowerCap",
@@ -49,9 +51,11 @@ class Conditions:
         self.gpu = GpuWatch()
         self._end: dict[str, float] = {}
         self._page_touch_us = 0.0
+        self._work_ms: list[float] = []
 
     def __enter__(self) -> "Conditions":
         self._page_touch_us = page_touch_us()
+        self._work_ms = [work_ms()]
         self.gpu.start()
         self._begin = snapshot()
         return self
@@ -59,10 +63,12 @@ class Conditions:
     def __exit__(self, *_: object) -> None:
         self._end = snapshot()
         self.gpu.stop()
+        self._work_ms.append(work_ms())
 
     def report(self) -> dict[str, Any]:
         """Cores busy for us and for others, share of stolen time, clock step (s), how late the client woke up: p99 and
-        largest (ms), and the sum as a share of the time; how long a page of memory took that was used first (us)."""
+        largest (ms), and the sum as a share of the time; how long a page of memory took that was used first (us); and fixed work
+        before and after (ms)."""
         spent = {name: self._end[name] - self._begin[name] for name in self._begin}
         seconds = max(spent["monotonic"], 1e-3)
         # A stall of seconds is one sample among many, so no quantile shows it; it is in the largest and in the sum.
@@ -76,6 +82,7 @@ class Conditions:
             "client_lateness_max_ms": round(float(late.max()), 3),
             "client_late_share": round(float(late.clip(0).sum()) / 1000 / seconds, 4),
             "page_touch_us": round(self._page_touch_us, 2),
+            "work_ms": [round(one, 3) for one in self._work_ms],
             "cpu_mhz": round(self._end["mhz"]) or None,
             "gpu_throttling": sorted(self.gpu.reasons),
         }
@@ -132,6 +139,17 @@ def page_touch_us() -> float:
         for page in range(PAGES_TOUCHED):
             memory[page * mmap.PAGESIZE] = 1
         return (time.perf_counter() - began) / PAGES_TOUCHED * 1e6
+
+
+def work_ms() -> float:
+    """How long the fixed work takes now, in ms; the median, in about 0.1 s."""
+    matrix, vector = np.ones(WORK_SHAPE, np.float32), np.ones(WORK_SHAPE[1], np.float32)
+    taken = []
+    for _ in range(WORK_TIMES):
+        began = time.perf_counter()
+        matrix @ vector
+        taken.append(time.perf_counter() - began)
+    return float(np.median(taken)) * 1000
 
 
 def cpu_seconds() -> Iterator[float]:

@@ -19,6 +19,8 @@ from vllm_agentserve.config import SERIES
 
 KEYS = {metric.key for metric in METRICS}
 FACTORS = (1.5, 2.0, 3.0, 5.0)
+UNSTEADY = 1.2
+"""Times by which fixed work may differ between the runs of an experiment without a word."""
 
 
 @dataclass
@@ -174,6 +176,7 @@ def notes(
         if one.polluted:
             what = "left out" if clean else "kept in the figures, marked"
             found.append(f"Round {one.round + 1} of {one.arm} is polluted ({what}): {'; '.join(one.polluted)}.")
+    found += speed_note(ended)
     sizes = {one.arm: one.kv_tokens for one in ended if one.kv_tokens is not None}
     if len(set(sizes.values())) > 1:
         found.append(f"The arms have KV caches of different size, in tokens: {sizes}.")
@@ -235,6 +238,22 @@ def pressure_note(experiment: Mapping[str, Any], rounds: Sequence[RoundRecord]) 
     mean, (size,) = sum(live) / len(live), sizes
     return [
         f"Live context is {mean:.0f} tokens, {mean / size:.2g} times the KV cache: the sum over agents of their longest contexts."
+    ]
+
+
+def speed_note(rounds: Sequence[RoundRecord]) -> list[str]:
+    """How far the machine's own speed differed between runs; nothing where it was steady, or was not looked at."""
+    taken = {(one.arm, one.round): one.conditions.get("work_ms") or [] for one in rounds}
+    every = [ms for own in taken.values() for ms in own]
+    if not every or max(every) < UNSTEADY * min(every):
+        return []
+    by_arm: dict[str, list[float]] = {}
+    for (arm, _), own in taken.items():
+        by_arm.setdefault(arm, []).extend(own)
+    means = ", ".join(f"{arm} {sum(own) / len(own):.2f}" for arm, own in by_arm.items() if own)
+    return [
+        f"The machine was not steady: fixed work before and after the runs took {min(every):.2f} to {max(every):.2f} ms (mean by "
+        f"arm: {means}). Under high load small differences of speed become large ones of waiting."
     ]
 
 
