@@ -25,8 +25,9 @@ PAGE_TOUCH_US = 4.0
 """Time in which a page of memory is there when it is first used; usually below 1. Where the host of a virtual machine takes free
 memory back it is 5 to 11, and servers were half as fast in runs in which that was seen."""
 PAGES_TOUCHED = 2048
-WORK_SHAPE, WORK_TIMES = (1024, 4096), 25
-"""Of the fixed work: a matrix of 16 MiB times a vector, so many times. It needs what decode steps on CPUs need."""
+WORK_NUMBERS, WORK_TIMES = 1 << 20, 51
+"""Of the fixed work: so many products, so many times. On one thread: those of a library of matrix products would wait for each
+other."""
 GPU_SAMPLE_S = 0.2
 THROTTLING = {
     "software power cap": "nvmlClocksEventReasonSwPowerCap",
@@ -143,11 +144,13 @@ def page_touch_us() -> float:
 
 def work_ms() -> float:
     """How long the fixed work takes now, in ms; the median, in about 0.1 s."""
-    matrix, vector = np.ones(WORK_SHAPE, np.float32), np.ones(WORK_SHAPE[1], np.float32)
+    numbers = np.ones(WORK_NUMBERS, np.float32)
+    products = np.empty_like(numbers)
     taken = []
     for _ in range(WORK_TIMES):
         began = time.perf_counter()
-        matrix @ vector
+        np.sqrt(numbers, out=products)
+        np.multiply(numbers, products, out=products)
         taken.append(time.perf_counter() - began)
     return float(np.median(taken)) * 1000
 
