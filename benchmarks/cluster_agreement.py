@@ -3,8 +3,9 @@
     python -m benchmarks.cluster_agreement --output docs/results/NAME.json
 
 Two engines of the toy model, one core each, behind one ingress. What their steps take is timed over HTTP on both at once,
-and so is the way through the cluster; that gives the simulator its cost. Then conversations arrive at random, in real time, and
-the simulator runs the same ones. Engines run in mode `stock`, as those of the simulator do.
+and so is the way through the cluster. Then conversations arrive at random, in real time. When all policies have run, one cost of
+steps is fitted to all that was timed, and the simulator runs the same conversations. Engines run in mode `stock`, as those of the
+simulator do.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from vllm_agentserve.bench.cost import StepCost
 from vllm_agentserve.bench.measure import quantiles
 from vllm_agentserve.bench.server import free_port
 from vllm_agentserve.policy.placement import Placement
-from vllm_agentserve.simulator.calibration import Sample, fit
+from vllm_agentserve.simulator.calibration import Sample, solve
 from vllm_agentserve.simulator.cluster import Cluster as SimulatedCluster
 from vllm_agentserve.simulator.cluster_engine import Power, Tier
 from vllm_agentserve.simulator.pressure import Agent, Turn
@@ -48,8 +49,8 @@ ANSWERED = 7
 """The only token that answers have, so that what a turn adds to its context is known beforehand."""
 DECODES = ((1, 64), (2, 64), (4, 64), (8, 64), (1, 1500), (4, 1500))
 """Streams at once and tokens of their prompts, while decode steps are timed."""
-PROMPTS = (256, 512, 1024, 2000)
-"""Tokens of prompts that are timed with nothing beside them."""
+PROMPTS = ((256, 0), (512, 0), (1024, 0), (1500, 0), (128, 512), (128, 1536), (256, 1024))
+"""Tokens of prompts that are timed with nothing beside them, and of what is in the KV cache of them."""
 MIXED = ((1, 256), (1, 1024), (2, 512), (4, 256), (4, 1024))
 """Streams at once and tokens of a prompt that comes beside them."""
 SHORT = 16
@@ -88,25 +89,96 @@ def ask(address: Address, prompt: Sequence[int], tokens: int, session: str = "")
         return Answer(asked_s, time.monotonic(), answer.getheader("x-agentserve-engine") or "")
 
 
-def at_once(tasks: Sequence[Callable[[], Answer]]) -> list[Answer]:
-    """Runs all at the same time; raises what one of them raised."""
-    found: list[Answer | BaseException] = [RuntimeError("it did not run")] * len(tasks)
+class StoppedError(RuntimeError):
+    """Another one of those that run at the same time has failed."""
+
+
+def at_once(tasks: Sequence[Callable[[], Answer]], stop: threading.Event | None = None) -> list[Answer]:
+    """Runs all at the same time; raises what the first one raised.
+
+    Args:
+        stop: set when one has failed; those that look at it can end.
+    """
+    found: list[Answer | None] = [None] * len(tasks)
+    raised: list[BaseException] = []
 
     def run(number: int) -> None:
         try:
             found[number] = tasks[number]()
         except BaseException as error:
-            found[number] = error
+            raised.append(error)
+            if stop is not None:
+                stop.set()
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(tasks))]
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(len(tasks))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for one in found:
-        if isinstance(one, BaseException):
-            raise one
-    return [one for one in found if isinstance(one, Answer)]
+    if raised:
+        raise raised[0]
+    return [one for one in found if one is not None]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What was timed on both engines at once.
+
+    Args:
+        decodes: steps without a prompt.
+        mixed: steps with a prompt, beside streams.
+        alone: for prompts with nothing beside them, (tokens, tokens before) and how many ms longer an answer to it takes than one
+            to a prompt of `SHORT` tokens.
+        way_ms: an answer of one token to a prompt of `SHORT` tokens through the cluster.
+    """
+
+    decodes: list[Sample]
+    mixed: list[Sample]
+    alone: list[tuple[int, int, float]]
+    way_ms: float
+
+    def faults(self) -> list[str]:
+        """What cannot be: something that takes no time."""
+        steps = [(f"{one.sequences} decodes {one.chunks or ''}", one.ms) for one in (*self.decodes, *self.mixed)]
+        steps += [(f"a prompt of {tokens} tokens after {before}", ms) for tokens, before, ms in self.alone]
+        return [f"{name} took {ms:.1f} ms" for name, ms in steps if ms <= 0]
+
+
+def fitted(timed: Sequence[Timed]) -> StepCost:
+    """The cost of steps that explains all of it best.
+
+    Raises:
+        RuntimeError: something took no time: the machine was too busy for this.
+    """
+    if faults := [fault for one in timed for fault in one.faults()]:
+        raise RuntimeError(f"steps cannot be timed on this machine now: {'; '.join(faults)}. Try again when it is idle")
+    quiet = [sample for one in timed for sample in one.decodes]
+    base, sequence, context = solve([[1.0, one.sequences, one.context / 1000] for one in quiet], quiet)
+    decodes = StepCost(base, sequence, context, 0.0, 0.0)
+
+    def chunk(tokens: int, before: int) -> tuple[float, float]:
+        return tokens / 1000, tokens * (before + tokens / 2) / 1e6
+
+    mixed = [sample for one in timed for sample in one.mixed]
+    rows = [[*chunk(*sample.chunks[0]), 1.0] for sample in mixed]
+    known = [decodes.decode_ms(sample.sequences, sample.context) for sample in mixed]
+    longer = [Sample(0, 0, ((tokens, before),), ms) for one in timed for tokens, before, ms in one.alone]
+    # What a step with a prompt takes by itself is in both answers.
+    short = chunk(SHORT, 0)
+    rows += [[a - b for a, b in zip(chunk(*sample.chunks[0]), short, strict=True)] + [0.0] for sample in longer]
+    tokens, attended, prefill = solve(rows, [*mixed, *longer], [*known, *(0.0 for _ in longer)])
+    return StepCost(base, sequence, context, tokens, attended, prefill)
+
+
+def errors(cost: StepCost, timed: Timed) -> dict[str, float]:
+    """By kind of what was timed: the mean relative error of the cost."""
+    short = cost.chunk_ms(SHORT, 0)
+    pairs = {
+        "decodes": [(cost.decode_ms(one.sequences, one.context), one.ms) for one in timed.decodes],
+        "mixed": [(cost.step_ms(one.sequences, one.context, one.chunks), one.ms) for one in timed.mixed],
+        "alone": [(cost.chunk_ms(tokens, before) - short, ms) for tokens, before, ms in timed.alone],
+    }
+    return {kind: statistics.fmean(abs(said / ms - 1) for said, ms in found) for kind, found in pairs.items()}
 
 
 class Timing:
@@ -150,16 +222,19 @@ class Timing:
             prompts = [lambda a=a, p=p: comes(a, p) for a, p in given]
             beside = at_once([*(lambda a=a, p=p: ask(a, p, LONG) for a, p in asked), *prompts])[: len(asked)]
             more.append(statistics.fmean(one.took_s for one in beside) - statistics.fmean(one.took_s for one in alone))
-        ms = decode_ms + max(1000 * statistics.median(more), 0.0)
+        ms = decode_ms + 1000 * statistics.median(more)
         return Sample(streams, streams * (SHORT + LONG // 2), ((tokens, 0),), ms)
 
-    def prompt_s(self, tokens: int) -> float:
-        """An answer of one token to a prompt of so many, with nothing beside it, median."""
+    def prompt_s(self, tokens: int, before: int = 0) -> float:
+        """An answer of one token to a prompt of so many after `before` in the KV cache, with nothing beside it, median."""
         times = []
         for _ in range(REPEATS):
-            prompts = [self._prompt(tokens) for _ in self._sockets]
-            found = at_once([lambda a=a, p=p: ask(a, p, 1) for a, p in zip(self._sockets, prompts, strict=True)])
-            times += [one.took_s for one in found]
+            prompts = [self._prompt(before + tokens) for _ in self._sockets]
+            asked = [*zip(self._sockets, prompts, strict=True)]
+            if before:
+                for address, prompt in asked:
+                    ask(address, prompt[:before], 1)
+            times += [one.took_s for one in at_once([lambda a=a, p=p: ask(a, p, 1) for a, p in asked])]
         return statistics.median(times)
 
     def way_s(self) -> float:
@@ -168,24 +243,15 @@ class Timing:
             ask(self._cluster, self._prompt(SHORT), 1, f"way {number}").took_s for number in range(4 * REPEATS)
         )
 
-    def run(self) -> tuple[StepCost, float, list[Sample]]:
-        """The cost of steps; seconds that a call takes longer through the cluster than its steps do; and the samples."""
+    def run(self) -> Timed:
+        """Everything."""
         self.decodes(2, SHORT)
-        samples = [self.decodes(*one) for one in DECODES]
+        decodes = [self.decodes(*one) for one in DECODES]
         short_s = self.prompt_s(SHORT)
-        decodes = fit([*samples, Sample(0, 0, ((SHORT, 0),), samples[0].ms)])
-        base_ms = decodes.base
-        samples += [
-            # What a short prompt takes besides its step, the way to the socket, is in both.
-            Sample(0, 0, ((tokens, 0),), base_ms + 1000 * (self.prompt_s(tokens) - short_s))
-            for tokens in PROMPTS
-        ]
-        samples += [
-            self.mixed(streams, tokens, decodes.decode_ms(streams, streams * (SHORT + LONG // 2)))
-            for streams, tokens in MIXED
-        ]
-        cost = fit(samples)
-        return cost, max(self.way_s() - cost.step_ms(0, 0, [(SHORT, 0)]) / 1000, 0.0), samples
+        alone = [(*one, 1000 * (self.prompt_s(*one) - short_s)) for one in PROMPTS]
+        by_streams = {one.sequences: one.ms for one in reversed(decodes)}
+        mixed = [self.mixed(streams, tokens, by_streams[streams]) for streams, tokens in MIXED]
+        return Timed(decodes, mixed, alone, 1000 * self.way_s())
 
 
 def draw(seed: int, number: int, per_s: float) -> list[Agent]:
@@ -204,40 +270,45 @@ def draw(seed: int, number: int, per_s: float) -> list[Agent]:
 Figures = dict[str, float]
 
 
+def least_s(agents: Sequence[Agent]) -> float:
+    """When all had ended if engines took no time."""
+    return max(agent.arrival_s + sum(turn.gap_s for turn in agent.turns) for agent in agents)
+
+
 def figures(
-    turns_s: Sequence[float], talks_s: Sequence[float], ends_s: float, changes: int, engines: Mapping[str, int]
+    turns_s: Sequence[float], talks_s: Sequence[float], more_s: float, changes: int, engines: Mapping[str, int]
 ) -> Figures:
     """Of one run.
 
     Args:
         turns_s: of every turn, the time to the end of its answer.
         talks_s: of every conversation, from its first call to its last answer, without its tools.
-        ends_s: when the last answer was complete.
+        more_s: when the last answer was complete, later than if engines took no time.
         changes: turns that went to another engine than the one before.
         engines: how many turns each had.
     """
     return {
         "turn, mean (s)": statistics.fmean(turns_s),
         "turn, p95 (s)": quantiles(turns_s)["p95"],
-        "conversation without tools, mean (s)": statistics.fmean(talks_s),
         "conversation without tools, p95 (s)": quantiles(talks_s)["p95"],
-        "until all had ended (s)": ends_s,
+        "until all had ended, beyond arrivals and tools (s)": more_s,
         "turns that changed their engine": float(changes),
         "share of turns on the engine with more": max(engines.values()) / sum(engines.values()),
     }
 
 
-COMPARED = 5
+COMPARED = 4
 """The first so many figures are times."""
 
 
-def converse(cluster: Cluster, agent: Agent, began_s: float) -> list[Answer]:
+def converse(cluster: Cluster, agent: Agent, began_s: float, stop: threading.Event) -> list[Answer]:
     """One conversation, in real time."""
     prompt: list[int] = []
     dice, found = random.Random(agent.name), list[Answer]()
     for number, turn in enumerate(agent.turns):
         due_s = began_s + agent.arrival_s if number == 0 else found[-1].end_s + turn.gap_s
-        time.sleep(max(due_s - time.monotonic(), 0.0))
+        if stop.wait(max(due_s - time.monotonic(), 0.0)):
+            raise StoppedError("another conversation failed")
         prompt += [dice.randrange(5, 4000) for _ in range(turn.added)]
         answer = ask(cluster, prompt, turn.answer, agent.name)
         # The call was due then, whatever the client was doing.
@@ -248,14 +319,14 @@ def converse(cluster: Cluster, agent: Agent, began_s: float) -> list[Answer]:
 
 def measured(cluster: Cluster, agents: Sequence[Agent]) -> Figures:
     """What the engines did."""
-    began_s = time.monotonic() + 0.5
+    began_s, stop = time.monotonic() + 0.5, threading.Event()
     by_agent: dict[str, list[Answer]] = {}
 
     def run(agent: Agent) -> Answer:
-        by_agent[agent.name] = converse(cluster, agent, began_s)
+        by_agent[agent.name] = converse(cluster, agent, began_s, stop)
         return by_agent[agent.name][-1]
 
-    at_once([lambda agent=agent: run(agent) for agent in agents])
+    at_once([lambda agent=agent: run(agent) for agent in agents], stop)
     answers = [by_agent[agent.name] for agent in agents]
     turns = [one for own in answers for one in own]
     names = {one.engine for one in turns}
@@ -265,14 +336,15 @@ def measured(cluster: Cluster, agents: Sequence[Agent]) -> Figures:
             own[-1].end_s - own[0].asked_s - sum(turn.gap_s for turn in agent.turns)
             for own, agent in zip(answers, agents, strict=True)
         ],
-        max(one.end_s for one in turns) - began_s,
+        max(one.end_s for one in turns) - began_s - least_s(agents),
         sum(a.engine != b.engine for own in answers for a, b in itertools.pairwise(own)),
         {name: sum(one.engine == name for one in turns) for name in names},
     )
 
 
 def simulated(agents: Sequence[Agent], policy: str, cost: StepCost, way_s: float) -> Figures:
-    """What the simulator says. The way to the engine is part of every call, and so of what is between two of them."""
+    """What the simulator says. Its calls take no way: the way is put into the gap before each turn but the first, so that calls
+    come when they would, and added to what each turn takes."""
     tier = Tier(cost, KV_TOKENS, NO_POWER, SLOTS, STEP_TOKENS)
     later = [
         replace(
@@ -283,33 +355,48 @@ def simulated(agents: Sequence[Agent], policy: str, cost: StepCost, way_s: float
     ]
     cluster = SimulatedCluster([tier, tier], Placement(policy))
     served = cluster.run(later)
-    # What the simulator says has no gaps, and so no ways either.
     return figures(
         [one + way_s for one in served.answers_s],
         [served.whole_s[agent.name] + way_s * len(agent.turns) for agent in agents],
-        served.ends_s + way_s,
+        served.ends_s + way_s - least_s(agents),
         served.changes,
         served.turns,
     )
 
 
-def compare(policy: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def run_policy(policy: str, arguments: argparse.Namespace) -> tuple[Timed, list[Figures]]:
     """One policy: a cluster of its own, timed, and then the conversations of each round."""
     own = ("--engines", "2", "--ingresses", "1", "--policy", policy)
-    rounds = []
     with serving(make_toy_model(), free_port(), OPTIONS, own) as cluster:
-        timing = Timing(cluster, arguments.seed)
-        cost, way_s, samples = timing.run()
-        for number in range(arguments.rounds):
-            agents = draw(arguments.seed * 1000 + number, arguments.conversations, arguments.per_s)
-            engine = measured(cluster, agents)
-            model = simulated(agents, policy, cost, way_s)
+        timed = Timing(cluster, arguments.seed).run()
+        return timed, [measured(cluster, drawn(arguments, number)) for number in range(arguments.rounds)]
+
+
+def drawn(arguments: argparse.Namespace, number: int) -> list[Agent]:
+    return draw(arguments.seed * 1000 + number, arguments.conversations, arguments.per_s)
+
+
+def compared(found: Mapping[str, tuple[Timed, list[Figures]]], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Prints a line per policy, round and figure; returns the report. One cost for all: engines and model are the same."""
+    timed = [one for one, _ in found.values()]
+    cost = fitted(timed)
+    # A step with a short prompt is part of that answer.
+    step_ms = cost.step_ms(0, 0, [(SHORT, 0)])
+    way_ms = statistics.fmean(one.way_ms for one in timed) - step_ms
+    print("| policy | round | figure | engines | simulator | simulator / engines |\n|---|---|---|---|---|---|")
+    policies = {}
+    for policy, (own, rounds) in found.items():
+        both = []
+        for number, engine in enumerate(rounds):
+            model = simulated(drawn(arguments, number), policy, cost, max(way_ms, 0.0) / 1000)
             for name in [*engine][:COMPARED]:
                 ratio = model[name] / engine[name]
                 print(f"| {policy} | {number + 1} | {name} | {engine[name]:.2f} | {model[name]:.2f} | {ratio:.2f} |")
-            sys.stdout.flush()
-            rounds.append({"engine": engine, "simulator": model})
-    return {"cost": asdict(cost), "way_s": way_s, "samples": [asdict(one) for one in samples], "rounds": rounds}
+            both.append({"engine": engine, "simulator": model})
+        policies[policy] = {"timed": asdict(own), "errors": errors(cost, own), "rounds": both}
+    said = {policy: {kind: f"{error:.0%}" for kind, error in one["errors"].items()} for policy, one in policies.items()}
+    print(f"mean error of the cost for what was timed: {said}; way {way_ms:.1f} ms", flush=True)
+    return {"cost": asdict(cost), "way_ms": way_ms, "policies": policies}
 
 
 def main() -> int:
@@ -322,17 +409,19 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="a file for the figures, as JSON")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    print("| policy | round | figure | engines | simulator | simulator / engines |\n|---|---|---|---|---|---|")
-    found = {policy: compare(policy, arguments) for policy in arguments.policies}
-    if arguments.output:
+    found: dict[str, tuple[Timed, list[Figures]]] = {}
+    for policy in arguments.policies:
+        found[policy] = run_policy(policy, arguments)
+        # After each policy, so that one that fails costs none of the others.
         report = {
             "command": " ".join(["python", "-m", "benchmarks.cluster_agreement", *sys.argv[1:]]),
             "date": time.strftime("%Y-%m-%d"),
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
             "vllm": installed_vllm(),
-            "policies": found,
+            **compared(found, arguments),
         }
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+        if arguments.output:
+            arguments.output.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 

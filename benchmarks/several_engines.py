@@ -73,6 +73,7 @@ class Address:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         if self.path:
             connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.settimeout(connection.timeout)
             connection.sock.connect(self.path)
         headers = {"Content-Type": "application/json"} | ({"X-Session-ID": session} if session else {})
         connection.request(method, path, json.dumps(body).encode() if body is not None else None, headers)
