@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -270,6 +271,10 @@ def test_a_machine_that_was_not_steady_is_told_of() -> None:
     assert len(told) == 1
     assert "took 2.00 to 3.00 ms (mean by arm: stock 2.00, agentserve 2.50)" in told[0]
     assert not [line for line in notes(experiment, rounds(1.0, 1.1), [], False) if "steady" in line]
+    polluted = [msgspec.structs.replace(one, polluted=["x"]) if one.round else one for one in rounds(1.0, 1.0)]
+    polluted[-1].conditions["work_ms"] = [9.0, 9.0]
+    assert [line for line in notes(experiment, polluted, [], False) if "not steady" in line]
+    assert not [line for line in notes(experiment, polluted, [], True) if "not steady" in line]
     before = [RoundRecord(arm="stock", round=0, began="", conditions={"page_touch_us": 0.5})]
     assert not [line for line in notes(experiment, before, [], False) if "steady" in line]
 

@@ -1,6 +1,7 @@
 """The part of the GPU check with agents under memory pressure: its order, its time, its figures, and two engines for real."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from vllm_agentserve.bench.records import Record
 from vllm_agentserve.bench.sessions import live_context, longest_context
 from vllm_agentserve.gpucheck import command, pressure
 from vllm_agentserve.gpucheck.check_run import CheckRun
-from vllm_agentserve.gpucheck.engines import SHAPES, TOY, engine_arguments, variables, weight_bytes
+from vllm_agentserve.gpucheck.engines import SHAPES, TOY, engine_arguments, make_engine, variables, weight_bytes
 from vllm_agentserve.gpucheck.pressure import (
     ARMS,
     HOST,
@@ -459,11 +460,51 @@ def test_two_engines_serve_agents_in_turns(tmp_path: Path, toy_model: Path) -> N
     assert prompts[0] == prompts[1], "both have the same sessions"
 
 
+def test_the_process_of_an_engine_has_its_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", "of the user")
+    seen: list[str] = []
+    monkeypatch.setattr("vllm.LLM", lambda model, **given: seen.append(os.environ["VLLM_CACHE_ROOT"]))
+    for compiled in (False, True):
+        check = CheckRun(tmp_path, "cuda", False, {}, compiled)
+        make_engine(setting(check, ARMS[0], SHAPES[0], POOL))
+    assert seen == ["of the user", str(tmp_path / "model-stock" / "compiled")]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_page_says_whether_the_model_was_compiled(tmp_path: Path, compiled: bool) -> None:
+    one = pressure.Pressure(CheckRun(tmp_path, "cuda", False, {}, compiled), SHAPES[0], POOL)
+    assert one.page()[0].endswith(
+        "The model is compiled, as in a server." if compiled else "The model is not compiled."
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--device", "cpu", "--parts", "pressure"], "--compiled needs a GPU"),
+        (["--device", "cuda"], "name one of them with --parts"),
+        (
+            ["--device", "cuda", "--parts", "equality", "faults"],
+            "--compiled is for the parts pressure and pressure-host",
+        ),
+    ],
+)
+def test_compiled_where_nothing_is_compiled_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: list[str], words: str
+) -> None:
+    monkeypatch.setattr(command, "has_nvidia_driver", lambda: False)
+    with pytest.raises(SystemExit):
+        command.main(["--output", str(tmp_path), "--compiled", *given])
+    assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("asked", [False, True])
 def test_the_command_line_says_whether_models_are_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
 ) -> None:
     seen: list[CheckRun] = []
     monkeypatch.setattr(command, "run_parts", lambda check, names, budget_s, shown: seen.append(check) or [])
-    command.main(["--output", str(tmp_path), "--device", "cuda", *(["--compiled"] if asked else [])])
+    command.main(
+        ["--output", str(tmp_path), "--device", "cuda", "--parts", "pressure", *(["--compiled"] if asked else [])]
+    )
     assert [check.compiled for check in seen] == [asked]

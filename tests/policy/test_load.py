@@ -554,6 +554,21 @@ def test_no_question_looks_at_more_than_so_many_programs(monkeypatch: pytest.Mon
     assert server.load.report().programs == pytest.approx(3200, rel=0.1)
 
 
+def test_an_idle_engine_counts_all_at_once_also_where_a_count_has_begun() -> None:
+    """Its report is the last one: programs that have stayed away would be in it until it has work again."""
+    server = Server(pool_tokens=10_000_000)
+    server.learn(gap_s=2.0)
+    long_ago(server, 2000)
+    server.now += 1.0
+    assert not server.load.count.counting
+    assert server.load.report(server.now).programs > 1000
+    assert server.load.count.counting
+    server.now += 1000.0
+    assert server.load.report(server.now, at_once=True).programs == 0
+    assert not server.load.count.counting
+    assert server.load.report(server.now, at_once=True).programs == 0
+
+
 def test_a_program_that_begins_while_others_are_counted_counts_once() -> None:
     server = Server(pool_tokens=10_000_000)
     server.learn(gap_s=300.0)

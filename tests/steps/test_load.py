@@ -733,3 +733,31 @@ def test_decisions_are_logged_when_they_change(clock: Clock, monkeypatch: pytest
     clock.now += 20.0
     driver.step()
     assert len([line for line in said if "turns per second" in line]) == 1, "it has not changed"
+
+
+def test_a_busy_engine_counts_claims_for_a_report_once_a_second_and_an_idle_one_at_once(clock: Clock) -> None:
+    """Counting takes a millisecond, four times a second. What has lapsed meanwhile is gone with the next count."""
+    scheduler, driver, load = started()
+    learned(scheduler, driver, clock)
+    long = make_request("long", [7] * 40, max_tokens=4000, session="long")
+    scheduler.add_request(long)
+    driver.step()
+    scheduler.report()
+    counted: list[float] = []
+    update = load.control.count.update
+
+    def counts(now_s: float, at_once: bool = False) -> None:
+        counted.append(clock())
+        update(now_s, at_once)
+
+    load.control.count.update = counts  # type: ignore[method-assign]
+    began = clock()
+    for _ in range(12):
+        clock.now += 0.25
+        scheduler.report()
+    assert len(counted) == 3
+    assert [round(at - began, 2) for at in counted] == [1.0, 2.0, 3.0]
+    scheduler.finish_requests("long", RequestStatus.FINISHED_ABORTED)
+    clock.now += 0.25
+    scheduler.report()
+    assert len(counted) == 4

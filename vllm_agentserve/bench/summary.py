@@ -176,7 +176,8 @@ def notes(
         if one.polluted:
             what = "left out" if clean else "kept in the figures, marked"
             found.append(f"Round {one.round + 1} of {one.arm} is polluted ({what}): {'; '.join(one.polluted)}.")
-    found += speed_note(ended)
+    left_out = {one.round for one in rounds if one.polluted} if clean else set()
+    found += speed_note([one for one in ended if one.round not in left_out])
     sizes = {one.arm: one.kv_tokens for one in ended if one.kv_tokens is not None}
     if len(set(sizes.values())) > 1:
         found.append(f"The arms have KV caches of different size, in tokens: {sizes}.")
@@ -242,7 +243,7 @@ def pressure_note(experiment: Mapping[str, Any], rounds: Sequence[RoundRecord]) 
 
 
 def speed_note(rounds: Sequence[RoundRecord]) -> list[str]:
-    """How far the machine's own speed differed between runs; nothing where it was steady, or was not looked at."""
+    """How far the speed of the client's machine differed between runs; nothing where it was steady, or was not looked at."""
     taken = {(one.arm, one.round): one.conditions.get("work_ms") or [] for one in rounds}
     every = [ms for own in taken.values() for ms in own]
     if not every or max(every) < UNSTEADY * min(every):
@@ -252,8 +253,8 @@ def speed_note(rounds: Sequence[RoundRecord]) -> list[str]:
         by_arm.setdefault(arm, []).extend(own)
     means = ", ".join(f"{arm} {sum(own) / len(own):.2f}" for arm, own in by_arm.items() if own)
     return [
-        f"The machine was not steady: fixed work before and after the runs took {min(every):.2f} to {max(every):.2f} ms (mean by "
-        f"arm: {means}). Under high load small differences of speed become large ones of waiting."
+        f"The client's machine was not steady: fixed work before and after the runs took {min(every):.2f} to {max(every):.2f} ms "
+        f"(mean by arm: {means}). Under high load small differences of speed become large ones of waiting."
     ]
 
 

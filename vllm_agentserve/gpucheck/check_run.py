@@ -47,7 +47,7 @@ def with_crashes(finding: PartResult, crashes: Sequence[str]) -> PartResult:
 
 
 def child_environment(base: Mapping[str, str], serving: Mapping[str, str]) -> dict[str, str]:
-    """The environment of every child: engines in the process itself, and nothing vLLM would have to download or compile.
+    """The environment of every child: engines in the process itself, and nothing vLLM would have to download.
 
     Args:
         base: what the user has set, which goes first.

@@ -180,9 +180,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.device == "cpu" and has_nvidia_driver():
         parser.error("--device cpu is for machines without an NVIDIA driver: vLLM takes the GPU where there is one")
+    if given.compiled and not set(given.parts) & set(ON_REQUEST):
+        parser.error(f"--compiled is for the parts {' and '.join(ON_REQUEST)}: name one of them with --parts")
     # A plain `kill` unwinds like Ctrl-C, so that no engine is left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     device = chosen_device(given.device)
+    if given.compiled and device == "cpu":
+        parser.error("--compiled needs a GPU: without one the check compiles nothing")
     environment_of_children = child_environment(os.environ, serving_environment(base={}))
     check = CheckRun(given.output, device, given.small, environment_of_children, given.compiled)
     names = [name for name, part in {**PARTS, **ON_REQUEST}.items() if name in given.parts or part.always]

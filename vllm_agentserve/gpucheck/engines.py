@@ -20,7 +20,8 @@ STOCK = ("stock", "stock-chunk")
 GRAPH_SIZES = (1, 2, 4, 8)
 """Decode batches that are CUDA graphs: agents are few, and every size takes start-up time."""
 GRAPH_TOKENS = 512
-"""The largest step that is a CUDA graph where the model is compiled: vLLM's default for the 256 places that a server has."""
+"""The largest step that is a CUDA graph where the model is compiled: vLLM's default for a server with at least 256 places, but on
+GPUs of compute capability 10, where it is larger."""
 CONTROL_CHUNK = 256
 """Prompt tokens per step of the arm `stock-chunk`: stock vLLM against itself, with other rounding."""
 

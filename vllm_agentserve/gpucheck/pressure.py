@@ -378,6 +378,7 @@ class Pressure:
         measured, page = self.measured, self.page()
         figures = {
             "model": self.shape.name,
+            "compiled": self.check.compiled,
             "kv_tokens": self.pool.tokens,
             "engines": measured.starts,
             "cells": {

@@ -60,13 +60,24 @@ class ClaimCount:
         self._came += newcomer
         self.surely += newcomer.now
 
-    def update(self, now_s: float) -> None:
-        """Counts again where that is due; programs whose claims have lapsed are gone then."""
+    @property
+    def counting(self) -> bool:
+        """Whether a count has begun that is not complete: it goes on with the next update."""
+        return self._round is not None
+
+    def update(self, now_s: float, at_once: bool = False) -> None:
+        """Counts again where that is due; programs whose claims have lapsed are gone then.
+
+        Args:
+            at_once: in one go, however many they are: nothing else is to be done.
+        """
         live, returns, growth = self._programs.live, self._programs.returns, self._growth.value
-        if self._round is None:
+        # All at once begins anew: the first part of a count that is not complete may be old.
+        if self._round is None or at_once:
             programs = len(live)
             least = COUNT_S_PER_PROGRAM * programs if programs > COUNTED_FREELY else 0.0
-            if now_s - self._counted_s < (least if self.stale else max(COUNT_S, COUNT_S_PER_PROGRAM * programs)):
+            wait_s = 0.0 if at_once else least if self.stale else max(COUNT_S, COUNT_S_PER_PROGRAM * programs)
+            if now_s - self._counted_s < wait_s:
                 return
             self._counted_s, self.stale = now_s, False
             # Those that begin from now on are in `_came`.
@@ -76,7 +87,7 @@ class ClaimCount:
         elif now_s - self._part_s < COUNT_S_PER_PROGRAM * COUNTED_AT_ONCE:
             return
         self._part_s = now_s
-        part = [*islice(self._round, COUNTED_AT_ONCE)]
+        part = [*(self._round if at_once else islice(self._round, COUNTED_AT_ONCE))]
         for program in part:
             if live.get(program.name) is not program:
                 continue
@@ -90,7 +101,7 @@ class ClaimCount:
             key = program.named, program.turns + 1
             programs_of, sum_of = self._alike.get(key, (0.0, 0.0))
             self._alike[key] = programs_of + there, sum_of + there * (tokens + self._waste)
-        if len(part) == COUNTED_AT_ONCE:
+        if len(part) == COUNTED_AT_ONCE and not at_once:
             return
         self.claims, self._round = self._came, None
         self.surely = self._surely_part + self._came.now

@@ -393,10 +393,14 @@ class LoadControl:
 
     # What is seen.
 
-    def report(self, now_s: float | None = None) -> LoadReport:
-        """Claims as they are now; without a time, as they were when somebody was last asked for."""
+    def report(self, now_s: float | None = None, at_once: bool = False) -> LoadReport:
+        """Claims as they are now; without a time, as they were when somebody was last asked for.
+
+        Args:
+            at_once: see `ClaimCount.update`.
+        """
         if now_s is not None:
-            self.count.update(now_s)
+            self.count.update(now_s, at_once)
         return LoadReport(
             None if self.limit.none else self.limit.tokens,
             self.limit.reason,

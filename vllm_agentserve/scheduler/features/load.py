@@ -28,7 +28,7 @@ ASK_S = 0.1
 """All held calls are asked for after so long."""
 
 REPORT_S = 1.0
-"""Claims are counted again for a report after so long, unless others ask for them."""
+"""For a report claims are counted again after so long, sooner where others ask for them or the engine is idle."""
 
 
 class LoadLog:
@@ -196,12 +196,14 @@ class Load(Feature):
         )
 
     def report(self) -> dict[str, float]:
-        now = perf_counter()
-        # With a time the claims of programs that have stayed away are no longer there; but counting takes a millisecond.
-        counts = now - self._reported_s >= REPORT_S or self._idle()
-        if counts:
+        now, idle = perf_counter(), self._idle()
+        # Claims of programs that have stayed away are gone only once they are counted, which takes a millisecond. An engine that
+        # becomes idle makes its last report now.
+        due = now - self._reported_s >= REPORT_S
+        if due:
             self._reported_s = now
-        return load_report(self.control.report(now if counts else None), self._counts)
+        counts = due or idle or self.control.count.counting
+        return load_report(self.control.report(now if counts else None, at_once=idle), self._counts)
 
     def faults(self, calls: Iterable[Call]) -> list[str]:
         return self.control.faults({call.load for call in calls if call.load is not None})
