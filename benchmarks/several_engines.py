@@ -250,7 +250,7 @@ def kill(cluster: Cluster, what: str, seed: int) -> list[Row]:
         breaking.readline()
         server = pid = cluster.engines()[victim]
         if what == "EngineCore":
-            pid = next(one for one in descendants(pid) if b"EngineCore" in Path(f"/proc/{one}/cmdline").read_bytes())
+            pid = engine_core_of(pid)
         killed_s = time.monotonic()
         os.kill(pid, signal.SIGKILL)
         rest = ""
@@ -276,6 +276,18 @@ def kill(cluster: Cluster, what: str, seed: int) -> list[Row]:
         Row(f"{what} killed: seconds from then until the next turn is answered", took_s, most=2.0),
         Row(f"{what} killed: the other engine's stream ends whole", other.endswith("data: [DONE]\n\n"), least=1),
     ]
+
+
+def engine_core_of(server: int) -> int:
+    """The EngineCore of a `vllm serve`. Raises `RuntimeError` if it has none."""
+    titles = {}
+    for one in descendants(server):
+        with contextlib.suppress(OSError):
+            titles[one] = Path(f"/proc/{one}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    found = next((one for one, title in titles.items() if "EngineCore" in title), None)
+    if found is None:
+        raise RuntimeError(f"the server {server} has no EngineCore among its processes: {titles}")
+    return found
 
 
 def both_in_use(cluster: Cluster, prompt: Sequence[int], what: str) -> dict[str, str]:
@@ -333,7 +345,12 @@ def main() -> int:
         rows += decisions(since(decided(cluster.page()), busy), "with one request at a time")
         if not arguments.no_kills:
             for what in ("EngineCore", "server"):
-                rows += kill(cluster, what, arguments.seed)
+                try:
+                    rows += kill(cluster, what, arguments.seed)
+                except RuntimeError as error:
+                    # What was measured before stays.
+                    print(error, file=sys.stderr)
+                    rows.append(Row(f"{what} killed: looked at", 0, least=1))
     print(table(rows))
     if arguments.output:
         report = {

@@ -2,6 +2,8 @@
 
 import math
 import os
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +19,7 @@ from benchmarks.several_engines import (
     both_in_use,
     decided,
     decisions,
+    engine_core_of,
     median,
     share_within,
     since,
@@ -116,3 +119,15 @@ def test_a_refusal_is_no_time_to_the_first_token() -> None:
                 Address(server.server_port).first_token_s([5], "s")
         finally:
             server.shutdown()
+
+
+def test_an_engine_core_is_found_by_its_title_and_missed_with_what_there_is() -> None:
+    titled = "import setproctitle, sys; setproctitle.setproctitle('VLLM::EngineCore'); print(1, flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", titled], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as core:
+        assert core.stdout is not None
+        core.stdout.readline()
+        assert engine_core_of(os.getpid()) == core.pid
+        assert core.stdin is not None
+        core.stdin.close()
+    with pytest.raises(RuntimeError, match=rf"the server {os.getpid()} has no EngineCore among its processes: "):
+        engine_core_of(os.getpid())

@@ -61,7 +61,8 @@ GAUGES = {
     "step_prediction_error_ratio": "Mean relative error of the predicted duration of steps with decodes and prefill.",
     "load_held": "First calls that load control holds back now. With load_control only.",
     "load_limit_tokens": "Limit of the claims of programs under way. 0: no limit.",
-    "load_claims_tokens": "KV cache tokens that the programs under way will need at most.",
+    "load_claims_tokens": "KV cache tokens that the programs under way will need at most. "
+    "Counted again once a second, sooner when first calls come.",
     "load_pool_tokens": "Size of the KV cache, as load control sees it. 0: load control does not run.",
     "load_room_ratio": "Share of it that contexts can fill before they push each other out, as measured.",
     "load_programs": "Programs under way, weighted with the probability that they return.",
