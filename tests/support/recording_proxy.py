@@ -34,6 +34,14 @@ class Sent:
         return named | client_hints(known, self.body)
 
 
+LAST_EVENTS = (b"data: [DONE]", b"event: message_stop", b"event: response.completed")
+
+
+def ends_stream(data: bytes) -> bool:
+    """Whether this part of a stream has its last event."""
+    return any(event in data for event in LAST_EVENTS)
+
+
 class RecordingProxy:
     """A context manager; in a thread of its own, so that the test may wait for a client.
 
@@ -88,6 +96,7 @@ class RecordingProxy:
         self.requests.append(sent)
         headers = {name: value for name, value in request.headers.items() if name.lower() not in HOP_BY_HOP}
         url = self._behind + request.path_qs
+        whole, data = False, b""
         try:
             async with self._session.request(request.method, url, data=content or None, headers=headers) as answer:
                 kept = {name: value for name, value in answer.headers.items() if name.lower() not in HOP_BY_HOP}
@@ -95,8 +104,10 @@ class RecordingProxy:
                 await response.prepare(request)
                 async for data in answer.content.iter_any():
                     await response.write(data)
+                whole = True
                 await response.write_eof()
                 return response
         except (asyncio.CancelledError, ConnectionError):
-            sent.left = True
+            # Clients close a stream when they have read its last event, before the connection says that nothing more comes.
+            sent.left = not (whole or ends_stream(data))
             raise
