@@ -11,8 +11,6 @@ simulator do.
 import argparse
 import itertools
 import json
-import os
-import platform
 import random
 import signal
 import statistics
@@ -20,10 +18,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.circumstances import circumstances
 from benchmarks.several_engines import Address, Cluster, serving, socket_of
 from vllm_agentserve.bench.cost import StepCost
 from vllm_agentserve.bench.measure import quantiles
@@ -34,7 +34,6 @@ from vllm_agentserve.simulator.cluster import Cluster as SimulatedCluster
 from vllm_agentserve.simulator.cluster_engine import Power, Tier
 from vllm_agentserve.simulator.pressure import Agent, Turn
 from vllm_agentserve.toy import make_toy_model
-from vllm_agentserve.vllm_compat import installed_vllm
 
 SLOTS, STEP_TOKENS, BLOCK, KV_BYTES = 16, 2048, 32, 1 << 30
 KV_TOKENS = 100_000
@@ -97,27 +96,16 @@ def at_once(tasks: Sequence[Callable[[], Answer]], stop: threading.Event | None 
     """Runs all at the same time; raises what the first one raised.
 
     Args:
-        stop: set when one has failed; those that look at it can end.
+        stop: set when one has failed, and at the end; those that look at it can end.
     """
-    found: list[Answer | None] = [None] * len(tasks)
-    raised: list[BaseException] = []
-
-    def run(number: int) -> None:
-        try:
-            found[number] = tasks[number]()
-        except BaseException as error:
-            raised.append(error)
-            if stop is not None:
-                stop.set()
-
-    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(len(tasks))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if raised:
-        raise raised[0]
-    return [one for one in found if one is not None]
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        futures = [pool.submit(task) for task in tasks]
+        ended, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        if stop is not None:
+            stop.set()
+    for one in (*ended, *futures):
+        one.result()
+    return [one.result() for one in futures]
 
 
 @dataclass(frozen=True)
@@ -192,12 +180,17 @@ class Timing:
     def _prompt(self, tokens: int) -> list[int]:
         return [self._dice.randrange(5, 4000) for _ in range(tokens)]
 
+    def _cached(self, count: int, tokens: int) -> list[tuple[Address, list[int]]]:
+        """So many prompts for each engine, which has them in its KV cache."""
+        asked = [(address, self._prompt(tokens)) for address in self._sockets for _ in range(count)]
+        for address, prompt in asked:
+            ask(address, prompt, 1)
+        return asked
+
     def decodes(self, streams: int, tokens: int) -> Sample:
         """A step of so many sequences: what a long answer takes longer than a short one. Their prompts are in the KV cache, so
         that all begin together."""
-        asked = [(address, self._prompt(tokens)) for address in self._sockets for _ in range(streams)]
-        for address, prompt in asked:
-            ask(address, prompt, 1)
+        asked = self._cached(streams, tokens)
         more = []
         for _ in range(REPEATS):
             long, short = (at_once([lambda a=a, p=p, n=n: ask(a, p, n) for a, p in asked]) for n in (LONG, BRIEF))
@@ -207,9 +200,7 @@ class Timing:
 
     def mixed(self, streams: int, tokens: int, decode_ms: float) -> Sample:
         """A step of so many sequences with a prompt: what their answers take longer when a prompt comes in the middle."""
-        asked = [(address, self._prompt(SHORT)) for address in self._sockets for _ in range(streams)]
-        for address, prompt in asked:
-            ask(address, prompt, 1)
+        asked = self._cached(streams, SHORT)
         more = []
         for _ in range(REPEATS):
             alone = at_once([lambda a=a, p=p: ask(a, p, LONG) for a, p in asked])
@@ -413,13 +404,7 @@ def main() -> int:
     for policy in arguments.policies:
         found[policy] = run_policy(policy, arguments)
         # After each policy, so that one that fails costs none of the others.
-        report = {
-            "command": " ".join(["python", "-m", "benchmarks.cluster_agreement", *sys.argv[1:]]),
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
-            "vllm": installed_vllm(),
-            **compared(found, arguments),
-        }
+        report = {**circumstances(__spec__.name), **compared(found, arguments)}
         if arguments.output:
             arguments.output.write_text(json.dumps(report, indent=1) + "\n")
     return 0

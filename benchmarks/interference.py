@@ -14,8 +14,6 @@ import argparse
 import asyncio
 import itertools
 import json
-import os
-import platform
 import random
 import signal
 import sys
@@ -25,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.circumstances import circumstances
 from benchmarks.interference_figures import Run, alone_summary, ratios, rounded, summary, table
 from vllm_agentserve.bench.arguments import add_start_timeout
 from vllm_agentserve.bench.client import Stream, StreamingClient
@@ -35,7 +34,7 @@ from vllm_agentserve.bench.server import START_TIMEOUT_S, VllmServer, serving_en
 from vllm_agentserve.config import SERIES
 from vllm_agentserve.processes.starter import call
 from vllm_agentserve.toy import make_toy_model
-from vllm_agentserve.vllm_compat import SCHEDULER_NAME, installed_vllm
+from vllm_agentserve.vllm_compat import SCHEDULER_NAME
 
 STREAMS = 4
 STREAM_PROMPT = 64
@@ -267,10 +266,7 @@ def main() -> int:
         print(json.dumps(compared, indent=1))
     if arguments.output:
         report = {
-            "command": " ".join(["python", "-m", __spec__.name, *sys.argv[1:]]),
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
-            "vllm": installed_vllm(),
+            **circumstances(__spec__.name),
             "arms": arms,
             "ratios": compared,
             "runs": {arm: [rounded(asdict(run)) for run in done] for arm, done in runs.items()},

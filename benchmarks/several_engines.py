@@ -15,7 +15,6 @@ import http.client
 import itertools
 import json
 import os
-import platform
 import random
 import re
 import signal
@@ -28,11 +27,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.circumstances import circumstances
 from benchmarks.cluster_process import ClusterProcess, cluster_process, descendants
 from vllm_agentserve.bench.server import free_port
 from vllm_agentserve.cluster.timings import BOUNDS_S
 from vllm_agentserve.toy import make_toy_model
-from vllm_agentserve.vllm_compat import installed_vllm
 
 BLOCK = 128
 """Tokens of a KV block on CPUs."""
@@ -354,10 +353,7 @@ def main() -> int:
     print(table(rows))
     if arguments.output:
         report = {
-            "command": " ".join(["python", "-m", "benchmarks.several_engines", *sys.argv[1:]]),
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
-            "vllm": installed_vllm(),
+            **circumstances(__spec__.name),
             "rows": [{"name": row.name, "value": float(row.value), "reached": row.reached} for row in rows],
         }
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")

@@ -19,7 +19,7 @@ def test_decode_steps_are_predicted_as_if_bounds_were_computed_anew() -> None:
             base, per_sequence, per_context = model._decode.weights
             if per_sequence < 0 or per_context < 0:
                 bounded += 1
-                base, per_sequence, per_context = model._decode.at_least_zero((1, 2))
+                base, per_sequence, per_context = model._decode._at_least_zero((1, 2))
             for asked in ((1, 100), (16, 20_000), (64, 200_000)):
                 anew = max(base + per_sequence * asked[0] + per_context * asked[1] / 1000, 0.0)
                 assert model.decode_ms(*asked) == max(anew * model._decode_slowness, model._shortest_ms)

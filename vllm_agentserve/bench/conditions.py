@@ -143,7 +143,7 @@ def page_touch_us() -> float:
 
 
 def work_ms() -> float:
-    """How long the fixed work takes now, in ms; the median, in about 0.1 s."""
+    """How long the fixed work takes now, in ms; the median; asking takes less than 0.1 s."""
     numbers = np.ones(WORK_NUMBERS, np.float32)
     products = np.empty_like(numbers)
     taken = []

@@ -33,6 +33,8 @@ class RecursiveLeastSquares:
     def __init__(self, deviations: Sequence[float], forgetting: float) -> None:
         self.weights = [0.0] * len(deviations)
         self.samples = 0
+        self._bounded: tuple[int, Sequence[int], list[float]] = (-1, (), [])
+        """The last answer of `at_least_zero`: after how many samples, for which weights, and what it was."""
         self._forgetting = forgetting
         self._prior = [deviation**2 for deviation in deviations]
         self._covariance = [
@@ -45,8 +47,14 @@ class RecursiveLeastSquares:
     def at_least_zero(self, indices: Sequence[int]) -> list[float]:
         """The weights that fit best when none at these indices may be below zero.
 
-        One that is below is set to zero, and the others are moved by what the samples say of them together.
+        One that is below is set to zero, and the others are moved by what the samples say of them together. Computed once after
+        each sample, since a step asks many times.
         """
+        if self._bounded[:2] != (self.samples, indices):
+            self._bounded = self.samples, indices, self._at_least_zero(indices)
+        return self._bounded[2]
+
+    def _at_least_zero(self, indices: Sequence[int]) -> list[float]:
         weights, covariance = list(self.weights), self._covariance
         pinned: list[int] = []
         while len(pinned) < len(indices):
@@ -126,10 +134,6 @@ class StepModel:
         """The same of decodes: at a constant number of them the coefficients are not free to follow."""
         self._fast_steps = self._slow_steps = 0
         """Mixed steps in a row that took less than the prediction divided by `OUTLIER`, or more than it times that."""
-        self._constrained: tuple[int, list[float]] = (-1, [])
-        """The coefficients of chunks after so many samples, none below zero."""
-        self._constrained_decode: tuple[int, list[float]] = (-1, [])
-        """The same of decodes."""
         self._short_ms: deque[float] = deque(maxlen=self.SHORT_STEPS)
         """What the last mixed steps with few prompt tokens took for them."""
         self._most_mixing_ms = inf
@@ -152,9 +156,7 @@ class StepModel:
         base, per_sequence, per_context = self._decode.weights
         if per_sequence < 0.0 or per_context < 0.0:
             # Far from what was seen a slope below zero would say that a larger step takes no time at all.
-            if self._constrained_decode[0] != self._decode.samples:
-                self._constrained_decode = self._decode.samples, self._decode.at_least_zero((1, 2))
-            base, per_sequence, per_context = self._constrained_decode[1]
+            base, per_sequence, per_context = self._decode.at_least_zero((1, 2))
         return max(base + per_sequence * sequences + per_context * context / 1000, 0.0)
 
     def chunk_ms(self, tokens: int, context: int, first: bool = True) -> float:
@@ -258,9 +260,7 @@ class StepModel:
     def _coefficients(self) -> list[float]:
         weights, slowness = self._prefill.weights, self._slowness
         if min(weights) < 0.0:
-            if self._constrained[0] != self._prefill.samples:
-                self._constrained = self._prefill.samples, self._prefill.at_least_zero((0, 1, 2, 3))
-            weights = self._constrained[1]
+            weights = self._prefill.at_least_zero((0, 1, 2, 3))
         return [weight * slowness for weight in weights]
 
 
