@@ -1,14 +1,17 @@
 """Ray's router and the application, without a Ray that runs."""
 
+import contextlib
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.cluster.test_pins import Clock, Near
+from vllm_agentserve.cluster.answers import Answers
 from vllm_agentserve.cluster.caller import Caller
 from vllm_agentserve.cluster.chooser import Chooser
-from vllm_agentserve.cluster.relay import RelayedRequest
+from vllm_agentserve.cluster.relay import Head, Part, RelayedRequest, Taken
 from vllm_agentserve.cluster.settings import ClusterSettings, SettingsError
 
 pytest.importorskip("ray", reason="Ray is not installed: it comes with the extra `cluster`")
@@ -56,6 +59,84 @@ async def test_a_request_is_placed_once_however_often_ray_asks(router: Any, near
     assert all(one == chosen[0] for one in chosen)
     assert [len(rank) for rank in chosen[0]] == [1]
     assert (near.asked, near.turns) == (1, 0)
+
+
+async def test_the_length_of_a_prompt_is_estimated_as_the_ingress_has_seen_it(router: Any) -> None:
+    asked: list[int] = []
+
+    async def choose(caller: Caller, tokens: int, *rest: Any) -> str:
+        asked.append(tokens)
+        return "a"
+
+    router._chooser.choose = choose
+    for number, known in enumerate((None, 0.2)):
+        request = RelayedRequest("POST", "/v1/completions", caller=Caller("s", characters=100), per_character=known)
+        await router.choose_replicas(REPLICAS, pending(request, f"{number}"))
+    assert asked == [50, 20]  # that of the engines' reports, and its own
+
+
+class Handle:
+    """A deployment's handle that chooses one replica. What Ray was given to carry is in `carried`."""
+
+    def __init__(self, node: str, **told: str) -> None:
+        self.chosen = SimpleNamespace(replica_id="e1", node_id=node, replica_metadata=told)
+        self.carried: list[RelayedRequest] = []
+
+    @contextlib.asynccontextmanager
+    async def choose_replica(self, request: RelayedRequest, _reserve: bool) -> AsyncIterator[Any]:
+        assert not _reserve
+        yield self.chosen
+
+    async def remote(self, request: RelayedRequest) -> AsyncIterator[Part]:
+        self.carried.append(request)
+        yield Taken("e1")
+        yield Head(200, ())
+
+
+class Straight:
+    """A connection to an engine."""
+
+    async def answer(self, request: RelayedRequest) -> AsyncIterator[Part]:
+        yield Head(200, ())
+        yield b"straight"
+
+
+class Reached:
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+
+    async def to(self, engine: str, socket: str) -> Straight | None:
+        self.asked.append((engine, socket))
+        return Straight() if socket else None
+
+
+def ingress(handle: Handle, direct: Reached | None) -> Any:
+    from vllm_agentserve.cluster.application import Ingress
+
+    found: Any = Ingress.__new__(Ingress)
+    found._engines, found._node, found._direct = handle, "here", direct
+    found._answers = Answers(SimpleNamespace(finished=nothing))  # type: ignore[arg-type]
+    return found
+
+
+async def nothing(*given: Any) -> None:
+    pass
+
+
+async def test_an_ingress_asks_an_engine_of_its_machine_itself() -> None:
+    handle, direct = Handle("here", socket="/tmp/engine"), Reached()
+    found = [part async for part in ingress(handle, direct)._send_to(RelayedRequest("POST", "/v1/completions"))]
+    assert found == [Taken("e1"), Head(200, ((b"x-agentserve-engine", b"e1"),)), b"straight"]
+    assert (handle.carried, direct.asked) == ([], [("e1", "/tmp/engine")])
+
+
+@pytest.mark.parametrize("why", ["another machine", "no socket", "prefillers", "a page of one engine"])
+async def test_ray_carries_the_other_requests(why: str) -> None:
+    handle = Handle("there" if why == "another machine" else "here", **({} if why == "no socket" else {"socket": "/e"}))
+    own = ingress(handle, None if why == "prefillers" else Reached())
+    request = RelayedRequest("GET", "/metrics", engine="e1" if why == "a page of one engine" else "")
+    assert [part async for part in own._send_to(request)] == [Taken("e1"), Head(200, ())]
+    assert handle.carried == [request]
 
 
 async def test_a_replica_that_is_gone_is_chosen_anew(router: Any, near: Near) -> None:

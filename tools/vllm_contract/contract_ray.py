@@ -45,11 +45,27 @@ RAY_CONTRACT = (
     ),
     *exports("ray.serve.handle", f"{APPLICATION} {SERVER}", "DeploymentHandle"),
     *calls("ray.serve.handle:DeploymentHandle", f"{APPLICATION} {SERVER}", options="method_name= stream="),
+    *calls("ray.serve.handle:DeploymentHandle", APPLICATION, choose_replica=""),
+    *reads(
+        "ray.serve._private.request_router.replica_wrapper:ReplicaSelection",
+        APPLICATION,
+        "replica_id node_id replica_metadata",
+    ),
+    # Only the choice: no slot is reserved at the replica, which would take a call to its process.
+    *says(
+        "ray.serve._private.router:AsyncioRouter.choose_replica", APPLICATION, "request_kwargs.pop('_reserve', True)"
+    ),
+    *says(
+        "ray.serve._private.replica:UserCallableWrapper._call_user_record_replica_metadata",
+        SERVER,
+        "self._call_func_or_gen(self._user_record_replica_metadata)",
+    ),
     *calls("ray.serve.handle:DeploymentResponse", SERVER, cancel=""),
     *calls("ray.serve.handle:DeploymentResponseGenerator", APPLICATION, cancel=""),
     *exports("ray.serve._private.constants", COMMAND, "SERVE_SESSION_ID"),
     *exports("ray", COMMAND, "init shutdown"),
-    *exports("ray", APPLICATION, "cluster_resources is_initialized"),
+    *exports("ray", APPLICATION, "cluster_resources get_runtime_context is_initialized"),
+    *calls("ray.runtime_context:RuntimeContext", APPLICATION, get_node_id=""),
     *exports("ray.util", SERVER, "get_node_ip_address"),
     *exports("ray", ACTOR, "get get_actor remote"),
 )

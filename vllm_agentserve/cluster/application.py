@@ -1,9 +1,11 @@
 """The Ray Serve application of a cluster, as `serve deploy` and `agentserve cluster serve` build it."""
 
 import asyncio
+import contextlib
 import math
 import os
 from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -14,8 +16,10 @@ from ray.serve.handle import DeploymentHandle
 from vllm_agentserve.bench.device import has_nvidia_driver
 from vllm_agentserve.bench.server import ranks
 from vllm_agentserve.cluster.actor import TableActor
+from vllm_agentserve.cluster.answers import Answers
+from vllm_agentserve.cluster.direct import SOCKET, DirectConnections
 from vllm_agentserve.cluster.ingress import IngressApplication
-from vllm_agentserve.cluster.relay import Part, RelayedRequest
+from vllm_agentserve.cluster.relay import Part, RelayedRequest, Taken
 from vllm_agentserve.cluster.server import EngineServer
 from vllm_agentserve.cluster.settings import ClusterSettings
 
@@ -46,12 +50,30 @@ class Ingress:
         self._table = TableActor(serve.get_replica_context().app_name, found)
         self._client_names = found.client_names
         self._start_timeout_s = found.start_timeout_s
+        self._node = ray.get_runtime_context().get_node_id()
+        self._answers = Answers(self._table)
+        # Prompts that a prefiller computes first, and what is refused beside them, are the business of the engine's process.
+        self._direct = None if found.prefillers else DirectConnections()
 
     async def __serve_build_asgi_app__(self) -> IngressApplication:
         await asyncio.wait_for(self._table.ready(), self._start_timeout_s)
         return IngressApplication(self._send_to, self._table.shown, self._client_names)
 
     async def _send_to(self, request: RelayedRequest) -> AsyncGenerator[Part, None]:
+        request = replace(request, per_character=self._answers.per_character)
+        if self._direct is not None and not request.engine:
+            async with self._engines.choose_replica(request, _reserve=False) as chosen:
+                engine = chosen.replica_id
+                socket = chosen.replica_metadata.get(SOCKET, "") if chosen.node_id == self._node else ""
+            connection = await self._direct.to(engine, socket)
+            if connection is not None:
+                yield Taken(engine)
+                answering = self._answers.of(engine, request, connection.answer(request))
+                async with contextlib.aclosing(answering) as answer:
+                    async for part in answer:
+                        yield part
+                return
+        # Ray asks the router again, which gives the same engine to the same request.
         parts = self._engines.remote(request)
         try:
             async for part in parts:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import replace
 from typing import Any
 
 from vllm_agentserve.cluster.caller import read_caller
@@ -192,9 +193,7 @@ class IngressApplication:
 
 def avoiding(request: RelayedRequest, engine: str) -> RelayedRequest:
     """The same request, for another engine."""
-    return RelayedRequest(
-        request.method, request.path, request.headers, request.body, request.caller, (*request.avoid, engine)
-    )
+    return replace(request, avoid=(*request.avoid, engine))
 
 
 async def lifespan(receive: Receive, send: Send) -> None:

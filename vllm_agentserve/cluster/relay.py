@@ -34,6 +34,7 @@ class RelayedRequest:
         caller: whose it is.
         avoid: engines that it must not go to.
         engine: the one that it has to go to; "" for any.
+        per_character: tokens per character of prompts, as far as the ingress knows.
     """
 
     method: str
@@ -43,6 +44,7 @@ class RelayedRequest:
     caller: Caller = NOBODY
     avoid: tuple[str, ...] = ()
     engine: str = ""
+    per_character: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

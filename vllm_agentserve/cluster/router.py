@@ -51,7 +51,7 @@ class ConversationRouter(RequestRouter):
         if engine not in replicas:
             began_s = time.perf_counter()
             stats = {name: one.routing_stats or {} for name, one in replicas.items()}
-            tokens = request.caller.prompt_tokens(rate_in(list(stats.values())))
+            tokens = request.caller.prompt_tokens(request.per_character or rate_in(list(stats.values())))
             reports = {name: report_in(one) for name, one in stats.items()}
             engine = await self._chooser.choose(request.caller, tokens, reports, request.avoid)
             self._chosen[number] = engine

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import ray
@@ -14,20 +14,19 @@ from ray.serve.handle import DeploymentHandle
 from vllm_agentserve.bench.device import has_nvidia_driver
 from vllm_agentserve.bench.server import bound_cores, ranks, serving_environment
 from vllm_agentserve.cluster.actor import TableActor
+from vllm_agentserve.cluster.answers import Answers
+from vllm_agentserve.cluster.direct import SOCKET
 from vllm_agentserve.cluster.engine import Engine, EngineError
-from vllm_agentserve.cluster.load import PER_CHARACTER, Report, TokenRate, load_of, stats_of
+from vllm_agentserve.cluster.load import PER_CHARACTER, Report, load_of, stats_of
 from vllm_agentserve.cluster.prefill import ENDED, UNREACHED, Answer, Prefills, names_kv
 from vllm_agentserve.cluster.relay import (
     ENGINE_HEADER,
-    EVENT,
-    USAGE_BYTES,
     Failure,
     Head,
     Part,
     RelayedRequest,
     Taken,
     error_body,
-    usage,
 )
 from vllm_agentserve.cluster.settings import ClusterSettings
 from vllm_agentserve.vllm_compat.nixl import PAUSE, PAUSE_US
@@ -43,6 +42,8 @@ PORTS_APART = 20
 """Between those of two engines."""
 HEALTH_S = 10.0
 """An engine whose server does not answer for so long is started anew."""
+DRAIN_S = 20.0
+"""So long an engine that is to end waits for the requests that it has."""
 INLINE_BYTES = 1 << 18
 """Longer bodies are read beside the streams of others."""
 NO_PARAMS = "kv_transfer_params is not allowed: engines of this cluster set it themselves. Leave it out."
@@ -64,9 +65,8 @@ class EngineServer:
         context = serve.get_replica_context()
         self.name: str = context.replica_tag
         self._table = TableActor(context.app_name, found)
-        self._rate = TokenRate()
+        self._answers = Answers(self._table)
         self._reports = 0
-        self._notes: set[asyncio.Task[None]] = set()
         rank = int(getattr(context.rank, "local_rank", 0) or 0)
         self._moves_kv = found.prefillers > 0
         self._prefills: Prefills | None = None
@@ -86,7 +86,7 @@ class EngineServer:
             raise
         print(f"agentserve: engine {self.name} is ready, process {self._engine.pid}", flush=True)
 
-    async def relay(self, request: RelayedRequest) -> AsyncIterator[Part]:
+    async def relay(self, request: RelayedRequest) -> AsyncGenerator[Part, None]:
         """The parts of an answer."""
         yield Taken(self.name)
         if request.engine not in ("", self.name):
@@ -96,23 +96,19 @@ class EngineServer:
             yield Head(400, ((b"content-type", b"application/json"), (ENGINE_HEADER, self.name.encode())))
             yield error_body(request.path, 400, NO_PARAMS)
             return
-        tail, events = b"", 0
-        try:
-            if self._prefills is not None and not request.engine:
-                tokens = request.caller.prompt_tokens(self._rate.per_character or PER_CHARACTER)
-                request, outcome = await self._prefills.prepared(request, tokens)
-                if outcome:
-                    self._soon(self._table.prefilled(outcome))
-            async for part in self._engine.answer(request):
-                if isinstance(part, Head):
-                    yield Head(part.status, (*part.headers, (ENGINE_HEADER, self.name.encode())))
-                    continue
-                if isinstance(part, bytes):
-                    tail = (tail + part)[-USAGE_BYTES:]
-                    events += part.count(EVENT)
+        async with contextlib.aclosing(self._answers.of(self.name, request, self._answer(request))) as parts:
+            async for part in parts:
                 yield part
-        finally:
-            self._note(request, tail, events)
+
+    async def _answer(self, request: RelayedRequest) -> AsyncGenerator[Part, None]:
+        if self._prefills is not None and not request.engine:
+            tokens = request.caller.prompt_tokens(self._answers.per_character or PER_CHARACTER)
+            request, outcome = await self._prefills.prepared(request, tokens)
+            if outcome:
+                self._answers.soon(self._table.prefilled(outcome))
+        async with contextlib.aclosing(self._engine.answer(request)) as parts:
+            async for part in parts:
+                yield part
 
     @staticmethod
     async def _names_kv(request: RelayedRequest) -> bool:
@@ -139,31 +135,17 @@ class EngineServer:
             raise
         return status, content
 
-    def _note(self, request: RelayedRequest, tail: bytes, events: int) -> None:
-        """Tells the table that a call has ended, without waiting for it."""
-        if request.engine:
-            return  # the table has not placed it
-        caller, known = request.caller, usage(tail)
-        if known is not None:
-            prompt, answer = known
-            self._rate.saw(caller.characters, prompt - caller.tokens)
-        else:
-            prompt, answer = caller.prompt_tokens(self._rate.per_character or PER_CHARACTER), events
-        self._soon(self._table.finished(caller.session, self.name, prompt + answer, caller.last))
-
-    def _soon(self, telling: Coroutine[Any, Any, None]) -> None:
-        """Tells the table without waiting for it."""
-        task = asyncio.ensure_future(quietly(telling))
-        self._notes.add(task)
-        task.add_done_callback(self._notes.discard)
+    def record_replica_metadata(self) -> dict[str, str]:
+        """What Ray tells the routers once: ingresses of the same machine hand requests to the engine's socket themselves."""
+        return {} if self._moves_kv else {SOCKET: self._engine.socket}
 
     async def record_routing_stats(self) -> dict[str, float]:
         """The report that Ray carries to the routers."""
         page = await self._engine.page("/metrics", LOAD_S * 4)
         if page is None:
-            return stats_of(None, self._rate.per_character)
+            return stats_of(None, self._answers.per_character)
         self._reports += 1
-        return stats_of(Report(self._reports, load_of(page.decode(errors="replace"))), self._rate.per_character)
+        return stats_of(Report(self._reports, load_of(page.decode(errors="replace"))), self._answers.per_character)
 
     async def check_health(self) -> None:
         """Raises `RuntimeError` if the engine is to be started anew."""
@@ -173,6 +155,8 @@ class EngineServer:
     def __del__(self) -> None:
         engine = getattr(self, "_engine", None)
         if engine is not None:
+            # Ray has waited for what it carries itself.
+            engine.wait_until_idle(DRAIN_S)
             engine.stop()
 
 
@@ -191,11 +175,6 @@ def free_ports(host: str, first: int, count: int) -> int:
         f"no {count} ports in a row are free on {host} from {first} on, on which engines say where their KV is: choose others "
         f"with {SIDE_CHANNEL}"
     )
-
-
-async def quietly(telling: Coroutine[Any, Any, None]) -> None:
-    with contextlib.suppress(Exception):  # the table is told of the next one
-        await telling
 
 
 def environment(settings: ClusterSettings, rank: int) -> dict[str, str]:

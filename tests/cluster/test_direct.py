@@ -1,0 +1,253 @@
+"""An ingress's own connections to engines of its machine, with small servers in the place of vLLM."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.test_pins import Clock
+from vllm_agentserve.cluster.answers import Answers
+from vllm_agentserve.cluster.caller import Caller
+from vllm_agentserve.cluster.connection import EngineConnection
+from vllm_agentserve.cluster.direct import AGAIN_S, MOST, DirectConnections
+from vllm_agentserve.cluster.engine import connected_to
+from vllm_agentserve.cluster.relay import Failure, Head, Part, RelayedRequest
+
+Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+REQUEST = RelayedRequest("POST", "/v1/completions", body=b"{}")
+USAGE = b'{"usage": {"prompt_tokens": 30, "completion_tokens": 4}}'
+
+
+def answering(status: str, content: bytes = b"") -> Handler:
+    """Answers every request with this one answer."""
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        writer.write(head.encode() + content)
+        await writer.drain()
+        writer.close()
+
+    return handle
+
+
+@asynccontextmanager
+async def listening(path: Path, handle: Handler) -> AsyncIterator[str]:
+    server = await asyncio.start_unix_server(handle, str(path))
+    try:
+        yield str(path)
+    finally:
+        server.close()
+        path.unlink(missing_ok=True)
+
+
+@pytest.fixture
+async def connections() -> AsyncIterator[DirectConnections]:
+    found = DirectConnections(Clock())
+    yield found
+    for one in found._known.values():
+        await one.close()
+
+
+async def parts_of(connection: EngineConnection) -> list[Part]:
+    return [part async for part in connection.answer(REQUEST)]
+
+
+async def test_an_engine_that_listens_is_asked_by_one_connection(
+    connections: DirectConnections, tmp_path: Path
+) -> None:
+    async with listening(tmp_path / "engine", answering("200 OK", b"whole")) as path:
+        found = await connections.to("e1", path)
+        assert found is not None
+        assert found is await connections.to("e1", path)
+        head, body = await parts_of(found)
+    assert isinstance(head, Head)
+    assert (head.status, body) == (200, b"whole")
+
+
+async def test_an_engine_without_a_socket_is_left_to_ray(connections: DirectConnections) -> None:
+    assert await connections.to("e1", "") is None
+
+
+async def test_an_engine_whose_socket_is_not_here_is_left_to_ray_and_tried_again_later(
+    connections: DirectConnections, tmp_path: Path
+) -> None:
+    clock = connections._clock
+    assert isinstance(clock, Clock)
+    path = tmp_path / "engine"
+    assert await connections.to("e1", str(path)) is None
+    async with listening(path, answering("200 OK")):
+        clock.now += AGAIN_S / 2
+        assert await connections.to("e1", str(path)) is None
+        clock.now += AGAIN_S
+        assert await connections.to("e1", str(path)) is not None
+
+
+async def test_an_engine_that_is_not_healthy_yet_is_left_to_ray(connections: DirectConnections, tmp_path: Path) -> None:
+    async with listening(tmp_path / "engine", answering("503 Service Unavailable")) as path:
+        assert await connections.to("e1", path) is None
+
+
+async def test_a_request_for_an_engine_that_has_ended_has_gone_nowhere(
+    connections: DirectConnections, tmp_path: Path
+) -> None:
+    """So that another engine may get it, and does: the failure does not say that the engine may have seen it."""
+    async with listening(tmp_path / "engine", answering("200 OK")) as path:
+        found = await connections.to("e1", path)
+    assert found is not None
+    for _ in range(2):
+        (failure,) = await parts_of(found)
+        assert isinstance(failure, Failure)
+        assert not failure.delivered
+    assert await connections.to("e1", path) is found
+
+
+async def test_an_engine_whose_core_has_ended_gets_no_more_requests(
+    connections: DirectConnections, tmp_path: Path
+) -> None:
+    healthy = [True]
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        line = await reader.readline()
+        well = b"/health" in line and healthy[0]
+        status = "200 OK" if well else "503 Service Unavailable" if b"/health" in line else "500 Internal Server Error"
+        writer.write(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n".encode())
+        await writer.drain()
+        writer.close()
+
+    async with listening(tmp_path / "engine", handle) as path:
+        found = await connections.to("e1", path)
+        assert found is not None
+        own = await parts_of(found)
+        assert isinstance(own[0], Head)
+        assert own[0].status == 500
+        healthy[0] = False
+        first, second = await parts_of(found), await parts_of(found)
+    assert [one.delivered for one in (*first, *second) if isinstance(one, Failure)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: 1\n\n",
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n9\r\ndata: 1\n\n\r\n",
+    ],
+)
+async def test_a_server_that_stops_listening_leaves_no_request_without_an_end(
+    connections: DirectConnections, tmp_path: Path, begun: bytes
+) -> None:
+    """vLLM, asked to end, stops listening and may leave streams open: nothing comes, and no error."""
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if b"/health" in await reader.readline():
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            writer.close()
+        else:
+            writer.write(begun)
+
+    async with listening(tmp_path / "engine", handle) as path:
+        found = await connections.to("e1", path)
+        assert found is not None
+        answer = asyncio.ensure_future(parts_of(found))
+        await asyncio.sleep(0.1)
+    parts = await asyncio.wait_for(answer, 30)
+    assert [type(part) for part in parts] == ([Head, bytes, Failure] if begun else [Failure])
+    (failure,) = (part for part in parts if isinstance(part, Failure))
+    assert failure.delivered
+    (failure,) = await parts_of(found)
+    assert isinstance(failure, Failure)
+    assert not failure.delivered
+
+
+async def test_nobody_asks_an_engine_without_requests(connections: DirectConnections, tmp_path: Path) -> None:
+    async with listening(tmp_path / "engine", answering("200 OK")) as path:
+        found = await connections.to("e1", path)
+        assert found is not None
+        await parts_of(found)
+        assert found._watch is not None
+        await asyncio.wait_for(found._watch, 30)
+        assert found._watch is None
+
+
+async def test_engines_that_have_ended_are_forgotten(connections: DirectConnections, tmp_path: Path) -> None:
+    async with listening(tmp_path / "engine", answering("200 OK")) as path:
+        found = await connections.to("e1", path)
+    assert found is not None
+    await parts_of(found)
+    await connections.to("e2", str(tmp_path / "other"))
+    assert list(connections._known) == ["e2"]
+
+
+async def test_not_more_engines_are_remembered_than_allowed(connections: DirectConnections, tmp_path: Path) -> None:
+    for number in range(MOST + 3):
+        await connections.to(f"e{number}", str(tmp_path / "nobody"))
+    assert len(connections._known) == MOST
+    assert len(connections._missed_s) == MOST
+
+
+class Told:
+    """What a table of pins is told."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str, int, bool]] = []
+
+    async def finished(self, session: str, engine: str, context_tokens: int, last: bool) -> None:
+        self.calls.append((session, engine, context_tokens, last))
+
+
+async def made(*parts: Part) -> AsyncIterator[Part]:
+    for part in parts:
+        yield part
+
+
+@pytest.mark.parametrize(
+    ("content", "tokens", "rate"), [([USAGE], 34, 0.3), ([b"data: 1\n\n", b"data: 2\n\n"], 25 + 2, None)]
+)
+async def test_an_answer_names_its_engine_and_is_counted(content: list[bytes], tokens: int, rate: float | None) -> None:
+    told = Told()
+    answers = Answers(told)
+    request = RelayedRequest("POST", "/v1/completions", caller=Caller("s", characters=100, last=True))
+    found = [part async for part in answers.of("e1", request, made(Head(200, ()), *content))]  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    assert found == [Head(200, ((b"x-agentserve-engine", b"e1"),)), *content]
+    assert told.calls == [("s", "e1", tokens, True)]
+    assert answers.per_character == rate
+
+
+async def test_an_answer_that_is_left_is_counted_and_its_source_is_closed_at_once() -> None:
+    told, closed = Told(), []
+
+    async def source() -> AsyncIterator[Part]:
+        try:
+            yield Head(200, ())
+            yield b"data: 1\n\n"
+            yield b"data: 2\n\n"
+        finally:
+            closed.append(True)
+
+    request = RelayedRequest("POST", "/v1/completions", caller=Caller("s", tokens=10))
+    answer = Answers(told).of("e1", request, source())  # type: ignore[arg-type]
+    await anext(answer)
+    await anext(answer)
+    await answer.aclose()
+    assert closed == [True]
+    await asyncio.sleep(0)
+    assert told.calls == [("s", "e1", 11, False)]
+
+
+def test_connections_of_a_socket_are_counted(tmp_path: Path) -> None:
+    path = str(tmp_path / "engine")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()
+        assert connected_to(path) == 0
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+            taken, _ = server.accept()
+            with taken:
+                assert connected_to(path) == 1
+        assert connected_to(path) == 0

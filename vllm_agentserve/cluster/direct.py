@@ -1,0 +1,57 @@
+"""The way from an ingress to an engine of the same machine: straight to the engine's socket, while Ray chooses the engine."""
+
+import time
+from collections.abc import Callable
+
+from vllm_agentserve.cluster.connection import EngineConnection
+
+SOCKET = "socket"
+"""Under this name an engine tells the path of its socket."""
+REACH_S = 5.0
+"""So long an engine that has not been reached yet may take to say that it is healthy."""
+AGAIN_S = 10.0
+"""An engine that could not be reached is tried no sooner."""
+MOST = 256
+"""Engines that are remembered."""
+
+
+class DirectConnections:
+    """An ingress's connections to the engines of its machine.
+
+    An engine whose socket cannot be reached, since it lies in another container, is left to Ray.
+
+    Args:
+        clock: seconds that do not go back.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._known: dict[str, EngineConnection] = {}
+        self._missed_s: dict[str, float] = {}
+
+    async def to(self, engine: str, socket: str) -> EngineConnection | None:
+        """The connection to an engine; None if it has never been reached.
+
+        Args:
+            engine: its name, which no engine after it has.
+            socket: the path of its socket; "" if it has told none.
+        """
+        if not socket or self._clock() - self._missed_s.get(engine, -AGAIN_S) < AGAIN_S:
+            return None
+        known = self._known.get(engine)
+        if known is None:
+            known = self._known[engine] = EngineConnection(socket)
+            await self._forget()
+        if known.reached or await known.health(REACH_S) == 200:
+            self._missed_s.pop(engine, None)
+            return known
+        self._missed_s[engine] = self._clock()
+        return None
+
+    async def _forget(self) -> None:
+        """Engines that have ended, and the oldest of too many."""
+        names = [name for name, one in self._known.items() if one.ended]
+        names += [name for name in self._known if name not in names][: max(len(self._known) - len(names) - MOST, 0)]
+        for name in names:
+            self._missed_s.pop(name, None)
+            await self._known.pop(name).close()
