@@ -14,12 +14,13 @@ import argparse
 import asyncio
 import itertools
 import json
+import math
 import random
 import signal
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,12 @@ from vllm_agentserve.bench.replay import undisturbed
 from vllm_agentserve.bench.server import START_TIMEOUT_S, VllmServer, serving_environment
 from vllm_agentserve.config import SERIES
 from vllm_agentserve.processes.starter import call
+from vllm_agentserve.shapes import SHAPES, make_shaped_model
 from vllm_agentserve.toy import make_toy_model
 from vllm_agentserve.vllm_compat import SCHEDULER_NAME
 
 STREAMS = 4
 STREAM_PROMPT = 64
-PROMPTS = (4096, 6144, 8192)
-EVERY_S = 6.0
 CONTEXT, RESULT, PAUSE_S = 1024, 48, 0.15
 """Of the agent that takes short turns: first context, tokens of a turn, time between two."""
 MAX_MODEL_LEN = 12288
@@ -50,6 +50,29 @@ ENGINE_OPTIONS = {
     "kv_cache_memory_bytes": 2 << 30,
     "enforce_eager": True,
 }
+
+
+@dataclass(frozen=True)
+class Load:
+    """What meets the streams, and the model.
+
+    Args:
+        shape: of `vllm_agentserve.shapes`, with dummy weights; None for the toy model.
+        prompts: lengths of the cold prompts, in tokens.
+        every_s: seconds between two of them.
+    """
+
+    shape: str | None = None
+    prompts: tuple[int, ...] = (4096, 6144, 8192)
+    every_s: float = 6.0
+
+    def model(self) -> Path:
+        """Its folder, made where it is not there yet."""
+        return make_toy_model() if self.shape is None else make_shaped_model(self.shape)
+
+    def options(self) -> dict[str, Any]:
+        """Of every engine."""
+        return ENGINE_OPTIONS if self.shape is None else {**ENGINE_OPTIONS, "load_format": "dummy"}
 
 
 def ours(mode: str, target_ms: float) -> dict[str, Any]:
@@ -67,10 +90,10 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def prompts(seed: int) -> Iterable[list[int]]:
+def prompts(seed: int, load: Load) -> Iterable[list[int]]:
     """Fresh prompts, the same for every arm: first the streams', then the cold ones, then those that come alone."""
     rng = random.Random(seed)
-    for length in (*[STREAM_PROMPT] * STREAMS, *PROMPTS, *PROMPTS, *PROMPTS):
+    for length in (*[STREAM_PROMPT] * STREAMS, *load.prompts, *load.prompts, *load.prompts):
         yield [rng.randrange(3, 4000) for _ in range(length)]
 
 
@@ -84,9 +107,9 @@ async def take_turns(client: StreamingClient, seed: int, turns: list[Stream]) ->
         await asyncio.sleep(PAUSE_S)
 
 
-async def run_http(url: str, seed: int, resumes: bool = False) -> Run:
+async def run_http(url: str, seed: int, load: Load, resumes: bool = False) -> Run:
     """Runs the workload against a server."""
-    drawn = iter(prompts(seed))
+    drawn = iter(prompts(seed, load))
     run = Run()
     async with StreamingClient(url) as client:
         await client.generate("warm-up", [7] * 32, 4)
@@ -100,11 +123,11 @@ async def run_http(url: str, seed: int, resumes: bool = False) -> Run:
         await asyncio.sleep(2.0)
         begin = time.perf_counter()
         colds: list[Stream] = []
-        for index, length in enumerate(PROMPTS):
-            await asyncio.sleep(max(begin + index * EVERY_S - time.perf_counter(), 0.0))
+        for index, length in enumerate(load.prompts):
+            await asyncio.sleep(max(begin + index * load.every_s - time.perf_counter(), 0.0))
             colds.append(await client.generate("cold", next(drawn), 1))
             run.cold_ttft_s.append((length, colds[-1].ttft))
-        await asyncio.sleep(max(begin + len(PROMPTS) * EVERY_S - time.perf_counter(), 0.0))
+        await asyncio.sleep(max(begin + len(load.prompts) * load.every_s - time.perf_counter(), 0.0))
         end = time.perf_counter()
         if any(task.done() for task in tasks):
             raise RuntimeError("a stream ended before the cold prompts: raise max_model_len")
@@ -127,20 +150,20 @@ async def run_http(url: str, seed: int, resumes: bool = False) -> Run:
         run.decode_tokens = sum(len(stream.stamps) for stream in streams)
         run.decode_s = end - begin
         await asyncio.sleep(1.0)
-        for length in (*PROMPTS, *PROMPTS):
+        for length in (*load.prompts, *load.prompts):
             alone = await client.generate("alone", next(drawn), 1)
             run.alone_ttft_s.append((length, alone.ttft))
     run.counts = {name: value for name, value in read_counters(url).items() if "agentserve" in name and value}
-    del run.alone_ttft_s[: len(PROMPTS)]
+    del run.alone_ttft_s[: len(load.prompts)]
     return run
 
 
-def run_engine(arm: str, seed: int, only_alone: bool = False) -> Run:
+def run_engine(arm: str, seed: int, load: Load, only_alone: bool = False) -> Run:
     """Runs the workload in this process, in step with the engine; call it in a process of its own."""
     from vllm import LLM, SamplingParams
 
-    engine = LLM(str(make_toy_model()), **ENGINE_OPTIONS, **ARMS[arm]).llm_engine
-    drawn = iter(prompts(seed))
+    engine = LLM(str(load.model()), **load.options(), **ARMS[arm]).llm_engine
+    drawn = iter(prompts(seed, load))
     numbers = itertools.count()
 
     def add(kind: str, prompt: list[int], max_tokens: int) -> str:
@@ -157,9 +180,9 @@ def run_engine(arm: str, seed: int, only_alone: bool = False) -> Run:
         begin = last = time.perf_counter()
         cold: tuple[str, int, float] | None = None
         due = 0
-        while (now := time.perf_counter()) < begin + len(PROMPTS) * EVERY_S:
-            if due < len(PROMPTS) and now >= begin + due * EVERY_S and cold is None:
-                length, due = PROMPTS[due], due + 1
+        while (now := time.perf_counter()) < begin + len(load.prompts) * load.every_s:
+            if due < len(load.prompts) and now >= begin + due * load.every_s and cold is None:
+                length, due = load.prompts[due], due + 1
                 cold = (add("cold", next(drawn), 1), length, now)
             outputs = engine.step()
             now = time.perf_counter()
@@ -181,11 +204,11 @@ def run_engine(arm: str, seed: int, only_alone: bool = False) -> Run:
 
     run = Run()
     if only_alone:
-        for _ in range(STREAMS + len(PROMPTS)):
+        for _ in range(STREAMS + len(load.prompts)):
             next(drawn)
     else:
         beside_streams()
-    for length in (*PROMPTS, *PROMPTS):
+    for length in (*load.prompts, *load.prompts):
         begin = time.perf_counter()
         add("alone", next(drawn), 1)
         while engine.has_unfinished_requests():
@@ -193,23 +216,29 @@ def run_engine(arm: str, seed: int, only_alone: bool = False) -> Run:
         run.alone_ttft_s.append((length, time.perf_counter() - begin))
     scheduler = engine.engine_core.engine_core.scheduler
     run.counts = {f"{SERIES}{name}": count for name, count in getattr(scheduler, "counts", {}).items() if count}
-    del run.alone_ttft_s[: len(PROMPTS)]
+    del run.alone_ttft_s[: len(load.prompts)]
     return run
 
 
-def run_arm(path: str, arm: str, seed: int, resumes: bool = False, start_timeout_s: float = START_TIMEOUT_S) -> Run:
+def run_arm(
+    path: str, arm: str, seed: int, load: Load, resumes: bool = False, start_timeout_s: float = START_TIMEOUT_S
+) -> Run:
     """Runs one arm in processes of its own and returns what it gave."""
     if path == "http":
-        options = [text for key, value in {**ENGINE_OPTIONS, **ARMS[arm]}.items() for text in serve_option(key, value)]
-        with VllmServer(make_toy_model(), options, start_timeout_s=start_timeout_s) as server, undisturbed():
-            return asyncio.run(run_http(server.url, seed, resumes))
+        options = [text for key, value in {**load.options(), **ARMS[arm]}.items() for text in serve_option(key, value)]
+        with VllmServer(load.model(), options, start_timeout_s=start_timeout_s) as server, undisturbed():
+            return asyncio.run(run_http(server.url, seed, load, resumes))
     environment = serving_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
-    return Run(**call(f"{__spec__.name}:work", {"arm": arm, "seed": seed, "path": path}, environment))
+    return Run(
+        **call(f"{__spec__.name}:work", {"arm": arm, "seed": seed, "path": path, "load": asdict(load)}, environment)
+    )
 
 
 def work(options: Mapping[str, Any]) -> dict[str, Any]:
     """One arm on an engine, in the child process; `options` are those of `run_arm`."""
-    return asdict(run_engine(options["arm"], options["seed"], only_alone=options["path"] == "alone"))
+    given = options["load"]
+    load = Load(given["shape"], tuple(given["prompts"]), given["every_s"])
+    return asdict(run_engine(options["arm"], options["seed"], load, only_alone=options["path"] == "alone"))
 
 
 def serve_option(key: str, value: Any) -> list[str]:
@@ -226,6 +255,16 @@ def main() -> int:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resumes", action="store_true", help="one more agent takes short turns; with --path http")
+    parser.add_argument(
+        "--shape",
+        choices=[shape.name for shape in SHAPES],
+        help="a model of this size with random weights instead of the toy model",
+    )
+    usual = Load()
+    parser.add_argument(
+        "--prompts", nargs="+", type=int, default=usual.prompts, help="lengths of the cold prompts, in tokens"
+    )
+    parser.add_argument("--every", type=float, default=usual.every_s, help="seconds between two of them")
     parser.add_argument("--output", type=Path, help="where the raw intervals and the summary go, as JSON")
     add_start_timeout(parser, "a server, with --path http,", START_TIMEOUT_S)
     arguments = parser.parse_args()
@@ -233,14 +272,21 @@ def main() -> int:
         parser.error(
             f"--resumes is measured over HTTP, not with --path {arguments.path}: leave it out, or say --path http"
         )
+    if min(arguments.prompts) < 1 or max(arguments.prompts) > MAX_MODEL_LEN - 1:
+        parser.error(f"--prompts {arguments.prompts}: the lengths are to be from 1 to {MAX_MODEL_LEN - 1} tokens")
+    if not 0 < arguments.every < math.inf:
+        parser.error(f"--every {arguments.every} is no time: give seconds above 0")
+    load = Load(arguments.shape, tuple(arguments.prompts), arguments.every)
     # A plain `kill` unwinds like Ctrl-C, so that no server is left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    make_toy_model()
+    load.model()
     runs: dict[str, list[Run]] = {arm: [] for arm in arguments.arms}
     for number in range(arguments.rounds):
         # Every other round runs backwards, so that no arm always follows the same one.
         for arm in arguments.arms if number % 2 == 0 else reversed(arguments.arms):
-            run = run_arm(arguments.path, arm, arguments.seed + number, arguments.resumes, arguments.start_timeout)
+            run = run_arm(
+                arguments.path, arm, arguments.seed + number, load, arguments.resumes, arguments.start_timeout
+            )
             runs[arm].append(run)
             if arguments.path == "alone":
                 print(
@@ -267,6 +313,7 @@ def main() -> int:
     if arguments.output:
         report = {
             **circumstances(__spec__.name),
+            "load": asdict(load),
             "arms": arms,
             "ratios": compared,
             "runs": {arm: [rounded(asdict(run)) for run in done] for arm, done in runs.items()},

@@ -16,6 +16,7 @@ from vllm_agentserve.cluster.arguments import add_arguments as add_cluster_argum
 from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
 from vllm_agentserve.extras import MissingExtraError, remedy_for, require
 from vllm_agentserve.options import read_json
+from vllm_agentserve.shapes import SHAPES
 from vllm_agentserve.vllm_compat import UnsupportedVllmError
 
 INTERRUPTED = 130
@@ -86,6 +87,11 @@ def make_parser() -> argparse.ArgumentParser:
 
     toy = commands.add_parser("toy-model", help="make the toy model and print its folder")
     toy.add_argument("--output", type=Path, help="where (default: the user's cache)")
+    toy.add_argument(
+        "--shape",
+        choices=[shape.name for shape in SHAPES],
+        help="a folder below it with a model of this size instead, without weights: serve it with --load-format dummy",
+    )
     return parser
 
 
@@ -144,6 +150,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 
 def toy_model(arguments: argparse.Namespace) -> int:
+    from vllm_agentserve.shapes import make_shaped_model
     from vllm_agentserve.toy import make_toy_model
 
     if (folder := arguments.output) is not None:
@@ -151,7 +158,7 @@ def toy_model(arguments: argparse.Namespace) -> int:
         for place in (folder, *folder.parents):
             if place.exists() and not place.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, "this is a file, not a folder", str(place))
-    print(make_toy_model(arguments.output))
+    print(make_shaped_model(arguments.shape, arguments.output) if arguments.shape else make_toy_model(arguments.output))
     return 0
 
 

@@ -102,8 +102,14 @@ def corpus(seed: int) -> Iterator[str]:
             yield json.dumps({"result": rng.randint(0, 10**6), "ok": True, "text": picked[-1]}, indent=2)
 
 
-def write_tokenizer(folder: Path, seed: int) -> None:
-    """Trains a byte-level BPE of exactly `VOCABULARY` entries and writes it in the `tokenizers` format."""
+def write_tokenizer(folder: Path, seed: int, size: int = VOCABULARY) -> None:
+    """Trains a byte-level BPE of exactly `VOCABULARY` entries and writes it in the `tokenizers` format.
+
+    Args:
+        folder: where.
+        seed: of the text that it is trained on.
+        size: tokens that it is to have. Those above `VOCABULARY` are in no text: a larger model may answer with them.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -118,6 +124,7 @@ def write_tokenizer(folder: Path, seed: int) -> None:
     tokenizer.train_from_iterator(corpus(seed), trainer)
     if tokenizer.get_vocab_size() != VOCABULARY:
         raise RuntimeError(f"the toy corpus gives {tokenizer.get_vocab_size()} tokens, not {VOCABULARY}: enlarge it")
+    tokenizer.add_tokens([f"<unused {number}>" for number in range(VOCABULARY, size)])
     tokenizer.save(str(folder / "tokenizer.json"))
     end_of_text, start, end = SPECIAL_TOKENS
     settings = {

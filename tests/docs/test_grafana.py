@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from tests.support.paths import ROOT
+from vllm_agentserve.cluster.merged import KINDS
+from vllm_agentserve.cluster.merged import SERIES as CLUSTER
 from vllm_agentserve.config import SERIES
 from vllm_agentserve.scheduler.class_stats import CLASS_COUNTERS, CLASS_HISTOGRAMS
 from vllm_agentserve.scheduler.load_stats import LOAD_COUNTERS, LOAD_GAUGES, LOAD_HISTOGRAMS
@@ -22,6 +24,9 @@ OWN_COUNTERS |= {f"{SERIES}{name}_{part}" for name in LOAD_HISTOGRAMS for part i
 OWN_COUNTERS |= {f"{SERIES}{name}_bucket" for name in CLASS_HISTOGRAMS}
 """The sum of the histogram is also a counter of its own."""
 OWN_GAUGES = {SERIES + name for name in (*GAUGES, *LABELLED, *LOAD_GAUGES)}
+CLUSTER_COUNTERS = {CLUSTER + name for name, (kind, _) in KINDS.items() if kind == "counter"}
+CLUSTER_COUNTERS |= {f"{CLUSTER}{name}_bucket" for name, (kind, _) in KINDS.items() if kind == "histogram"}
+CLUSTER_GAUGES = {CLUSTER + name for name, (kind, _) in KINDS.items() if kind == "gauge"}
 VLLM = {
     "vllm:generation_tokens": "counter",
     "vllm:inter_token_latency_seconds": "histogram",
@@ -42,7 +47,7 @@ VLLM_GAUGES = {name for name, kind in VLLM.items() if kind == "gauge"}
 VARIABLES = ("model_name", "instance", "engine")
 WORDS = {"by", "sum", "rate", "histogram_quantile"}
 """Everything else in an expression, outside of selectors, is a series or a label to sum by."""
-LABELS = {*VARIABLES, "class", "found", "le", "level", "reason", "row"}
+LABELS = {*VARIABLES, "class", "found", "le", "level", "outcome", "reason", "replica", "row", "table"}
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +64,12 @@ def series_of(expression: str) -> set[str]:
     """The series an expression asks for; fails on a word that is none of those known."""
     bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]", "", expression)
     words = set(re.findall(r"[a-zA-Z_:][a-zA-Z0-9_:]*", bare)) - WORDS - LABELS
-    assert all(word.startswith("vllm:") for word in words), f"{words} in {expression}"
+    assert all(word.startswith(("vllm:", CLUSTER)) for word in words), f"{words} in {expression}"
     return words
 
 
 def test_every_series_exists(dashboard: dict[str, Any]) -> None:
-    known = OWN_COUNTERS | OWN_GAUGES | VLLM_COUNTERS | VLLM_GAUGES
+    known = OWN_COUNTERS | OWN_GAUGES | VLLM_COUNTERS | VLLM_GAUGES | CLUSTER_COUNTERS | CLUSTER_GAUGES
     for target in targets_of(dashboard):
         asked = series_of(target["expr"])
         assert asked, target["expr"]
@@ -73,7 +78,7 @@ def test_every_series_exists(dashboard: dict[str, Any]) -> None:
 
 def test_every_series_of_ours_is_shown(dashboard: dict[str, Any]) -> None:
     asked = set().union(*(series_of(target["expr"]) for target in targets_of(dashboard)))
-    assert asked >= OWN_COUNTERS | OWN_GAUGES
+    assert asked >= OWN_COUNTERS | OWN_GAUGES | CLUSTER_COUNTERS | CLUSTER_GAUGES
 
 
 def test_vllms_own_series_are_in_the_installed_sources() -> None:
@@ -90,7 +95,7 @@ def test_counters_are_shown_as_rates_and_gauges_as_they_are(dashboard: dict[str,
         expression = target["expr"]
         assert expression.count("(") == expression.count(")"), expression
         rated = set(re.findall(r"rate\(([\w:]+)\{[^}]*\}\[\$__rate_interval\]\)", expression))
-        assert rated == series_of(expression) & (OWN_COUNTERS | VLLM_COUNTERS), expression
+        assert rated == series_of(expression) & (OWN_COUNTERS | VLLM_COUNTERS | CLUSTER_COUNTERS), expression
 
 
 def test_the_variables_choose_what_is_shown(dashboard: dict[str, Any]) -> None:
@@ -99,8 +104,10 @@ def test_the_variables_choose_what_is_shown(dashboard: dict[str, Any]) -> None:
     for target in targets_of(dashboard):
         selectors = re.findall(r"\{([^}]*)\}", target["expr"])
         assert selectors, target["expr"]
+        # A cluster's own series know neither models nor vLLM's numbers of engines.
+        variables = ("instance",) if CLUSTER in target["expr"] else VARIABLES
         for selector in selectors:
-            assert all(f'{name}=~"${name}"' in selector for name in VARIABLES), target["expr"]
+            assert all(f'{name}=~"${name}"' in selector for name in variables), target["expr"]
     for variable in dashboard["templating"]["list"]:
         if variable["type"] == "query":
             asked = re.match(r"label_values\(([\w:]+)", variable["query"]["query"])

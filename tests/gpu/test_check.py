@@ -8,10 +8,10 @@ import pytest
 
 from tests.support.gpu_kit import answer
 from vllm_agentserve.gpucheck import command, faults, probe
-from vllm_agentserve.gpucheck.engines import kv_cache_bytes, shape_for
 from vllm_agentserve.gpucheck.multiprocessors import granted
 from vllm_agentserve.gpucheck.schedule import Span, allowance
 from vllm_agentserve.gpucheck.scripted_requests import beside_requests, from_json, to_json
+from vllm_agentserve.shapes import kv_cache_bytes, shape_for
 
 # Time
 

@@ -15,7 +15,7 @@ from vllm_agentserve.bench.records import Record
 from vllm_agentserve.bench.sessions import live_context, longest_context
 from vllm_agentserve.gpucheck import command, pressure
 from vllm_agentserve.gpucheck.check_run import CheckRun
-from vllm_agentserve.gpucheck.engines import SHAPES, TOY, engine_arguments, make_engine, variables, weight_bytes
+from vllm_agentserve.gpucheck.engines import engine_arguments, make_engine, variables
 from vllm_agentserve.gpucheck.pressure import (
     ARMS,
     HOST,
@@ -30,6 +30,7 @@ from vllm_agentserve.gpucheck.pressure_cells import LARGE, TINY, pool_for, seed_
 from vllm_agentserve.gpucheck.pressure_engine import read_packed, write_packed
 from vllm_agentserve.gpucheck.pressure_figures import CellRounds, cell_text, figures_of, hit_percent, table
 from vllm_agentserve.gpucheck.standing_task import StandingTask, StandingTaskError
+from vllm_agentserve.shapes import SHAPES, TOY, weight_bytes
 from vllm_agentserve.vllm_compat import host
 
 NAMES = [arm.name for arm in ARMS]

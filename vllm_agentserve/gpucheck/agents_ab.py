@@ -12,19 +12,11 @@ from vllm_agentserve.bench.drawing import WorkloadOptions
 from vllm_agentserve.bench.measure import RoundFigures, pool, round_figures
 from vllm_agentserve.bench.records import Record
 from vllm_agentserve.gpucheck.check_run import PACKAGE, CheckRun, PartResult
-from vllm_agentserve.gpucheck.engines import (
-    PRIORITY,
-    TOY,
-    ModelShape,
-    Setting,
-    kv_cache_blocks,
-    kv_cache_bytes,
-    shape_for,
-    unused,
-)
+from vllm_agentserve.gpucheck.engines import PRIORITY, Setting, unused
 from vllm_agentserve.gpucheck.environment import UNKNOWN, free_gib
 from vllm_agentserve.gpucheck.gaps import cell, figures, gaps_of, mean_of
 from vllm_agentserve.processes.task import ChildResult
+from vllm_agentserve.shapes import TOY, ModelShape, kv_cache_blocks, kv_cache_bytes, shape_for
 
 ARMS = ("lanes", "stock", "time-sliced", PRIORITY)
 """The arms that decide most come first, should the time run out."""

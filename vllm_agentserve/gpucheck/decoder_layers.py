@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from vllm_agentserve.gpucheck.engines import ModelShape
 from vllm_agentserve.gpucheck.step_kinds import LAYERS, SMALL_STEP_KINDS, STEP_KINDS, DeviceShare, StepKind
+from vllm_agentserve.shapes import ModelShape
 
 REPEAT_S = 0.25
 """Each point is measured for about so long."""
@@ -98,7 +98,7 @@ def measure(options: Mapping[str, Any]) -> dict[str, Any]:
     """All works on all shares; tokens per second of the stack.
 
     Args:
-        options: `shape` (of `engines.ModelShape`), `device` and `small`.
+        options: `shape` (of `shapes.ModelShape`), `device` and `small`.
     """
     on_gpu = options["device"] == "cuda"
     if on_gpu:

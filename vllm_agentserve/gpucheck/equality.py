@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm_agentserve.gpucheck.check_run import PACKAGE, CheckRun, PartResult
 from vllm_agentserve.gpucheck.compare import AnswerComparison, compare, wrong
-from vllm_agentserve.gpucheck.engines import TOY, Setting, counters, make_engine, unused
+from vllm_agentserve.gpucheck.engines import Setting, counters, make_engine, unused
 from vllm_agentserve.gpucheck.scripted_requests import (
     Answers,
     ScriptedRequest,
@@ -18,6 +18,7 @@ from vllm_agentserve.gpucheck.scripted_requests import (
     run_requests,
     to_json,
 )
+from vllm_agentserve.shapes import TOY
 
 ORDER = {
     "bfloat16": ("stock", "stock-chunk", "lanes", "time-sliced"),

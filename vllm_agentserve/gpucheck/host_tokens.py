@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm_agentserve.gpucheck.check_run import PACKAGE, CheckRun, PartResult
 from vllm_agentserve.gpucheck.compare import AnswerComparison, compare, wrong
-from vllm_agentserve.gpucheck.engines import TOY, Setting, counters, make_engine
+from vllm_agentserve.gpucheck.engines import Setting, counters, make_engine
 from vllm_agentserve.gpucheck.equality import CONTROL, GRAPHS, LEAST_S, engine_limits, errors_of, row_without_answers
 from vllm_agentserve.gpucheck.scripted_requests import (
     Answers,
@@ -18,6 +18,7 @@ from vllm_agentserve.gpucheck.scripted_requests import (
     run_requests,
     to_json,
 )
+from vllm_agentserve.shapes import TOY
 
 HOSTS: Mapping[str, Mapping[str, Any]] = {
     "host": {"kv_host_gib": 0.5, "kv_host_policy": "lru"},

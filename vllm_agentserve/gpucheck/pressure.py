@@ -12,7 +12,7 @@ from vllm_agentserve.bench.plan import in_turns
 from vllm_agentserve.bench.records import Record
 from vllm_agentserve.gpucheck.archive import write_archive
 from vllm_agentserve.gpucheck.check_run import PACKAGE, CheckRun, PartResult
-from vllm_agentserve.gpucheck.engines import SHAPES, TOY, ModelShape, Setting, kv_block_bytes, weight_bytes
+from vllm_agentserve.gpucheck.engines import Setting
 from vllm_agentserve.gpucheck.environment import UNKNOWN, free_gib
 from vllm_agentserve.gpucheck.pressure_cells import HOST_LARGE, LARGE, TINY, WARM_UP_AGENTS, Cell, pool_for, seed_of
 from vllm_agentserve.gpucheck.pressure_engine import read_packed
@@ -25,6 +25,7 @@ from vllm_agentserve.gpucheck.pressure_figures import (
     table,
 )
 from vllm_agentserve.gpucheck.standing_task import StandingTask, StandingTaskError
+from vllm_agentserve.shapes import SHAPES, TOY, ModelShape, kv_block_bytes, weight_bytes
 from vllm_agentserve.vllm_compat.host import room_obstacle, transfer_options
 
 ROUNDS = 3

@@ -4,9 +4,9 @@ from dataclasses import asdict
 from typing import Any
 
 from vllm_agentserve.gpucheck.check_run import PACKAGE, CheckRun, PartResult
-from vllm_agentserve.gpucheck.engines import shape_for
 from vllm_agentserve.gpucheck.environment import free_gib
 from vllm_agentserve.gpucheck.step_kinds import LAYERS
+from vllm_agentserve.shapes import shape_for
 
 
 def table(points: list[dict[str, Any]], unit: str) -> list[str]:

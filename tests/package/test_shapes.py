@@ -1,0 +1,39 @@
+"""Models of published sizes without weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm_agentserve.cli import main
+from vllm_agentserve.shapes import SHAPES, make_shaped_model, weight_bytes
+
+
+def test_a_shape_is_a_configuration_and_a_tokenizer_with_a_text_for_every_token(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tokenizers import Tokenizer
+
+    assert main(["toy-model", "--shape", "qwen2.5-0.5b", "--output", str(tmp_path)]) == 0
+    folder = Path(capsys.readouterr().out.strip())
+    assert folder == tmp_path / "qwen2.5-0.5b"
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == config["vocab_size"] == 151936
+    assert tokenizer.decode([config["vocab_size"] - 1])
+    written = (folder / "tokenizer.json").stat().st_mtime_ns
+    assert make_shaped_model("qwen2.5-0.5b", tmp_path) == folder
+    assert (folder / "tokenizer.json").stat().st_mtime_ns == written
+
+
+def test_an_unknown_shape_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"shape '7b' is unknown: choose one of qwen2.5-7b, "):
+        make_shaped_model("7b", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_shapes_have_about_the_parameters_of_their_names() -> None:
+    parameters = {shape.name: weight_bytes(shape) / 2e9 for shape in SHAPES}
+    assert parameters == pytest.approx(
+        {"qwen2.5-7b": 7.6, "qwen2.5-3b": 3.1, "qwen2.5-1.5b": 1.5, "qwen2.5-0.5b": 0.49}, rel=0.03
+    )

@@ -1,0 +1,112 @@
+"""Models of published sizes with random weights, where the toy model is too small to say something of a real one."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_agentserve.toy import cache_folder, write_tokenizer
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A dense decoder by its sizes.
+
+    Args:
+        least_gib: free GPU memory from which on it is chosen; weights in bf16, a KV cache and room for lanes.
+    """
+
+    name: str
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    least_gib: float
+
+
+SHAPES = (
+    ModelShape("qwen2.5-7b", 3584, 18944, 28, 28, 4, 152064, 30.0),
+    ModelShape("qwen2.5-3b", 2048, 11008, 36, 16, 2, 151936, 15.0),
+    ModelShape("qwen2.5-1.5b", 1536, 8960, 28, 12, 2, 151936, 9.0),
+    ModelShape("qwen2.5-0.5b", 896, 4864, 24, 14, 2, 151936, 0.0),
+)
+"""Sizes of the published models, the largest first."""
+UNTIED_HIDDEN = 3584
+"""From this hidden size on a model has two embedding matrices."""
+TOY = ModelShape("toy", 384, 1536, 6, 6, 2, 4096, 0.0)
+
+
+def shape_for(free_gib: float | None) -> ModelShape:
+    """The largest shape for so much free GPU memory; the toy without a GPU."""
+    if free_gib is None:
+        return TOY
+    return next(shape for shape in SHAPES if free_gib >= shape.least_gib)
+
+
+def kv_cache_bytes(free_gib: float | None) -> int:
+    """The same KV cache for every arm: 2 GiB without a GPU, else a fifth of its free memory, from 1 to 8 GiB."""
+    return 2 << 30 if free_gib is None else int(min(max(free_gib / 5, 1.0), 8.0) * 2**30)
+
+
+def kv_block_bytes(shape: ModelShape, block: int) -> int:
+    """The size of a block of so many tokens in a KV cache in bfloat16."""
+    values = 2 * shape.layers * shape.kv_heads * shape.hidden // shape.heads
+    return 2 * values * block
+
+
+def kv_cache_blocks(shape: ModelShape, size: int, block: int) -> int:
+    """How many blocks of so many tokens a KV cache of `size` bytes in bfloat16 has."""
+    return size // kv_block_bytes(shape, block)
+
+
+def weight_bytes(shape: ModelShape) -> int:
+    """The size of the weights in bfloat16; small models use one matrix for both embeddings."""
+    inside = 2 * shape.hidden + 2 * (shape.hidden // shape.heads) * shape.kv_heads
+    embeddings = (1 if shape.hidden < UNTIED_HIDDEN else 2) * shape.vocabulary * shape.hidden
+    return 2 * (embeddings + shape.layers * shape.hidden * (inside + 3 * shape.inner))
+
+
+def write_config(shape: ModelShape, folder: Path) -> Path:
+    """Writes the configuration of a model without weights, for vLLM's `--load-format dummy`; returns its folder."""
+    model = folder / shape.name
+    model.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.inner,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "vocab_size": shape.vocabulary,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": shape.hidden < UNTIED_HIDDEN,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    }
+    (model / "config.json").write_text(json.dumps(config, indent=1))
+    return model
+
+
+def make_shaped_model(name: str, folder: Path | None = None) -> Path:
+    """Returns the folder of a model for `vllm serve --load-format dummy`: its configuration and the toy model's tokenizer.
+
+    Args:
+        name: of one of `SHAPES`.
+        folder: the folder that it is made in, under its name; by default the user's cache.
+
+    Raises:
+        ValueError: there is no shape of that name.
+    """
+    shape = next((one for one in SHAPES if one.name == name), None)
+    if shape is None:
+        raise ValueError(f"shape {name!r} is unknown: choose one of {', '.join(one.name for one in SHAPES)}")
+    model = write_config(shape, folder or cache_folder())
+    if not (model / "tokenizer_config.json").exists():
+        write_tokenizer(model, seed=0, size=shape.vocabulary)
+    return model
