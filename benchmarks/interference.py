@@ -75,18 +75,25 @@ class Load:
         return ENGINE_OPTIONS if self.shape is None else {**ENGINE_OPTIONS, "load_format": "dummy"}
 
 
-def ours(mode: str, target_ms: float) -> dict[str, Any]:
-    return {
-        "scheduler_cls": SCHEDULER_NAME,
-        "additional_config": {"agentserve": {"mode": mode, "tpot_slo_ms": target_ms}},
-    }
+def ours(mode: str, target_ms: float | None = None) -> dict[str, Any]:
+    """Args: a mode, and its target; without one that of the default options."""
+    target = {} if target_ms is None else {"tpot_slo_ms": target_ms}
+    return {"scheduler_cls": SCHEDULER_NAME, "additional_config": {"agentserve": {"mode": mode, **target}}}
 
 
-ARMS: dict[str, dict[str, Any]] = {
+USUAL: dict[str, dict[str, Any]] = {
     "stock": {},
     "stock-chunk=256": {"max_num_batched_tokens": 256},
     "lanes": ours("lanes", 40),
     **{f"{mode}-{target}ms": ours(mode, target) for mode in ("time-sliced", "auto") for target in (40, 20, 12)},
+}
+ARMS = {
+    **USUAL,
+    # For larger models, whose steps take longer.
+    "stock-chunk=64": {"max_num_batched_tokens": 64},
+    "defaults": {"scheduler_cls": SCHEDULER_NAME},
+    "lanes-untold": ours("lanes"),
+    **{f"{mode}-100ms": ours(mode, 100) for mode in ("time-sliced", "auto", "lanes")},
 }
 
 
@@ -252,7 +259,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--path", choices=("engine", "http", "alone"), default="engine")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(USUAL))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resumes", action="store_true", help="one more agent takes short turns; with --path http")
     parser.add_argument(

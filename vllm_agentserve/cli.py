@@ -92,6 +92,9 @@ def make_parser() -> argparse.ArgumentParser:
         choices=[shape.name for shape in SHAPES],
         help="a folder below it with a model of this size instead, without weights: serve it with --load-format dummy",
     )
+    toy.add_argument(
+        "--weights", action="store_true", help="with --shape: random weights too, for servers that make none themselves"
+    )
     return parser
 
 
@@ -158,7 +161,10 @@ def toy_model(arguments: argparse.Namespace) -> int:
         for place in (folder, *folder.parents):
             if place.exists() and not place.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, "this is a file, not a folder", str(place))
-    print(make_shaped_model(arguments.shape, arguments.output) if arguments.shape else make_toy_model(arguments.output))
+    if arguments.shape:
+        print(make_shaped_model(arguments.shape, arguments.output, arguments.weights))
+    else:
+        print(make_toy_model(arguments.output))
     return 0
 
 

@@ -1,8 +1,10 @@
 """Models of published sizes with random weights, where the toy model is too small to say something of a real one."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vllm_agentserve.toy import cache_folder, write_tokenizer
 
@@ -34,6 +36,7 @@ SHAPES = (
 """Sizes of the published models, the largest first."""
 UNTIED_HIDDEN = 3584
 """From this hidden size on a model has two embedding matrices."""
+WEIGHTS = "model.safetensors"
 TOY = ModelShape("toy", 384, 1536, 6, 6, 2, 4096, 0.0)
 
 
@@ -93,12 +96,46 @@ def write_config(shape: ModelShape, folder: Path) -> Path:
     return model
 
 
-def make_shaped_model(name: str, folder: Path | None = None) -> Path:
+def write_weights(shape: ModelShape, folder: Path, seed: int = 0) -> None:
+    """Writes normally distributed weights in float16, each matrix scaled by 1/sqrt(fan-in)."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    dice = np.random.default_rng(seed)
+    hidden, keys = shape.hidden, shape.hidden // shape.heads * shape.kv_heads
+
+    def matrix(rows: int, columns: int) -> "np.ndarray[Any, np.dtype[np.float16]]":
+        values = dice.standard_normal((rows, columns), dtype=np.float32) * np.float32(columns**-0.5)
+        return values.astype(np.float16)
+
+    ones = np.ones(hidden, dtype=np.float16)
+    weights = {"model.embed_tokens.weight": matrix(shape.vocabulary, hidden), "model.norm.weight": ones}
+    if hidden >= UNTIED_HIDDEN:
+        weights["lm_head.weight"] = matrix(shape.vocabulary, hidden)
+    for layer in range(shape.layers):
+        prefix = f"model.layers.{layer}."
+        weights[prefix + "input_layernorm.weight"] = weights[prefix + "post_attention_layernorm.weight"] = ones
+        for name, rows in (("q_proj", hidden), ("k_proj", keys), ("v_proj", keys)):
+            weights[f"{prefix}self_attn.{name}.weight"] = matrix(rows, hidden)
+            weights[f"{prefix}self_attn.{name}.bias"] = np.zeros(rows, dtype=np.float16)
+        weights[prefix + "self_attn.o_proj.weight"] = matrix(hidden, hidden)
+        weights[prefix + "mlp.gate_proj.weight"] = matrix(shape.inner, hidden)
+        weights[prefix + "mlp.up_proj.weight"] = matrix(shape.inner, hidden)
+        weights[prefix + "mlp.down_proj.weight"] = matrix(hidden, shape.inner)
+    # Whole, or not there: the name is what says that there are weights.
+    work = folder / f"weights.{os.getpid()}"
+    save_file(weights, str(work), metadata={"format": "pt"})
+    work.replace(folder / WEIGHTS)
+
+
+def make_shaped_model(name: str, folder: Path | None = None, weights: bool = False) -> Path:
     """Returns the folder of a model for `vllm serve --load-format dummy`: its configuration and the toy model's tokenizer.
 
     Args:
         name: of one of `SHAPES`.
         folder: the folder that it is made in, under its name; by default the user's cache.
+        weights: whether it gets random weights, 2 bytes a parameter. It then needs no `--load-format`, and other servers can
+            read it.
 
     Raises:
         ValueError: there is no shape of that name.
@@ -109,4 +146,6 @@ def make_shaped_model(name: str, folder: Path | None = None) -> Path:
     model = write_config(shape, folder or cache_folder())
     if not (model / "tokenizer_config.json").exists():
         write_tokenizer(model, seed=0, size=shape.vocabulary)
+    if weights and not (model / WEIGHTS).exists():
+        write_weights(shape, model)
     return model

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from vllm_agentserve import shapes
 from vllm_agentserve.cli import main
-from vllm_agentserve.shapes import SHAPES, make_shaped_model, weight_bytes
+from vllm_agentserve.shapes import SHAPES, ModelShape, make_shaped_model, weight_bytes
 
 
 def test_a_shape_is_a_configuration_and_a_tokenizer_with_a_text_for_every_token(
@@ -37,3 +38,16 @@ def test_shapes_have_about_the_parameters_of_their_names() -> None:
     assert parameters == pytest.approx(
         {"qwen2.5-7b": 7.6, "qwen2.5-3b": 3.1, "qwen2.5-1.5b": 1.5, "qwen2.5-0.5b": 0.49}, rel=0.03
     )
+
+
+def test_weights_are_those_of_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.numpy import load_file
+
+    small = ModelShape("small", 64, 128, 2, 4, 2, 4096, 0.0)
+    monkeypatch.setattr(shapes, "SHAPES", (small,))
+    folder = make_shaped_model("small", tmp_path, weights=True)
+    weights = load_file(folder / "model.safetensors")
+    inside = sum(one.size for name, one in weights.items() if "norm" not in name and "bias" not in name)
+    assert 2 * inside == weight_bytes(small)
+    assert weights["model.layers.1.self_attn.k_proj.weight"].shape == (32, 64)
+    assert [one.name for one in folder.iterdir() if one.name.startswith("weights")] == []
