@@ -124,7 +124,7 @@ def write_tokenizer(folder: Path, seed: int, size: int = VOCABULARY) -> None:
     tokenizer.train_from_iterator(corpus(seed), trainer)
     if tokenizer.get_vocab_size() != VOCABULARY:
         raise RuntimeError(f"the toy corpus gives {tokenizer.get_vocab_size()} tokens, not {VOCABULARY}: enlarge it")
-    tokenizer.add_tokens([f"<unused {number}>" for number in range(VOCABULARY, size)])
+    tokenizer.add_tokens([f"unused{number}" for number in range(VOCABULARY, size)])
     tokenizer.save(str(folder / "tokenizer.json"))
     end_of_text, start, end = SPECIAL_TOKENS
     settings = {
