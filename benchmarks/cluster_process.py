@@ -91,7 +91,8 @@ def cluster_process(
         yield ClusterProcess(port, log, process.pid)
     finally:
         known |= descendants(process.pid) | in_session(process.pid)
-        process.send_signal(signal.SIGINT)
+        # Not SIGINT: what a script starts in the background ignores it.
+        process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(END_S)
         for pid in known:

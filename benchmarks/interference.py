@@ -97,11 +97,25 @@ ARMS = {
 }
 
 
-def prompts(seed: int, load: Load) -> Iterable[list[int]]:
-    """Fresh prompts, the same for every arm: first the streams', then the cold ones, then those that come alone."""
-    rng = random.Random(seed)
-    for length in (*[STREAM_PROMPT] * STREAMS, *load.prompts, *load.prompts, *load.prompts):
-        yield [rng.randrange(3, 4000) for _ in range(length)]
+@dataclass(frozen=True)
+class Prompts:
+    """Fresh prompts, the same for every arm: the streams', the cold ones, and those that come alone."""
+
+    streams: list[list[int]]
+    cold: list[list[int]]
+    alone: list[list[int]]
+
+    @classmethod
+    def drawn(cls, seed: int, load: Load) -> "Prompts":
+        rng = random.Random(seed)
+
+        def of(lengths: Iterable[int]) -> list[list[int]]:
+            return [[rng.randrange(3, 4000) for _ in range(length)] for length in lengths]
+
+        return cls(of([STREAM_PROMPT] * STREAMS), of(load.prompts), of((*load.prompts, *load.prompts)))
+
+
+TOO_SLOW = "a cold prompt was not computed before the end: give more seconds with --every, or shorter --prompts"
 
 
 async def take_turns(client: StreamingClient, seed: int, turns: list[Stream]) -> None:
@@ -116,24 +130,24 @@ async def take_turns(client: StreamingClient, seed: int, turns: list[Stream]) ->
 
 async def run_http(url: str, seed: int, load: Load, resumes: bool = False) -> Run:
     """Runs the workload against a server."""
-    drawn = iter(prompts(seed, load))
+    prompts = Prompts.drawn(seed, load)
     run = Run()
     async with StreamingClient(url) as client:
         await client.generate("warm-up", [7] * 32, 4)
         streams = [Stream("stream", 0.0) for _ in range(STREAMS)]
         tasks = [
-            asyncio.create_task(client.generate("stream", next(drawn), MAX_MODEL_LEN - 2 * STREAM_PROMPT, into=stream))
-            for stream in streams
+            asyncio.create_task(client.generate("stream", prompt, MAX_MODEL_LEN - 2 * STREAM_PROMPT, into=stream))
+            for prompt, stream in zip(prompts.streams, streams, strict=True)
         ]
         turns: list[Stream] = []
         agent = asyncio.create_task(take_turns(client, seed, turns)) if resumes else None
         await asyncio.sleep(2.0)
         begin = time.perf_counter()
         colds: list[Stream] = []
-        for index, length in enumerate(load.prompts):
+        for index, prompt in enumerate(prompts.cold):
             await asyncio.sleep(max(begin + index * load.every_s - time.perf_counter(), 0.0))
-            colds.append(await client.generate("cold", next(drawn), 1))
-            run.cold_ttft_s.append((length, colds[-1].ttft))
+            colds.append(await client.generate("cold", prompt, 1))
+            run.cold_ttft_s.append((len(prompt), colds[-1].ttft))
         await asyncio.sleep(max(begin + len(load.prompts) * load.every_s - time.perf_counter(), 0.0))
         end = time.perf_counter()
         if any(task.done() for task in tasks):
@@ -157,9 +171,9 @@ async def run_http(url: str, seed: int, load: Load, resumes: bool = False) -> Ru
         run.decode_tokens = sum(len(stream.stamps) for stream in streams)
         run.decode_s = end - begin
         await asyncio.sleep(1.0)
-        for length in (*load.prompts, *load.prompts):
-            alone = await client.generate("alone", next(drawn), 1)
-            run.alone_ttft_s.append((length, alone.ttft))
+        for prompt in prompts.alone:
+            alone = await client.generate("alone", prompt, 1)
+            run.alone_ttft_s.append((len(prompt), alone.ttft))
     run.counts = {name: value for name, value in read_counters(url).items() if "agentserve" in name and value}
     del run.alone_ttft_s[: len(load.prompts)]
     return run
@@ -170,7 +184,7 @@ def run_engine(arm: str, seed: int, load: Load, only_alone: bool = False) -> Run
     from vllm import LLM, SamplingParams
 
     engine = LLM(str(load.model()), **load.options(), **ARMS[arm]).llm_engine
-    drawn = iter(prompts(seed, load))
+    prompts = Prompts.drawn(seed, load)
     numbers = itertools.count()
 
     def add(kind: str, prompt: list[int], max_tokens: int) -> str:
@@ -180,7 +194,7 @@ def run_engine(arm: str, seed: int, load: Load, only_alone: bool = False) -> Run
         return name
 
     def beside_streams() -> None:
-        names = [add("stream", next(drawn), MAX_MODEL_LEN - 2 * STREAM_PROMPT) for _ in range(STREAMS)]
+        names = [add("stream", prompt, MAX_MODEL_LEN - 2 * STREAM_PROMPT) for prompt in prompts.streams]
         warm = time.perf_counter() + 2.0
         while time.perf_counter() < warm:
             engine.step()
@@ -189,8 +203,8 @@ def run_engine(arm: str, seed: int, load: Load, only_alone: bool = False) -> Run
         due = 0
         while (now := time.perf_counter()) < begin + len(load.prompts) * load.every_s:
             if due < len(load.prompts) and now >= begin + due * load.every_s and cold is None:
-                length, due = load.prompts[due], due + 1
-                cold = (add("cold", next(drawn), 1), length, now)
+                prompt, due = prompts.cold[due], due + 1
+                cold = (add("cold", prompt, 1), len(prompt), now)
             outputs = engine.step()
             now = time.perf_counter()
             decoded = sum(output.request_id.startswith("stream") for output in outputs)
@@ -204,23 +218,22 @@ def run_engine(arm: str, seed: int, load: Load, only_alone: bool = False) -> Run
             if cold is not None and any(output.request_id == cold[0] for output in outputs):
                 run.cold_ttft_s.append((cold[1], now - cold[2]))
                 cold = None
+        if len(run.cold_ttft_s) < len(prompts.cold):
+            raise RuntimeError(TOO_SLOW)
         run.decode_s = now - begin
         engine.abort_request(names)
         while engine.has_unfinished_requests():
             engine.step()
 
     run = Run()
-    if only_alone:
-        for _ in range(STREAMS + len(load.prompts)):
-            next(drawn)
-    else:
+    if not only_alone:
         beside_streams()
-    for length in (*load.prompts, *load.prompts):
+    for prompt in prompts.alone:
         begin = time.perf_counter()
-        add("alone", next(drawn), 1)
+        add("alone", prompt, 1)
         while engine.has_unfinished_requests():
             engine.step()
-        run.alone_ttft_s.append((length, time.perf_counter() - begin))
+        run.alone_ttft_s.append((len(prompt), time.perf_counter() - begin))
     scheduler = engine.engine_core.engine_core.scheduler
     run.counts = {f"{SERIES}{name}": count for name, count in getattr(scheduler, "counts", {}).items() if count}
     del run.alone_ttft_s[: len(load.prompts)]

@@ -92,7 +92,12 @@ def write_config(shape: ModelShape, folder: Path) -> Path:
         "bos_token_id": 0,
         "eos_token_id": 2,
     }
-    (model / "config.json").write_text(json.dumps(config, indent=1))
+    written, text = model / "config.json", json.dumps(config, indent=1)
+    if not written.exists() or written.read_text() != text:
+        # Whole, or as it was: an engine may read it just now.
+        work = model / f"config.{os.getpid()}"
+        work.write_text(text)
+        work.replace(written)
     return model
 
 

@@ -63,3 +63,22 @@ async def test_a_table_that_is_not_there_is_looked_for_once_a_moment(monkeypatch
 
 def test_the_table_is_not_given_the_options_of_engines() -> None:
     assert "secret" not in str(table(options=("--api-key", "secret"))._settings)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_turn_is_sent_after_the_engine_was_chosen(fails: bool) -> None:
+    sent: list[Any] = []
+
+    def turn(*given: Any) -> None:
+        sent.append(given)
+        if fails:
+            raise ConnectionError("no Ray")
+
+    found, problems = table(), list[Any]()
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: problems.append(context))
+    found.turn("s", 7, "e1")  # nobody has looked for the table yet
+    found._handle = SimpleNamespace(turn=SimpleNamespace(remote=turn))
+    found.turn("s", 8, "e1")
+    assert sent == []
+    await asyncio.sleep(0)
+    assert (sent, problems) == ([("s", 8, "e1")], [])

@@ -1,7 +1,9 @@
 """An ingress's own connections to engines of its machine, with small servers in the place of vLLM."""
 
 import asyncio
+import os
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -163,21 +165,133 @@ async def test_a_server_that_stops_listening_leaves_no_request_without_an_end(
     assert not failure.delivered
 
 
-async def test_nobody_asks_an_engine_without_requests(connections: DirectConnections, tmp_path: Path) -> None:
-    async with listening(tmp_path / "engine", answering("200 OK")) as path:
+async def test_an_engine_that_ends_without_requests_gets_none_afterwards(
+    connections: DirectConnections, tmp_path: Path
+) -> None:
+    """It is asked while it has none, too: its first request after that has gone nowhere, and may go to another engine."""
+    status = ["200 OK"]
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await answering(status[0])(reader, writer)
+
+    async with listening(tmp_path / "engine", handle) as path:
         found = await connections.to("e1", path)
         assert found is not None
-        await parts_of(found)
-        assert found._watch is not None
-        await asyncio.wait_for(found._watch, 30)
-        assert found._watch is None
+        status[0] = "503 Service Unavailable"
+        deadline = time.monotonic() + 30
+        while not found.ended and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        (failure,) = await parts_of(found)
+    assert isinstance(failure, Failure)
+    assert not failure.delivered
+
+
+async def test_an_engine_that_refuses_for_a_moment_keeps_its_streams_and_is_used_again(
+    connections: DirectConnections, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if b"/health" in await reader.readline():
+            asked.append("503 Service Unavailable" if len(asked) == 1 else "200 OK")
+            await answering(asked[-1])(reader, writer)
+            return
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+        deadline = time.monotonic() + 30
+        while len(asked) < 4 and time.monotonic() < deadline:
+            writer.write(b"data: 1\n\n")
+            await asyncio.sleep(0.1)
+        writer.close()
+
+    async with listening(tmp_path / "engine", handle) as path:
+        found = await connections.to("e1", path)
+        assert found is not None
+        parts = await parts_of(found)
+        assert [one for one in parts if isinstance(one, Failure)] == []
+        assert asked[:4] == ["200 OK", "503 Service Unavailable", "200 OK", "200 OK"]
+        assert not found.ended
+
+
+async def test_requests_that_break_at_once_are_one_question(connections: DirectConnections, tmp_path: Path) -> None:
+    asked = []
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if b"/health" in await reader.readline():
+            asked.append(True)
+            await answering("200 OK")(reader, writer)
+        else:
+            writer.close()
+
+    async with listening(tmp_path / "engine", handle) as path:
+        found = await connections.to("e1", path)
+        assert found is not None
+        before, began = len(asked), time.monotonic()
+        failures = await asyncio.gather(*(parts_of(found) for _ in range(20)))
+        # One, and one a second of the watch.
+        assert len(asked) - before <= 2 + (time.monotonic() - began)
+        assert all(isinstance(one, Failure) and one.delivered for (one,) in failures)
+        assert not found.ended
+
+
+async def test_a_long_header_of_an_answer_is_passed_on(connections: DirectConnections, tmp_path: Path) -> None:
+    """vLLM repeats a header of the request in its answer to a preflight."""
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nX-Long: " + b"a" * 9000 + b"\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    async with listening(tmp_path / "engine", handle) as path:
+        found = await connections.to("e1", path)
+        assert found is not None
+        head, _ = await parts_of(found)
+    assert isinstance(head, Head)
+    assert (b"x-long", b"a" * 9000) in head.headers
+
+
+async def test_two_that_forget_the_same_engines_get_theirs(connections: DirectConnections, tmp_path: Path) -> None:
+    for name in ("dead 1", "dead 2"):
+        async with listening(tmp_path / "engine", answering("200 OK")) as path:
+            found = await connections.to(name, path)
+        assert found is not None
+        await found.close()
+    async with (
+        listening(tmp_path / "one", answering("200 OK")) as one,
+        listening(tmp_path / "two", answering("200 OK")) as two,
+    ):
+        both = await asyncio.gather(connections.to("e1", one), connections.to("e2", two))
+    assert all(both)
+    assert list(connections._known) == ["e1", "e2"]
+
+
+async def test_an_engine_with_requests_is_not_forgotten(connections: DirectConnections, tmp_path: Path) -> None:
+    ends = asyncio.Event()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if b"/health" in await reader.readline():
+            await answering("200 OK")(reader, writer)
+            return
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: 1\n\n")
+        await ends.wait()
+        writer.close()
+
+    async with listening(tmp_path / "engine", handle) as path:
+        found = await connections.to("busy", path)
+        assert found is not None
+        answer = asyncio.ensure_future(parts_of(found))
+        await asyncio.sleep(0.1)
+        for number in range(MOST + 3):
+            await connections.to(f"e{number}", str(tmp_path / "nobody"))
+        ends.set()
+        assert [type(part) for part in await asyncio.wait_for(answer, 30)] == [Head, bytes]
+    assert len(connections._known) == MOST + 1
 
 
 async def test_engines_that_have_ended_are_forgotten(connections: DirectConnections, tmp_path: Path) -> None:
     async with listening(tmp_path / "engine", answering("200 OK")) as path:
         found = await connections.to("e1", path)
     assert found is not None
-    await parts_of(found)
+    await found.close()
     await connections.to("e2", str(tmp_path / "other"))
     assert list(connections._known) == ["e2"]
 
@@ -241,12 +355,15 @@ async def test_an_answer_that_is_left_is_counted_and_its_source_is_closed_at_onc
 
 def test_connections_of_a_socket_are_counted(tmp_path: Path) -> None:
     path = str(tmp_path / "engine")
-    with socket.socket(socket.AF_UNIX) as server:
+    # Sockets of others may have any names.
+    with socket.socket(socket.AF_UNIX) as other, socket.socket(socket.AF_UNIX) as server:
+        other.bind(b"\0" + os.urandom(8) + b"\xff\xfe")
         server.bind(path)
         server.listen()
         assert connected_to(path) == 0
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(path)
+            assert connected_to(path) == 1
             taken, _ = server.accept()
             with taken:
                 assert connected_to(path) == 1

@@ -1,5 +1,6 @@
 """Ray's router and the application, without a Ray that runs."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ from tests.cluster.test_pins import Clock, Near
 from vllm_agentserve.cluster.answers import Answers
 from vllm_agentserve.cluster.caller import Caller
 from vllm_agentserve.cluster.chooser import Chooser
-from vllm_agentserve.cluster.relay import Head, Part, RelayedRequest, Taken
+from vllm_agentserve.cluster.prefill import ENDED, UNREACHED
+from vllm_agentserve.cluster.relay import Failure, Head, Part, RelayedRequest, Taken
 from vllm_agentserve.cluster.settings import ClusterSettings, SettingsError
 
 pytest.importorskip("ray", reason="Ray is not installed: it comes with the extra `cluster`")
@@ -137,6 +139,92 @@ async def test_ray_carries_the_other_requests(why: str) -> None:
     request = RelayedRequest("GET", "/metrics", engine="e1" if why == "a page of one engine" else "")
     assert [part async for part in own._send_to(request)] == [Taken("e1"), Head(200, ())]
     assert handle.carried == [request]
+
+
+class Told:
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    async def finished(self, *given: Any) -> None:
+        self.calls.append(given)
+
+
+@pytest.mark.parametrize("left", ["before the engine is reached", "before it answers"])
+async def test_a_client_that_leaves_has_its_call_counted(left: str) -> None:
+    class Slow(Reached):
+        async def to(self, engine: str, socket: str) -> Straight | None:
+            await asyncio.sleep(60 if left.startswith("before the engine") else 0)
+            return Straight()
+
+    told = Told()
+    own = ingress(Handle("here", socket="/e"), Slow())
+    own._answers = Answers(told)
+    parts = own._send_to(RelayedRequest("POST", "/v1/completions", caller=Caller("s", tokens=7)))
+    if left.startswith("before the engine"):
+        waiting = asyncio.ensure_future(anext(parts))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+    else:
+        assert await anext(parts) == Taken("e1")
+        await parts.aclose()
+    await asyncio.sleep(0)
+    assert told.calls == [("s", "e1", 7, False)]
+
+
+@pytest.mark.parametrize(
+    ("parts", "answer"),
+    [
+        ([Head(200, ()), b"{}", b"{}"], (200, b"{}{}")),
+        ([Head(400, ()), b"no"], (400, b"no")),
+        ([Failure("gone", delivered=False)], (UNREACHED, b"gone")),
+        ([Failure("broke", delivered=True)], (ENDED, b"broke")),
+        ([Head(200, ()), b"ha", Failure("broke", delivered=True)], (ENDED, b"broke")),
+        ([], (UNREACHED, b"")),
+    ],
+)
+async def test_a_prefiller_gives_its_whole_answer_or_says_what_became_of_it(
+    parts: list[Part], answer: tuple[int, bytes]
+) -> None:
+    from vllm_agentserve.cluster.server import EngineServer
+
+    async def answers(request: RelayedRequest) -> AsyncIterator[Part]:
+        for part in parts:
+            yield part
+
+    server: Any = EngineServer.__new__(EngineServer)
+    server._engine = SimpleNamespace(answer=answers, wait_until_idle=lambda most_s: None, stop=lambda: None)
+    server._healthy = True
+    assert await server.prefill(RelayedRequest("POST", "/v1/completions")) == answer
+
+
+def test_ray_gives_an_engine_the_time_that_it_may_take_to_end() -> None:
+    from vllm_agentserve.cluster.application import STOP_S
+    from vllm_agentserve.cluster.engine import STOP_STEPS
+    from vllm_agentserve.cluster.server import DRAIN_S
+
+    # Ray waits for 2 s before it looks whether there are requests, see `graceful_shutdown_wait_loop_s`.
+    assert 2 + DRAIN_S + sum(seconds for _, seconds in STOP_STEPS) <= STOP_S
+
+
+@pytest.mark.parametrize(("healthy", "waits"), [(True, 1), (False, 0)])
+def test_an_engine_is_ended_whatever_comes_of_waiting_for_its_requests(healthy: bool, waits: int) -> None:
+    from vllm_agentserve.cluster.server import EngineServer
+
+    done: list[str] = []
+
+    def wait(most_s: float) -> None:
+        done.append("waited")
+        raise OSError
+
+    server: Any = EngineServer.__new__(EngineServer)
+    server._engine = SimpleNamespace(wait_until_idle=wait, stop=lambda: done.append("stopped"))
+    server._healthy = healthy
+    with contextlib.suppress(OSError):
+        server.__del__()
+    assert done == ["waited"] * waits + ["stopped"]
+    server._engine = SimpleNamespace(wait_until_idle=lambda most_s: None, stop=lambda: None)
 
 
 async def test_a_replica_that_is_gone_is_chosen_anew(router: Any, near: Near) -> None:

@@ -1,6 +1,7 @@
 """The table of pins as a named Ray actor, and how other processes reach it."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -47,8 +48,14 @@ class TableActor:
         return engine, reason
 
     def turn(self, session: str, tokens: int, engine: str) -> None:
+        """Does not wait: to send it takes longer than to choose an engine that is known, so it is sent after that."""
         if self._handle is not None:
-            self._handle.turn.remote(session, tokens, engine)
+            asyncio.get_running_loop().call_soon(self._send_turn, session, tokens, engine)
+
+    def _send_turn(self, session: str, tokens: int, engine: str) -> None:
+        if self._handle is not None:
+            with contextlib.suppress(Exception):  # it counts one call less
+                self._handle.turn.remote(session, tokens, engine)
 
     async def finished(self, session: str, engine: str, context_tokens: int, last: bool) -> None:
         """Does not wait for the table."""

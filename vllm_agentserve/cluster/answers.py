@@ -50,6 +50,10 @@ class Answers:
         finally:
             self._note(engine, request, tail, events)
 
+    def left(self, engine: str, request: RelayedRequest) -> None:
+        """A call that was placed there has ended before the engine had it."""
+        self._note(engine, request, b"", 0)
+
     def _note(self, engine: str, request: RelayedRequest, tail: bytes, events: int) -> None:
         if request.engine:
             return  # the table has not placed it

@@ -17,10 +17,12 @@ from vllm_agentserve.bench.device import has_nvidia_driver
 from vllm_agentserve.bench.server import ranks
 from vllm_agentserve.cluster.actor import TableActor
 from vllm_agentserve.cluster.answers import Answers
+from vllm_agentserve.cluster.connection import EngineConnection
 from vllm_agentserve.cluster.direct import SOCKET, DirectConnections
+from vllm_agentserve.cluster.engine import STOP_STEPS
 from vllm_agentserve.cluster.ingress import IngressApplication
 from vllm_agentserve.cluster.relay import Part, RelayedRequest, Taken
-from vllm_agentserve.cluster.server import EngineServer
+from vllm_agentserve.cluster.server import DRAIN_S, EngineServer
 from vllm_agentserve.cluster.settings import ClusterSettings
 
 NAME = "agentserve"
@@ -32,8 +34,10 @@ HEALTH_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 30.0
 UNLIMITED = 1_000_000
 """Calls that Ray gives to an engine or an ingress at once: vLLM has its own waiting line."""
-STOP_S = 30.0
-"""What an engine gets to end by itself."""
+DRAIN_FIRST_S = 2.0
+"""Ray's own wait before it looks whether it still carries requests."""
+STOP_S = DRAIN_FIRST_S + DRAIN_S + sum(seconds for _, seconds in STOP_STEPS) + 5.0
+"""Ray kills the process of an engine that has not ended by then. Nothing would end the engine itself after that."""
 
 
 class Ingress:
@@ -65,25 +69,37 @@ class Ingress:
             async with self._engines.choose_replica(request, _reserve=False) as chosen:
                 engine = chosen.replica_id
                 socket = chosen.replica_metadata.get(SOCKET, "") if chosen.node_id == self._node else ""
-            connection = await self._direct.to(engine, socket)
+            try:
+                connection = await self._direct.to(engine, socket)
+            except BaseException:
+                self._answers.left(engine, request)
+                raise
             if connection is not None:
-                yield Taken(engine)
-                answering = self._answers.of(engine, request, connection.answer(request))
-                async with contextlib.aclosing(answering) as answer:
-                    async for part in answer:
+                async with contextlib.aclosing(
+                    self._answers.of(engine, request, taken(engine, connection, request))
+                ) as parts:
+                    async for part in parts:
                         yield part
                 return
         # Ray asks the router again, which gives the same engine to the same request.
-        parts = self._engines.remote(request)
+        carried = self._engines.remote(request)
         try:
-            async for part in parts:
+            async for part in carried:
                 yield part
         except asyncio.CancelledError:
-            parts.cancel()
+            carried.cancel()
             raise
         except GeneratorExit:
-            parts.cancel()
+            carried.cancel()
             raise
+
+
+async def taken(engine: str, connection: EngineConnection, request: RelayedRequest) -> AsyncGenerator[Part, None]:
+    """What an engine answers that is asked without Ray."""
+    yield Taken(engine)
+    async with contextlib.aclosing(connection.answer(request)) as parts:
+        async for part in parts:
+            yield part
 
 
 def cores() -> float:

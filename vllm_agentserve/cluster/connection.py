@@ -10,9 +10,17 @@ from collections.abc import AsyncGenerator, Callable
 from vllm_agentserve.cluster.relay import EVENT, Failure, Head, Part, RelayedRequest, WholeEvents, end_to_end, is_stream
 
 ENDING_S = 1.0
+"""So long after a request that broke it is looked at whether the engine has ended."""
+LOOK_S = 0.1
+"""Between two such looks."""
 WATCH_S = 1.0
-"""Between two questions whether it is healthy, while requests are under way."""
+"""Between two questions whether it is healthy."""
+UNHEALTHY = 3
+"""Such questions in a row that found it ended before what is under way is broken off."""
 HEALTH_S = 5.0
+LONGEST_HEADER = 1 << 16
+"""Bytes. vLLM's own answers may repeat a header of the request."""
+CORE_ENDED = "the engine's EngineCore has ended"
 CLOSED = (errno.ECONNREFUSED, errno.ENOENT)
 """Errors of a connection to a socket on which nobody listens."""
 OUR_HEADERS = (b"host", b"content-length", b"expect")
@@ -22,7 +30,7 @@ ERROR = re.compile(rb'"error"(?!\s*:\s*null)')
 
 
 class EngineConnection:
-    """Asks an engine, and hands requests to it. Made and used within one event loop.
+    """Asks an engine, and hands requests to it. Made and used within one event loop; asks it every second until it has ended.
 
     Args:
         socket: the path of its Unix socket.
@@ -38,10 +46,11 @@ class EngineConnection:
         """Whether it has listened there, ready for requests. If it has, and does not any more, it has ended."""
         self._ending = ""
         """Why it will not answer any more, though its server may."""
-        self._under_way = 0
+        self.under_way = 0
+        """Requests."""
         self._begun: set[aiohttp.ClientResponse] = set()
         """Answers that are under way."""
-        self._watch: asyncio.Task[None] | None = None
+        self._look: asyncio.Task[None] | None = None
         self._session = aiohttp.ClientSession(
             # A connection that is kept open may be closed by the server just as a request is sent.
             connector=aiohttp.UnixConnector(socket, limit=0, force_close=True),
@@ -51,11 +60,19 @@ class EngineConnection:
             cookie_jar=aiohttp.DummyCookieJar(),
             # Only what the client sent goes on.
             skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
+            max_line_size=LONGEST_HEADER,
+            max_field_size=LONGEST_HEADER,
         )
+        self._watch = asyncio.ensure_future(self._end_with_it())
 
     @property
     def ended(self) -> bool:
         return bool(self._ending) or self._exit_code() is not None
+
+    @property
+    def closed(self) -> bool:
+        """Whether it will not be used again."""
+        return self._session.closed
 
     def how_it_ended(self) -> str:
         code = self._exit_code()
@@ -76,7 +93,7 @@ class EngineConnection:
         """The contents of one of its pages; None if it cannot be had in that time."""
         import aiohttp
 
-        if self._session.closed:
+        if self.closed:
             return None
         try:
             limit = aiohttp.ClientTimeout(total=timeout_s)
@@ -89,16 +106,18 @@ class EngineConnection:
         """The status of its page of health; None if it does not answer in that time."""
         import aiohttp
 
-        if self._session.closed:
+        if self.closed:
             return None
         try:
             limit = aiohttp.ClientTimeout(total=timeout_s)
             async with self._session.get("http://engine/health", timeout=limit) as answer:
                 if answer.status == 200:
                     self.reached = True
-                if self.reached and answer.status == 503:
+                    if self._ending == CORE_ENDED:
+                        self._ending = ""
+                elif answer.status == 503 and self.reached:
                     # Its server answers for seconds yet: nothing but errors.
-                    self._ending = "the engine's EngineCore has ended"
+                    self._ending = CORE_ENDED
                 return answer.status
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             self._see(error)
@@ -116,33 +135,28 @@ class EngineConnection:
 
     async def answer(self, request: RelayedRequest) -> AsyncGenerator[Part, None]:
         """What it answers: `Head` and bytes, or a `Failure`. The bytes of a stream are whole events, others come as one."""
-        if self.ended or self._session.closed:
+        if self.ended or self.closed:
             yield Failure(self.how_it_ended(), delivered=False)
             return
-        self._under_way += 1
-        if self._watch is None:
-            self._watch = asyncio.ensure_future(self._end_with_it())
+        self.under_way += 1
         try:
             async with contextlib.aclosing(self._ask(request)) as parts:
                 async for part in parts:
                     yield part
         finally:
-            self._under_way -= 1
+            self.under_way -= 1
 
     async def _end_with_it(self) -> None:
         """Closes the connections of an engine that has ended: a server that is asked to end may leave streams without an end."""
-        try:
-            while self._under_way:
-                await asyncio.sleep(WATCH_S)
-                if self.reached and self._under_way:
-                    await self.health(HEALTH_S)
-                if self.ended:
-                    # Its own errors say more.
-                    await asyncio.sleep(WATCH_S)
-                    await self.close()
-                    return
-        finally:
-            self._watch = None
+        found = 0
+        while not self.closed:
+            await asyncio.sleep(WATCH_S)
+            if self.reached:
+                await self.health(HEALTH_S)
+            # Its own errors say more, and come sooner.
+            found = found + 1 if self.ended else 0
+            if found >= UNHEALTHY:
+                await self.close()
 
     async def _ask(self, request: RelayedRequest) -> AsyncGenerator[Part, None]:
         import aiohttp
@@ -184,7 +198,7 @@ class EngineConnection:
                         return
                     if whole:
                         yield whole
-                if self._session.closed:
+                if self.closed:
                     # To a stream whose end is that of its connection it looks like one.
                     raise aiohttp.ClientConnectionError("closed")
                 if rest := events.rest():
@@ -204,10 +218,20 @@ class EngineConnection:
 
     async def _known_to_have_ended(self) -> None:
         """Waits a moment: a process that is killed closes its connections first. The next request must not go to it."""
+        if self._look is None:
+            self._look = asyncio.ensure_future(self._look_at_it())
+        # One look for all that broke at once.
+        await asyncio.shield(self._look)
+
+    async def _look_at_it(self) -> None:
         deadline = time.monotonic() + ENDING_S
-        while not self.ended and time.monotonic() < deadline:
-            await self.health(ENDING_S)
-            await asyncio.sleep(0.02)
+        try:
+            while not self.ended and time.monotonic() < deadline:
+                await asyncio.sleep(LOOK_S)
+                if await self.health(ENDING_S) == 200:
+                    return
+        finally:
+            self._look = None
 
 
 def as_text(raw: bytes) -> str:

@@ -1,5 +1,6 @@
 """The way from an ingress to an engine of the same machine: straight to the engine's socket, while Ray chooses the engine."""
 
+import asyncio
 import time
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ REACH_S = 5.0
 AGAIN_S = 10.0
 """An engine that could not be reached is tried no sooner."""
 MOST = 256
-"""Engines that are remembered."""
+"""Engines without requests that are remembered."""
 
 
 class DirectConnections:
@@ -28,6 +29,7 @@ class DirectConnections:
         self._clock = clock
         self._known: dict[str, EngineConnection] = {}
         self._missed_s: dict[str, float] = {}
+        self._closing: set[asyncio.Task[None]] = set()
 
     async def to(self, engine: str, socket: str) -> EngineConnection | None:
         """The connection to an engine; None if it has never been reached.
@@ -38,20 +40,23 @@ class DirectConnections:
         """
         if not socket or self._clock() - self._missed_s.get(engine, -AGAIN_S) < AGAIN_S:
             return None
-        known = self._known.get(engine)
-        if known is None:
-            known = self._known[engine] = EngineConnection(socket)
-            await self._forget()
+        known = self._known.pop(engine, None) or EngineConnection(socket)
+        # The one that was asked for last stands last.
+        self._known[engine] = known
+        self._forget()
         if known.reached or await known.health(REACH_S) == 200:
             self._missed_s.pop(engine, None)
             return known
         self._missed_s[engine] = self._clock()
         return None
 
-    async def _forget(self) -> None:
-        """Engines that have ended, and the oldest of too many."""
-        names = [name for name, one in self._known.items() if one.ended]
-        names += [name for name in self._known if name not in names][: max(len(self._known) - len(names) - MOST, 0)]
+    def _forget(self) -> None:
+        """Engines that have ended for good, and of too many without requests those that have not been asked for longest."""
+        names = [name for name, one in self._known.items() if one.closed]
+        idle = [name for name, one in self._known.items() if name not in names and not one.under_way]
+        names += idle[: max(len(idle) - MOST, 0)]
         for name in names:
             self._missed_s.pop(name, None)
-            await self._known.pop(name).close()
+            task = asyncio.ensure_future(self._known.pop(name).close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)

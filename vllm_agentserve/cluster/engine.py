@@ -162,8 +162,8 @@ class Engine:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-CONNECTED = "03"
-"""State of a socket in `/proc/net/unix`, see proc(5)."""
+CONNECTED = (b"02", b"03")
+"""States of a socket in `/proc/net/unix`, see proc(5): a connection that the server has not accepted yet, and one that it has."""
 
 
 def connected_to(path: str) -> int:
@@ -172,8 +172,9 @@ def connected_to(path: str) -> int:
     0 where that cannot be known.
     """
     try:
-        lines = Path("/proc/net/unix").read_text().splitlines()
+        # Names of sockets may be any bytes.
+        lines = Path("/proc/net/unix").read_bytes().splitlines()
     except OSError:
         return 0
     fields = (line.split(maxsplit=7) for line in lines)
-    return sum(len(one) == 8 and one[5] == CONNECTED and one[7] == path for one in fields)
+    return sum(len(one) == 8 and one[5] in CONNECTED and one[7] == os.fsencode(path) for one in fields)

@@ -67,6 +67,8 @@ class EngineServer:
         self._table = TableActor(context.app_name, found)
         self._answers = Answers(self._table)
         self._reports = 0
+        self._healthy = True
+        """At the last look."""
         rank = int(getattr(context.rank, "local_rank", 0) or 0)
         self._moves_kv = found.prefillers > 0
         self._prefills: Prefills | None = None
@@ -149,14 +151,19 @@ class EngineServer:
 
     async def check_health(self) -> None:
         """Raises `RuntimeError` if the engine is to be started anew."""
-        if not await self._engine.healthy(HEALTH_S):
+        self._healthy = await self._engine.healthy(HEALTH_S)
+        if not self._healthy:
             raise RuntimeError(self._engine.how_it_ended())
 
     def __del__(self) -> None:
         engine = getattr(self, "_engine", None)
-        if engine is not None:
-            # Ray has waited for what it carries itself.
-            engine.wait_until_idle(DRAIN_S)
+        if engine is None:
+            return
+        try:
+            if self._healthy:
+                # Ray has waited for what it carries itself.
+                engine.wait_until_idle(DRAIN_S)
+        finally:
             engine.stop()
 
 

@@ -10,14 +10,14 @@ whose prompt it begins with (`RewrittenHistories`). Else it is the first of a ne
 import re
 from array import array
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from vllm_agentserve.policy.call import Call, Owner
 from vllm_agentserve.policy.engine import NoAttribution
 from vllm_agentserve.policy.program import SESSION, bounded
 from vllm_agentserve.policy.rewritten import Answered, RewrittenHistories
-from vllm_agentserve.policy.sequences import SequenceTable
+from vllm_agentserve.policy.sequences import MOST_BYTES, SequenceTable
 
 RESPONSE = re.compile(r"resp_[0-9a-zA-Z]{1,64}")
 """How vLLM's ids of requests begin that came as `/v1/responses`."""
@@ -46,6 +46,9 @@ class Remembered:
     end: int = 0
     weak: bool = False
 
+    def token_arrays(self) -> "Iterator[array[int]]":
+        yield self.tail
+
 
 class Lineage(SequenceTable[Remembered]):
     """Remembers finished sequences by the hash of their last full block, which covers everything before it.
@@ -58,10 +61,11 @@ class Lineage(SequenceTable[Remembered]):
     Args:
         block_size: tokens per block.
         capacity: sequences remembered, the oldest are forgotten first.
+        most_bytes: that they may take.
     """
 
-    def __init__(self, block_size: int, capacity: int = 16_384) -> None:
-        super().__init__(block_size, capacity)
+    def __init__(self, block_size: int, capacity: int = 16_384, most_bytes: int = MOST_BYTES) -> None:
+        super().__init__(block_size, capacity, most_bytes)
 
     def remember(
         self,

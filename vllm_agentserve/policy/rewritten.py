@@ -21,12 +21,12 @@ same task given to several agents join nobody: what their prompts share is no wh
 
 from array import array
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import sqrt
 
-from vllm_agentserve.policy.sequences import SequenceTable
+from vllm_agentserve.policy.sequences import MOST_BYTES, SequenceTable
 
 SLACK = 16
 """Tokens at the end of a prompt that open an answer: they may be missing when the answer is written into a history."""
@@ -69,17 +69,22 @@ class Answered:
     deep: bool
     continued: int = 0
 
+    def token_arrays(self) -> "Iterator[array[int]]":
+        yield self.tail
+        yield self.answer
+
 
 class RewrittenHistories(SequenceTable[Answered]):
     """Remembers prompts that were answered, by the hash of a block near their end.
 
     Args:
         block_size: tokens per block.
-        capacity: prompts remembered, the oldest are forgotten first. Each takes about two kilobytes at most.
+        capacity: prompts remembered, the oldest are forgotten first.
+        most_bytes: that they may take.
     """
 
-    def __init__(self, block_size: int, capacity: int = 8192) -> None:
-        super().__init__(block_size, capacity)
+    def __init__(self, block_size: int, capacity: int = 8192, most_bytes: int = MOST_BYTES) -> None:
+        super().__init__(block_size, capacity, most_bytes)
 
     def remember(
         self,
