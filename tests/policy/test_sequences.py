@@ -26,7 +26,7 @@ def test_a_table_takes_no_more_than_its_bytes(kind: Any, block: int) -> None:
         remember(table, number, block)
         assert table.size_bytes <= MOST_BYTES
     assert len(table) > 2000
-    for most in (10_000, 600, 0):
+    for most in (10_000, 500, 0):
         small = kind(block, most_bytes=most)
         for number in range(50):
             remember(small, number, block)
