@@ -13,7 +13,7 @@ import pytest
 from tests.cluster.test_pins import Clock
 from vllm_agentserve.cluster.answers import Answers
 from vllm_agentserve.cluster.caller import Caller
-from vllm_agentserve.cluster.connection import EngineConnection
+from vllm_agentserve.cluster.connection import MARK, EngineConnection
 from vllm_agentserve.cluster.direct import AGAIN_S, MOST, DirectConnections
 from vllm_agentserve.cluster.engine import connected_to
 from vllm_agentserve.cluster.relay import Failure, Head, Part, RelayedRequest
@@ -210,6 +210,47 @@ async def test_an_engine_that_refuses_for_a_moment_keeps_its_streams_and_is_used
         assert [one for one in parts if isinstance(one, Failure)] == []
         assert asked[:4] == ["200 OK", "503 Service Unavailable", "200 OK", "200 OK"]
         assert not found.ended
+
+
+@pytest.mark.parametrize("how", ["core", "server"])
+async def test_what_one_process_has_seen_is_known_to_all(tmp_path: Path, how: str) -> None:
+    """The next turn of a conversation whose stream broke may come to another ingress."""
+    healthy = [True]
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        line = await reader.readline()
+        await answering("200 OK" if healthy[0] else "503 No" if b"/health" in line else "500 No")(reader, writer)
+
+    mine, other = EngineConnection(str(tmp_path / "engine")), EngineConnection(str(tmp_path / "engine"))
+    try:
+        async with listening(tmp_path / "engine", handle):
+            for one in (mine, other):
+                assert await one.health(5.0) == 200
+            healthy[0] = False
+            if how == "core":
+                (failure,) = await parts_of(mine)
+                assert isinstance(failure, Failure)
+                assert failure.delivered  # it may have been the reason
+                (failure,) = await parts_of(other)
+                assert isinstance(failure, Failure)
+                assert not failure.delivered
+                assert "EngineCore has ended" in failure.text
+                # It was for a moment only, as the answers after a while say.
+                healthy[0] = True
+                await other.health(5.0)
+                assert other.ended  # that answer may be older than what the other one saw
+                os.utime(str(tmp_path / "engine") + MARK, (0, 0))
+                await other.health(5.0)
+                await mine.health(5.0)
+                assert not other.ended
+                assert not mine.ended
+        if how == "server":
+            await parts_of(mine)
+            assert mine.ended
+            assert other.ended
+    finally:
+        await mine.close()
+        await other.close()
 
 
 async def test_requests_that_break_at_once_are_one_question(connections: DirectConnections, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import re
 import time
 from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
 
 from vllm_agentserve.cluster.relay import EVENT, Failure, Head, Part, RelayedRequest, WholeEvents, end_to_end, is_stream
 
@@ -21,6 +22,11 @@ HEALTH_S = 5.0
 LONGEST_HEADER = 1 << 16
 """Bytes. vLLM's own answers may repeat a header of the request."""
 CORE_ENDED = "the engine's EngineCore has ended"
+STOPPED = "vllm serve has stopped listening"
+MARK = ".ended"
+"""What is appended to the path of a socket is the name of a file that says to all processes: this engine has ended."""
+MARK_S = 1.0
+"""A mark that is younger is not taken back: the answer that says otherwise may be older."""
 CLOSED = (errno.ECONNREFUSED, errno.ENOENT)
 """Errors of a connection to a socket on which nobody listens."""
 OUR_HEADERS = (b"host", b"content-length", b"expect")
@@ -41,6 +47,7 @@ class EngineConnection:
         import aiohttp
 
         self.socket = socket
+        self._mark = Path(socket + MARK)
         self._exit_code = exit_code
         self.reached = False
         """Whether it has listened there, ready for requests. If it has, and does not any more, it has ended."""
@@ -67,7 +74,8 @@ class EngineConnection:
 
     @property
     def ended(self) -> bool:
-        return bool(self._ending) or self._exit_code() is not None
+        """Whether this process or another one on the machine has seen that it gets no more requests."""
+        return bool(self._ending) or self._exit_code() is not None or self._mark.exists()
 
     @property
     def closed(self) -> bool:
@@ -77,7 +85,7 @@ class EngineConnection:
     def how_it_ended(self) -> str:
         code = self._exit_code()
         if code is None:
-            return self._ending or "vllm serve does not answer"
+            return self._ending or (CORE_ENDED if self._mark.exists() else "vllm serve does not answer")
         return f"vllm serve ended with exit code {code}"
 
     async def close(self) -> None:
@@ -113,11 +121,10 @@ class EngineConnection:
             async with self._session.get("http://engine/health", timeout=limit) as answer:
                 if answer.status == 200:
                     self.reached = True
-                    if self._ending == CORE_ENDED:
-                        self._ending = ""
+                    self._is_well()
                 elif answer.status == 503 and self.reached:
                     # Its server answers for seconds yet: nothing but errors.
-                    self._ending = CORE_ENDED
+                    self._is_ending(CORE_ENDED)
                 return answer.status
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             self._see(error)
@@ -126,7 +133,21 @@ class EngineConnection:
     def _see(self, error: Exception) -> None:
         """A server that has listened and does not any more ends, whether its process lives or not."""
         if self.reached and getattr(error, "errno", None) in CLOSED:
-            self._ending = self._ending or "vllm serve has stopped listening"
+            self._is_ending(STOPPED)
+
+    def _is_ending(self, why: str) -> None:
+        self._ending = self._ending or why
+        # The next turn may come to another ingress. The engine's folder is gone where it was stopped.
+        with contextlib.suppress(OSError):
+            self._mark.touch(mode=0o600, exist_ok=True)
+
+    def _is_well(self) -> None:
+        if self._ending == CORE_ENDED:
+            self._ending = ""
+        with contextlib.suppress(OSError):
+            # Clocks may be set.
+            if abs(time.time() - self._mark.stat().st_mtime) >= MARK_S:
+                self._mark.unlink()
 
     async def _has_ended(self) -> bool:
         """Whether an error that it has answered was the end of it."""
