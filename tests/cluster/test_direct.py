@@ -3,19 +3,23 @@
 import asyncio
 import os
 import socket
+import subprocess
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.cluster.test_pins import Clock
+from vllm_agentserve.cluster import connection
 from vllm_agentserve.cluster.answers import Answers
 from vllm_agentserve.cluster.caller import Caller
 from vllm_agentserve.cluster.connection import MARK, EngineConnection
-from vllm_agentserve.cluster.direct import AGAIN_S, MOST, DirectConnections
-from vllm_agentserve.cluster.engine import connected_to
+from vllm_agentserve.cluster.direct import AGAIN_S, MOST, PROCESS_ENDED, DirectConnections, life_of
+from vllm_agentserve.cluster.engine import Engine, connected_to
 from vllm_agentserve.cluster.relay import Failure, Head, Part, RelayedRequest
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -305,6 +309,85 @@ async def test_two_that_forget_the_same_engines_get_theirs(connections: DirectCo
     assert list(connections._known) == ["e1", "e2"]
 
 
+async def test_an_engine_whose_process_in_ray_has_ended_gets_no_more_requests(
+    connections: DirectConnections, tmp_path: Path
+) -> None:
+    """Its server is asked to end then, and may accept requests for seconds that it does not answer."""
+    with subprocess.Popen(["sleep", "300"]) as process:
+        try:
+            async with listening(tmp_path / "engine", answering("200 OK")) as path:
+                found = await connections.to("e1", path, life_of(process.pid))
+                assert found is not None
+                head, _ = await parts_of(found)
+                assert isinstance(head, Head)
+                process.kill()
+                # A zombie until it is waited for.
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+                for _ in range(2):
+                    (failure,) = await parts_of(found)
+                    assert isinstance(failure, Failure)
+                    assert (failure.text, failure.delivered) == (PROCESS_ENDED, False)
+                    process.wait()
+        finally:
+            process.kill()
+
+
+async def test_a_process_that_is_not_visible_says_nothing(connections: DirectConnections, tmp_path: Path) -> None:
+    for told in ("", "no number", f"{os.getpid()} 1", f"{2**22 - 1} 77"):
+        async with listening(tmp_path / "engine", answering("200 OK")) as path:
+            found = await connections.to(told, path, told)
+            assert found is not None
+            head, _ = await parts_of(found)
+            assert isinstance(head, Head)
+    assert life_of(os.getpid()).startswith(f"{os.getpid()} ")
+
+
+@pytest.mark.parametrize(("answers", "breaks"), [("532532532532", False), ("5333", True), ("533253325332", False)])
+async def test_streams_are_broken_off_after_three_questions_in_a_row(
+    connections: DirectConnections, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: str, breaks: bool
+) -> None:
+    """5: the first contact. 3: it refuses. 2: it is healthy."""
+    monkeypatch.setattr(connection, "WATCH_S", 0.02)
+    monkeypatch.setattr(connection, "MARK_S", 0.0)
+    left = list(answers)
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if b"/health" in await reader.readline():
+            status = "503 No" if left and left.pop(0) == "3" else "200 OK"
+            await answering(status)(reader, writer)
+            return
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+        deadline = time.monotonic() + 30
+        while left and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        if not breaks:
+            writer.close()
+
+    async with listening(tmp_path / "engine", handle) as path:
+        found = await connections.to("e1", path)
+        assert found is not None
+        parts = await asyncio.wait_for(parts_of(found), 30)
+    assert bool([one for one in parts if isinstance(one, Failure)]) == breaks
+
+
+async def test_half_a_body_is_no_answer(connections: DirectConnections, tmp_path: Path) -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if b"/health" in await reader.readline():
+            await answering("200 OK")(reader, writer)
+            return
+        writer.write(b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n{"half": ')
+
+    async with listening(tmp_path / "engine", handle) as path:
+        found = await connections.to("e1", path)
+        assert found is not None
+        answer = asyncio.ensure_future(parts_of(found))
+        await asyncio.sleep(0.1)
+        await found.close()
+        (failure,) = await asyncio.wait_for(answer, 30)
+    assert isinstance(failure, Failure)
+    assert failure.delivered
+
+
 async def test_an_engine_with_requests_is_not_forgotten(connections: DirectConnections, tmp_path: Path) -> None:
     ends = asyncio.Event()
 
@@ -392,6 +475,29 @@ async def test_an_answer_that_is_left_is_counted_and_its_source_is_closed_at_onc
     assert closed == [True]
     await asyncio.sleep(0)
     assert told.calls == [("s", "e1", 11, False)]
+
+
+def test_an_engine_that_is_to_end_waits_for_its_requests(tmp_path: Path) -> None:
+    engine = Engine("model", (), {})
+    engine._process = SimpleNamespace(poll=lambda: None)  # type: ignore[assignment]
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
+        server.bind(engine.socket)
+        server.listen()
+        client.connect(engine.socket)
+        began = time.monotonic()
+        engine.wait_until_idle(0.5)
+        assert time.monotonic() - began >= 0.5
+        threading.Timer(0.5, client.close).start()
+        taken, _ = server.accept()
+        threading.Timer(0.5, taken.close).start()
+        began = time.monotonic()
+        engine.wait_until_idle(60.0)
+        assert 0.3 <= time.monotonic() - began < 30
+        began = time.monotonic()
+        engine.wait_until_idle(60.0)
+        assert time.monotonic() - began < 30
+    engine._process = None
+    engine.stop()
 
 
 def test_connections_of_a_socket_are_counted(tmp_path: Path) -> None:

@@ -334,6 +334,25 @@ def test_engines_that_are_gone_are_not_remembered_for_ever(clock: Clock, monkeyp
     assert list(made._gone) == [f"engine {number}" for number in range(2010, 2020)]
 
 
+def test_an_engine_that_goes_on_reporting_is_used_again(clock: Clock) -> None:
+    """It refused for a moment. One that has ended makes no reports, whatever its last one was."""
+    made = PinTable(ClusterSettings("model").mapping(), clock)
+    load = EngineLoad(0, 0, 0, 10_000)
+    made.place("s", 100, None, {"a": None, "b": None})
+    made.place("t", 100, None, {"b": None}, gone=("a",))
+    for number in (7, 8, 8, *[8] * 50, *range(9, 17)):
+        clock.now += 1.0
+        assert made.place("", 100, None, {"a": Report(number, load), "b": None})[0] == "b"
+    clock.now += 1.0
+    placed = {made.place(f"new {again}", 100, None, {"a": Report(17, load), "b": None})[0] for again in range(4)}
+    assert "a" in placed
+    # Named again, it is gone again.
+    made.place("u", 100, None, {"b": None}, gone=("a",))
+    assert {made.place(f"late {again}", 100, None, {"a": Report(17, load), "b": None})[0] for again in range(4)} == {
+        "b"
+    }
+
+
 def test_an_engine_that_is_gone_stays_so_while_an_ingress_still_names_it(clock: Clock) -> None:
     made = PinTable(ClusterSettings("model").mapping(), clock)
     made.place("s", 100, None, {"a": None, "b": None}, gone=("a",))

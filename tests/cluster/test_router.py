@@ -107,7 +107,7 @@ class Reached:
     def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []
 
-    async def to(self, engine: str, socket: str) -> Straight | None:
+    async def to(self, engine: str, socket: str, process: str) -> Straight | None:
         self.asked.append((engine, socket))
         return Straight() if socket else None
 
@@ -152,7 +152,7 @@ class Told:
 @pytest.mark.parametrize("left", ["before the engine is reached", "before it answers"])
 async def test_a_client_that_leaves_has_its_call_counted(left: str) -> None:
     class Slow(Reached):
-        async def to(self, engine: str, socket: str) -> Straight | None:
+        async def to(self, engine: str, socket: str, process: str) -> Straight | None:
             await asyncio.sleep(60 if left.startswith("before the engine") else 0)
             return Straight()
 

@@ -18,7 +18,7 @@ from vllm_agentserve.bench.server import ranks
 from vllm_agentserve.cluster.actor import TableActor
 from vllm_agentserve.cluster.answers import Answers
 from vllm_agentserve.cluster.connection import EngineConnection
-from vllm_agentserve.cluster.direct import SOCKET, DirectConnections
+from vllm_agentserve.cluster.direct import PROCESS, SOCKET, DirectConnections
 from vllm_agentserve.cluster.engine import STOP_STEPS
 from vllm_agentserve.cluster.ingress import IngressApplication
 from vllm_agentserve.cluster.relay import Part, RelayedRequest, Taken
@@ -37,7 +37,8 @@ UNLIMITED = 1_000_000
 DRAIN_FIRST_S = 2.0
 """Ray's own wait before it looks whether it still carries requests."""
 STOP_S = DRAIN_FIRST_S + DRAIN_S + sum(seconds for _, seconds in STOP_STEPS) + 5.0
-"""Ray kills the process of an engine that has not ended by then. Nothing would end the engine itself after that."""
+"""Ray kills the process of an engine that has not ended by then, and an engine that hangs would go on. While Ray carries
+requests, as to other machines, it waits for them in the same time."""
 
 
 class Ingress:
@@ -68,9 +69,9 @@ class Ingress:
         if self._direct is not None and not request.engine:
             async with self._engines.choose_replica(request, _reserve=False) as chosen:
                 engine = chosen.replica_id
-                socket = chosen.replica_metadata.get(SOCKET, "") if chosen.node_id == self._node else ""
+                told = chosen.replica_metadata if chosen.node_id == self._node else {}
             try:
-                connection = await self._direct.to(engine, socket)
+                connection = await self._direct.to(engine, told.get(SOCKET, ""), told.get(PROCESS, ""))
             except BaseException:
                 self._answers.left(engine, request)
                 raise

@@ -40,15 +40,15 @@ class EngineConnection:
 
     Args:
         socket: the path of its Unix socket.
-        exit_code: the exit code of its process; None while it lives, and where that is not known.
+        end: why its processes have ended; "" while they live, and where that is not known.
     """
 
-    def __init__(self, socket: str, exit_code: Callable[[], int | None] = lambda: None) -> None:
+    def __init__(self, socket: str, end: Callable[[], str] = lambda: "") -> None:
         import aiohttp
 
         self.socket = socket
         self._mark = Path(socket + MARK)
-        self._exit_code = exit_code
+        self._end = end
         self.reached = False
         """Whether it has listened there, ready for requests. If it has, and does not any more, it has ended."""
         self._ending = ""
@@ -75,7 +75,7 @@ class EngineConnection:
     @property
     def ended(self) -> bool:
         """Whether this process or another one on the machine has seen that it gets no more requests."""
-        return bool(self._ending) or self._exit_code() is not None or self._mark.exists()
+        return bool(self._ending or self._end()) or self._mark.exists()
 
     @property
     def closed(self) -> bool:
@@ -83,10 +83,7 @@ class EngineConnection:
         return self._session.closed
 
     def how_it_ended(self) -> str:
-        code = self._exit_code()
-        if code is None:
-            return self._ending or (CORE_ENDED if self._mark.exists() else "vllm serve does not answer")
-        return f"vllm serve ended with exit code {code}"
+        return self._end() or self._ending or (CORE_ENDED if self._mark.exists() else "vllm serve does not answer")
 
     async def close(self) -> None:
         """Ends all requests that are under way. Later ones fail."""
@@ -198,6 +195,9 @@ class EngineConnection:
                 sent = end_to_end(answer.raw_headers)
                 if not is_stream(sent):
                     content = await answer.read()
+                    if self.closed:
+                        # As with a stream, see below.
+                        raise aiohttp.ClientConnectionError("closed")
                     if answer.status >= 500 and await self._has_ended():
                         # It may have been this request that ended it.
                         yield Failure(f"{self.how_it_ended()} before it answered", delivered=True)

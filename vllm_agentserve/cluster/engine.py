@@ -74,6 +74,10 @@ class Engine:
     def pid(self) -> int | None:
         return self._process.pid if self._process is not None else None
 
+    def _end(self) -> str:
+        code = self._process.poll() if self._process is not None else None
+        return f"vllm serve ended with exit code {code}" if code is not None else ""
+
     def how_it_ended(self) -> str:
         return self._connection.how_it_ended() if self._connection is not None else "vllm serve was not started"
 
@@ -95,7 +99,7 @@ class Engine:
         assert self._process.stdout is not None
         threading.Thread(target=self._pass_on, args=(self._process.stdout,), daemon=True).start()
         threading.Thread(target=self._end_what_it_started, args=(self._process,), daemon=True).start()
-        self._connection = EngineConnection(self.socket, self._process.poll)
+        self._connection = EngineConnection(self.socket, self._end)
         deadline = time.monotonic() + self._start_timeout_s
         while not await self.healthy(min(5.0, self._start_timeout_s)):
             if not self.alive:

@@ -110,7 +110,9 @@ class IngressApplication:
                     engine = taken.engine if isinstance(taken, Taken) else ""
                     first = await anext(parts)
                 except TimeoutError:
-                    first = Failure(f"no engine has taken the request within {self._taken_s:g} s", delivered=False)
+                    first = Failure(
+                        f"no engine has taken the request within {self._taken_s:g} s", delivered=bool(engine)
+                    )
                 except Exception as error:
                     first = Failure(f"the engine's process went away ({type(error).__name__})", delivered=True)
                 if isinstance(first, Head):

@@ -15,7 +15,7 @@ from vllm_agentserve.bench.device import has_nvidia_driver
 from vllm_agentserve.bench.server import bound_cores, ranks, serving_environment
 from vllm_agentserve.cluster.actor import TableActor
 from vllm_agentserve.cluster.answers import Answers
-from vllm_agentserve.cluster.direct import SOCKET
+from vllm_agentserve.cluster.direct import PROCESS, SOCKET, life_of
 from vllm_agentserve.cluster.engine import Engine, EngineError
 from vllm_agentserve.cluster.load import PER_CHARACTER, Report, load_of, stats_of
 from vllm_agentserve.cluster.prefill import ENDED, UNREACHED, Answer, Prefills, names_kv
@@ -139,7 +139,7 @@ class EngineServer:
 
     def record_replica_metadata(self) -> dict[str, str]:
         """What Ray tells the routers once: ingresses of the same machine hand requests to the engine's socket themselves."""
-        return {} if self._moves_kv else {SOCKET: self._engine.socket}
+        return {} if self._moves_kv else {SOCKET: self._engine.socket, PROCESS: life_of(os.getpid())}
 
     async def record_routing_stats(self) -> dict[str, float]:
         """The report that Ray carries to the routers."""

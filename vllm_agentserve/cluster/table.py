@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_agentserve.cluster.load import Report
@@ -14,6 +15,8 @@ UNREACHED_S = 30.0
 """An engine that no ingress has been able to reach for so long does not live."""
 NAMED_S = 600.0
 """An engine that is gone is remembered until no ingress has named it for so long."""
+BACK_REPORTS = 10
+"""An engine that was found gone and has made so many reports since then, one a second, is used again."""
 MOST_GONE = 4096
 """Engines that are gone and remembered."""
 FAILURES = 16
@@ -39,7 +42,7 @@ class PinTable:
         """Engines that live, with the number of their last report; 0 before the first."""
         self._reached_s: dict[str, float] = {}
         """When an ingress could last reach each of them."""
-        self._gone: dict[str, float] = {}
+        self._gone: dict[str, Gone] = {}
         """Engines that are gone, and when an ingress last named each of them, the longest ago first."""
         self._decisions: dict[str, int] = {}
         self._moves = 0
@@ -149,12 +152,35 @@ class PinTable:
                 self._placement.report(name, report.load, now)
 
     def _remember_gone(self, reports: Reports, gone: tuple[str, ...], now: float) -> None:
-        """An engine that one ingress has found gone may be among those of another one for a while."""
-        for name in (*gone, *(name for name in reports if name in self._gone)):
+        """An engine that one ingress has found gone may be among those of another one for a while. One that goes on reporting
+        was not gone: it refused for a moment."""
+        for name in gone:
             self._gone.pop(name, None)
-            self._gone[name] = now
+            self._gone[name] = Gone(now)
+        for name in [name for name in reports if name in self._gone and name not in gone]:
+            entry, report = self._gone.pop(name), reports[name]
+            number = entry.number if report is None else report.number
+            since = entry.since if entry.since is not None else number
+            if since is not None and number is not None and number - since >= BACK_REPORTS:
+                continue
+            self._gone[name] = Gone(now, since, number)
         while self._gone:
-            name, named_s = next(iter(self._gone.items()))
-            if now - named_s <= NAMED_S and len(self._gone) <= MOST_GONE:
+            name, entry = next(iter(self._gone.items()))
+            if now - entry.named_s <= NAMED_S and len(self._gone) <= MOST_GONE:
                 break
             del self._gone[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """An engine that an ingress has found gone.
+
+    Args:
+        named_s: when it was last named, as gone or as one that can be reached.
+        since: number of its first report that came afterwards; None before that.
+        number: of its last one.
+    """
+
+    named_s: float
+    since: int | None = None
+    number: int | None = None
