@@ -51,12 +51,11 @@ bench: setup
 	@$(RUN)/agentserve bench run --workload react --agents 4 --arms stock stock-chunk=256 agentserve --rounds 3
 	@$(RUN)/agentserve bench run --workload coding --agents 4 --arms stock stock-chunk=256 agentserve --rounds 3
 
-STEPS := stock stock-chunk=256 time-sliced-20ms time-sliced-40ms
 
 # Half an hour.
 bench-interference: setup
-	@$(RUN)/python -m benchmarks.interference --path engine --rounds 3 --arms $(STEPS) --output docs/results/interference-engine.json
-	@$(RUN)/python -m benchmarks.interference --path http --rounds 3 --arms $(STEPS) --output docs/results/interference-http.json
+	@$(RUN)/python -m benchmarks.interference --path engine --rounds 3 --arms stock lanes time-sliced-40ms time-sliced-20ms time-sliced-12ms --output docs/results/interference-engine.json
+	@$(RUN)/python -m benchmarks.interference --path http --rounds 3 --arms stock stock-chunk=256 time-sliced-20ms time-sliced-40ms --output docs/results/interference-http.json
 
 bench-cost: setup
 	@$(RUN)/python -m pytest -q -s -o addopts= -p no:cacheprovider benchmarks/test_step_cost.py

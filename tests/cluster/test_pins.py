@@ -51,6 +51,9 @@ class Near:
         self.turns += 1
         self.table.turn(session, tokens, engine)
 
+    async def finished(self, session: str, engine: str, context_tokens: int, last: bool) -> None:
+        self.table.finished(session, engine, context_tokens, last)
+
     def start_again(self) -> None:
         """Empty."""
         self.table = PinTable(self._settings, self._clock)
@@ -68,6 +71,25 @@ async def test_the_table_is_asked_once_a_conversation(clock: Clock) -> None:
     assert len(engines) == 1
     assert (near.asked, near.turns) == (1, 19)
     assert near.table.shown()["decisions"] == {"first": 1, "pinned": 19}
+    assert near.table.shown()["pins"] == 1
+
+
+async def test_a_client_that_leaves_while_the_table_is_asked_leaves_no_call_behind(clock: Clock) -> None:
+    near = Near(clock, pin_seconds=10.0)
+    near.slow_s = 0.05
+    chooser = Chooser(near, pin_seconds=10.0, clock=clock)
+    asking = [asyncio.ensure_future(chooser.choose(Caller(f"{number}"), 100, LOADS)) for number in range(6)]
+    await asyncio.sleep(0.01)
+    for one in asking:
+        one.cancel()
+    found = await asyncio.gather(*asking, return_exceptions=True)
+    assert all(isinstance(one, asyncio.CancelledError) for one in found)
+    await asyncio.sleep(0.2)
+    assert near.asked == 6
+    assert not chooser._leaving
+    # A call that went on would keep its conversation.
+    clock.now += 11.0
+    near.table.place("later", 100, None, LOADS)
     assert near.table.shown()["pins"] == 1
 
 

@@ -1,6 +1,7 @@
 """An ingress's part of placing calls: what it knows itself, and what it asks the table of pins."""
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections import OrderedDict
@@ -27,6 +28,8 @@ class Table(Protocol):
     async def place(
         self, session: str, tokens: int, parent: str | None, reports: Reports, gone: tuple[str, ...], missed: int
     ) -> tuple[str, str]: ...
+
+    async def finished(self, session: str, engine: str, context_tokens: int, last: bool) -> None: ...
 
     def turn(self, session: str, tokens: int, engine: str) -> None:
         """Does not wait."""
@@ -64,6 +67,7 @@ class Chooser:
         self._missed = 0
         self.asked = False
         """Whether the table was asked for the engine that was last chosen."""
+        self._leaving: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count()
 
     async def choose(self, caller: Caller, tokens: int, reports: Reports, avoid: tuple[str, ...] = ()) -> str:
@@ -85,13 +89,18 @@ class Chooser:
             self.asked = False
             return engine
         gone = tuple(self._lost)
+        placing = asyncio.ensure_future(
+            self._table.place(caller.session, tokens, caller.parent, left, gone, self._missed)
+        )
         try:
             async with asyncio.timeout(ASK_S):
-                engine, reason = await self._table.place(
-                    caller.session, tokens, caller.parent, left, gone, self._missed
-                )
+                engine, reason = await asyncio.shield(placing)
         except Exception:
             engine = reason = ""
+        except BaseException:
+            # Its client has left. The table places the call all the same, and nobody else will tell it that there is none.
+            self._leave(placing, caller, tokens)
+            raise
         self.asked = True
         if engine not in left:
             self._missed += 1
@@ -105,6 +114,18 @@ class Chooser:
             if len(self._known) > self._max_known:
                 self._known.popitem(last=False)
         return engine
+
+    def _leave(self, placing: "asyncio.Future[tuple[str, str]]", caller: Caller, tokens: int) -> None:
+        """Tells the table that a call which it places after this has ended."""
+
+        async def tell() -> None:
+            with contextlib.suppress(Exception):  # it counts one call more
+                engine, _ = await placing
+                await self._table.finished(caller.session, engine, tokens, caller.last)
+
+        task = asyncio.ensure_future(tell())
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
 
     def _say_turn(self, session: str, tokens: int, engine: str) -> None:
         try:
