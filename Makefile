@@ -51,7 +51,6 @@ bench: setup
 	@$(RUN)/agentserve bench run --workload react --agents 4 --arms stock stock-chunk=256 agentserve --rounds 3
 	@$(RUN)/agentserve bench run --workload coding --agents 4 --arms stock stock-chunk=256 agentserve --rounds 3
 
-
 # Half an hour.
 bench-interference: setup
 	@$(RUN)/python -m benchmarks.interference --path engine --rounds 3 --arms stock lanes time-sliced-40ms time-sliced-20ms time-sliced-12ms --output docs/results/interference-engine.json
