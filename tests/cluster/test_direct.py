@@ -332,6 +332,42 @@ async def test_an_engine_whose_process_in_ray_has_ended_gets_no_more_requests(
             process.kill()
 
 
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_answer_that_is_cut_short_by_an_engines_end_is_not_whole(
+    connections: DirectConnections, tmp_path: Path, ends: bool, stream: bool
+) -> None:
+    """vLLM, asked to end, finishes its answers as aborted, with all that belongs to a whole one."""
+    first, last = b'data: {"text": "a"}\n\n', b'data: {"text": "", "finish_reason": "abort"}\n\ndata: [DONE]\n\n'
+    whole = first + last if stream else b'{"text": "a", "finish_reason": "abort"}'
+    kind = b"text/event-stream" if stream else b"application/json"
+    with subprocess.Popen(["sleep", "300"]) as process:
+
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if b"/health" in await reader.readline():
+                await answering("200 OK")(reader, writer)
+                return
+            if ends:
+                process.kill()
+                process.wait()
+            head = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n" % (kind, len(whole))
+            writer.write(head + whole)
+            writer.close()
+
+        async with listening(tmp_path / "engine", handle) as path:
+            found = await connections.to("e1", path, life_of(process.pid))
+            assert found is not None
+            parts = await parts_of(found)
+        process.kill()
+    content = b"".join(part for part in parts if isinstance(part, bytes))
+    failures = [part for part in parts if isinstance(part, Failure)]
+    if ends:
+        assert content == (first if stream else b"")
+        assert [one.delivered for one in failures] == [True]
+    else:
+        assert (content, failures) == (whole, [])
+
+
 async def test_a_process_that_is_not_visible_says_nothing(connections: DirectConnections, tmp_path: Path) -> None:
     for told in ("", "no number", f"{os.getpid()} 1", f"{2**22 - 1} 77"):
         async with listening(tmp_path / "engine", answering("200 OK")) as path:

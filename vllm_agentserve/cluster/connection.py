@@ -33,6 +33,8 @@ OUR_HEADERS = (b"host", b"content-length", b"expect")
 """Headers of a request that are written anew."""
 ERROR = re.compile(rb'"error"(?!\s*:\s*null)')
 """In an event that says an error. In texts of a model the quotation marks have a backslash before them."""
+ABORTED = re.compile(rb'"(?:finish_reason|stop_reason)"\s*:\s*"abort"')
+"""So vLLM ends an answer that it does not finish, also where it is asked to end: as if it were whole."""
 
 
 class EngineConnection:
@@ -198,7 +200,7 @@ class EngineConnection:
                     if self.closed:
                         # As with a stream, see below.
                         raise aiohttp.ClientConnectionError("closed")
-                    if answer.status >= 500 and await self._has_ended():
+                    if (answer.status >= 500 or ABORTED.search(content)) and await self._has_ended():
                         # It may have been this request that ended it.
                         yield Failure(f"{self.how_it_ended()} before it answered", delivered=True)
                         return
@@ -210,7 +212,7 @@ class EngineConnection:
                 events = WholeEvents()
                 async for more in answer.content.iter_any():
                     whole = events.feed(more)
-                    if (found := ERROR.search(whole)) and await self._has_ended():
+                    if (found := ERROR.search(whole) or ABORTED.search(whole)) and await self._has_ended():
                         # vLLM goes on after its error as after a whole answer.
                         before, end, _ = whole[: found.start()].rpartition(EVENT)
                         if end:
