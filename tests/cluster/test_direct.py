@@ -40,6 +40,18 @@ def answering(status: str, content: bytes = b"") -> Handler:
     return handle
 
 
+def healthy(handle: Handler, asked: Callable[[], str] = lambda: "200 OK") -> Handler:
+    """Gives questions of health this status, and other requests to `handle` without their first line."""
+
+    async def both(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if b"/health" in await reader.readline():
+            await answering(asked())(reader, writer)
+        else:
+            await handle(reader, writer)
+
+    return both
+
+
 @asynccontextmanager
 async def listening(path: Path, handle: Handler) -> AsyncIterator[str]:
     server = await asyncio.start_unix_server(handle, str(path))
@@ -149,13 +161,9 @@ async def test_a_server_that_stops_listening_leaves_no_request_without_an_end(
     """vLLM, asked to end, stops listening and may leave streams open: nothing comes, and no error."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if b"/health" in await reader.readline():
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
-            writer.close()
-        else:
-            writer.write(begun)
+        writer.write(begun)
 
-    async with listening(tmp_path / "engine", handle) as path:
+    async with listening(tmp_path / "engine", healthy(handle)) as path:
         found = await connections.to("e1", path)
         assert found is not None
         answer = asyncio.ensure_future(parts_of(found))
@@ -195,11 +203,11 @@ async def test_an_engine_that_refuses_for_a_moment_keeps_its_streams_and_is_used
 ) -> None:
     asked: list[str] = []
 
+    def status() -> str:
+        asked.append("503 Service Unavailable" if len(asked) == 1 else "200 OK")
+        return asked[-1]
+
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if b"/health" in await reader.readline():
-            asked.append("503 Service Unavailable" if len(asked) == 1 else "200 OK")
-            await answering(asked[-1])(reader, writer)
-            return
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
         deadline = time.monotonic() + 30
         while len(asked) < 4 and time.monotonic() < deadline:
@@ -207,7 +215,7 @@ async def test_an_engine_that_refuses_for_a_moment_keeps_its_streams_and_is_used
             await asyncio.sleep(0.1)
         writer.close()
 
-    async with listening(tmp_path / "engine", handle) as path:
+    async with listening(tmp_path / "engine", healthy(handle, status)) as path:
         found = await connections.to("e1", path)
         assert found is not None
         parts = await parts_of(found)
@@ -260,14 +268,14 @@ async def test_what_one_process_has_seen_is_known_to_all(tmp_path: Path, how: st
 async def test_requests_that_break_at_once_are_one_question(connections: DirectConnections, tmp_path: Path) -> None:
     asked = []
 
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if b"/health" in await reader.readline():
-            asked.append(True)
-            await answering("200 OK")(reader, writer)
-        else:
-            writer.close()
+    def status() -> str:
+        asked.append(True)
+        return "200 OK"
 
-    async with listening(tmp_path / "engine", handle) as path:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    async with listening(tmp_path / "engine", healthy(handle, status)) as path:
         found = await connections.to("e1", path)
         assert found is not None
         before, began = len(asked), time.monotonic()
@@ -344,9 +352,6 @@ async def test_an_answer_that_is_cut_short_by_an_engines_end_is_not_whole(
     with subprocess.Popen(["sleep", "300"]) as process:
 
         async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            if b"/health" in await reader.readline():
-                await answering("200 OK")(reader, writer)
-                return
             if ends:
                 process.kill()
                 process.wait()
@@ -354,7 +359,7 @@ async def test_an_answer_that_is_cut_short_by_an_engines_end_is_not_whole(
             writer.write(head + whole)
             writer.close()
 
-        async with listening(tmp_path / "engine", handle) as path:
+        async with listening(tmp_path / "engine", healthy(handle)) as path:
             found = await connections.to("e1", path, life_of(process.pid))
             assert found is not None
             parts = await parts_of(found)
@@ -387,11 +392,10 @@ async def test_streams_are_broken_off_after_three_questions_in_a_row(
     monkeypatch.setattr(connection, "MARK_S", 0.0)
     left = list(answers)
 
+    def status() -> str:
+        return "503 No" if left and left.pop(0) == "3" else "200 OK"
+
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if b"/health" in await reader.readline():
-            status = "503 No" if left and left.pop(0) == "3" else "200 OK"
-            await answering(status)(reader, writer)
-            return
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
         deadline = time.monotonic() + 30
         while left and time.monotonic() < deadline:
@@ -399,7 +403,7 @@ async def test_streams_are_broken_off_after_three_questions_in_a_row(
         if not breaks:
             writer.close()
 
-    async with listening(tmp_path / "engine", handle) as path:
+    async with listening(tmp_path / "engine", healthy(handle, status)) as path:
         found = await connections.to("e1", path)
         assert found is not None
         parts = await asyncio.wait_for(parts_of(found), 30)
@@ -408,12 +412,9 @@ async def test_streams_are_broken_off_after_three_questions_in_a_row(
 
 async def test_half_a_body_is_no_answer(connections: DirectConnections, tmp_path: Path) -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if b"/health" in await reader.readline():
-            await answering("200 OK")(reader, writer)
-            return
         writer.write(b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n{"half": ')
 
-    async with listening(tmp_path / "engine", handle) as path:
+    async with listening(tmp_path / "engine", healthy(handle)) as path:
         found = await connections.to("e1", path)
         assert found is not None
         answer = asyncio.ensure_future(parts_of(found))
@@ -428,14 +429,11 @@ async def test_an_engine_with_requests_is_not_forgotten(connections: DirectConne
     ends = asyncio.Event()
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if b"/health" in await reader.readline():
-            await answering("200 OK")(reader, writer)
-            return
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: 1\n\n")
         await ends.wait()
         writer.close()
 
-    async with listening(tmp_path / "engine", handle) as path:
+    async with listening(tmp_path / "engine", healthy(handle)) as path:
         found = await connections.to("busy", path)
         assert found is not None
         answer = asyncio.ensure_future(parts_of(found))

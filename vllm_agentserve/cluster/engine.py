@@ -31,6 +31,8 @@ LOG_LINES = 2000
 """Lines of its output that are kept to say why it ended."""
 LINE_CHARACTERS = 2000
 """Of such a line, at most."""
+CONNECTED = (b"02", b"03")
+"""States of a socket in `/proc/net/unix`, see proc(5): a connection that the server has not accepted yet, and one that it has."""
 
 
 class EngineError(RuntimeError):
@@ -110,7 +112,6 @@ class Engine:
                     f"{self._cause()}"
                 )
             await asyncio.sleep(min(ASK_S, self._start_timeout_s))
-        self._connection.reached = True
 
     def _cause(self) -> str:
         """What went wrong first, or the last that it said."""
@@ -164,10 +165,6 @@ class Engine:
         if process is not None:
             stop_group(process, STOP_STEPS)
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-CONNECTED = (b"02", b"03")
-"""States of a socket in `/proc/net/unix`, see proc(5): a connection that the server has not accepted yet, and one that it has."""
 
 
 def connected_to(path: str) -> int:

@@ -27,6 +27,21 @@ Reports = Mapping[str, Report | None]
 """Engines that can be reached, with what each last said of itself."""
 
 
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """An engine that an ingress has found gone.
+
+    Args:
+        named_s: when it was last named, as gone or as one that can be reached.
+        since: number of its first report that came afterwards; None before that.
+        number: of its last one.
+    """
+
+    named_s: float
+    since: int | None = None
+    number: int | None = None
+
+
 class PinTable:
     """A placement that several ingresses ask.
 
@@ -169,18 +184,3 @@ class PinTable:
             if now - entry.named_s <= NAMED_S and len(self._gone) <= MOST_GONE:
                 break
             del self._gone[name]
-
-
-@dataclass(frozen=True, slots=True)
-class Gone:
-    """An engine that an ingress has found gone.
-
-    Args:
-        named_s: when it was last named, as gone or as one that can be reached.
-        since: number of its first report that came afterwards; None before that.
-        number: of its last one.
-    """
-
-    named_s: float
-    since: int | None = None
-    number: int | None = None
