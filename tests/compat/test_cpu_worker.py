@@ -4,11 +4,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from vllm.platforms import current_platform
 
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.policy.step_sizes import step_sizes
+from vllm_agentserve.policy.step_sizes import StepSize, step_sizes
 from vllm_agentserve.scheduler.vllm_hooks import VllmHooks
 from vllm_agentserve.vllm_compat import cpu, cpu_worker
 
@@ -19,15 +18,17 @@ class Machine:
     def __init__(
         self,
         monkeypatch: pytest.MonkeyPatch,
-        slots: tuple[int, ...] = (),
+        lane: bool = False,
         ranks: int = 1,
         seqs: int = 16,
         longest: int = 4096,
         **options: Any,
     ) -> None:
-        self.now, self.threads, self.step_s = 0.0, 4, 0.001
-        self.began: list[tuple[int, int]] = []
-        """Threads and tokens of every step, those for drawing tokens included."""
+        self.now, self.step_s = 0.0, 0.001
+        self.began: list[int] = []
+        """Tokens of every step, those for drawing tokens included."""
+        self.told: list[StepSize] = []
+        """What the half that drives the lane was told before each step."""
         self.mixed: dict[int, bool] = {}
         self.logits: list[int] = []
         self.drawn: list[int] = []
@@ -36,14 +37,12 @@ class Machine:
         self.draws = True
         self.others_end_after = 0
         self.seeded_after: int | None = None
-        half = SimpleNamespace(slots=[SimpleNamespace(decode=decode) for decode in slots]) if slots else None
+        half = SimpleNamespace(warms_up=self.told.append) if lane else None
         group = SimpleNamespace(world_size=ranks, is_last_rank=True, broadcast_object=self._agree)
         monkeypatch.setattr(cpu_worker, "local_worker_half", lambda: half)
         monkeypatch.setattr(cpu_worker, "get_world_group", lambda: group)
         monkeypatch.setattr(cpu_worker, "get_pp_group", lambda: group)
         monkeypatch.setattr(cpu_worker.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(torch, "get_num_threads", lambda: self.threads)
-        monkeypatch.setattr(cpu, "set_threads", lambda count: setattr(self, "threads", count))
         monkeypatch.setattr(cpu_worker.CPUWorker, "compile_or_warm_up_model", lambda _: self._seed())
         worker = object.__new__(cpu_worker.WarmCpuWorker)
         worker.vllm_config = SimpleNamespace(  # type: ignore[assignment]
@@ -61,7 +60,7 @@ class Machine:
         self.worker = worker
 
     @property
-    def ran(self) -> list[tuple[int, int]]:
+    def ran(self) -> list[int]:
         """Without those that draw tokens first."""
         return self.began[len(self.drawn) :]
 
@@ -71,7 +70,7 @@ class Machine:
         if tokens == self.fails_at:
             raise RuntimeError("no kernel for so many")
         self.now += self.step_s
-        self.began.append((self.threads, tokens))
+        self.began.append(tokens)
         self.mixed[tokens] = create_mixed_batch
         return None, tokens
 
@@ -90,7 +89,6 @@ class Machine:
 
     def start(self) -> None:
         assert self.worker.compile_or_warm_up_model() == "times"
-        assert self.threads == 4
         assert self.worker.warmed_up == tuple(self.ran)
         assert self.seeded_after == len(self.began)
 
@@ -98,7 +96,7 @@ class Machine:
 def test_every_size_runs_once_before_the_seeds_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch)
     machine.start()
-    assert machine.ran == [(4, size) for size in step_sizes(2048, 8)]
+    assert machine.ran == step_sizes(2048, 8)
     assert [size for size, mixed in machine.mixed.items() if not mixed] == list(range(1, 17))
     assert machine.logits == list(range(1, 17))
     assert machine.drawn == [1, 2]
@@ -109,7 +107,7 @@ def test_sizes_run_where_tokens_cannot_be_drawn(monkeypatch: pytest.MonkeyPatch)
     machine = Machine(monkeypatch)
     machine.draws = False
     machine.worker.compile_or_warm_up_model()
-    assert machine.worker.warmed_up == tuple((4, size) for size in step_sizes(2048, 8))
+    assert machine.worker.warmed_up == tuple(step_sizes(2048, 8))
 
 
 @pytest.mark.parametrize("seqs", [1, 2, 16, 128])
@@ -118,18 +116,16 @@ def test_no_step_has_a_longer_prompt_than_the_model_takes(monkeypatch: pytest.Mo
     machine = Machine(monkeypatch, seqs=seqs, longest=512)
     machine.start()
     sizes = step_sizes(2048, 8)
-    assert [size for _, size in machine.ran] == sizes[: len(machine.ran)]
+    assert machine.ran == sizes[: len(machine.ran)]
     # As `_dummy_run` divides a step into decodes and a prompt, which has a token of context.
     prompts = [size - min(seqs - 1, size // 2) for size in sizes]
     assert max(prompts[: len(machine.ran)]) + 1 <= 512 < prompts[len(machine.ran)] + 1
 
 
-def test_sizes_beside_a_working_lane_run_on_the_threads_they_will_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(monkeypatch, slots=(1, 3), lane_min_tokens=128)
+def test_the_lane_is_told_of_every_size_with_its_rows_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, lane=True)
     machine.start()
-    beside = [size for size in step_sizes(2048, 8) if size <= 128]
-    every = [(4, size) for size in step_sizes(2048, 8)]
-    assert machine.ran == [*((1, size) for size in beside), *((3, size) for size in beside), *every]
+    assert machine.told == [StepSize(size, size if size <= 16 else 0) for size in step_sizes(2048, 8)]
 
 
 def test_it_ends_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +144,7 @@ def test_a_step_that_fails_ends_the_warm_up_only(monkeypatch: pytest.MonkeyPatch
     machine = Machine(monkeypatch)
     machine.fails_at = 5
     machine.start()
-    assert machine.ran == [(4, size) for size in range(1, 5)]
+    assert machine.ran == list(range(1, 5))
 
 
 def test_a_worker_on_which_a_step_fails_agrees_with_the_others_until_they_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +152,7 @@ def test_a_worker_on_which_a_step_fails_agrees_with_the_others_until_they_end(mo
     machine = Machine(monkeypatch, ranks=2)
     machine.fails_at, machine.others_end_after = 5, 20
     machine.start()
-    assert machine.ran == [(4, size) for size in range(1, 5)]
+    assert machine.ran == list(range(1, 5))
     assert machine.agreed == [False] * 4 + [True] * 16
 
 

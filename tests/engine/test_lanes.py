@@ -24,6 +24,7 @@ from vllm_agentserve import plugin
 from vllm_agentserve.config import OptionError
 from vllm_agentserve.gpucheck.compare import differences
 from vllm_agentserve.gpucheck.scripted_requests import Completions, ScriptedRequest, long_prompt
+from vllm_agentserve.policy.step_sizes import StepSize
 
 # Start-up
 
@@ -79,10 +80,12 @@ def answers(lanes: LLM) -> Completions:
 
 
 @lanes_run_here
-def test_small_steps_have_run_on_the_threads_beside_a_lane(lanes: LLM) -> None:
+def test_small_steps_have_their_kernels_on_all_threads_before_any_runs_beside_the_lane(lanes: LLM) -> None:
     warmed_up = lanes.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.warmed_up
-    beside = min(slot.decode for slot in worker().slots)
-    assert warmed_up[:8] == tuple((beside, tokens) for tokens in range(1, 9))
+    assert warmed_up[:8] == tuple(range(1, 9))
+    kernels = worker()._provider._kernels
+    assert all(kernels.use(StepSize(tokens, tokens)) for tokens in range(1, 9))
+    assert not kernels.use(StepSize(warmed_up[-1] + 1, 0))
 
 
 @lanes_run_here

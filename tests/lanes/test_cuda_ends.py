@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.support.cuda_bench import Bench, job
+from tests.support.cuda_bench import DECODE, Bench, job
 from tests.support.cuda_steps import WorkerBench
 from tests.support.lane_provider import Lanes
 from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker
@@ -236,7 +236,7 @@ def test_three_failures_end_the_lane_inside_a_step_and_the_steps_go_on() -> None
     told: dict[str, bool] = {}
 
     def step(*jobs: Job) -> None:
-        with bench.lane.step(SimpleNamespace(jobs=list(jobs), computes=True, slot=0, target_ms=0.0)):
+        with bench.lane.step(SimpleNamespace(jobs=list(jobs), size=DECODE, slot=0, target_ms=0.0)):
             bench.device.launch("decode", ["state"], ["state"])
         with bench.lane.step_goes_on():
             bench.device.launch("sample", ["state"], ["state"])

@@ -16,7 +16,10 @@ from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker
 from vllm_agentserve.lanes.cpu import process
 from vllm_agentserve.lanes.lane import LaneReport, NoLane, Outcome, PrefillLane
 from vllm_agentserve.policy.jobs import Job
+from vllm_agentserve.policy.step_sizes import KernelSizes, StepSize
 from vllm_agentserve.vllm_compat import LaneError
+
+SIZE = StepSize(2, 2)
 
 
 @pytest.fixture
@@ -147,13 +150,33 @@ def test_a_failed_chunk_fails_all_jobs_each_with_its_reason(lanes: Callable[...,
 
 
 def test_a_lane_that_loads_too_long_gives_its_cores_back(lanes: Callable[..., Any]) -> None:
-    cores = Cores()
-    lane = lanes("never", start_timeout_s=0.5, cores=cores)
-    lane.begin_step(True, 0)
+    cores, kernels = Cores(), KernelSizes()
+    kernels.use(SIZE)
+    lane = lanes("never", start_timeout_s=0.5, cores=cores, kernels=kernels)
+    lane.begin_step(SIZE, 0)
     assert cores.taken == [0]
     until(lambda: bool(lane.poll() or lane.gone))
-    lane.begin_step(True, 0)
+    lane.begin_step(SIZE, 0)
     assert cores.taken == [0, 1]
+
+
+def test_a_size_without_kernels_runs_on_all_cores_beside_the_lane(lanes: Callable[..., Any]) -> None:
+    """A kernel never has more threads than it was made on."""
+    cores, kernels = Cores(), KernelSizes()
+    lane = lanes("ready", "hold", cores=cores, kernels=kernels)
+    lane.wait_until_ready()
+    lane.begin_step(StepSize(1, 1), 0)
+    lane.submit(job("a"))
+    taken = []
+    for size in [(1, 1), (2, 1), (2, 2), (2, 2), (2, 1), (1, 2), (40, 3), (40, 3)]:
+        lane.begin_step(StepSize(*size), 0)
+        taken.append(cores.taken)
+    assert taken == [[0], [0, 1], [0, 1], [0], [0], [0], [0, 1], [0]]
+    again = lanes("ready", "hold", cores=cores, kernels=kernels)
+    again.wait_until_ready()
+    again.submit(job("b"))
+    again.begin_step(StepSize(40, 3), 0)
+    assert cores.taken == [0], "what the first lane's steps met holds for the second"
 
 
 def test_a_lane_that_is_late_is_not_taken_for_hanging(
@@ -199,7 +222,7 @@ def worker_of(lane: Any, again: Callable[[], Any] | None, restarts: int = 3) -> 
 
 
 def step(worker: LaneConnectorWorker, *jobs: Job, finished: tuple[str, ...] = ()) -> tuple[set[str], set[str]]:
-    worker.before_step(list(jobs), True, 0)
+    worker.before_step(list(jobs), SIZE, 0)
     worker.launched()
     results = worker.after_step(set(finished))
     return results.finished_recving or set(), results.failed_recving or set()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tests.support.step_models import FlatModel
 from vllm_agentserve.policy.budget import ChunkRules, StepBudget
 from vllm_agentserve.policy.phase import Phase
-from vllm_agentserve.policy.step_sizes import EVERY_SIZE_TO, step_sizes
+from vllm_agentserve.policy.step_sizes import EVERY_SIZE_TO, KernelSizes, StepSize, step_sizes
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,20 @@ def test_a_step_whose_prompt_goes_on_has_one_of_them(
     tokens = budget.grant(phase, wanted, 0)
     if tokens < wanted:
         assert decodes + tokens in step_sizes(largest, granularity)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "known"),
+    [
+        ([(4, 4), (4, 4)], [False, True]),
+        ([(4, 4), (5, 4), (5, 4)], [False, False, True]),
+        ([(4, 4), (5, 5), (4, 5)], [False, False, True]),
+        ([(100, 0), (100, 0), (100, 1), (100, 1)], [False, True, False, True]),
+        # Three are remembered of either kind, and go when they were not used for longest.
+        ([(1, 1), (2, 2), (3, 3), (1, 1), (4, 4), (1, 1), (2, 2)], [False, False, False, True, False, True, False]),
+        ([(1, 1), (2, 1), (3, 1), (4, 1), (4, 1)], [False, False, False, False, True]),
+    ],
+)
+def test_sizes_whose_kernels_are_there(sizes: list[tuple[int, int]], known: list[bool]) -> None:
+    kernels = KernelSizes(3)
+    assert [kernels.use(StepSize(*size)) for size in sizes] == known

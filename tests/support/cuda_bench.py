@@ -8,6 +8,9 @@ from tests.support.cuda_device import FakeDevice, FakeLadder, FakeRunner, FakeSt
 from vllm_agentserve.lanes.cuda.stream import StreamLane
 from vllm_agentserve.lanes.lane import Outcome
 from vllm_agentserve.policy.jobs import Job
+from vllm_agentserve.policy.step_sizes import StepSize
+
+DECODE = StepSize(1, 1)
 
 
 class NoMemory:
@@ -55,7 +58,7 @@ class Bench:
     def begin(self, metadata: Any) -> None:
         for job in metadata.jobs:
             self.lane.submit(job)
-        self.lane.begin_step(metadata.computes, metadata.slot)
+        self.lane.begin_step(metadata.size, metadata.slot)
 
     def step(
         self,
@@ -67,7 +70,9 @@ class Bench:
         patience_s: float = 0.0,
     ) -> list[Outcome]:
         """vLLM zeroes new blocks, runs the model, samples; the connector then launches and polls."""
-        with self.lane.step(SimpleNamespace(jobs=jobs, computes=computes, slot=slot, target_ms=self.target_ms)):
+        with self.lane.step(
+            SimpleNamespace(jobs=jobs, size=DECODE if computes else None, slot=slot, target_ms=self.target_ms)
+        ):
             if jobs:
                 self.device.launch(
                     "zero", writes=[one for job in jobs for one in blocks(job, job.end)[job.start // 16 :]]

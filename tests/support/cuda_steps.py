@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from tests.support.cuda_bench import Bench
+from tests.support.cuda_bench import DECODE, Bench
 from tests.support.cuda_device import FakeDevice, FakeStream, blocks
 from tests.support.lane_provider import Lanes
 from vllm_agentserve.lanes.connector import LaneConnector, LaneMetadata
@@ -35,7 +35,7 @@ class V2Runner:
     def execute_model(self, output: Any) -> None:
         if output.zeroes:
             self.device.launch("zero", writes=output.zeroes)
-        if not output.kv_connector_metadata.computes:
+        if not output.kv_connector_metadata.size:
             self.pre_forward(output)
             self.post_forward(output.finished)
             return
@@ -93,7 +93,7 @@ class WorkerBench(Bench):
     ) -> None:
         """A step of the engine; with `through`, the device has nothing left to do when it ends."""
         zeroes = [one for job in jobs for one in blocks(job, job.end)[job.start // 16 :]]
-        metadata = LaneMetadata(list(jobs), computes, slot, self.target_ms)
+        metadata = LaneMetadata(list(jobs), DECODE if computes else None, slot, self.target_ms)
         output = SimpleNamespace(kv_connector_metadata=metadata, zeroes=zeroes, finished=set(finished))
         self.main.execute_model(output)
         if computes:

@@ -17,6 +17,7 @@ from vllm_agentserve.lanes.connector import LaneWorkerMetadata
 from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker
 from vllm_agentserve.lanes.lane import LaneReport, Outcome, Slot
 from vllm_agentserve.policy.jobs import Job
+from vllm_agentserve.policy.step_sizes import StepSize
 
 SAMPLED = 17
 """The token that `schedulers.Driver` samples."""
@@ -109,8 +110,8 @@ class FollowedLane:
         if request_id in self._held:
             self._end(request_id)
 
-    def begin_step(self, computes: bool, slot: int) -> None:
-        self.steps.append(computes)
+    def begin_step(self, size: StepSize | None, slot: int) -> None:
+        self.steps.append(size is not None)
 
     def launch(self) -> None:
         self.run(self.chunk)

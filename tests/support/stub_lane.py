@@ -68,9 +68,10 @@ def stub_lane(start: str = "ready", then: str = "serve", **given: Any) -> Any:
     """A `ProcessLane` of two cores around such a process."""
     from vllm_agentserve.lanes.cpu.process import ProcessLane
     from vllm_agentserve.lanes.cpu.runner import Setup
+    from vllm_agentserve.policy.step_sizes import KernelSizes
 
     setup = Setup(None, None, (0, 0), 256, 256, ([1],), [0, 1], [1])
-    given = {"cores": Cores(), "command": (sys.executable, str(HERE), start, then)} | given
+    given = {"cores": Cores(), "kernels": KernelSizes(), "command": (sys.executable, str(HERE), start, then)} | given
     return ProcessLane(setup, **given)
 
 

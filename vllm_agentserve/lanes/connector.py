@@ -21,6 +21,7 @@ from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes.connector_worker import LaneConnectorWorker, lane_provider
 from vllm_agentserve.lanes.lane import LaneReport
 from vllm_agentserve.policy.jobs import Job
+from vllm_agentserve.policy.step_sizes import StepSize
 from vllm_agentserve.vllm_compat import require_our_scheduler
 from vllm_agentserve.vllm_compat.lanes import CONNECTOR
 from vllm_agentserve.vllm_compat.weights import refuse_weight_updates
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class LaneMetadata(KVConnectorMetadata):
-    """From the scheduler to the worker, every step: new jobs, whether the step runs the model, how the device is divided, and the
-    target of a step in ms, 0 while it is not known."""
+    """From the scheduler to the worker, every step: new jobs, the size of the step (None: it does not run the model), how the
+    device is divided, and the target of a step in ms, 0 while it is not known."""
 
     jobs: list[Job] = field(default_factory=list)
-    computes: bool = False
+    size: StepSize | None = None
     slot: int = 0
     target_ms: float = 0.0
 
@@ -91,8 +92,9 @@ class LaneConnector(KVConnectorBase_V1):
             self.half.dispatch(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
-        computes = scheduler_output.total_num_scheduled_tokens > 0
-        return LaneMetadata(self.half.take_new(), computes, self.half.slot, self.half.target_ms)
+        tokens = scheduler_output.total_num_scheduled_tokens
+        size = StepSize(tokens, len(scheduler_output.num_scheduled_tokens)) if tokens else None
+        return LaneMetadata(self.half.take_new(), size, self.half.slot, self.half.target_ms)
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
         finished = self.half.still_wanted(connector_output.finished_recving or set())

@@ -12,6 +12,7 @@ from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.lanes.lane import LaneProvider, LaneReport, NoLane, Outcome, PrefillLane, Slot
 from vllm_agentserve.policy.fence import StepFence
 from vllm_agentserve.policy.jobs import Drained, Job
+from vllm_agentserve.policy.step_sizes import StepSize
 from vllm_agentserve.vllm_compat import LaneError
 
 logger = init_logger("vllm.agentserve")
@@ -91,13 +92,17 @@ class LaneConnectorWorker:
         """Begins a step once, whoever comes first: the provider, before anything is launched, or vLLM with the metadata."""
         if metadata is not self._begun:
             self._begun = metadata
-            self.before_step(metadata.jobs, metadata.computes, metadata.slot)
+            self.before_step(metadata.jobs, metadata.size, metadata.slot)
 
-    def before_step(self, jobs: list[Job], computes: bool, slot: int) -> None:
-        """A step begins: its new jobs, whether it runs the model, and how the device is divided."""
-        self._computes = computes
+    def before_step(self, jobs: list[Job], size: StepSize | None, slot: int) -> None:
+        """A step begins: its new jobs, its size (None when it does not run the model), and how the device is divided."""
+        self._computes = size is not None
         self._fence.begin_step(jobs)
-        self._lane.begin_step(computes, slot)
+        self._lane.begin_step(size, slot)
+
+    def warms_up(self, size: StepSize) -> None:
+        """A step that no request is in is to run before the first request, while the lane does nothing."""
+        self._lane.begin_step(size, 0)
 
     def launched(self) -> None:
         """The worker's step has run, or is launched where the device works on its own; only now the lane gets its jobs."""
@@ -202,7 +207,7 @@ class LaneConnectorWorker:
         for request_id in lane.jobs():
             self._cancel(request_id)
         while lane.busy:
-            lane.begin_step(False, 0)
+            lane.begin_step(None, 0)
             lane.launch()
             ended |= self._results(lane.poll(DRAIN_PATIENCE_S)).finished_recving or set()
             if time.monotonic() > deadline:

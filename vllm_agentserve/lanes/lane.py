@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vllm_agentserve.policy.jobs import Job
+from vllm_agentserve.policy.step_sizes import StepSize
 from vllm_agentserve.vllm_compat import LaneError
 
 
@@ -84,11 +85,11 @@ class PrefillLane(Protocol):
     def slots(self) -> tuple[Slot, ...]:
         """The ladder: how the device can be divided, by growing share of the decode lane; at least one."""
 
-    def begin_step(self, computes: bool, slot: int) -> None:
+    def begin_step(self, size: StepSize | None, slot: int) -> None:
         """A step of the worker begins, before its inputs are made.
 
         Args:
-            computes: whether it runs the model.
+            size: of the step; None when it does not run the model.
             slot: index into `slots` for as long as both lanes have work; a lane that is alone has the whole device.
         """
 
@@ -142,7 +143,7 @@ class NoLane:
 
     def cancel(self, request_id: str) -> None: ...
 
-    def begin_step(self, computes: bool, slot: int) -> None: ...
+    def begin_step(self, size: StepSize | None, slot: int) -> None: ...
 
     def launch(self) -> None: ...
 

@@ -1,4 +1,7 @@
-"""The sizes of steps: how many tokens a step with decodes and prompts has in all."""
+"""The sizes of steps: how many tokens a step with decodes and prompts has in all, and for which there are kernels."""
+
+from collections import OrderedDict
+from typing import NamedTuple
 
 EVERY_SIZE_TO = 64
 """Up to so many tokens a step may have any size: decodes alone, or short returning prompts beside them."""
@@ -26,3 +29,47 @@ def step_sizes(largest: int, granularity: int) -> list[int]:
         size = min(size - size % quantum + quantum, largest)
         sizes.append(size)
     return sizes
+
+
+class StepSize(NamedTuple):
+    """What the matrices of a step depend on."""
+
+    tokens: int
+    requests: int
+    """Each has one row of logits; 0: none are computed."""
+
+
+KERNELS_PER_LAYER = 128
+"""For how many sizes vLLM keeps oneDNN's kernels in each layer; those that were not used for longest go first."""
+
+
+class KernelSizes:
+    """The sizes whose kernels have been made on all threads of a worker.
+
+    oneDNN makes a kernel when it first multiplies matrices of a size, and keeps it for the life of the process. A kernel never
+    uses more threads than it was made on, however many there are later; on fewer it is as fast as one that was made on fewer.
+    So a size has to come on all threads first (`tests/compat/test_onednn.py` shows it).
+
+    Args:
+        most: sizes that are remembered, of tokens and of requests.
+    """
+
+    def __init__(self, most: int = KERNELS_PER_LAYER) -> None:
+        self._most = most
+        self._tokens: OrderedDict[int, None] = OrderedDict()
+        self._requests: OrderedDict[int, None] = OrderedDict()
+
+    def use(self, size: StepSize) -> bool:
+        """A step of this size comes. Returns whether all of its kernels are there; if not, it is to run on all threads."""
+        tokens, requests = self._use(self._tokens, size.tokens), self._use(self._requests, size.requests)
+        return tokens and requests
+
+    def _use(self, used: OrderedDict[int, None], rows: int) -> bool:
+        if not rows:
+            return True
+        known = rows in used
+        used[rows] = None
+        used.move_to_end(rows)
+        if len(used) > self._most:
+            used.popitem(last=False)
+        return known

@@ -1,7 +1,6 @@
 """The worker class on CPUs (`--worker-cls`); imports vLLM's, so only a worker's process imports it."""
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,8 +11,7 @@ from vllm.v1.worker.cpu_model_runner import _set_global_compilation_settings
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.policy.step_sizes import EVERY_SIZE_TO, step_sizes
-from vllm_agentserve.vllm_compat import cpu
+from vllm_agentserve.policy.step_sizes import EVERY_SIZE_TO, StepSize, step_sizes
 from vllm_agentserve.vllm_compat.lanes import local_worker_half
 
 logger = init_logger("vllm.agentserve")
@@ -22,32 +20,33 @@ logger = init_logger("vllm.agentserve")
 class WarmCpuWorker(CPUWorker):
     """vLLM's CPU worker, which before the first request runs a step of every size that service will often have.
 
-    oneDNN makes its kernels for each number of tokens and of threads when it first meets it: 1 ms to 3 ms for small steps,
-    and more for large ones. vLLM's own warm-up on CPUs compiles the model, if it does, and runs one size.
+    oneDNN makes its kernels for each number of tokens when it first meets it: 1 ms to 3 ms for small steps, and more for large
+    ones. vLLM's own warm-up on CPUs compiles the model, if it does, and runs one size. All steps run on all threads, since a
+    kernel never uses more threads than it was made on, see `policy.step_sizes.KernelSizes`.
 
     Retired by: sizes to warm up as an option of vLLM's CPU worker.
     """
 
-    warmed_up: tuple[tuple[int, int], ...] = ()
-    """Threads and tokens of the steps that were run."""
+    warmed_up: tuple[int, ...] = ()
+    """Tokens of the steps that were run."""
     _limit_s = 0.0
 
     def compile_or_warm_up_model(self) -> Any:
         done, failed = [], False
         try:
-            steps = [*self._steps_to_run()]
+            steps = self._steps_to_run()
         except Exception:
             self._say_failed()
             steps = []
         if steps:
             self._sample_once()
         began = time.monotonic()
-        for threads, tokens in steps:
+        for tokens in steps:
             # One that has failed goes on agreeing with the others on when to end: what they send each other is not told apart.
             if not failed:
                 try:
-                    self._run(threads, tokens)
-                    done.append((threads, tokens))
+                    self._run(tokens)
+                    done.append(tokens)
                 except Exception:
                     self._say_failed()
                     failed = True
@@ -67,23 +66,17 @@ class WarmCpuWorker(CPUWorker):
     def _say_failed(self) -> None:
         logger.warning("agentserve: a step of the warm-up failed; the engine starts without the rest.", exc_info=True)
 
-    def _steps_to_run(self) -> Iterator[tuple[int, int]]:
-        """Threads and tokens of each step, small steps of fewer threads first: those beside a working prefill lane."""
+    def _steps_to_run(self) -> list[int]:
+        """Tokens of each step, small steps first."""
         options = AgentServeConfig.from_additional_config(self.vllm_config.additional_config)
         self._limit_s = 0.0 if envs.VLLM_CPU_CI_ENV else options.warm_up_s
         if not self._limit_s or not self.model_runner.kv_caches or self.model_config.runner_type != "generate":
-            return
+            return []
         largest = self.vllm_config.scheduler_config.max_num_batched_tokens
         # A longer prompt than the model takes has more KV blocks than vLLM's tables have room for, and is read beyond their ends.
         longest = self.model_config.max_model_len - 1
         every_size = step_sizes(largest, options.chunk_granularity_tokens)
-        sizes = [size for size in every_size if self._prompt_tokens(size) <= longest]
-        every, half = torch.get_num_threads(), local_worker_half()
-        # Beside a working lane, decode steps have fewer threads, and longer prompts are the lane's.
-        beside = [size for size in sizes if size <= max(options.lane_min_tokens, EVERY_SIZE_TO)]
-        for threads in sorted({slot.decode for slot in half.slots if slot.decode < every} if half is not None else ()):
-            yield from ((threads, size) for size in beside)
-        yield from ((every, size) for size in sizes)
+        return [size for size in every_size if self._prompt_tokens(size) <= longest]
 
     def _sample_once(self) -> None:
         """Draws tokens for one request, and for two: vLLM compiles what draws when it first does either, whatever its flags."""
@@ -100,18 +93,16 @@ class WarmCpuWorker(CPUWorker):
         requests = self.vllm_config.scheduler_config.max_num_seqs
         return 0 if tokens <= min(requests, EVERY_SIZE_TO) else tokens - min(requests - 1, tokens // 2)
 
-    def _run(self, threads: int, tokens: int) -> None:
-        """Runs a step on so many threads: decodes alone where there are places for so many, or else beside a prompt."""
+    def _run(self, tokens: int) -> None:
+        """Runs a step: decodes alone where there are places for so many, or else beside a prompt."""
         decodes = not self._prompt_tokens(tokens)
-        every = torch.get_num_threads()
-        cpu.set_threads(threads)
-        try:
-            last = self._step(tokens, decodes)
-            if decodes and get_pp_group().is_last_rank:
-                with torch.inference_mode():
-                    self.model_runner.get_model().compute_logits(last)
-        finally:
-            cpu.set_threads(every)
+        half = local_worker_half()
+        if half is not None:
+            half.warms_up(StepSize(tokens, tokens if decodes else 0))
+        last = self._step(tokens, decodes)
+        if decodes and get_pp_group().is_last_rank:
+            with torch.inference_mode():
+                self.model_runner.get_model().compute_logits(last)
 
     def _step(self, tokens: int, decodes: bool) -> Any:
         """Runs a step that writes no KV; returns the hidden states of each request's last token."""

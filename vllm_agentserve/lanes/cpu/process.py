@@ -16,6 +16,7 @@ from vllm_agentserve.lanes.cpu.runner import Setup
 from vllm_agentserve.lanes.cpu.shared_counters import SharedCounters
 from vllm_agentserve.lanes.lane import LaneReport, Outcome, Slot
 from vllm_agentserve.policy.jobs import Job
+from vllm_agentserve.policy.step_sizes import KernelSizes, StepSize
 from vllm_agentserve.vllm_compat import LaneError
 
 STOP_TIMEOUT_S = 5.0
@@ -34,6 +35,7 @@ class ProcessLane:
     Args:
         setup: sent to the process; its `counters` are made here.
         cores: of the decode steps.
+        kernels: of the decode steps; a lane that follows another one is given the same.
         start_timeout_s: a process that is not ready then is ended.
         command: of the process; tests have others.
 
@@ -42,10 +44,16 @@ class ProcessLane:
     """
 
     def __init__(
-        self, setup: Setup, cores: Cores, start_timeout_s: float = 600.0, command: Sequence[str] = RUNNER
+        self,
+        setup: Setup,
+        cores: Cores,
+        kernels: KernelSizes,
+        start_timeout_s: float = 600.0,
+        command: Sequence[str] = RUNNER,
     ) -> None:
         self._setup = setup
         self._cores = cores
+        self._kernels = kernels
         self._start_timeout_s = start_timeout_s
         self._in_flight: set[str] = set()
         self._errors: dict[str, str] = {}
@@ -136,15 +144,17 @@ class ProcessLane:
         if request_id in self._in_flight:
             self._channel.send(("cancel", request_id))
 
-    def begin_step(self, computes: bool, slot: int) -> None:
-        self._counters["decoding"] = float(computes)
+    def begin_step(self, size: StepSize | None, slot: int) -> None:
+        self._counters["decoding"] = float(size is not None)
         self._counters["slot"] = slot
-        if not computes:
+        if size is None:
             return
         # A lane that still loads its model has its cores already: else its start would slow every stream.
         working = self.alive() and (self.busy or not self._ready)
         decode = len(self._setup.all_cores) - len(self._setup.slot_cores[slot if self._ready else -1])
-        self._cores.take(self._setup.all_cores[:decode] if working else self._setup.all_cores)
+        # A size that is new shares cores with the lane once, or else it would have no more than these cores from then on.
+        divided = self._kernels.use(size) and working
+        self._cores.take(self._setup.all_cores[:decode] if divided else self._setup.all_cores)
 
     def launch(self) -> None:
         """Does nothing: the process begins when it gets the job."""

@@ -10,6 +10,7 @@ from vllm_agentserve.lanes.cpu.memory import KvMemory
 from vllm_agentserve.lanes.cpu.process import ProcessLane
 from vllm_agentserve.lanes.cpu.runner import Setup
 from vllm_agentserve.policy.slots import core_ladder
+from vllm_agentserve.policy.step_sizes import KernelSizes
 from vllm_agentserve.vllm_compat import LaneError, cpu
 
 CHUNK_TOKENS = 256
@@ -29,6 +30,7 @@ class ProcessLaneProvider:
         self._kv_memory = KvMemory()
         self._options = options
         self._configs = vllm_config, kv_cache_config
+        self._kernels = KernelSizes()
         self._cores: Cores | None = None
         """None until the first lane is made: vLLM has pinned the worker's OpenMP threads by then, or never will."""
 
@@ -76,4 +78,4 @@ class ProcessLaneProvider:
         )
         if self._cores is None:
             self._cores = Cores()
-        return ProcessLane(setup, self._cores, self._options.lane_start_timeout_s)
+        return ProcessLane(setup, self._cores, self._kernels, self._options.lane_start_timeout_s)

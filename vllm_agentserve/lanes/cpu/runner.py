@@ -75,8 +75,9 @@ class LaneRunner:
         took = self._worker.warm_up(tokens)
         for own in setup.slot_cores:
             longest = min(chunk_length(setup.chunk_tokens, len(own), self._smallest), setup.most_tokens)
-            # A lane that starts while requests are served stays off the cores of the decode lane.
-            for cores in (own, setup.all_cores) if setup.load_cores == setup.all_cores else (own,):
+            # On all cores first, see `policy.step_sizes.KernelSizes`. A lane that starts while requests are served stays off the
+            # cores of the decode lane.
+            for cores in (setup.all_cores, own) if setup.load_cores == setup.all_cores else (own,):
                 if time.monotonic() - began < setup.warm_up_s and (cores, longest) != (smallest, tokens):
                     self.cores.take(cores)
                     self._worker.warm_up(longest)

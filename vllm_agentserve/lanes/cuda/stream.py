@@ -19,6 +19,7 @@ from vllm_agentserve.lanes.lane import LaneReport, Outcome, Slot
 from vllm_agentserve.policy.jobs import ChunkQueue, Job
 from vllm_agentserve.policy.reserve import MIB
 from vllm_agentserve.policy.slots import chunk_length
+from vllm_agentserve.policy.step_sizes import StepSize
 from vllm_agentserve.vllm_compat import LaneError
 
 logger = init_logger("vllm.agentserve")
@@ -173,16 +174,16 @@ class StreamLane:
         """Around the launch of what belongs to the last step: sampling, and vLLM's calls to the connector."""
         return self._steps.step()
 
-    def begin_step(self, computes: bool, slot: int) -> None:
+    def begin_step(self, size: StepSize | None, slot: int) -> None:
         self._look()
-        self._computes = computes
-        if computes:
+        self._computes = size is not None
+        if self._computes:
             self._pace.stream_exists(self._clock())
             if self._in_flight is not None:
                 self._in_flight.joined = True
         self._asked = min(max(slot, 0), len(self._slots) - 1)
         # A job stays in the queue until its last chunk has finished.
-        self._steps.slot = self._asked if computes and len(self._queue) else None
+        self._steps.slot = self._asked if self._computes and len(self._queue) else None
 
     def submit(self, job: Job) -> None:
         if job.request_id in self._held:
