@@ -85,7 +85,7 @@ def test_small_steps_have_their_kernels_on_all_threads_before_any_runs_beside_th
     assert warmed_up[:8] == tuple(range(1, 9))
     kernels = worker()._provider._kernels
     assert all(kernels.use(StepSize(tokens, tokens)) for tokens in range(1, 9))
-    assert not kernels.use(StepSize(warmed_up[-1] + 1, 0))
+    assert not kernels.use(StepSize(max(kernels._grid), 0))
 
 
 @lanes_run_here

@@ -141,7 +141,7 @@ def test_without_warm_up_the_lane_computes_what_it_has_to() -> None:
 def test_a_worker_with_one_core_has_no_lane_and_mode_auto_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_agentserve.vllm_compat.cpu.worker_cores", lambda: [0])
     for mode in ("auto", "lanes"):
-        lanes = ProcessLaneProvider(AgentServeConfig(mode=mode), None, None)  # type: ignore[arg-type]
+        lanes = ProcessLaneProvider(AgentServeConfig(mode=mode), config(256), None)  # type: ignore[arg-type]
         worker = LaneConnectorWorker(lanes._options, lanes)
         if mode == "auto":
             worker.start()

@@ -162,13 +162,13 @@ def test_a_lane_that_loads_too_long_gives_its_cores_back(lanes: Callable[..., An
 
 def test_a_size_without_kernels_runs_on_all_cores_beside_the_lane(lanes: Callable[..., Any]) -> None:
     """A kernel never has more threads than it was made on."""
-    cores, kernels = Cores(), KernelSizes()
+    cores, kernels = Cores(), KernelSizes([1, 2, 40])
     lane = lanes("ready", "hold", cores=cores, kernels=kernels)
     lane.wait_until_ready()
     lane.begin_step(StepSize(1, 1), 0)
     lane.submit(job("a"))
     taken = []
-    for size in [(1, 1), (2, 1), (2, 2), (2, 2), (2, 1), (1, 2), (40, 3), (40, 3)]:
+    for size in [(1, 1), (2, 1), (2, 2), (2, 2), (2, 1), (41, 2), (40, 3), (40, 3)]:
         lane.begin_step(StepSize(*size), 0)
         taken.append(cores.taken)
     assert taken == [[0], [0, 1], [0, 1], [0], [0], [0], [0, 1], [0]]

@@ -61,8 +61,10 @@ def test_a_step_whose_prompt_goes_on_has_one_of_them(
         # Three are remembered of either kind, and go when they were not used for longest.
         ([(1, 1), (2, 2), (3, 3), (1, 1), (4, 4), (1, 1), (2, 2)], [False, False, False, True, False, True, False]),
         ([(1, 1), (2, 1), (3, 1), (4, 1), (4, 1)], [False, False, False, False, True]),
+        # Neither decodes alone nor on the grid: it may never come again.
+        ([(7, 2), (70, 3), (70, 70)], [True, True, False]),
     ],
 )
 def test_sizes_whose_kernels_are_there(sizes: list[tuple[int, int]], known: list[bool]) -> None:
-    kernels = KernelSizes(3)
+    kernels = KernelSizes([1, 2, 3, 4, 5, 100], 3)
     assert [kernels.use(StepSize(*size)) for size in sizes] == known

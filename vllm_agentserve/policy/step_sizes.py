@@ -1,6 +1,7 @@
 """The sizes of steps: how many tokens a step with decodes and prompts has in all, and for which there are kernels."""
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import NamedTuple
 
 EVERY_SIZE_TO = 64
@@ -48,21 +49,26 @@ class KernelSizes:
 
     oneDNN makes a kernel when it first multiplies matrices of a size, and keeps it for the life of the process. A kernel never
     uses more threads than it was made on, however many there are later; on fewer it is as fast as one that was made on fewer.
-    So a size has to come on all threads first (`tests/compat/test_onednn.py` shows it).
+    So a size has to come on all threads first (`tests/compat/test_onednn.py` shows it). Beside a working lane such a step shares
+    cores, and takes up to a quarter of a second. So it is asked for only of sizes that come again and again: decodes alone, and
+    those of the grid.
 
     Args:
+        grid: `step_sizes`.
         most: sizes that are remembered, of tokens and of requests.
     """
 
-    def __init__(self, most: int = KERNELS_PER_LAYER) -> None:
+    def __init__(self, grid: Iterable[int] = (), most: int = KERNELS_PER_LAYER) -> None:
+        self._grid = frozenset(grid)
         self._most = most
         self._tokens: OrderedDict[int, None] = OrderedDict()
         self._requests: OrderedDict[int, None] = OrderedDict()
 
     def use(self, size: StepSize) -> bool:
-        """A step of this size comes. Returns whether all of its kernels are there; if not, it is to run on all threads."""
+        """A step of this size comes. Returns False if it is to run on all threads, since its kernels are not there yet."""
         tokens, requests = self._use(self._tokens, size.tokens), self._use(self._requests, size.requests)
-        return tokens and requests
+        recurs = size.tokens == size.requests or size.tokens in self._grid
+        return (tokens and requests) or not recurs
 
     def _use(self, used: OrderedDict[int, None], rows: int) -> bool:
         if not rows:

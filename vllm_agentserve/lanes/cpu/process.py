@@ -152,7 +152,7 @@ class ProcessLane:
         # A lane that still loads its model has its cores already: else its start would slow every stream.
         working = self.alive() and (self.busy or not self._ready)
         decode = len(self._setup.all_cores) - len(self._setup.slot_cores[slot if self._ready else -1])
-        # A size that is new shares cores with the lane once, or else it would have no more than these cores from then on.
+        # A size that is new and comes again shares cores with the lane once: else it would have no more than these from then on.
         divided = self._kernels.use(size) and working
         self._cores.take(self._setup.all_cores[:decode] if divided else self._setup.all_cores)
 

@@ -10,7 +10,7 @@ from vllm_agentserve.lanes.cpu.memory import KvMemory
 from vllm_agentserve.lanes.cpu.process import ProcessLane
 from vllm_agentserve.lanes.cpu.runner import Setup
 from vllm_agentserve.policy.slots import core_ladder
-from vllm_agentserve.policy.step_sizes import KernelSizes
+from vllm_agentserve.policy.step_sizes import KernelSizes, step_sizes
 from vllm_agentserve.vllm_compat import LaneError, cpu
 
 CHUNK_TOKENS = 256
@@ -30,7 +30,8 @@ class ProcessLaneProvider:
         self._kv_memory = KvMemory()
         self._options = options
         self._configs = vllm_config, kv_cache_config
-        self._kernels = KernelSizes()
+        largest = vllm_config.scheduler_config.max_num_batched_tokens
+        self._kernels = KernelSizes(step_sizes(largest, options.chunk_granularity_tokens))
         self._cores: Cores | None = None
         """None until the first lane is made: vLLM has pinned the worker's OpenMP threads by then, or never will."""
 
