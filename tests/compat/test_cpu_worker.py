@@ -1,5 +1,6 @@
 """The worker class on CPUs: which engines get it, and which steps it runs before the first request."""
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -195,3 +196,34 @@ def test_the_check_of_arguments_chooses_it(monkeypatch: pytest.MonkeyPatch) -> N
     arguments = SimpleNamespace(worker_cls="auto", additional_config=None)
     VllmHooks.check_engine_args(arguments)
     assert arguments.worker_cls == cpu.WORKER
+
+
+@pytest.mark.parametrize(
+    ("bind", "given", "mode", "on_cpu", "spins"),
+    [
+        ("0-3", {}, "auto", True, "3000"),
+        ("0,1|2,3", {}, "time-sliced", True, "3000"),
+        ("0-7", {}, "lanes", True, "3000"),
+        ("0-2", {}, "auto", True, None),
+        ("0-1|0-2", {}, "auto", True, None),
+        ("auto", {}, "auto", True, None),
+        ("nobind", {}, "auto", True, None),
+        ("", {}, "auto", True, None),
+        ("0-3", {"GOMP_SPINCOUNT": "300000"}, "auto", True, "300000"),
+        ("0-3", {"OMP_WAIT_POLICY": "active"}, "auto", True, None),
+        ("0-3", {}, "stock", True, None),
+        ("0-3", {}, "auto", False, None),
+    ],
+)
+def test_threads_spin_shortly_where_no_core_is_left(
+    monkeypatch: pytest.MonkeyPatch, bind: str, given: dict[str, str], mode: str, on_cpu: bool, spins: str | None
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "VLLM_CPU_OMP_THREADS_BIND"):
+        monkeypatch.setenv(name, "")  # so that what is set below is taken back
+        monkeypatch.delenv(name)
+    for name, value in {"VLLM_CPU_OMP_THREADS_BIND": bind, **given}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: on_cpu)
+    cpu.shorten_spinning(AgentServeConfig(mode=mode))
+    assert os.environ.get("GOMP_SPINCOUNT") == spins

@@ -7,12 +7,14 @@ A fixed number of episodes is drawn and run in turn; sessions have new names eve
 stock's or the scheduler's state does not agree.
 
 glibc keeps freed memory for itself, the more the larger the freed parts were, so that resident memory says little of what is
-in use: it is told to give parts of a megabyte and more back at once (`--default-malloc` leaves it as it is).
+in use: it is told to give parts of a megabyte and more back at once (`--default-malloc` leaves it as it is). With another
+allocator in `LD_PRELOAD` what is allocated and not freed is not known, and counts as 0.
 """
 
 import argparse
 import ctypes
 import json
+import os
 import sys
 import time
 from dataclasses import replace
@@ -56,7 +58,9 @@ class MallocInfo(ctypes.Structure):
 
 
 def live_mib() -> float:
-    """What this process has allocated and not freed, as glibc counts its heap and what it mapped."""
+    """What this process has allocated and not freed, as glibc counts its heap and what it mapped; 0 with another allocator."""
+    if os.environ.get("LD_PRELOAD"):
+        return 0.0
     libc = ctypes.CDLL("libc.so.6")
     libc.mallinfo2.restype = MallocInfo
     info = libc.mallinfo2()
@@ -148,6 +152,7 @@ def main() -> int:
     close(llm)
     figures = {
         "command": " ".join(["python", "-m", "tests.torture.soak", *sys.argv[1:]]),
+        "allocator": {name: os.environ[name] for name in ("LD_PRELOAD", "MALLOC_ARENA_MAX") if name in os.environ},
         "date": time.strftime("%Y-%m-%d"),
         "hours": rows[-1][0],
         "mode": arguments.mode,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_agentserve.config import KEY, AgentServeConfig, OptionError
 from vllm_agentserve.policy.hints import read_hints
-from vllm_agentserve.vllm_compat.cpu import choose_worker
+from vllm_agentserve.vllm_compat.cpu import choose_worker, shorten_spinning
 from vllm_agentserve.vllm_compat.host import add_host
 from vllm_agentserve.vllm_compat.lanes import choose_lanes
 
@@ -48,7 +48,7 @@ class VllmHooks:
 
     @classmethod
     def check_engine_args(cls, engine_args: Any) -> None:
-        """Checks our options, adds the connector of lanes or host memory where they are to run, and chooses the worker class.
+        """Checks our options, adds the connector of lanes or host memory where they are to run, and prepares workers on CPUs.
 
         Raises:
             OptionError: an option is wrong, or lanes or host memory were asked for and cannot be had.
@@ -59,6 +59,7 @@ class VllmHooks:
         if obstacle is not None:
             logger.info("agentserve: mode auto runs time-sliced: %s.", obstacle)
         choose_worker(engine_args, options)
+        shorten_spinning(options)
 
     @classmethod
     def check_request(cls, params: Any, vllm_config: "VllmConfig") -> None:
