@@ -61,8 +61,10 @@ def test_a_step_whose_prompt_goes_on_has_one_of_them(
         # Three are remembered of either kind, and go when they were not used for longest.
         ([(1, 1), (2, 2), (3, 3), (1, 1), (4, 4), (1, 1), (2, 2)], [False, False, False, True, False, True, False]),
         ([(1, 1), (2, 1), (3, 1), (4, 1), (4, 1)], [False, False, False, False, True]),
-        # Neither decodes alone nor on the grid: it may never come again.
-        ([(7, 2), (70, 3), (70, 70)], [True, True, False]),
+        # Neither decodes alone nor on the grid: it may never come again. So many requests will.
+        ([(7, 0), (70, 2), (70, 2), (71, 2), (71, 71)], [True, False, True, True, False]),
+        # Kernels that were made on fewer threads stay so.
+        ([(2, 2), (70, 2), (70, 0)], [False, True, True]),
     ],
 )
 def test_sizes_whose_kernels_are_there(sizes: list[tuple[int, int]], known: list[bool]) -> None:

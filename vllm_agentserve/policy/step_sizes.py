@@ -50,8 +50,8 @@ class KernelSizes:
     oneDNN makes a kernel when it first multiplies matrices of a size, and keeps it for the life of the process. A kernel never
     uses more threads than it was made on, however many there are later; on fewer it is as fast as one that was made on fewer.
     So a size has to come on all threads first (`tests/compat/test_onednn.py` shows it). Beside a working lane such a step shares
-    cores, and takes up to a quarter of a second. So it is asked for only of sizes that come again and again: decodes alone, and
-    those of the grid.
+    cores, and takes up to a quarter of a second. So it is asked for only where sizes come again and again: numbers of requests,
+    decodes alone, and steps of the grid. A size that has run on fewer threads stays on them, and is not asked for any more.
 
     Args:
         grid: `step_sizes`.
@@ -68,7 +68,7 @@ class KernelSizes:
         """A step of this size comes. Returns False if it is to run on all threads, since its kernels are not there yet."""
         tokens, requests = self._use(self._tokens, size.tokens), self._use(self._requests, size.requests)
         recurs = size.tokens == size.requests or size.tokens in self._grid
-        return (tokens and requests) or not recurs
+        return requests and (tokens or not recurs)
 
     def _use(self, used: OrderedDict[int, None], rows: int) -> bool:
         if not rows:

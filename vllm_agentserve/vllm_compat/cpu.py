@@ -40,8 +40,8 @@ def shorten_spinning(options: "AgentServeConfig") -> None:
 
     libgomp's threads else spin for some milliseconds, that is from one step to the next. Where no core is left, vLLM's engine and
     API server wait for one of these threads until a tick of the kernel's clock (4 ms with CONFIG_HZ=250), and so does the next
-    step. Four streams of the toy model took 1.4 s to 1.5 s for what took 1.4 s to 4.2 s before, from one second to another, on
-    two cores (docs/results/spinning.md). For Intel's OpenMP vLLM sets `KMP_BLOCKTIME` itself.
+    step. On two cores four streams of the toy model took 1.3 s to 1.9 s for what took 1.6 s to 4.8 s before
+    (docs/results/spinning.md). For Intel's OpenMP vLLM sets `KMP_BLOCKTIME` itself.
 
     It does nothing for this process; the workers of `vllm serve` begin later. Variables that are set already stay.
     """
