@@ -49,7 +49,8 @@ async def decode(url: str, streams: int, seed: int) -> tuple[float, list[float]]
 def serve(count: str, streams: int, times: int, start_timeout_s: float) -> dict[str, Any]:
     """One server. Returns the seconds of each time, quantiles of the intervals, and how many intervals have how many ms."""
     load = Load()
-    os.environ.pop(SPIN_COUNT, None)
+    for name in (SPIN_COUNT, "OMP_WAIT_POLICY"):
+        os.environ.pop(name, None)
     if count != DEFAULT:
         os.environ[SPIN_COUNT] = count
     options = [text for key, value in load.options().items() for text in serve_option(key, value)]
@@ -78,6 +79,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where everything goes, as JSON")
     add_start_timeout(parser, "a server", START_TIMEOUT_S)
     arguments = parser.parse_args()
+    if min(arguments.starts, arguments.times, arguments.streams) < 1:
+        parser.error("--starts, --times and --streams are to be 1 or more")
+    if arguments.output and not arguments.output.parent.is_dir():
+        parser.error(f"--output {arguments.output}: there is no folder {arguments.output.parent}; make it first")
     for count in arguments.counts:
         if count != DEFAULT and not count.isdecimal():
             parser.error(f"--counts {count!r} is neither a number nor '{DEFAULT}'")

@@ -198,6 +198,12 @@ def test_the_check_of_arguments_chooses_it(monkeypatch: pytest.MonkeyPatch) -> N
     assert arguments.worker_cls == cpu.WORKER
 
 
+def no_threads_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "VLLM_CPU_OMP_THREADS_BIND", cpu.OWN_SPINS):
+        monkeypatch.setenv(name, "")  # so that what a test sets is taken back
+        monkeypatch.delenv(name)
+
+
 @pytest.mark.parametrize(
     ("bind", "given", "mode", "on_cpu", "spins"),
     [
@@ -218,12 +224,29 @@ def test_the_check_of_arguments_chooses_it(monkeypatch: pytest.MonkeyPatch) -> N
 def test_threads_spin_shortly_where_no_core_is_left(
     monkeypatch: pytest.MonkeyPatch, bind: str, given: dict[str, str], mode: str, on_cpu: bool, spins: str | None
 ) -> None:
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "VLLM_CPU_OMP_THREADS_BIND"):
-        monkeypatch.setenv(name, "")  # so that what is set below is taken back
-        monkeypatch.delenv(name)
+    no_threads_said(monkeypatch)
     for name, value in {"VLLM_CPU_OMP_THREADS_BIND": bind, **given}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: on_cpu)
     cpu.shorten_spinning(AgentServeConfig(mode=mode))
     assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
+def test_the_next_engine_of_a_process_does_not_inherit_the_number_of_spins(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_threads_said(monkeypatch)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")
+    for mode, bind, spins in [
+        ("auto", "0-1", "3000"),
+        ("stock", "0-1", None),
+        ("auto", "0-1", "3000"),
+        ("auto", "0", None),
+    ]:
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", bind)
+        cpu.shorten_spinning(AgentServeConfig(mode=mode))
+        assert os.environ.get("GOMP_SPINCOUNT") == spins
+    cpu.shorten_spinning(AgentServeConfig())
+    os.environ["GOMP_SPINCOUNT"] = "77"  # by the user, in between
+    cpu.shorten_spinning(AgentServeConfig(mode="stock"))
+    assert os.environ["GOMP_SPINCOUNT"] == "77"

@@ -160,8 +160,11 @@ def test_a_lane_that_loads_too_long_gives_its_cores_back(lanes: Callable[..., An
     assert cores.taken == [0, 1]
 
 
-def test_a_size_without_kernels_runs_on_all_cores_beside_the_lane(lanes: Callable[..., Any]) -> None:
+def test_a_size_without_kernels_runs_on_all_cores_beside_the_lane(
+    lanes: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A kernel never has more threads than it was made on."""
+    monkeypatch.setattr(process, "SHARE_EVERY_S", 0.0)
     cores, kernels = Cores(), KernelSizes([1, 2, 40])
     lane = lanes("ready", "hold", cores=cores, kernels=kernels)
     lane.wait_until_ready()
@@ -177,6 +180,24 @@ def test_a_size_without_kernels_runs_on_all_cores_beside_the_lane(lanes: Callabl
     again.submit(job("b"))
     again.begin_step(StepSize(40, 3), 0)
     assert cores.taken == [0], "what the first lane's steps met holds for the second"
+
+
+def test_many_new_sizes_do_not_stall_streams_in_a_row(
+    lanes: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    cores = Cores()
+    lane = lanes("ready", "hold", cores=cores)
+    lane.wait_until_ready()
+    lane.submit(job("a"))
+    monkeypatch.setattr(process.time, "monotonic", lambda: now[0])
+    taken = []
+    for size, passes in [(1, 0.0), (2, 0.5), (3, 0.4), (4, 0.2), (5, 0.2), (4, 2.0), (6, 0.0)]:
+        now[0] += passes
+        lane.begin_step(StepSize(size, size), 0)
+        taken.append(cores.taken)
+    monkeypatch.undo()
+    assert taken == [[0, 1], [0], [0], [0, 1], [0], [0], [0, 1]]
 
 
 def test_a_lane_that_is_late_is_not_taken_for_hanging(

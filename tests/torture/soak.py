@@ -29,6 +29,7 @@ from tests.support.mix import close, make_llm
 from tests.torture.episode import Episode, draw
 from tests.torture.rig import Rig, compare
 from tests.torture.run import MODES, POLICIES, Tally, options_of, references
+from vllm_agentserve.doctor import ALLOCATORS
 from vllm_agentserve.toy import make_toy_model
 
 SETTLED_AFTER = 1 / 6
@@ -59,7 +60,7 @@ class MallocInfo(ctypes.Structure):
 
 def live_mib() -> float:
     """What this process has allocated and not freed, as glibc counts its heap and what it mapped; 0 with another allocator."""
-    if os.environ.get("LD_PRELOAD"):
+    if any(name in os.environ.get("LD_PRELOAD", "") for name in ALLOCATORS):
         return 0.0
     libc = ctypes.CDLL("libc.so.6")
     libc.mallinfo2.restype = MallocInfo

@@ -27,6 +27,10 @@ WORKERS = (
     *reads("vllm.v1.worker.cpu_worker:CPUWorker", f"{CPU} {CPU_WORKER}", "model_runner"),
     # The CPU worker that runs steps of many sizes before the first request; vLLM sets the seeds of random numbers after them.
     *overrides("vllm.v1.worker.cpu_worker:CPUWorker", CPU_WORKER, compile_or_warm_up_model=""),
+    # Each layer is given its cache of kernels when the weights are loaded, by these two.
+    *overrides("vllm.v1.worker.cpu_worker:CPUWorker", CPU_WORKER, load_model="load_dummy_weights="),
+    *calls("vllm._custom_ops", CPU, create_onednn_mm="weight primitive_cache_size"),
+    *says("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", CPU, "ops.create_onednn_mm("),
     *reads("vllm.v1.worker.cpu_worker:CPUWorker", CPU_WORKER, "model_config vllm_config"),
     *says(
         "vllm.v1.worker.cpu_worker:CPUWorker.compile_or_warm_up_model",
@@ -48,7 +52,7 @@ WORKERS = (
         "[1] * num_decode_tokens + [num_prefill_tokens + 1]",
     ),
     *reads("vllm.v1.worker.gpu_model_runner:GPUModelRunner", CPU_WORKER, "kv_caches"),
-    *calls("vllm.v1.worker.cpu_model_runner:CPUModelRunner", CPU_WORKER, get_model=""),
+    *calls("vllm.v1.worker.cpu_model_runner:CPUModelRunner", f"{CPU} {CPU_WORKER}", get_model=""),
     *calls(
         "vllm.model_executor.models.interfaces_base:VllmModelForTextGeneration",
         CPU_WORKER,

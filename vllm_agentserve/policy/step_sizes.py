@@ -40,8 +40,9 @@ class StepSize(NamedTuple):
     """Each has one row of logits; 0: none are computed."""
 
 
-KERNELS_PER_LAYER = 128
-"""For how many sizes vLLM keeps oneDNN's kernels in each layer; those that were not used for longest go first."""
+KERNELS_PER_LAYER = 512
+"""For how many sizes each layer keeps oneDNN's kernels beside a lane; those that were not used for longest go first. The grid has
+about a hundred, and numbers of requests and steps of any other size come to it."""
 
 
 class KernelSizes:

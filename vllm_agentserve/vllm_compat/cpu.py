@@ -1,6 +1,7 @@
 """A second CPU worker over the KV cache of the first, and the cores and threads of both."""
 
 import copy
+import inspect
 import os
 import re
 import tempfile
@@ -35,6 +36,10 @@ SPINS = 3000
 """About 0.1 ms: longer than what is between two operators of a step, shorter than what is between two steps."""
 
 
+OWN_SPINS = "AGENTSERVE_SPINCOUNT"
+"""Says that the value of `SPIN_COUNT` is ours."""
+
+
 def shorten_spinning(options: "AgentServeConfig") -> None:
     """Makes OpenMP's threads in vLLM's worker sleep soon after they have nothing to do, where they are bound to all cores.
 
@@ -47,12 +52,14 @@ def shorten_spinning(options: "AgentServeConfig") -> None:
     """
     from vllm.platforms import current_platform
 
+    if os.environ.get(OWN_SPINS) is not None and os.environ.get(SPIN_COUNT) == os.environ.pop(OWN_SPINS):
+        del os.environ[SPIN_COUNT]  # it was for an engine that this process has started before
     said = (SPIN_COUNT, "OMP_WAIT_POLICY")
     if options.mode == "stock" or not current_platform.is_cpu() or any(name in os.environ for name in said):
         return
     bound = {core for one in os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "").split("|") for core in pinned_cores(one)}
-    if bound >= os.sched_getaffinity(0):
-        os.environ[SPIN_COUNT] = str(SPINS)
+    if bound and bound >= os.sched_getaffinity(0):
+        os.environ[SPIN_COUNT] = os.environ[OWN_SPINS] = str(SPINS)
 
 
 class SecondWorker:
@@ -196,6 +203,35 @@ def pinned_cores(affinity: str) -> list[int]:
 def team_is_pinned() -> bool:
     """Whether vLLM has given OpenMP a core for every thread, as it does for the workers of `vllm serve`."""
     return any(name in os.environ for name in ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PROC_BIND"))
+
+
+@contextmanager
+def kernels_kept(sizes: int) -> Iterator[None]:
+    """Layers that are made within keep oneDNN's kernels of at least so many sizes; vLLM asks for 32.
+
+    Retired by: the number of sizes as an option of vLLM.
+    """
+    from vllm import _custom_ops
+
+    stock = {name: getattr(_custom_ops, name) for name in ("create_onednn_mm", "create_onednn_scaled_mm")}
+
+    def keeping(make: Any) -> Any:
+        signature = inspect.signature(make)
+
+        def wrapped(*given: Any, **named: Any) -> Any:
+            bound = signature.bind(*given, **named)
+            bound.arguments["primitive_cache_size"] = max(bound.arguments.get("primitive_cache_size", 0), sizes)
+            return make(*bound.args, **bound.kwargs)
+
+        return wrapped
+
+    for name, make in stock.items():
+        setattr(_custom_ops, name, keeping(make))
+    try:
+        yield
+    finally:
+        for name, make in stock.items():
+            setattr(_custom_ops, name, make)
 
 
 def set_threads(count: int) -> None:

@@ -1,6 +1,7 @@
 """The worker class on CPUs (`--worker-cls`); imports vLLM's, so only a worker's process imports it."""
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from vllm.v1.worker.cpu_model_runner import _set_global_compilation_settings
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.policy.step_sizes import EVERY_SIZE_TO, StepSize, step_sizes
+from vllm_agentserve.policy.step_sizes import EVERY_SIZE_TO, KERNELS_PER_LAYER, StepSize, step_sizes
+from vllm_agentserve.vllm_compat import cpu
 from vllm_agentserve.vllm_compat.lanes import local_worker_half
 
 logger = init_logger("vllm.agentserve")
@@ -30,6 +32,12 @@ class WarmCpuWorker(CPUWorker):
     warmed_up: tuple[int, ...] = ()
     """Tokens of the steps that were run."""
     _limit_s = 0.0
+
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        # Beside a lane a kernel that was dropped would be made again on fewer threads.
+        lane = self.vllm_config.kv_transfer_config is not None
+        with cpu.kernels_kept(KERNELS_PER_LAYER) if lane else nullcontext():
+            super().load_model(load_dummy_weights=load_dummy_weights)
 
     def compile_or_warm_up_model(self) -> Any:
         done, failed = [], False

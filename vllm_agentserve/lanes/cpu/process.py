@@ -26,6 +26,8 @@ CHUNK_TIMEOUT_FACTOR = 20.0
 took in warm-up if that is longer, since a chunk at the end of a long context takes longer than one at its beginning."""
 MOST_UNWATCHED_S = 1.0
 """The time between two looks at the lane counts for no more than this."""
+SHARE_EVERY_S = 1.0
+"""Steps of new sizes share cores with a working lane no more often: each is a stall for all streams."""
 RUNNER = (sys.executable, "-m", "vllm_agentserve.lanes.cpu.runner")
 
 
@@ -54,6 +56,7 @@ class ProcessLane:
         self._setup = setup
         self._cores = cores
         self._kernels = kernels
+        self._shared = -SHARE_EVERY_S
         self._start_timeout_s = start_timeout_s
         self._in_flight: set[str] = set()
         self._errors: dict[str, str] = {}
@@ -153,8 +156,10 @@ class ProcessLane:
         working = self.alive() and (self.busy or not self._ready)
         decode = len(self._setup.all_cores) - len(self._setup.slot_cores[slot if self._ready else -1])
         # A size that is new and comes again shares cores with the lane once: else it would have no more than these from then on.
-        divided = self._kernels.use(size) and working
-        self._cores.take(self._setup.all_cores[:decode] if divided else self._setup.all_cores)
+        shares = not self._kernels.use(size) and working and time.monotonic() - self._shared >= SHARE_EVERY_S
+        if shares:
+            self._shared = time.monotonic()
+        self._cores.take(self._setup.all_cores[:decode] if working and not shares else self._setup.all_cores)
 
     def launch(self) -> None:
         """Does nothing: the process begins when it gets the job."""
