@@ -3,8 +3,9 @@
     python -m benchmarks.spinning --starts 4 --counts default 3000 --output docs/results/spinning.json
 
 Stock vLLM over HTTP, its worker's threads bound to all cores. Every start of every count is a fresh server, counts in turns.
-Each server then decodes the same short streams again and again, with nothing else running: what differs between two such times
-is the machine. `GOMP_SPINCOUNT` says how often a thread of libgomp looks for work before it sleeps; libgomp's default is 300000.
+Each server then decodes the same short streams again and again, with nothing else running: two such times differ only by how the
+machine runs the processes. `GOMP_SPINCOUNT` says how often a thread of libgomp looks for work before it sleeps; libgomp's default
+is 300000.
 """
 
 import argparse

@@ -5,12 +5,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm import _custom_ops
 from vllm.platforms import current_platform
 
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.policy.step_sizes import StepSize, step_sizes
+from vllm_agentserve.policy.step_sizes import KERNELS_PER_LAYER, StepSize, step_sizes
 from vllm_agentserve.scheduler.vllm_hooks import VllmHooks
 from vllm_agentserve.vllm_compat import cpu, cpu_worker
+from vllm_agentserve.vllm_compat.lanes import CONNECTOR
 
 
 class Machine:
@@ -250,3 +252,29 @@ def test_the_next_engine_of_a_process_does_not_inherit_the_number_of_spins(monke
     os.environ["GOMP_SPINCOUNT"] = "77"  # by the user, in between
     cpu.shorten_spinning(AgentServeConfig(mode="stock"))
     assert os.environ["GOMP_SPINCOUNT"] == "77"
+
+
+@pytest.mark.parametrize(
+    ("connector", "kept"), [(None, [32, 128]), ("OffloadingConnector", [32, 128]), (CONNECTOR, [KERNELS_PER_LAYER] * 2)]
+)
+def test_layers_beside_a_lane_keep_more_kernels(
+    monkeypatch: pytest.MonkeyPatch, connector: str | None, kept: list[int]
+) -> None:
+    """A kernel that was dropped would be made again on the threads beside the lane, and stay on these."""
+    made: list[int] = []
+
+    def make(weight: Any, primitive_cache_size: int = 128) -> None:
+        made.append(primitive_cache_size)
+
+    def load(worker: Any, *, load_dummy_weights: bool) -> None:
+        _custom_ops.create_onednn_mm(None, 32)
+        _custom_ops.create_onednn_mm(None)
+
+    monkeypatch.setattr(_custom_ops, "create_onednn_mm", make)
+    monkeypatch.setattr(cpu_worker.CPUWorker, "load_model", load)
+    worker = Machine(monkeypatch).worker
+    transfer = None if connector is None else SimpleNamespace(kv_connector=connector)
+    worker.vllm_config.kv_transfer_config = transfer  # type: ignore[assignment]
+    worker.load_model()
+    assert made == kept
+    assert _custom_ops.create_onednn_mm is make

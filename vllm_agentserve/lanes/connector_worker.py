@@ -9,7 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 from vllm.logger import init_logger
 
 from vllm_agentserve.config import AgentServeConfig
-from vllm_agentserve.lanes.lane import LaneProvider, LaneReport, NoLane, Outcome, PrefillLane, Slot
+from vllm_agentserve.lanes.lane import LaneProvider, LaneReport, NoLane, Outcome, PrefillLane
 from vllm_agentserve.policy.fence import StepFence
 from vllm_agentserve.policy.jobs import Drained, Job
 from vllm_agentserve.policy.step_sizes import StepSize
@@ -79,11 +79,6 @@ class LaneConnectorWorker:
         self._lane.warmed_up(reserved, step)
 
     @property
-    def slots(self) -> tuple[Slot, ...]:
-        """How the device can be divided between the steps and the lane; empty without a lane."""
-        return self._lane.slots
-
-    @property
     def may_have_lane(self) -> bool:
         """False when none was made and none will be, or the last one has ended with all its jobs."""
         return not self._tried or not isinstance(self._lane, NoLane)
@@ -101,7 +96,7 @@ class LaneConnectorWorker:
         self._lane.begin_step(size, slot)
 
     def warms_up(self, size: StepSize) -> None:
-        """A step that no request is in is to run before the first request, while the lane does nothing."""
+        """Called before each step of the warm-up. There are no requests yet, so the lane has no jobs."""
         self._lane.begin_step(size, 0)
 
     def launched(self) -> None:

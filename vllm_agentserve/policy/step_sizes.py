@@ -48,8 +48,8 @@ about a hundred, and numbers of requests and steps of any other size come to it.
 class KernelSizes:
     """The sizes whose kernels have been made on all threads of a worker.
 
-    oneDNN makes a kernel when it first multiplies matrices of a size, and keeps it for the life of the process. A kernel never
-    uses more threads than it was made on, however many there are later; on fewer it is as fast as one that was made on fewer.
+    oneDNN makes a kernel when it first multiplies matrices of a size, and vLLM keeps it by that size alone. A kernel never uses
+    more threads than it was made on, however many there are later; on fewer it is as fast as one that was made on fewer.
     So a size has to come on all threads first (`tests/compat/test_onednn.py` shows it). Beside a working lane such a step shares
     cores, and takes up to a quarter of a second. So it is asked for only where sizes come again and again: numbers of requests,
     decodes alone, and steps of the grid. A size that has run on fewer threads stays on them, and is not asked for any more.

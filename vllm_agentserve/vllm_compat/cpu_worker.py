@@ -15,6 +15,7 @@ from vllm_agentserve.config import AgentServeConfig
 from vllm_agentserve.policy.step_sizes import EVERY_SIZE_TO, KERNELS_PER_LAYER, StepSize, step_sizes
 from vllm_agentserve.vllm_compat import cpu
 from vllm_agentserve.vllm_compat.lanes import local_worker_half
+from vllm_agentserve.vllm_compat.weights import has_connector
 
 logger = init_logger("vllm.agentserve")
 
@@ -35,8 +36,7 @@ class WarmCpuWorker(CPUWorker):
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         # Beside a lane a kernel that was dropped would be made again on fewer threads.
-        lane = self.vllm_config.kv_transfer_config is not None
-        with cpu.kernels_kept(KERNELS_PER_LAYER) if lane else nullcontext():
+        with cpu.kernels_kept(KERNELS_PER_LAYER) if has_connector(self.vllm_config) else nullcontext():
             super().load_model(load_dummy_weights=load_dummy_weights)
 
     def compile_or_warm_up_model(self) -> Any:
