@@ -43,7 +43,7 @@ OWN_SPINS = "AGENTSERVE_SPINCOUNT"
 def shorten_spinning(options: "AgentServeConfig") -> None:
     """Makes OpenMP's threads in vLLM's worker sleep soon after they have nothing to do, where they are bound to all cores.
 
-    Otherwise libgomp's threads spin for some milliseconds, that is from one step to the next. Where no core is left, vLLM's engine
+    Otherwise libgomp's threads spin for some milliseconds, from one step to the next. Where no core is left, vLLM's engine
     and API server wait for one of these threads until a tick of the kernel's clock (4 ms with CONFIG_HZ=250), and so does the
     next step. On two cores four streams of the toy model took 1.3 s to 1.9 s for what took 1.6 s to 4.8 s before
     (docs/results/spinning.md). For Intel's OpenMP vLLM sets `KMP_BLOCKTIME` itself.
